@@ -1,0 +1,1 @@
+from deslo_plugin.optimizer import DesLoc

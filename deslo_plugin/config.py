@@ -1,0 +1,208 @@
+"""The two blocks that a user writes, read strictly into frozen dataclasses.
+
+``optimizer.params`` says what is computed (rule, momenta, periods), ``deslo`` says who averages and how. The same two
+blocks stand in a DeepSpeed JSON, in a JSON or YAML file of their own, or in a dict.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deslo_plugin.names import PARAMS, SECOND_MOMENT, first_momenta
+from deslo_plugin.periods import read_momenta, read_periods
+from deslo_plugin.rules import RULES
+from deslo_plugin.schedule import Periods
+from deslo_plugin.strict import ConfigError, Reader, shown
+
+EPS = {"adam": 1e-8, "adopt": 1e-6}
+WIRE_DTYPES = ("float32", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """Nesterov step on the averaged parameters: DiLoCo, DES-LOC-Nesterov."""
+
+    lr: float
+    momentum: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """What is computed: ``optimizer.params``.
+
+    ``betas`` and ``weights`` have one entry per first momentum; ``beta2`` and ``eps`` are None for sgdm.
+    ``periods`` and ``period_sources`` (why each period is what it is) run over the averaged states.
+    """
+
+    rule: str
+    lr: float
+    betas: tuple[float, ...]
+    weights: tuple[float, ...]
+    beta2: float | None
+    eps: float | None
+    weight_decay: float
+    bias_correction: bool
+    clip_value: float | None
+    periods: Periods
+    period_sources: Mapping[str, str]
+    reset_momenta: bool
+    outer: Outer | None
+
+    @property
+    def momenta(self) -> tuple[str, ...]:
+        """State names of the first momenta."""
+        return first_momenta(len(self.betas))
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """State names of all momenta, first and second."""
+        return tuple(state for state in self.periods if state != PARAMS)
+
+    @property
+    def beta_of(self) -> dict[str, float]:
+        """State name -> beta of that momentum."""
+        return dict(zip(self.momenta, self.betas)) | ({} if self.beta2 is None else {SECOND_MOMENT: self.beta2})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DesloConfig:
+    """Who averages and how: ``deslo``. ``replica_size`` is in ranks, ``bucket_mb`` in MiB, ``timeout_s`` in seconds."""
+
+    replica_size: int | str = "auto"
+    when: str = "before_update"
+    overlap: bool = True
+    wire_dtype: str = "float32"
+    bucket_mb: int = 64
+    initial_params: str = "check"
+    on_nonfinite: str = "stop"
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    optimizer: OptimizerConfig
+    deslo: DesloConfig
+
+
+def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
+    """Reads both blocks from a dict or a ``.json``/``.yaml`` file; other top-level keys (DeepSpeed's) are not read.
+
+    Raises ``ConfigError`` for anything unknown, mistyped, out of range, or without effect.
+    """
+    if isinstance(source, Config):
+        return source
+    blocks = source if isinstance(source, Mapping) else read_file(Path(source))
+    optimizer = Reader("optimizer", blocks.get("optimizer", {}))
+    optimizer.choice("type", "DesLoc", ["DesLoc"])
+    params = optimizer.take("params", {})
+    optimizer.finish()
+    return Config(optimizer=read_optimizer(params), deslo=read_deslo(blocks.get("deslo", {})))
+
+
+def read_file(path: Path) -> Mapping[str, Any]:
+    """A JSON or YAML file as a mapping."""
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        raise ConfigError("config", "a .json, .yaml or .yml file", repr(str(path)), "rename the file")
+    if not path.is_file():
+        raise ConfigError("config", "an existing file", repr(str(path)), "check the path")
+    text = path.read_text()
+    try:
+        blocks = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(str(path), f"valid {path.suffix[1:].upper()}", str(error), "correct the file") from error
+    if not isinstance(blocks, Mapping):
+        raise ConfigError(str(path), "a mapping at the top level", shown(blocks), "write the two blocks there")
+    return blocks
+
+
+def read_optimizer(params: Any) -> OptimizerConfig:
+    """``optimizer.params`` -> ``OptimizerConfig``."""
+    reader = Reader("optimizer.params", params)
+    rule = reader.choice("rule", "adam", RULES)
+    if rule == "sgdm":
+        for key in [key for key in ("eps", "second_moment") if key in reader]:
+            reader.refuse(key, "no such key for rule sgdm", repr(params[key]), "remove it: sgdm has no second moment")
+    if rule != "adam" and "bias_correction" in reader:
+        reader.refuse("bias_correction", f"no such key for rule {rule}", repr(params["bias_correction"]), "remove it")
+
+    momenta = read_momenta(reader, adaptive=rule in EPS)
+    periods, sources = read_periods(reader, momenta)
+    config = OptimizerConfig(
+        rule=rule,
+        lr=reader.number("lr", 1e-3),
+        betas=momenta.betas,
+        weights=momenta.weights,
+        beta2=momenta.beta2,
+        eps=reader.number("eps", EPS[rule]) if rule in EPS else None,
+        weight_decay=reader.number("weight_decay", 0.0),
+        bias_correction=reader.flag("bias_correction", rule == "adam"),
+        clip_value=_clip(reader),
+        periods=periods,
+        period_sources=sources,
+        reset_momenta=reader.flag("reset_momenta", False),
+        outer=_outer(reader),
+    )
+    reader.finish()
+    averaged = [state for state in config.moments if periods[state]]
+    if config.reset_momenta and averaged:
+        reader.refuse(
+            "reset_momenta", f"every momentum's sync_every to be null (here {', '.join(averaged)} is averaged)", "true",
+            "set those periods to null, or drop reset_momenta: resetting at each average of params undoes theirs",
+        )
+    return config
+
+
+def read_deslo(block: Any) -> DesloConfig:
+    """``deslo`` -> ``DesloConfig``."""
+    reader = Reader("deslo", block)
+    when = reader.choice("when", "before_update", ["before_update", "after_update"])
+    if when == "after_update" and block.get("overlap"):
+        reader.refuse("overlap", "false with when 'after_update'", "true", "remove one: nothing can overlap there")
+    config = DesloConfig(
+        replica_size=reader.whole("replica_size", "auto", also=("auto",)),
+        when=when,
+        overlap=reader.flag("overlap", when == "before_update"),
+        wire_dtype=reader.choice("wire_dtype", "float32", WIRE_DTYPES),
+        bucket_mb=reader.whole("bucket_mb", 64),
+        initial_params=reader.choice("initial_params", "check", ["check", "broadcast"]),
+        on_nonfinite=reader.choice("on_nonfinite", "stop", ["stop", "skip"]),
+        timeout_s=reader.number("timeout_s", 600.0, low=1.0),
+    )
+    reader.finish()
+    return config
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Flat ``{"optimizer.lr": ..., "deslo.when": ...}``: what ranks compare with each other."""
+    return {
+        f"{block.name}.{field.name}": str(getattr(part, field.name))
+        for block in fields(config)
+        for part in [getattr(config, block.name)]
+        for field in fields(part)
+    }
+
+
+def _clip(reader: Reader) -> float | None:
+    block = reader.take("clip")
+    if block is None:
+        return None
+    clip = Reader(f"{reader.where}.clip", block)
+    value = clip.number("value")
+    clip.finish()
+    if value == 0:
+        clip.refuse("value", "a number > 0", "0", "remove clip to switch it off")
+    return value
+
+
+def _outer(reader: Reader) -> Outer | None:
+    block = reader.take("outer")
+    if block is None:
+        return None
+    outer = Reader(f"{reader.where}.outer", block)
+    config = Outer(lr=outer.number("lr", 0.7), momentum=outer.number("momentum", 0.9, below=1.0))
+    outer.finish()
+    return config

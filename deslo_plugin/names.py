@@ -1,0 +1,18 @@
+"""What each averaged state is called: the keys of ``optimizer.state[p]``, of ``sync_every`` and of every report.
+
+The parameters are x in the papers, ``exp_avg``, ``exp_avg_2``, ... the first momenta u^1, u^2, ... and
+``exp_avg_sq`` the second momentum v. They are torch's own names, so that tools which know Adam know these.
+"""
+
+PARAMS = "params"
+SECOND_MOMENT = "exp_avg_sq"
+
+STEP = "step"  # completed optimizer steps of this parameter: the clock of every period
+ORIGIN = "origin"  # clock value at which the rule's own count t began (skipped steps and resets move it)
+OUTER_PARAMS = "outer_params"  # parameters after the last outer step (outer optimizer only)
+OUTER_MOMENTUM = "outer_momentum"
+
+
+def first_momenta(count: int) -> tuple[str, ...]:
+    """``("exp_avg", "exp_avg_2", ..., "exp_avg_<count>")``."""
+    return tuple("exp_avg" if j == 1 else f"exp_avg_{j}" for j in range(1, count + 1))

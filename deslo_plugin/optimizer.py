@@ -1,0 +1,217 @@
+"""``DesLoc``: one torch optimizer that takes local steps and averages each of its states on a period of its own."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deslo_plugin.collectives import Alone, Average
+from deslo_plugin.config import Config, load_config
+from deslo_plugin.names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP
+from deslo_plugin.outer import mean_, nesterov_
+from deslo_plugin.periods import group_periods
+from deslo_plugin.rules import RULES, clipped
+from deslo_plugin.schedule import due
+from deslo_plugin.strict import ConfigError
+from deslo_plugin.sync import Synchronizer, finite
+from deslo_plugin.telemetry import Meter, SyncEvent
+
+
+class DesLoc(torch.optim.Optimizer):
+    """DES-LOC and MT-DAO (arXiv 2505.22549, Alg. 1; arXiv 2510.05361, Alg. 1) for one replica.
+
+    Args:
+        params: parameters or param groups, any shapes, float32, bfloat16, float16 or float64. A group may have its own
+            ``lr``, ``weight_decay`` and ``sync_every`` (state name -> period).
+        config: both blocks as a ``Config``, a dict, or the path of a JSON or YAML file; or leave it out and give the
+            keys of ``optimizer.params`` as keyword arguments: ``DesLoc(params, lr=1e-3, betas=(0.9, 0.95))``.
+        average: the transport between replicas; None means one replica, the plain optimizer.
+        emit: called with a ``SyncEvent`` after every average.
+        armed: False defers everything until ``attach``; steps do nothing until then.
+
+    State of each parameter, float32 (float64 for float64 parameters) unless said otherwise: the momenta under their
+    names, ``step`` (completed steps, 0-dim float32) and ``origin`` (0-dim float32), and with an outer optimizer
+    ``outer_params`` and ``outer_momentum``.
+
+    Raises ``ConfigError`` for a config that cannot be meant; from ``step``, ``NonFiniteError`` if any replica brings
+    NaN or inf to an average, and ``AverageError`` if an average times out.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        config: Config | Mapping[str, Any] | str | None = None,
+        *,
+        average: Average | None = None,
+        emit: Callable[[SyncEvent], object] | None = None,
+        armed: bool = True,
+        **options: Any,
+    ):
+        if config is not None and options:
+            raise ConfigError("DesLoc", "a config or keyword arguments", f"both ({', '.join(options)})", "keep one")
+        self.config = load_config(config if config is not None else {"optimizer": {"params": options}})
+        self.meter, self._emit, self.armed = Meter(), emit, False
+        optimizer = self.config.optimizer
+        super().__init__(params, {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay, "sync_every": {}})
+        self._rule = RULES[optimizer.rule]
+        self._constants: dict[str, Any] = {"betas": optimizer.betas, "weights": optimizer.weights}
+        if optimizer.beta2 is not None:
+            self._constants |= {"beta2": optimizer.beta2, "eps": optimizer.eps}
+        if optimizer.rule == "adam":
+            self._constants["bias_correction"] = optimizer.bias_correction
+        self.skips_nonfinite = self.config.deslo.on_nonfinite == "skip"
+        if armed:
+            self.attach(average or Alone(), chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def attach(self, average: Average, params: Any) -> None:
+        """Creates the state of ``params``, connects the transport and arms ``step``."""
+        for param in params:
+            self._create_state(param)
+        self.average = average
+        self._sync = Synchronizer(
+            average,
+            wire_dtype=getattr(torch, self.config.deslo.wire_dtype),
+            bucket_bytes=self.config.deslo.bucket_mb << 20,
+            emit=self._record,
+        )
+        self.armed = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group, optimizer = self.param_groups[-1], self.config.optimizer
+        where = f"param group {len(self.param_groups) - 1}"
+        group["sync_every"] = group_periods(group["sync_every"], optimizer.periods, optimizer.beta_of, where)
+        if self.armed:
+            for param in group["params"]:
+                self._create_state(param)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every replica's own, after or before the averages that are due: Algorithm 1."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.armed:
+            broken = self.skips_nonfinite and self.average.any(not finite(self._gradients()))
+            self._advance(self._tick if broken else self._update)
+        return loss
+
+    @torch.no_grad()
+    def skip_step(self) -> None:
+        """A step without an update, which every other replica may be taking: the clock ticks and averages land."""
+        if self.armed:
+            self._advance(self._tick)
+
+    def _advance(self, update: Callable[[Mapping[str, Any], Sequence[Tensor]], None]) -> None:
+        before, overlap = self.config.deslo.when == "before_update", self.config.deslo.overlap
+        for group in self.param_groups:
+            for t, cohort in self._cohorts(group["params"]):
+                if before:
+                    self._average(t, group, cohort)  # x, u, v <- E_m[...] where t % K == 0
+                update(group, cohort)  # u, v, x <- the local rule
+                self._set_clock(cohort, t + 1)
+                if not before:
+                    self._average(t + 1, group, cohort)
+                elif overlap:
+                    self._sync.launch(t + 1, cohort, self._due(t + 1, group, cohort))
+
+    def _average(self, steps: int, group: Mapping[str, Any], cohort: Sequence[Tensor]) -> None:
+        """Replaces every state that is due by its mean over replicas; parameters through the outer optimizer."""
+        states = self._due(steps, group, cohort)
+        if not states:
+            return
+        means = self._sync.land(steps, cohort, states)
+        outer = self.config.optimizer.outer
+        for state, mean in means.items():
+            if state == PARAMS and outer:
+                anchor, momentum = self._gather(OUTER_PARAMS, cohort), self._gather(OUTER_MOMENTUM, cohort)
+                nesterov_(cohort, mean, anchor, momentum, lr=outer.lr, beta=outer.momentum)
+            else:
+                mean_(states[state], mean)
+        if PARAMS in means and self.config.optimizer.reset_momenta:
+            for moment in self.config.optimizer.moments:
+                torch._foreach_zero_(self._gather(moment, cohort))
+            self._set_clock(cohort, steps, ORIGIN)
+
+    def _update(self, group: Mapping[str, Any], cohort: Sequence[Tensor]) -> None:
+        """The local rule, on those parameters of the cohort that have a gradient."""
+        self._tick(group, [p for p in cohort if p.grad is None])
+        optimizer = self.config.optimizer
+        for t, params in self._cohorts([p for p in cohort if p.grad is not None], rule_count=True):
+            u = [self._gather(state, params) for state in optimizer.momenta]
+            x = [p if p.dtype == u_p.dtype else p.to(u_p.dtype) for p, u_p in zip(params, u[0])]
+            g = [p.grad.to(u_p.dtype) for p, u_p in zip(params, u[0])]
+            if optimizer.clip_value is not None:
+                g = clipped(g, optimizer.clip_value)
+            tensors = {"x": x, "g": g, "u": u}
+            if optimizer.beta2 is not None:
+                tensors["v"] = self._gather(SECOND_MOMENT, params)
+            self._rule(**tensors, t=t, lr=float(group["lr"]), weight_decay=group["weight_decay"], **self._constants)
+            for param, x_p in zip(params, x):
+                if param is not x_p:
+                    param.copy_(x_p)
+
+    def _tick(self, group: Mapping[str, Any], cohort: Sequence[Tensor]) -> None:
+        """No update: the rule's own count t stays where it is while the clock goes on."""
+        for param in cohort:
+            self.state[param][ORIGIN] += 1
+
+    def _cohorts(self, params: Sequence[Tensor], rule_count: bool = False) -> Iterator[tuple[int, list[Tensor]]]:
+        """Parameters by their clock; with ``rule_count`` by the updates that the rule has made of them."""
+        cohorts: dict[int, list[Tensor]] = {}
+        for param in params:
+            state = self.state[param] or self._create_state(param)
+            steps = state[STEP].item() - (state[ORIGIN].item() if rule_count else 0)
+            cohorts.setdefault(int(steps), []).append(param)
+        return iter(cohorts.items())
+
+    def _due(self, steps: int, group: Mapping[str, Any], cohort: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        return {state: self._gather(state, cohort) for state in due(group["sync_every"], steps)}
+
+    def _gather(self, state: str, cohort: Sequence[Tensor]) -> list[Tensor]:
+        return list(cohort) if state == PARAMS else [self.state[param][state] for param in cohort]
+
+    def _set_clock(self, cohort: Sequence[Tensor], steps: int, clock: str = STEP) -> None:
+        for param in cohort:
+            self.state[param][clock].fill_(steps)
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    def _create_state(self, param: Tensor) -> dict[str, Tensor]:
+        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        if dtype == torch.float64 and self.config.deslo.wire_dtype != "float64":
+            raise ConfigError("deslo.wire_dtype", "'float64' for float64 parameters", "'float32'",
+                              "set it: float32 averages would round their states")
+        optimizer, state = self.config.optimizer, self.state[param]
+        state[STEP], state[ORIGIN] = torch.zeros(()), torch.zeros(())
+        for moment in optimizer.moments:
+            state[moment] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        if optimizer.outer:
+            state[OUTER_PARAMS] = param.detach().to(dtype, copy=True)
+            state[OUTER_MOMENTUM] = torch.zeros_like(state[OUTER_PARAMS])
+        return state
+
+    def _record(self, event: SyncEvent) -> None:
+        self.meter(event)
+        if self._emit is not None:
+            self._emit(event)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads states in their own dtype and drops averages in flight; the periods stay those of the config."""
+        if self.armed:
+            self._sync.abandon()
+        periods = [group["sync_every"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, periods):
+            group["sync_every"] = own
+        # torch casts floating states to the parameter's dtype: take float32 momenta of bfloat16 parameters as saved
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, param in zip(saved, params):
+            for name, value in state_dict["state"].get(index, {}).items():
+                device = "cpu" if name in (STEP, ORIGIN) else param.device
+                self.state[param][name] = value.detach().to(device, copy=True)

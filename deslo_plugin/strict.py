@@ -1,0 +1,98 @@
+"""How a mapping written by a person is read: every key known, every value checked, every error says what to do.
+
+Errors have the form *where: expected what, got what; do what*.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be meant: *where: expected what, got what; do what*."""
+
+    def __init__(self, where: str, expected: str, got: str, do: str):
+        super().__init__(f"{where}: expected {expected}, got {got}; {do}")
+
+
+def shown(value: Any) -> str:
+    """A value as an error message quotes it, with its type where the type is what is wrong."""
+    return f"{value!r} ({type(value).__name__})"
+
+
+class Reader:
+    """Takes values out of ``mapping`` one by one; ``finish`` refuses what nobody took.
+
+    ``where`` is the path of the mapping in the user's file ("optimizer.params"), the start of every message.
+    """
+
+    def __init__(self, where: str, mapping: Any):
+        if not isinstance(mapping, Mapping):
+            raise ConfigError(where, "a mapping of keys to values", shown(mapping), "write {...} there")
+        self.where, self._rest, self._known = where, dict(mapping), []
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rest
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """The raw value, unchecked."""
+        self._known.append(key)
+        return self._rest.pop(key, default)
+
+    def number(self, key: str, default: float | None = None, *, low: float = 0.0, below: float | None = None) -> float:
+        """A float in [low, below) or [low, inf)."""
+        value, bounds = self.take(key, default), f"a number >= {low:g}" + (f" and < {below:g}" if below else "")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.refuse(key, bounds, shown(value), self._hint(value))
+        if not (low <= value and (value < below if below else value < float("inf"))):
+            self.refuse(key, bounds, repr(value), "choose a value in that range")
+        return float(value)
+
+    def whole(self, key: str, default: Any = None, *, also: tuple = (), hint: str = "") -> Any:
+        """An int >= 1, or one of the values in ``also``."""
+        value = self.take(key, default)
+        if value in also and not isinstance(value, bool):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            options = "".join(f", {'null' if option is None else repr(option)}" for option in also)
+            self.refuse(key, f"a whole number >= 1{options}", shown(value), hint or self._hint(value))
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            self.refuse(key, "true or false", shown(value), "write true or false without quotes")
+        return value
+
+    def choice(self, key: str, default: str, options: Iterable[str]) -> str:
+        value, options = self.take(key, default), tuple(options)
+        if value not in options:
+            self.refuse(key, "one of " + ", ".join(options), shown(value), near(str(value), options) or "choose one")
+        return value
+
+    def refuse(self, key: str, expected: str, got: str, do: str) -> None:
+        """Raises ``ConfigError`` about ``key``."""
+        raise ConfigError(f"{self.where}.{key}", expected, got, do)
+
+    def finish(self) -> None:
+        """Refuses keys that nothing asked for, with the nearest known key."""
+        for key in self._rest:
+            known = ", ".join(sorted(set(self._known)))
+            raise ConfigError(
+                f"{self.where}.{key}", f"a known key ({known})", "an unknown one",
+                near(str(key), self._known) or "remove it",
+            )
+
+    @staticmethod
+    def _hint(value: Any) -> str:
+        if value == "auto":
+            return 'give the value here: "auto" is filled only where the Hugging Face integration knows it'
+        if isinstance(value, str):
+            return "write it without quotes (in YAML, 1e-4 is text: write 1.0e-4)"
+        return "correct the value" if value is not None else "give it"
+
+
+def near(word: str, options: Iterable[str]) -> str:
+    """``did you mean 'x'?`` for the option closest to ``word``, or nothing."""
+    match = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else ""

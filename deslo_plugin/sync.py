@@ -1,0 +1,105 @@
+"""Launching an average and landing it: the motion between ``collectives`` and the optimizer."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deslo_plugin.buckets import Bucket, pack
+from deslo_plugin.collectives import Average, Work
+from deslo_plugin.telemetry import SyncEvent
+
+States = Mapping[str, Sequence[Tensor]]
+"""State name -> that state of each parameter of a cohort, in the cohort's order."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A replica brought NaN or inf to an average. Raised on every rank of every replica; nothing was written."""
+
+
+@dataclass(frozen=True)
+class _Flight:
+    steps: int
+    bucket: Bucket
+    works: list[Work]
+    bytes: int
+
+
+class Synchronizer:
+    """Averages cohorts of parameters over replicas, on copies: ``launch`` starts, ``land`` waits and returns means.
+
+    A cohort is named by its parameters, so that frameworks may step their groups one by one.
+    """
+
+    def __init__(
+        self, average: Average, *, wire_dtype: torch.dtype, bucket_bytes: int, emit: Callable[[SyncEvent], object]
+    ):
+        self.average, self.wire_dtype, self.bucket_bytes, self.emit = average, wire_dtype, bucket_bytes, emit
+        self._flights: dict[tuple[int, str], tuple[_Flight, int]] = {}  # (id of parameter, state) -> flight, seat
+
+    def launch(self, steps: int, params: Sequence[Tensor], states: States) -> None:
+        """Packs copies of ``states`` and starts their averages, to land once ``steps`` steps are complete."""
+        for state, tensors in states.items():
+            bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.average.divisor)
+            works = [self.average.start(chunk) for chunk in bucket.chunks]
+            sent = sum(chunk.nbytes for chunk in bucket.chunks) // self.average.divisor
+            flight = _Flight(steps, bucket, works, sent)
+            for seat, param in enumerate(params):
+                self._flights[id(param), state] = flight, seat
+
+    @torch.profiler.record_function("deslo::land")
+    def land(self, steps: int, params: Sequence[Tensor], states: States) -> dict[str, list[Tensor]]:
+        """Waits for what was launched for ``steps``, launches what was not, and returns the means in wire dtype.
+
+        Raises ``NonFiniteError`` everywhere if any replica brought NaN or inf, ``AverageError`` on a time-out.
+        """
+        self._launch_absent(steps, params, states)
+        seats = {state: [self._flights.pop((id(param), state)) for param in params] for state in states}
+        flights = {state: list({id(flight): flight for flight, _ in taken}.values()) for state, taken in seats.items()}
+
+        start = time.perf_counter()
+        for flight in (flight for each in flights.values() for flight in each):
+            if flight.steps != steps:
+                raise RuntimeError(f"an average launched for step {flight.steps} was about to land at step {steps}")
+            for work in flight.works:
+                work.wait()
+        exposed = time.perf_counter() - start
+
+        means = {state: [flight.bucket.views[seat] for flight, seat in taken] for state, taken in seats.items()}
+        self._refuse_nonfinite(steps, flights, states)
+        sent = {state: sum(flight.bytes for flight in each) for state, each in flights.items()}
+        self.emit(SyncEvent(steps, sent, exposed))
+        return means
+
+    def abandon(self) -> None:
+        """Waits for all that flies and forgets it: after a load, averages start from the loaded values."""
+        for flight in {id(flight): flight for flight, _ in self._flights.values()}.values():
+            for work in flight.works:
+                work.wait()
+        self._flights.clear()
+
+    def _launch_absent(self, steps: int, params: Sequence[Tensor], states: States) -> None:
+        for state, tensors in states.items():
+            absent = [i for i, param in enumerate(params) if (id(param), state) not in self._flights]
+            if absent:
+                self.launch(steps, [params[i] for i in absent], {state: [tensors[i] for i in absent]})
+
+    def _refuse_nonfinite(self, steps: int, flights: Mapping[str, list[_Flight]], states: States) -> None:
+        bad = [s for s, each in flights.items() if not all(finite(f.bucket.chunks) for f in each)]
+        if not self.average.any(bool(bad)):
+            return
+        mine = not all(finite(tensors) for tensors in states.values())
+        ranks = self.average.culprits(mine)
+        raise NonFiniteError(
+            f"average of {', '.join(bad or states)} after step {steps}: expected finite values, got NaN or inf from "
+            f"rank(s) {ranks}; nothing was written and every rank stops here: resume from the last checkpoint with a "
+            'lower lr or clipping, or set deslo.on_nonfinite to "skip" to leave out steps with broken gradients'
+        )
+
+
+def finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element is NaN or infinite."""
+    norms = torch._foreach_norm([t for t in tensors if t.numel()], float("inf"))
+    return not norms or bool(torch.isfinite(torch.stack(norms)).all())

@@ -1,0 +1,165 @@
+"""DesLoc against the float64 oracle: every rule, number of momenta, order and uneven periods."""
+
+import itertools
+
+import pytest
+import torch
+from oracle import Setting, train
+from worlds import threads
+
+from deslo_plugin import DesLoc
+
+REPLICAS, STEPS, SIZE = 3, 25, 17
+MOMENTA = {
+    "one": ([0.9], [1.0]),
+    "quasi-hyperbolic": ([0.99], [0.7]),
+    "two": ([0.9, 0.99], [0.6, 0.4]),
+    "two and a rest": ([0.9, 0.99], [0.3, 0.4]),
+    "three": ([0.5, 0.9, 0.99], [0.2, 0.3, 0.4]),
+    "raw gradient": ([0.9], [0.0]),
+}
+PERIODS = {"x": 3, "u1": 2, "u2": 5, "u3": None, "v": 7}
+
+
+def noisy_quadratic(replica: int, step: int, x: torch.Tensor) -> torch.Tensor:
+    """Gradient of a quadratic with a bowl per replica and noise that is a function of (replica, step) only."""
+    generator = torch.Generator().manual_seed(1000 * replica + step)
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    scale = torch.linspace(0.5, 2.0, x.numel(), dtype=torch.float64).view(x.shape)
+    return (scale * (x.double() - replica) + noise).to(x.dtype)
+
+
+def config_of(s: Setting, *, overlap: bool = True, dtype: torch.dtype = torch.float64) -> dict:
+    """The two blocks that mean ``s``."""
+    names = {"x": "params", "v": "exp_avg_sq", "u1": "exp_avg", "u2": "exp_avg_2", "u3": "exp_avg_3"}
+    count = len(s.betas)
+    momenta = [
+        {"beta": b, "weight": w, "sync_every": s.periods[f"u{j + 1}"]} for j, (b, w) in enumerate(zip(s.betas, s.weights))
+    ]
+    params = {"rule": s.rule, "lr": s.lr, "weight_decay": s.weight_decay, "momenta": momenta,
+              "sync_every": {"params": s.periods["x"]}}
+    if s.rule != "sgdm":
+        params |= {"eps": s.eps, "second_moment": {"beta": s.beta2, "sync_every": s.periods["v"]}}
+    if s.rule == "adam":
+        params["bias_correction"] = s.bias_correction
+    if s.value_clip:
+        params["clip"] = {"value": s.value_clip}
+    if s.reset:
+        params["reset_momenta"] = True
+    if s.outer:
+        params["outer"] = {"lr": s.outer[0], "momentum": s.outer[1]}
+    assert count <= 3 and names
+    deslo = {"when": "after_update" if s.after_update else "before_update", "bucket_mb": 1,
+             "wire_dtype": str(dtype).removeprefix("torch.")}
+    if not s.after_update:
+        deslo["overlap"] = overlap
+    return {"optimizer": {"type": "DesLoc", "params": params}, "deslo": deslo}
+
+
+def run_ours(s, *, replicas=REPLICAS, steps=STEPS, dtype=torch.float64, overlap=True, gradient=noisy_quadratic):
+    """The states of every replica after ``steps`` steps of ``DesLoc`` on a vector split over two parameters."""
+    config = config_of(s, overlap=overlap, dtype=dtype)
+
+    def replica(average):
+        start = torch.linspace(-1, 1, SIZE, dtype=torch.float64).to(dtype)
+        params = [torch.nn.Parameter(start[:5].clone()), torch.nn.Parameter(start[5:].clone().view(3, 4))]
+        optimizer = DesLoc(params, config, average=average)
+        for step in range(steps):
+            flat = torch.cat([p.detach().flatten() for p in params])
+            g = gradient(average.rank, step, flat)
+            params[0].grad, params[1].grad = g[:5].clone(), g[5:].clone().view(3, 4)
+            optimizer.step()
+        states = {"params": params} | {
+            name: [optimizer.state[p][name] for p in params] for name in optimizer.config.optimizer.moments
+        }
+        return {name: torch.cat([t.detach().flatten() for t in each]) for name, each in states.items()}
+
+    return threads(replicas, replica)
+
+
+def expected(s, *, replicas=REPLICAS, steps=STEPS, gradient=noisy_quadratic):
+    world = train(s, torch.linspace(-1, 1, SIZE, dtype=torch.float64), replicas, steps, gradient)
+    names = [f"exp_avg_{j}" if j > 1 else "exp_avg" for j in range(1, len(s.betas) + 1)]
+    return [
+        {"params": r.x} | dict(zip(names, r.u)) | ({} if s.rule == "sgdm" else {"exp_avg_sq": r.v}) for r in world
+    ]
+
+
+def assert_equal(ours, theirs, relative):
+    for mine, theory in zip(ours, theirs, strict=True):
+        assert mine.keys() == theory.keys()
+        for name in mine:
+            error = (mine[name].double() - theory[name]).abs().max()
+            assert error <= relative * theory[name].abs().max().clamp(min=1.0), f"{name}: {error:.3g}"
+
+
+@pytest.mark.parametrize("after_update", [False, True], ids=["before_update", "after_update"])
+@pytest.mark.parametrize("momenta", MOMENTA)
+@pytest.mark.parametrize("rule", ["sgdm", "adam", "adopt"])
+def test_every_rule_and_order_is_the_oracle_in_float64(rule, momenta, after_update):
+    betas, weights = MOMENTA[momenta]
+    s = Setting(rule, PERIODS, betas, weights, weight_decay=0.1, after_update=after_update)
+    assert_equal(run_ours(s), expected(s), 1e-12)
+
+
+@pytest.mark.parametrize("after_update", [False, True], ids=["before_update", "after_update"])
+@pytest.mark.parametrize("momenta", ["one", "two and a rest", "three"])
+@pytest.mark.parametrize("rule", ["sgdm", "adam", "adopt"])
+def test_every_rule_and_order_is_the_oracle_in_float32(rule, momenta, after_update):
+    betas, weights = MOMENTA[momenta]
+    s = Setting(rule, PERIODS, betas, weights, eps=1e-4, lr=1e-3, after_update=after_update)
+    assert_equal(run_ours(s, dtype=torch.float32), expected(s), 1e-6)
+
+
+@pytest.mark.parametrize("rule", ["adam", "adopt"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"value_clip": 0.5},
+        {"bias_correction": False},
+        {"outer": (0.7, 0.9)},
+        {"outer": (1.0, 0.0)},
+        {"reset": True, "periods": {"x": 4, "u1": None, "u2": None, "v": None}},
+        {"periods": {"x": 4, "u1": None, "u2": None, "v": None}},
+        {"periods": {"x": 1, "u1": 1, "u2": 1, "v": 1}},
+        {"periods": {"x": 4, "u1": 4, "u2": 4, "v": 4}, "after_update": True, "outer": (0.7, 0.9)},
+    ],
+    ids=str,
+)
+def test_variants_are_the_oracle(rule, change):
+    if rule == "adopt" and "bias_correction" in change:
+        change = {}
+    s = Setting(**({"rule": rule, "periods": PERIODS, "betas": [0.9, 0.99], "weights": [0.5, 0.3]} | change))
+    assert_equal(run_ours(s), expected(s), 1e-12)
+
+
+@pytest.mark.parametrize("rule", ["sgdm", "adam", "adopt"])
+def test_overlap_changes_no_bit(rule):
+    s = Setting(rule, PERIODS, [0.9, 0.99], [0.5, 0.3])
+    for with_overlap, without in zip(run_ours(s, dtype=torch.float32), run_ours(s, dtype=torch.float32, overlap=False)):
+        assert all(torch.equal(with_overlap[name], without[name]) for name in without)
+
+
+@pytest.mark.parametrize("after_update", [False, True], ids=["before_update", "after_update"])
+def test_identical_replicas_with_identical_data_are_one_replica(after_update):
+    s = Setting("adam", PERIODS, [0.9, 0.99], [0.5, 0.3], after_update=after_update)
+    same = lambda replica, step, x: noisy_quadratic(0, step, x)  # noqa: E731
+    alone = run_ours(s, replicas=1, gradient=same)[0]
+    for replica in run_ours(s, replicas=2, gradient=same):
+        assert all(torch.equal(replica[name], alone[name]) for name in alone)
+
+
+def test_sgdm_averaged_every_step_after_the_update_is_synchronous_training():
+    s = Setting("sgdm", {"x": 1, "u1": 1}, [0.9], [1.0], after_update=True)
+    synchronous = Setting("sgdm", {"x": None, "u1": None}, [0.9], [1.0])
+    mean = lambda _, step, x: sum(noisy_quadratic(m, step, x) for m in range(REPLICAS)) / REPLICAS  # noqa: E731
+    one = expected(synchronous, replicas=1, gradient=mean)
+    assert_equal(run_ours(s), one * REPLICAS, 1e-12)
+
+
+def test_adam_averaged_every_step_is_not_synchronous_training():
+    s = Setting("adam", {"x": 1, "u1": 1, "v": 1}, [0.9], [1.0], after_update=True)
+    synchronous = Setting("adam", {"x": None, "u1": None, "v": None}, [0.9], [1.0])
+    mean = lambda _, step, x: sum(noisy_quadratic(m, step, x) for m in range(REPLICAS)) / REPLICAS  # noqa: E731
+    one = expected(synchronous, replicas=1, gradient=mean)[0]
+    assert (run_ours(s)[0]["exp_avg_sq"] - one["exp_avg_sq"]).abs().max() > 1e-3

@@ -1,0 +1,152 @@
+"""Worlds of replicas for tests: threads with a barrier average, and real gloo processes.
+
+``threads`` runs a function once per replica in one process, in milliseconds. ``Processes`` keeps a pool of real ranks
+joined by gloo (rendezvous through a file, no ports) and runs module-level functions on all of them.
+"""
+
+import os
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ThreadAverage:
+    """The ``Average`` of one replica of ``world``: means by barrier, over the replicas' threads."""
+
+    divisor = 1
+
+    def __init__(self, world: "ThreadWorld", rank: int):
+        self.world, self.rank = world, rank
+        self.sent: list[int] = []
+
+    def start(self, chunk: Tensor) -> "ThreadAverage._Work":
+        self.sent.append(chunk.nbytes)
+        return self._Work(self, chunk)
+
+    class _Work:
+        def __init__(self, average: "ThreadAverage", chunk: Tensor):
+            self.average, self.chunk = average, chunk
+
+        def wait(self) -> None:
+            everyone = self.average.world.exchange(self.average.rank, self.chunk.clone())
+            self.chunk.copy_(torch.stack(everyone).mean(0))
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def culprits(self, flag: bool) -> list[int]:
+        return [rank for rank, bad in enumerate(self.world.exchange(self.rank, flag)) if bad]
+
+
+class ThreadWorld:
+    def __init__(self, replicas: int):
+        self.replicas, self._slots = replicas, [None] * replicas
+        self._barrier = threading.Barrier(replicas, timeout=60)
+
+    def exchange(self, rank: int, value: Any) -> list[Any]:
+        """Everyone's value, in rank order."""
+        self._slots[rank] = value
+        self._barrier.wait()
+        values = list(self._slots)
+        self._barrier.wait()
+        return values
+
+
+def threads(replicas: int, run: Callable[[ThreadAverage], Any]) -> list[Any]:
+    """``run(average)`` on every replica; results in rank order. Re-raises the first replica's exception."""
+    world, results = ThreadWorld(replicas), [None] * replicas
+
+    def one(rank: int) -> None:
+        try:
+            results[rank] = (run(ThreadAverage(world, rank)), None)
+        except BaseException as error:
+            results[rank] = (None, error)
+            world._barrier.abort()
+
+    workers = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(replicas)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+    errors = [error for _, error in results if error is not None]
+    real = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+    for error in real or errors:
+        raise error
+    return [result for result, _ in results]
+
+
+class RankError(AssertionError):
+    """A function failed on some rank of a ``Processes`` world. ``errors`` holds the traceback of each rank or None."""
+
+    def __init__(self, errors: list[str | None]):
+        super().__init__("\n".join(f"[rank {rank}] {error}" for rank, error in enumerate(errors) if error))
+        self.errors = errors
+
+
+class Processes:
+    """``size`` real processes, one torch thread each, joined by gloo; killed when closed or when a call times out."""
+
+    def __init__(self, size: int, folder: Path):
+        self.size, self._store = size, folder / "rendezvous"
+        context = torch.multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, str(self._store), theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+        """``function(*args)`` on every rank; results in rank order. Raises ``RankError`` with every traceback."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results, errors = [None] * self.size, [None] * self.size
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(timeout):
+                errors[rank] = f"no answer within {timeout} s"
+                continue
+            try:
+                results[rank], errors[rank] = pipe.recv()
+            except EOFError:
+                errors[rank] = "the process died"
+        if any(error and error.startswith(("no answer", "the process died")) for error in errors):
+            self.close()
+        if any(errors):
+            raise RankError(errors)
+        return results
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join(timeout=10)
+
+
+def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            torch.manual_seed(0)
+            pipe.send((function(*args), None))
+        except BaseException:
+            pipe.send((None, traceback.format_exc()))
