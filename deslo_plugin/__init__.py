@@ -1,1 +1,33 @@
+"""Desynchronised local updates for data-parallel training: DES-LOC and MT-DAO as one torch optimizer.
+
+Importing this package is all that a DeepSpeed script needs: from then on a DeepSpeed JSON may say
+``"optimizer": {"type": "DesLoc", ...}`` and ``"deslo": {...}``.
+"""
+
+from typing import Any
+
+from deslo_plugin.collectives import AverageError
+from deslo_plugin.config import load_config
+from deslo_plugin.frameworks.on_import import on_import
 from deslo_plugin.optimizer import DesLoc
+from deslo_plugin.strict import ConfigError
+from deslo_plugin.sync import NonFiniteError
+from deslo_plugin.version import __version__
+
+__all__ = ["AverageError", "ConfigError", "DesLoc", "NonFiniteError", "__version__", "averaged_state_dict", "load_config"]
+
+
+def averaged_state_dict(engine: Any) -> dict[str, Any]:
+    """The mean of all replicas' parameters as a float32 CPU state dict; see ``frameworks.deepspeed.export``."""
+    from deslo_plugin.frameworks.deepspeed import averaged_state_dict
+
+    return averaged_state_dict(engine)
+
+
+def _teach_deepspeed() -> None:
+    from deslo_plugin.frameworks.deepspeed import install
+
+    install()
+
+
+on_import("deepspeed", _teach_deepspeed)

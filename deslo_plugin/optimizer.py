@@ -61,15 +61,16 @@ class DesLoc(torch.optim.Optimizer):
             self._constants |= {"beta2": optimizer.beta2, "eps": optimizer.eps}
         if optimizer.rule == "adam":
             self._constants["bias_correction"] = optimizer.bias_correction
-        self.skips_nonfinite = self.config.deslo.on_nonfinite == "skip"
         if armed:
             self.attach(average or Alone(), chain.from_iterable(group["params"] for group in self.param_groups))
 
     def attach(self, average: Average, params: Any) -> None:
         """Creates the state of ``params``, connects the transport and arms ``step``."""
+        self.state.clear()
         for param in params:
             self._create_state(param)
         self.average = average
+        self.skips_nonfinite = self.config.deslo.on_nonfinite == "skip"
         self._sync = Synchronizer(
             average,
             wire_dtype=getattr(torch, self.config.deslo.wire_dtype),
@@ -96,6 +97,7 @@ class DesLoc(torch.optim.Optimizer):
                 loss = closure()
         if self.armed:
             broken = self.skips_nonfinite and self.average.any(not finite(self._gradients()))
+            self.meter.skipped_steps += broken
             self._advance(self._tick if broken else self._update)
         return loss
 

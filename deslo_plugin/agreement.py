@@ -1,0 +1,61 @@
+"""Whether all ranks were given the same thing, asked before the first step: a mismatch is an error, not a hang."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deslo_plugin.strict import ConfigError
+
+CHUNK = 1 << 22  # words of 8 bytes hashed at a time
+
+
+def agree(what: str, mine: Mapping[str, Any], *, do: str, group: dist.ProcessGroup | None = None) -> None:
+    """Compares ``mine`` over the ranks of ``group`` (default: all); every rank raises the same ``ConfigError``.
+
+    Args:
+        what: where the setting comes from, the start of the message.
+        mine: key -> value, compared by ``str``; keys name the difference.
+        do: what the user should do about a difference.
+    """
+    mine = {key: str(value) for key, value in mine.items()}
+    digest = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
+    if len(set(_gathered(digest, group))) == 1:
+        return
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    everyone = dict(zip(ranks, _gathered(mine, group)))
+    first, *others = ranks
+    for key in dict.fromkeys(key for values in everyone.values() for key in values):
+        reference = everyone[first].get(key, "nothing")
+        different = [rank for rank in others if everyone[rank].get(key, "nothing") != reference]
+        if different:
+            value = everyone[different[0]].get(key, "nothing")
+            raise ConfigError(
+                f"{what} {key}", f"{reference} on every rank, as on rank {first}", f"{value} on rank(s) {different}", do
+            )
+
+
+def digests(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Name -> hash of the tensor's bytes, computed on its device."""
+    return {name: f"{_hash(tensor):016x}" for name, tensor in named}
+
+
+def _hash(tensor: Tensor) -> int:
+    """Sum of 8-byte words times odd position weights, modulo 2^64: equal bytes, equal hash, on every device."""
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    total = raw.numel()
+    for start in range(0, raw.numel(), 8 * CHUNK):
+        part = raw[start : start + 8 * CHUNK]
+        words = torch.nn.functional.pad(part, (0, -part.numel() % 8)).view(torch.int64)
+        position = torch.arange(start // 8, start // 8 + words.numel(), device=words.device)
+        total += int((words * (2 * position * 0x9E3779B97F4A7C1 + 1)).sum())
+    return total % 2**64
+
+
+def _gathered(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
