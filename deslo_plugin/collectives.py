@@ -126,7 +126,7 @@ class ReplicaAverage:
 
         def gather() -> None:
             if self.divisor > 1:
-                dist.all_gather_into_tensor(chunk, own.clone(), group=groups.shard)
+                dist.all_gather(list(chunk.chunk(self.divisor)), own.clone(), group=groups.shard)
 
         return _Pending(work, gather, topology.replica_group, self.timeout_s)
 

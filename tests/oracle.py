@@ -1,21 +1,21 @@
 """M replicas in one process, in float64, from the papers alone: what every implementation is held against.
 
-Imports nothing of the package. One parameter vector per replica; gradients come from a function of (replica, step, x).
-Equation numbers: DES-LOC, arXiv 2505.22549; MT-DAO, arXiv 2510.05361.
+Imports nothing of the package. A model is a list of param groups, one flat vector each; gradients come from a function
+of (replica, step, vectors). Equation numbers: DES-LOC, arXiv 2505.22549; MT-DAO, arXiv 2510.05361.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Gradient = Callable[[int, int, Tensor], Tensor | None]
+Gradient = Callable[[int, int, list[Tensor]], list[Tensor] | None]
 
 
 @dataclass
 class Setting:
-    """One algorithm. ``periods`` has keys "x", "u1", "u2", ..., "v"; None = never."""
+    """One param group's algorithm. ``periods`` has keys "x", "u1", "u2", ..., "v"; None = never."""
 
     rule: str
     periods: dict[str, int | None]
@@ -27,100 +27,133 @@ class Setting:
     weight_decay: float = 0.0
     bias_correction: bool = True
     value_clip: float | None = None
-    norm_clip: float | None = None
     after_update: bool = False
     reset: bool = False
     outer: tuple[float, float] | None = None  # (outer lr, momentum)
 
 
 @dataclass
-class Replica:
+class Group:
+    """One replica's share of one param group. ``updates`` counts the rule's own steps since the start or a reset."""
+
     x: Tensor
     u: list[Tensor]
     v: Tensor
-    updates: int = 0  # made by the rule since the start, or since the last reset
-    anchor: Tensor = field(default_factory=lambda: torch.empty(0))
-    momentum: Tensor = field(default_factory=lambda: torch.empty(0))
+    anchor: Tensor
+    momentum: Tensor
+    updates: int = 0
 
 
-def train(setting: Setting, x0: Tensor, replicas: int, steps: int, gradient: Gradient) -> list[Replica]:
-    """Runs Algorithm 1 and returns the replicas. A gradient of None is a step that this replica skips."""
-    s = setting
-    start = x0.to(torch.float64)
-    zeros = torch.zeros_like(start)
-    world = [
-        Replica(start.clone(), [zeros.clone() for _ in s.betas], zeros.clone(), 0, start.clone(), zeros.clone())
-        for _ in range(replicas)
-    ]
+def train(
+    settings: list[Setting], starts: list[Tensor], replicas: int, steps: int, gradient: Gradient,
+    norm_clip: float | None = None,
+) -> list[list[Group]]:
+    """Runs Algorithm 1; returns world[replica][group]. A gradient of None is a step that this replica skips."""
+    world = [[_start(s, x.double()) for s, x in zip(settings, starts)] for _ in range(replicas)]
     for t in range(steps):
-        gradients = [gradient(m, t, world[m].x) for m in range(replicas)]  # at the un-averaged parameters
-        if not s.after_update:
-            _average(world, s, t)
-        for replica, g in zip(world, gradients):
-            if g is not None:
-                _update(replica, s, _clip(g.to(torch.float64), s))
-        if s.after_update:
-            _average(world, s, t + 1)
+        # gradients are taken at the parameters as they are before the average of this step
+        gradients = [gradient(m, t, [group.x for group in groups]) for m, groups in enumerate(world)]
+        for index, s in enumerate(settings):
+            column = [groups[index] for groups in world]
+            if not s.after_update:
+                _average(column, s, t)
+            for group, g in zip(column, gradients):
+                if g is not None:
+                    _update(group, s, _clip([each.double() for each in g], norm_clip)[index])
+            if s.after_update:
+                _average(column, s, t + 1)
     return world
 
 
-def _clip(g: Tensor, s: Setting) -> Tensor:
-    if s.norm_clip is not None:
-        g = g * min(1.0, s.norm_clip / (float(g.norm()) + 1e-6))
-    return g if s.value_clip is None else g.clamp(-s.value_clip, s.value_clip)
+def _start(s: Setting, x: Tensor) -> Group:
+    zeros = torch.zeros_like(x)
+    return Group(x.clone(), [zeros.clone() for _ in s.betas], zeros.clone(), x.clone(), zeros.clone())
 
 
-def _average(world: list[Replica], s: Setting, t: int) -> None:
+def _clip(g: list[Tensor], norm_clip: float | None) -> list[Tensor]:
+    if norm_clip is None:
+        return g
+    norm = float(torch.cat([each.flatten() for each in g]).norm())
+    return [each * min(1.0, norm_clip / (norm + 1e-6)) for each in g]
+
+
+def _average(column: list[Group], s: Setting, t: int) -> None:
     def due(key: str) -> bool:
         return t > 0 and s.periods.get(key) is not None and t % s.periods[key] == 0
 
-    def mean(of: Callable[[Replica], Tensor]) -> Tensor:
-        return torch.stack([of(replica) for replica in world]).mean(0)
+    def mean(of: Callable[[Group], Tensor]) -> Tensor:
+        return torch.stack([of(group) for group in column]).mean(0)
 
-    if due("x"):
-        average = mean(lambda r: r.x)
-        for replica in world:
-            if s.outer:
-                lr, beta = s.outer
-                progress = replica.anchor - average
-                replica.momentum = beta * replica.momentum + progress
-                replica.anchor = replica.anchor - lr * (progress + beta * replica.momentum)
-                replica.x = replica.anchor.clone()
-            else:
-                replica.x = average.clone()
+    x, v = mean(lambda group: group.x), mean(lambda group: group.v)
+    u = [mean(lambda group: group.u[j]) for j in range(len(s.betas))]
+    for group in column:
+        if due("v"):
+            group.v = v.clone()
+        group.u = [u[j].clone() if due(f"u{j + 1}") else group.u[j] for j in range(len(s.betas))]
+        if due("x"):
+            group.x = _server(group, s, x)
             if s.reset:
-                replica.u = [torch.zeros_like(u) for u in replica.u]
-                replica.v, replica.updates = torch.zeros_like(replica.v), 0
-    for j in range(len(s.betas)):
-        if due(f"u{j + 1}"):
-            average = mean(lambda r: r.u[j])
-            for replica in world:
-                replica.u[j] = average.clone()
-    if due("v"):
-        average = mean(lambda r: r.v)
-        for replica in world:
-            replica.v = average.clone()
+                group.u = [torch.zeros_like(each) for each in group.u]
+                group.v, group.updates = torch.zeros_like(group.v), 0
 
 
-def _update(r: Replica, s: Setting, g: Tensor) -> None:
-    t, r.updates = r.updates, r.updates + 1
+def _server(group: Group, s: Setting, average: Tensor) -> Tensor:
+    if s.outer is None:
+        return average.clone()
+    lr, beta = s.outer
+    progress = group.anchor - average
+    group.momentum = beta * group.momentum + progress
+    group.anchor = group.anchor - lr * (progress + beta * group.momentum)
+    return group.anchor.clone()
+
+
+def _update(group: Group, s: Setting, g: Tensor) -> None:
+    t, group.updates = group.updates, group.updates + 1
+    if s.value_clip is not None:
+        g = g.clamp(-s.value_clip, s.value_clip)
     if s.rule == "adopt" and t == 0:
-        r.v = g * g
+        group.v = g * g
         return
     direction = g
     if s.rule == "adopt":
-        direction = g / r.v.sqrt().clamp(min=s.eps)
-        direction = direction.clamp(-(t**0.25), t**0.25)
-    r.u = [beta * u + (1 - beta) * direction for u, beta in zip(r.u, s.betas)]
-    momenta, denominator = r.u, torch.ones_like(r.x)
+        direction = (g / group.v.sqrt().clamp(min=s.eps)).clamp(-(t**0.25), t**0.25)
+    group.u = [beta * u + (1 - beta) * direction for u, beta in zip(group.u, s.betas)]
+    momenta, denominator = group.u, torch.ones_like(group.x)
     if s.rule == "adam":
-        r.v = s.beta2 * r.v + (1 - s.beta2) * g * g
-        v = r.v
+        group.v = v = s.beta2 * group.v + (1 - s.beta2) * g * g
         if s.bias_correction:
-            momenta = [u / (1 - beta ** (t + 1)) for u, beta in zip(r.u, s.betas)]
-            v = r.v / (1 - s.beta2 ** (t + 1))
+            momenta = [u / (1 - beta ** (t + 1)) for u, beta in zip(group.u, s.betas)]
+            v = v / (1 - s.beta2 ** (t + 1))
         denominator = v.sqrt() + s.eps
     d = (1 - sum(s.weights)) * direction + sum(w * u for w, u in zip(s.weights, momenta))
-    r.x = (1 - s.lr * s.weight_decay) * r.x - s.lr * d / denominator
+    group.x = (1 - s.lr * s.weight_decay) * group.x - s.lr * d / denominator
     if s.rule == "adopt":
-        r.v = s.beta2 * r.v + (1 - s.beta2) * g * g
+        group.v = s.beta2 * group.v + (1 - s.beta2) * g * g
+
+
+def blocks(s: Setting, **deslo: object) -> dict:
+    """The two config blocks that mean ``s``, with ``deslo`` as given."""
+    momenta = [
+        {"beta": beta, "weight": weight, "sync_every": s.periods[f"u{j + 1}"]}
+        for j, (beta, weight) in enumerate(zip(s.betas, s.weights))
+    ]
+    params = {"rule": s.rule, "lr": s.lr, "weight_decay": s.weight_decay, "momenta": momenta}
+    params["sync_every"] = {"params": s.periods["x"]}
+    if s.rule != "sgdm":
+        params |= {"eps": s.eps, "second_moment": {"beta": s.beta2, "sync_every": s.periods["v"]}}
+    if s.rule == "adam":
+        params["bias_correction"] = s.bias_correction
+    if s.value_clip is not None:
+        params["clip"] = {"value": s.value_clip}
+    if s.reset:
+        params["reset_momenta"] = True
+    if s.outer is not None:
+        params["outer"] = {"lr": s.outer[0], "momentum": s.outer[1]}
+    when = "after_update" if s.after_update else "before_update"
+    return {"optimizer": {"type": "DesLoc", "params": params}, "deslo": {"when": when, **deslo}}
+
+
+def states(s: Setting, group: Group) -> dict[str, Tensor]:
+    """What ``DesLoc`` calls params, exp_avg, ..., exp_avg_sq."""
+    names = [f"exp_avg_{j}" if j > 1 else "exp_avg" for j in range(1, len(s.betas) + 1)]
+    return {"params": group.x} | dict(zip(names, group.u)) | ({} if s.rule == "sgdm" else {"exp_avg_sq": group.v})

@@ -1,10 +1,8 @@
 """DesLoc against the float64 oracle: every rule, number of momenta, order and uneven periods."""
 
-import itertools
-
 import pytest
 import torch
-from oracle import Setting, train
+from oracle import Setting, blocks, states, train
 from worlds import threads
 
 from deslo_plugin import DesLoc
@@ -29,36 +27,9 @@ def noisy_quadratic(replica: int, step: int, x: torch.Tensor) -> torch.Tensor:
     return (scale * (x.double() - replica) + noise).to(x.dtype)
 
 
-def config_of(s: Setting, *, overlap: bool = True, dtype: torch.dtype = torch.float64) -> dict:
-    """The two blocks that mean ``s``."""
-    names = {"x": "params", "v": "exp_avg_sq", "u1": "exp_avg", "u2": "exp_avg_2", "u3": "exp_avg_3"}
-    count = len(s.betas)
-    momenta = [
-        {"beta": b, "weight": w, "sync_every": s.periods[f"u{j + 1}"]} for j, (b, w) in enumerate(zip(s.betas, s.weights))
-    ]
-    params = {"rule": s.rule, "lr": s.lr, "weight_decay": s.weight_decay, "momenta": momenta,
-              "sync_every": {"params": s.periods["x"]}}
-    if s.rule != "sgdm":
-        params |= {"eps": s.eps, "second_moment": {"beta": s.beta2, "sync_every": s.periods["v"]}}
-    if s.rule == "adam":
-        params["bias_correction"] = s.bias_correction
-    if s.value_clip:
-        params["clip"] = {"value": s.value_clip}
-    if s.reset:
-        params["reset_momenta"] = True
-    if s.outer:
-        params["outer"] = {"lr": s.outer[0], "momentum": s.outer[1]}
-    assert count <= 3 and names
-    deslo = {"when": "after_update" if s.after_update else "before_update", "bucket_mb": 1,
-             "wire_dtype": str(dtype).removeprefix("torch.")}
-    if not s.after_update:
-        deslo["overlap"] = overlap
-    return {"optimizer": {"type": "DesLoc", "params": params}, "deslo": deslo}
-
-
 def run_ours(s, *, replicas=REPLICAS, steps=STEPS, dtype=torch.float64, overlap=True, gradient=noisy_quadratic):
     """The states of every replica after ``steps`` steps of ``DesLoc`` on a vector split over two parameters."""
-    config = config_of(s, overlap=overlap, dtype=dtype)
+    config = blocks(s, overlap=overlap and not s.after_update, wire_dtype=str(dtype).removeprefix("torch."), bucket_mb=1)
 
     def replica(average):
         start = torch.linspace(-1, 1, SIZE, dtype=torch.float64).to(dtype)
@@ -69,20 +40,18 @@ def run_ours(s, *, replicas=REPLICAS, steps=STEPS, dtype=torch.float64, overlap=
             g = gradient(average.rank, step, flat)
             params[0].grad, params[1].grad = g[:5].clone(), g[5:].clone().view(3, 4)
             optimizer.step()
-        states = {"params": params} | {
+        ours = {"params": params} | {
             name: [optimizer.state[p][name] for p in params] for name in optimizer.config.optimizer.moments
         }
-        return {name: torch.cat([t.detach().flatten() for t in each]) for name, each in states.items()}
+        return {name: torch.cat([t.detach().flatten() for t in each]) for name, each in ours.items()}
 
     return threads(replicas, replica)
 
 
 def expected(s, *, replicas=REPLICAS, steps=STEPS, gradient=noisy_quadratic):
-    world = train(s, torch.linspace(-1, 1, SIZE, dtype=torch.float64), replicas, steps, gradient)
-    names = [f"exp_avg_{j}" if j > 1 else "exp_avg" for j in range(1, len(s.betas) + 1)]
-    return [
-        {"params": r.x} | dict(zip(names, r.u)) | ({} if s.rule == "sgdm" else {"exp_avg_sq": r.v}) for r in world
-    ]
+    start = torch.linspace(-1, 1, SIZE, dtype=torch.float64)
+    world = train([s], [start], replicas, steps, lambda m, t, x: [gradient(m, t, x[0])])
+    return [states(s, groups[0]) for groups in world]
 
 
 def assert_equal(ours, theirs, relative):

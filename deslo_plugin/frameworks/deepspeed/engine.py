@@ -3,7 +3,7 @@
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,11 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partition_parameters, utils as zero_utils
-from torch import Tensor
 
 from deslo_plugin.agreement import agree, digests
 from deslo_plugin.collectives import Groups, ReplicaAverage
 from deslo_plugin.config import DesloConfig, as_dict, read_deslo
-from deslo_plugin.frameworks.deepspeed import checkpoint
+from deslo_plugin.frameworks.deepspeed import checkpoint, zero
 from deslo_plugin.frameworks.deepspeed.groups import ReplicaUnit, active, groups_of
 from deslo_plugin.frameworks.deepspeed.job import compared, job_of, refuse_unsupported
 from deslo_plugin.log import say
@@ -129,7 +128,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     optimizer, stage = engine.basic_optimizer, engine.zero_optimization_stage()
     agree("optimizer", as_dict(optimizer.config), do="build the same optimizer on every rank")
     average = ReplicaAverage(groups, timeout_s=deslo.timeout_s, split=stage == 0)
-    partitions = list(_partitions(engine))
+    partitions = list(zero.partitions(engine))
     optimizer.attach(average, [param for params in partitions for param in params])
     # elsewhere DeepSpeed looks at the gradients itself, before it hands them over group by group
     optimizer.skips_nonfinite &= engine.optimizer is optimizer
@@ -169,32 +168,10 @@ def _kept_in_step(engine: DeepSpeedEngine, take_model_step: Callable[[Any], None
         attachment.meter.skipped_steps += 1
         say(f"deslo: step {engine.global_steps} skipped on replica {attachment.topology.replica} (gradient not finite); "
             "it keeps its state and averages with the others", logging.WARNING)
-        for _ in _stepwise(engine):
+        for _ in zero.stepwise(engine):
             attachment.optimizer.skip_step()
+        zero.publish(engine)
         if engine.lr_scheduler is not None:
             engine.lr_scheduler.step(**(lr_kwargs or {}))
 
     return step
-
-
-def _partitions(engine: DeepSpeedEngine) -> Iterator[list[Tensor]]:
-    """For each param group, the tensors on this rank that the optimizer will step."""
-    for index, group in enumerate(engine.basic_optimizer.param_groups):
-        if engine.zero_optimization_partition_weights():
-            of_group = engine.optimizer.sub_group_to_group_id
-            flat = engine.optimizer.fp32_partitioned_groups_flat
-            yield [tensor for sub_group, tensor in enumerate(flat) if of_group[sub_group] == index]
-        else:
-            yield group["params"]
-
-
-def _stepwise(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Shows the optimizer its parameters as the engine does in a step: ZeRO-3 one sub-group at a time, else all."""
-    if not engine.zero_optimization_partition_weights():
-        yield
-        return
-    for sub_group, tensor in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
-        group = engine.basic_optimizer.param_groups[engine.optimizer.sub_group_to_group_id[sub_group]]
-        group["params"] = [tensor]
-        yield
-        group["params"] = []

@@ -6,6 +6,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
+from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs
+
 
 @torch.no_grad()
 def averaged_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
@@ -13,15 +15,11 @@ def averaged_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 
     Collective over all ranks; needs room for one parameter more on each device. Buffers are those of this rank.
     """
-    unfused = {
-        id(low): high
-        for lows, highs in zip(getattr(engine.optimizer, "fp16_groups", []), getattr(engine.optimizer, "fp32_groups", []))
-        for low, high in zip(lows, highs)
-    }  # ZeRO stage 0 in bf16: parameter -> its float32 master
+    stage_0 = {} if engine.zero_optimization() else {id(param): master for param, master in low_precision_pairs(engine)}
     state = {name: buffer.detach().cpu() for name, buffer in engine.module.named_buffers()}
     for name, param in engine.module.named_parameters():
         full = safe_get_full_fp32_param(param) if engine.zero_optimization() else None
-        full = unfused.get(id(param), param) if full is None else full
+        full = stage_0.get(id(param), param) if full is None else full
         full = full.detach().to(engine.device, torch.float32, copy=True)
         dist.all_reduce(full, op=dist.ReduceOp.AVG)  # the ranks of a replica hold the same: this is the replicas' mean
         state[name] = full.cpu()

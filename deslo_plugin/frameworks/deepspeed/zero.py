@@ -1,0 +1,49 @@
+"""Where each ZeRO stage keeps the tensors that the optimizer steps, and how they get from there into the model."""
+
+from collections.abc import Iterator
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+
+def partitions(engine: DeepSpeedEngine) -> Iterator[list[Tensor]]:
+    """For each param group, the tensors on this rank that the optimizer will step."""
+    for index, group in enumerate(engine.basic_optimizer.param_groups):
+        if engine.zero_optimization_partition_weights():
+            flat, of_group = engine.optimizer.fp32_partitioned_groups_flat, engine.optimizer.sub_group_to_group_id
+            yield [tensor for sub_group, tensor in enumerate(flat) if of_group[sub_group] == index]
+        else:
+            yield group["params"]
+
+
+def stepwise(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Shows the optimizer its parameters as the engine does in a step: ZeRO-3 one sub-group at a time, else all."""
+    if not engine.zero_optimization_partition_weights():
+        yield
+        return
+    for sub_group, tensor in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
+        group = engine.basic_optimizer.param_groups[engine.optimizer.sub_group_to_group_id[sub_group]]
+        group["params"] = [tensor]
+        yield
+        group["params"] = []
+
+
+@torch.no_grad()
+def publish(engine: DeepSpeedEngine) -> None:
+    """Copies the stepped tensors into the model, as the engine does at the end of a step that it does not skip."""
+    if engine.zero_optimization_partition_weights():
+        for sub_group in range(len(engine.optimizer.fp32_partitioned_groups_flat)):
+            engine.optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+    elif hasattr(engine.optimizer, "update_lp_params"):  # ZeRO-1 and -2
+        engine.optimizer.update_lp_params()
+    else:
+        for param, master in low_precision_pairs(engine):
+            param.copy_(master)
+
+
+def low_precision_pairs(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, Tensor]]:
+    """ZeRO stage 0 in bf16: each model parameter with its float32 master; nothing in float32."""
+    wrapper = engine.optimizer
+    for params, masters in zip(getattr(wrapper, "fp16_groups", []), getattr(wrapper, "fp32_groups", [])):
+        yield from zip(params, masters)

@@ -1,0 +1,175 @@
+"""Real DeepSpeed engines, 4 processes = 2 replicas x 2 ranks, against the float64 oracle."""
+
+import jobs
+import pytest
+import torch
+from oracle import Setting, blocks, states, train
+
+REPLICAS, SHARDS, STEPS, ACCUMULATION, CLIP = 2, 2, 42, 2, 0.3
+PERIODS = {"x": 3, "u1": 6, "u2": 4, "v": 12}
+RULES = {
+    "des-loc-adam": Setting("adam", PERIODS, [0.9], [1.0], eps=1e-3),
+    "mt-dao-adam-n2": Setting("adam", PERIODS, [0.9, 0.99], [0.5, 0.3], eps=1e-3),
+    "mt-dao-adopt-qh": Setting("adopt", PERIODS, [0.99], [0.7], eps=1e-3, lr=1e-3),
+    "des-loc-sgdm": Setting("sgdm", PERIODS, [0.9], [1.0]),
+}
+
+
+def ds_config(s: Setting, stage: int, **more) -> dict:
+    deslo = {"replica_size": SHARDS} | more.pop("deslo", {})
+    return blocks(s, **deslo) | {
+        "zero_optimization": {"stage": stage},
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": CLIP,
+    } | more
+
+
+def oracle_states(s: Setting, steps: int = STEPS, broken: tuple[int, int] | None = None) -> list[dict]:
+    """replica -> state -> parameter name -> flat tensor, for the job in jobs.py."""
+    model = jobs.net().double()
+    groups = jobs.two_groups(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    settings = [
+        Setting(**vars(s) | {"weight_decay": 0.1}),
+        Setting(**vars(s) | {"lr": 5e-3, "periods": s.periods | {"x": 2}}),
+    ]
+
+    def gradient(replica, step, vectors):
+        if broken == (replica, step):
+            return None
+        for group, vector in zip(groups, vectors):
+            torch.nn.utils.vector_to_parameters(vector, group["params"])
+        model.zero_grad()
+        for rank in range(replica * SHARDS, (replica + 1) * SHARDS):
+            for micro in range(ACCUMULATION):
+                inputs, targets = (each.double() for each in jobs.batch(rank, step, micro))
+                ((model(inputs) - targets).square().mean() / (SHARDS * ACCUMULATION)).backward()
+        return [torch.cat([p.grad.flatten() for p in group["params"]]) for group in groups]
+
+    starts = [torch.cat([p.detach().flatten() for p in group["params"]]) for group in groups]
+    world = train(settings, [x.clone() for x in starts], REPLICAS, steps, gradient, norm_clip=CLIP)
+    out = []
+    for replica in world:
+        by_state: dict = {}
+        for s_g, group, params in zip(settings, replica, groups):
+            for state, vector in states(s_g, group).items():
+                for param, part in zip(params["params"], vector.split([p.numel() for p in params["params"]])):
+                    by_state.setdefault(state, {})[names[id(param)]] = part
+        out.append(by_state)
+    return out
+
+
+def assert_oracle(results: list[dict], theory: list[dict], tolerance: float = 1e-5) -> None:
+    for rank, result in enumerate(results):
+        for state, tensors in theory[rank // SHARDS].items():
+            for name, expected in tensors.items():
+                error = (result["states"][state][name].double() - expected).abs().max()
+                assert error <= tolerance, f"rank {rank}, {state} of {name}: {error:.3g}"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", RULES)
+def test_every_stage_trains_as_the_oracle(four, stage, name):
+    s = RULES[name]
+    assert_oracle(four().run(jobs.run, ds_config(s, stage), STEPS), oracle_states(s))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_after_update_trains_as_the_oracle(four, stage):
+    s = Setting(**vars(RULES["mt-dao-adam-n2"]) | {"after_update": True})
+    assert_oracle(four().run(jobs.run, ds_config(s, stage), STEPS), oracle_states(s))
+
+
+@pytest.mark.parametrize("outer", [(0.7, 0.9), (1.0, 0.9)], ids=["diloco", "outer lr 1"])
+def test_outer_nesterov_trains_as_the_oracle(four, outer):
+    s = Setting(**vars(RULES["des-loc-adam"]) | {"outer": outer})
+    assert_oracle(four().run(jobs.run, ds_config(s, 2), STEPS), oracle_states(s))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_cpu_offload_changes_no_bit(four, stage):
+    s = RULES["mt-dao-adam-n2"]
+    offload = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    resident = four().run(jobs.run, ds_config(s, stage), 14)
+    offloaded = four().run(jobs.run, ds_config(s, stage, zero_optimization=offload), 14)
+    assert_same_states(resident, offloaded, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_overlap_changes_no_bit(four, stage):
+    s = RULES["mt-dao-adam-n2"]
+    on = four().run(jobs.run, ds_config(s, stage, deslo={"overlap": True}), 14)
+    off = four().run(jobs.run, ds_config(s, stage, deslo={"overlap": False}), 14)
+    assert_same_states(on, off, tolerance=0)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_copies_are_the_masters_after_every_step(four, stage):
+    ds = ds_config(RULES["des-loc-adam"], stage, bf16={"enabled": True})
+    for rank, steps in enumerate(four().run(jobs.low_precision_copies, ds, 8)):
+        for step, tensors in enumerate(steps):
+            for name, (master, copy) in tensors.items():
+                assert torch.equal(master, copy), f"rank {rank}, step {step}, {name}"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bytes_are_shard_bytes_times_events(four, stage):
+    results = four().run(jobs.run, ds_config(RULES["mt-dao-adam-n2"], stage), 25)
+    matrices, biases = jobs.INPUTS * jobs.HIDDEN + jobs.HIDDEN * jobs.OUTPUTS, jobs.HIDDEN + jobs.OUTPUTS
+    shard = {"matrices": 4 * (matrices // SHARDS), "biases": 4 * -(-biases // SHARDS)}
+    if stage == 3:  # ZeRO-3 pads each parameter to a multiple of the shards
+        shard["biases"] = 4 * (jobs.HIDDEN // SHARDS + -(-jobs.OUTPUTS // SHARDS))
+    for result in results:
+        assert result["bytes"] == result["planned"] == {
+            "params": shard["matrices"] * 8 + shard["biases"] * 12,  # every 3 and every 2 of 24 steps
+            "exp_avg": sum(shard.values()) * 4,
+            "exp_avg_2": sum(shard.values()) * 6,
+            "exp_avg_sq": sum(shard.values()) * 2,
+        }
+        assert result["events"] == {"params": 16, "exp_avg": 4, "exp_avg_2": 6, "exp_avg_sq": 2}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_nothing_crosses_replicas_between_averages(four, stage):
+    s = Setting(**vars(RULES["des-loc-adam"]) | {"periods": {"x": 6, "u1": 6, "v": 6}})
+    ds = ds_config(s, stage, deslo={"overlap": False})
+    ds["optimizer"]["params"]["sync_every"] = {"params": 6}
+    for rank, calls in enumerate(four().run(jobs.traffic, ds, 14)):
+        crossing = [
+            (step, name, size) for step, name, ranks, size in calls if len({each // SHARDS for each in ranks}) > 1
+        ]
+        late = [(step, name) for step, name, size in crossing if step >= 2]  # ZeRO-3 compares its trace in steps 0-1
+        averages = {2, 4, 6, 8, 10, 12}  # the biases' own period is 2
+        assert {step for step, _ in late} == averages, (rank, late)
+        assert {name for _, name in late} == {"all_reduce"}
+
+
+def test_a_step_skipped_for_nan_on_one_replica_still_ticks_and_averages(four):
+    s = RULES["des-loc-adam"]
+    for stage in (1, 2, 3):
+        results = four().run(jobs.run, ds_config(s, stage), 20, (1, 6))
+        assert [result["skipped"] for result in results] == [0, 0, 1, 1]
+        assert_oracle(results, oracle_states(s, 20, broken=(1, 6)))
+
+
+def test_on_nonfinite_skip_leaves_out_the_step_where_deepspeed_looks_at_nothing(four):
+    s = RULES["des-loc-adam"]
+    results = four().run(jobs.run, ds_config(s, 0, deslo={"on_nonfinite": "skip"}), 20, (1, 6))
+    assert [result["skipped"] for result in results] == [0, 0, 1, 1]
+    assert_oracle(results, oracle_states(s, 20, broken=(1, 6)))
+
+
+def test_lr_schedulers_stay_equal_when_one_replica_skips(four):
+    schedule = {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.01, "warmup_num_steps": 30,
+                                               "warmup_type": "linear"}}
+    results = four().run(jobs.run, ds_config(RULES["des-loc-adam"], 2, scheduler=schedule), 10, (0, 4))
+    assert len({tuple(result["lr"]) for result in results}) == 1
+    assert 0 < results[0]["lr"][0] < 0.01
+
+
+def assert_same_states(some: list[dict], others: list[dict], tolerance: float) -> None:
+    for one, other in zip(some, others, strict=True):
+        for state, tensors in one["states"].items():
+            for name, tensor in tensors.items():
+                error = (tensor - other["states"][state][name]).abs().max()
+                assert error <= tolerance, f"{state} of {name}: {error:.3g}"
