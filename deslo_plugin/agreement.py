@@ -1,7 +1,7 @@
 """Whether all ranks were given the same thing, asked before the first step: a mismatch is an error, not a hang."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,29 +13,31 @@ from deslo_plugin.strict import ConfigError
 CHUNK = 1 << 22  # words of 8 bytes hashed at a time
 
 
-def agree(what: str, mine: Mapping[str, Any], *, do: str, group: dist.ProcessGroup | None = None) -> None:
-    """Compares ``mine`` over the ranks of ``group`` (default: all); every rank raises the same ``ConfigError``.
+def agree(what: str, mine: Mapping[str, Any], *, do: str, among: Sequence[Sequence[int]] | None = None) -> None:
+    """Compares ``mine`` over all ranks, or over those of each list in ``among``; all ranks raise the same error or none.
 
     Args:
         what: where the setting comes from, the start of the message.
         mine: key -> value, compared by ``str``; keys name the difference.
         do: what the user should do about a difference.
+
+    Raises ``ConfigError`` with the first key that differs, the two values, and the ranks.
     """
     mine = {key: str(value) for key, value in mine.items()}
-    digest = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
-    if len(set(_gathered(digest, group))) == 1:
+    among = among or [range(dist.get_world_size())]
+    digest = _gathered(hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest())
+    if all(len({digest[rank] for rank in ranks}) == 1 for ranks in among):
         return
-    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-    everyone = dict(zip(ranks, _gathered(mine, group)))
-    first, *others = ranks
-    for key in dict.fromkeys(key for values in everyone.values() for key in values):
-        reference = everyone[first].get(key, "nothing")
-        different = [rank for rank in others if everyone[rank].get(key, "nothing") != reference]
-        if different:
-            value = everyone[different[0]].get(key, "nothing")
-            raise ConfigError(
-                f"{what} {key}", f"{reference} on every rank, as on rank {first}", f"{value} on rank(s) {different}", do
-            )
+    everyone = _gathered(mine)
+    for first, *others in among:
+        for key in dict.fromkeys(key for rank in [first, *others] for key in everyone[rank]):
+            reference = everyone[first].get(key, "nothing")
+            different = [rank for rank in others if everyone[rank].get(key, "nothing") != reference]
+            if different:
+                raise ConfigError(
+                    f"{what} {key}", f"{reference} on every rank, as on rank {first}",
+                    f"{everyone[different[0]].get(key, 'nothing')} on rank(s) {different}", do,
+                )
 
 
 def digests(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
@@ -55,7 +57,7 @@ def _hash(tensor: Tensor) -> int:
     return total % 2**64
 
 
-def _gathered(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+def _gathered(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
     return values

@@ -6,8 +6,10 @@ joined by gloo (rendezvous through a file, no ports) and runs module-level funct
 
 import os
 import threading
+import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -99,7 +101,7 @@ class Processes:
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, str(self._store), theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, str(self._store), theirs))
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -109,13 +111,14 @@ class Processes:
     def alive(self) -> bool:
         return all(process.is_alive() for process in self._processes)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """``function(*args)`` on every rank; results in rank order. Raises ``RankError`` with every traceback."""
         for pipe in self._pipes:
             pipe.send((function, args))
         results, errors = [None] * self.size, [None] * self.size
+        deadline = time.monotonic() + timeout
         for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(timeout):
+            if not pipe.poll(max(1.0, deadline - time.monotonic())):
                 errors[rank] = f"no answer within {timeout} s"
                 continue
             try:
@@ -139,7 +142,8 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size,
+                                         timeout=timedelta(seconds=100))
     while True:
         try:
             function, args = pipe.recv()

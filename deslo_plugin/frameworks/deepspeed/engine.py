@@ -106,7 +106,7 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
         for name, p in params.items()
     }
     agree("model parameter", shapes, do="build the same model on every rank")
-    sharded = {name: p.ds_tensor for name, p in params.items() if hasattr(p, "ds_tensor")}
+    sharded = {name: zero.own_part(p) for name, p in params.items() if hasattr(p, "ds_tensor")}
     for name, p in params.items():
         if name in sharded and dist.get_world_size(p.ds_process_group) != groups.topology.replica_size:
             raise ConfigError(f"parameter {name}", f"zero.Init over the {groups.topology.replica_size} ranks of a replica",
@@ -117,10 +117,11 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
         for tensor in whole.values():
             dist.broadcast(tensor, src=0)
         for tensor in sharded.values():
-            dist.broadcast(tensor.data, src=groups.topology.shard, group=groups.replica)
+            dist.broadcast(tensor, src=groups.topology.shard, group=groups.replica)
     do = 'seed every rank alike, or set "deslo": {"initial_params": "broadcast"} to start from replica 0'
     agree("initial value of parameter", digests(whole.items()), do=do)
-    agree("initial value of parameter", digests(sharded.items()), do=do, group=groups.replica)
+    columns = [range(s, groups.topology.world_size, groups.topology.replica_size) for s in range(groups.topology.replica_size)]
+    agree("initial value of parameter", digests(sharded.items()), do=do, among=columns)
 
 
 def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: ReplicaUnit) -> None:

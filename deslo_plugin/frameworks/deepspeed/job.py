@@ -115,9 +115,9 @@ def refuse_unsupported(ds: Mapping[str, Any], model: Any, mpu: Any, deslo: Deslo
         raise ConfigError("torch_autocast.enabled", "it unset with DesLoc", "True", "use bf16 or fp16: a step that the "
                           "autocast scaler skips on one replica cannot be seen")
     if deslo.on_nonfinite == "skip" and stage in (1, 2) and _at(ds, "bf16.enabled"):
-        if not _at(ds, "bf16.check_grad_overflow"):
-            raise ConfigError("deslo.on_nonfinite", '"skip" with "bf16": {"check_grad_overflow": true}', "no such check",
-                              "add it, or DeepSpeed applies broken gradients")
+        if _at(ds, "bf16.check_grad_overflow") is False:
+            raise ConfigError("bf16.check_grad_overflow", 'true with "deslo": {"on_nonfinite": "skip"}', "False",
+                              "remove it, or DeepSpeed applies broken gradients")
     if mpu is not None:
         raise ConfigError("deepspeed.initialize(mpu=...)", "none with DesLoc", type(mpu).__name__,
                           "remove it: model parallelism is not supported yet")

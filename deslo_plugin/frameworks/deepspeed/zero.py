@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
@@ -47,3 +48,10 @@ def low_precision_pairs(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, Tenso
     wrapper = engine.optimizer
     for params, masters in zip(getattr(wrapper, "fp16_groups", []), getattr(wrapper, "fp32_groups", [])):
         yield from zip(params, masters)
+
+
+def own_part(param: Tensor) -> Tensor:
+    """This rank's shard of a ZeRO-3 parameter, without the uninitialised padding of the last one."""
+    shard = param.ds_tensor.data.view(-1)
+    start = dist.get_rank(param.ds_process_group) * shard.numel()
+    return shard[: max(0, param.ds_numel - start)]

@@ -1,0 +1,95 @@
+"""What a DeepSpeed user does around training: other ways in, resuming, exporting, other engines."""
+
+import jobs
+import pytest
+import torch
+from oracle import blocks
+from test_deepspeed import RULES, assert_oracle, assert_same_states, ds_config, oracle_states
+
+N2 = RULES["mt-dao-adam-n2"]
+
+
+@pytest.mark.parametrize("how", ["object", "callable"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_an_optimizer_made_by_the_script_is_the_json_entry(four, stage, how):
+    ds = ds_config(N2, stage)
+    block = {"optimizer": ds.pop("optimizer"), "deslo": ds.pop("deslo")}
+    assert_oracle(four().run(jobs.given_optimizer, how, ds, block, 20), oracle_states(N2, 20))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("before", [5, 6])
+def test_resume_in_the_middle_of_a_period_changes_no_bit(four, tmp_path, stage, before):
+    for straight, again in four().run(jobs.resumed, ds_config(N2, stage), str(tmp_path), before, 9):
+        assert_same_states([straight], [again], tolerance=0)
+
+
+def test_resume_in_bf16_changes_no_bit(four, tmp_path):
+    for stage in (0, 2):
+        ds = ds_config(N2, stage, bf16={"enabled": True})
+        for straight, again in four().run(jobs.resumed, ds, str(tmp_path / str(stage)), 5, 6):
+            assert_same_states([straight], [again], tolerance=0)
+
+
+def test_resume_on_another_number_of_replicas_is_refused(four, tmp_path):
+    four().run(jobs.resumed, ds_config(N2, 2), str(tmp_path), 2, 1)
+    for message in four().run(jobs.load_only, ds_config(N2, 2, deslo={"replica_size": 4}), str(tmp_path)):
+        assert "expected 2 replica(s), as saved, got 1" in message
+
+
+def test_an_export_of_one_replica_is_refused(four, tmp_path):
+    for message in four().run(jobs.sixteen_bit_export, ds_config(N2, 2), str(tmp_path)):
+        assert "averaged_state_dict(engine)" in message
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_the_exported_model_is_the_mean_of_the_replicas(four, stage, bf16):
+    ds = ds_config(N2, stage, bf16={"enabled": bf16})
+    results = four().run(jobs.averaged_model, ds, 4)
+    replicas = [results[0][0], results[2][0]]
+    assert any(not torch.equal(replicas[0][name], replicas[1][name]) for name in replicas[0])
+    for _, exported in results:
+        for name, first in replicas[0].items():
+            mean = (first.double() + replicas[1][name].double()) / 2
+            assert (exported[name].view(-1) - mean).abs().max() < 1e-7
+
+
+def test_zero_init_shards_over_one_replica(four):
+    ds = ds_config(N2, 3)
+    assert_oracle(four().run(jobs.sharded_from_birth, ds, 20), oracle_states(N2, 20))
+
+
+def test_zero_init_over_the_world_is_refused(four):
+    for message in four().run(jobs.sharded_from_birth, ds_config(N2, 3), 1, False):
+        assert "pass config_dict_or_path" in message
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_plain_engine_in_the_same_process_keeps_the_world(four, stage):
+    results = four().run(jobs.beside_a_plain_engine, ds_config(N2, stage), 20)
+    assert_oracle([states for states, _ in results], oracle_states(N2, 20))
+    assert all(ranks == [0, 1, 2, 3] for _, ranks in results)
+
+
+def test_every_rank_of_every_replica_reads_its_own_data(four):
+    seen = four().run(jobs.data_seen, ds_config(N2, 2))
+    assert sorted(sample for samples in seen for sample in samples) == list(range(32))
+
+
+def test_one_replica_is_the_plain_optimizer(four):
+    ds = ds_config(N2, 2, deslo={"replica_size": 4})
+    result = four().run(jobs.run, ds, 12)[0]
+    assert result["states"]["params"]
+
+
+def test_published_reduction_of_170_times(four):
+    ds = ds_config(N2, 2)
+    ds["optimizer"]["params"] = {"betas": [0.9, 0.95], "sync_every": {"params": 256}}
+    vectors = four().run(jobs.run, ds, 1)[0]["vectors_per_step"]
+    assert vectors == pytest.approx(1 / 256 + (1 / 768 + 1 / 1536) * 1.0 + _biases_own_period(), rel=1e-9)
+
+
+def _biases_own_period() -> float:
+    biases, matrices = 2 * -(-(jobs.HIDDEN + jobs.OUTPUTS) // 2), jobs.INPUTS * jobs.HIDDEN + jobs.HIDDEN * jobs.OUTPUTS
+    return (1 / 2 - 1 / 256) * biases / (biases + matrices)
