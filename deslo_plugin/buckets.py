@@ -17,15 +17,15 @@ class Bucket:
 
 
 def pack(tensors: Sequence[Tensor], dtype: torch.dtype, chunk_bytes: int, divisor: int = 1) -> Bucket:
-    """Copies ``tensors`` (any shapes and dtypes, one device) into a new flat buffer of ``dtype``.
+    """Copies ``tensors`` (one or more, any shapes and dtypes, one device) into a new flat buffer of ``dtype``.
 
     The buffer is padded with zeros to a multiple of ``divisor`` elements, and cut into chunks of at most about
     ``chunk_bytes``, each a multiple of ``divisor`` too.
     """
     ends = list(accumulate(tensor.numel() for tensor in tensors))
-    total = ends[-1] if ends else 0
+    total = ends[-1]
     padded = -(-total // divisor) * divisor
-    flat = torch.empty(padded, dtype=dtype, device=tensors[0].device if tensors else None)
+    flat = torch.empty(padded, dtype=dtype, device=tensors[0].device)
     flat[total:].zero_()
     views = [flat[end - tensor.numel() : end].view(tensor.shape) for tensor, end in zip(tensors, ends)]
     torch._foreach_copy_(views, list(tensors))

@@ -321,3 +321,15 @@ def foreign_mpu(ds: dict) -> str:
             return 1
 
     return raises(ds, mpu=Unit())
+
+
+def run_fp16(ds: dict, steps: int, broken: tuple[int, int]) -> dict:
+    """``run`` in fp16, on processors too whose DeepSpeed accelerator declines it (the arithmetic is torch's anyway)."""
+    from deepspeed.accelerator import get_accelerator
+
+    kind = type(get_accelerator())
+    supported, kind.is_fp16_supported = kind.is_fp16_supported, lambda self: True
+    try:
+        return run({**ds, "fp16": {"enabled": True, "initial_scale_power": 6, "hysteresis": 1}}, steps, broken)
+    finally:
+        kind.is_fp16_supported = supported

@@ -1,0 +1,27 @@
+# The two commands of the README, `make train` and `make test`; both set up .venv by themselves.
+PYTHON ?= python3
+VENV   ?= .venv
+CONFIG ?= configs/des-loc-adam.json
+ARGS   ?=
+PIP    := $(VENV)/bin/pip --disable-pip-version-check -q install -c constraints.txt
+
+.PHONY: train test bench clean
+
+train: $(VENV)/ready
+	$(VENV)/bin/python examples/train.py --config $(CONFIG) $(ARGS)
+
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+bench: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/overhead.py $(ARGS)
+
+# torch comes first and nothing is built in isolation: an isolated build would fetch another torch, of gigabytes
+$(VENV)/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel ninja
+	$(PIP) --no-build-isolation -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,78 @@
+"""Topology, traffic and half-lives: figures that need no process group."""
+
+import itertools
+
+import pytest
+import torch
+
+from deslo_plugin import ConfigError, load_config
+from deslo_plugin.buckets import pack
+from deslo_plugin.plan import Topology, make_plan, make_topology
+from deslo_plugin.schedule import due, half_life, vectors_per_step
+
+
+def plan(params=None, numel=1000, replica_size=2, world=4, divisor=1):
+    config = load_config({"optimizer": {"params": params or {}}, "deslo": {"replica_size": replica_size}})
+    return make_plan(config, [numel], [config.optimizer.periods], Topology(world, 0, replica_size), divisor)
+
+
+def test_published_half_lives():
+    published = {0.9: 6.6, 0.95: 13.5, 0.99: 69, 0.999: 692.8, 0.9999: 6931}
+    assert all(half_life(beta) == pytest.approx(tau, rel=5e-3) for beta, tau in published.items())
+
+
+def test_published_traffic():
+    des_loc = {"params": 256, "exp_avg": 768, "exp_avg_sq": 1536}
+    local_adam = dict.fromkeys(des_loc, 256)
+    assert 1 / vectors_per_step(des_loc) == pytest.approx(170.7, abs=0.05)
+    assert 1 / vectors_per_step(local_adam) == pytest.approx(85.3, abs=0.05)
+    assert 1 / vectors_per_step(dict.fromkeys(des_loc, 32)) == pytest.approx(10.7, abs=0.05)
+
+
+def test_nothing_is_due_before_the_first_step_and_null_is_never():
+    periods = {"params": 2, "exp_avg": None, "exp_avg_sq": 3}
+    assert [due(periods, t) for t in range(7)] == [
+        (), (), ("params",), ("exp_avg_sq",), ("params",), (), ("params", "exp_avg_sq")
+    ]
+
+
+def test_ranks_fall_into_replicas_and_columns():
+    worlds = [Topology(6, rank, 2) for rank in range(6)]
+    assert [t.shard_group for t in worlds] == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]]
+    assert [t.replica_group for t in worlds] == [[0, 2, 4], [1, 3, 5]] * 3
+
+
+def test_auto_is_a_replica_per_node():
+    deslo = load_config({}).deslo
+    assert make_topology(deslo, world_size=16, rank=9, local_world_size=8).replica_size == 8
+    with pytest.raises(ConfigError, match="a number of ranks when all ranks are on one node"):
+        make_topology(deslo, world_size=8, rank=0, local_world_size=8)
+
+
+def test_planned_bytes_and_next_average():
+    p = plan({"sync_every": {"params": 4, "exp_avg": 8, "exp_avg_sq": None}})
+    assert p.bytes_at(4) == {"params": 4000} and p.bytes_at(8) == {"params": 4000, "exp_avg": 4000}
+    assert p.next_sync(0) == (4, ("params",)) and p.next_sync(6) == (2, ("params", "exp_avg"))
+    assert plan(numel=1001, divisor=2).bytes_at(32) == {"params": 501 * 4}
+
+
+def test_banner_says_every_period_and_where_it_comes_from():
+    text = plan({"sync_every": {"params": 4, "exp_avg": "half_life", "exp_avg_sq": None}, "outer": {}}).describe()
+    for words in ("2 replica(s) of 2 rank(s)", "params: every 4 steps (given), 4,000 bytes", "half-life of 0.9",
+                  "exp_avg_sq: never averaged", "outer Nesterov", "times less than 1"):
+        assert words in text
+    assert "nothing to average" in plan(replica_size=4).describe()
+
+
+@pytest.mark.parametrize(("chunk_bytes", "divisor"), itertools.product([4, 40, 1 << 20], [1, 3]))
+@pytest.mark.parametrize("sizes", [[6, 6, 6], [0, 5, 0], [1], [100, 1, 7], [0]], ids=str)
+def test_packing_conserves_every_element_once(sizes, chunk_bytes, divisor):
+    tensors = [torch.arange(size, dtype=[torch.float32, torch.bfloat16][i % 2]) + 1 for i, size in enumerate(sizes)]
+    bucket = pack(tensors, torch.float32, chunk_bytes, divisor)
+    flat = torch.cat(bucket.chunks) if bucket.chunks else torch.empty(0)
+    assert torch.equal(flat[: sum(sizes)], torch.cat([t.float() for t in tensors]))
+    assert not flat[sum(sizes) :].any() and flat.numel() - sum(sizes) < divisor
+    assert all(chunk.numel() % divisor == 0 for chunk in bucket.chunks)
+    for chunk in bucket.chunks:
+        chunk.mul_(2)
+    assert all(torch.equal(view, 2 * t.float()) for view, t in zip(bucket.views, tensors, strict=True))
