@@ -1,0 +1,101 @@
+// deslo_plugin._C: importing it adds CPU (and CUDA) implementations to the operators that deslo_plugin/ops.py defines.
+#include <Python.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+
+#include "cpu.h"
+#include "operators.h"
+#ifdef DESLO_CUDA
+#include "cuda.h"
+#endif
+
+namespace deslo {
+namespace {
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  void (*single)(const Task<float>&, int64_t, int64_t);
+  void (*twice)(const Task<double>&, int64_t, int64_t);
+};
+
+// From the widest to the one that every machine of the architecture has.
+const Isa kIsas[] = {
+#if defined(__x86_64__)
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     },
+     avx512::update_blocks, avx512::update_blocks},
+    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, avx2::update_blocks, avx2::update_blocks},
+#endif
+    {"baseline", [] { return true; }, baseline::update_blocks, baseline::update_blocks},
+};
+
+const Isa* widest() {
+  const Isa* isa = kIsas;
+  while (!isa->supported()) ++isa;
+  return isa;
+}
+
+const Isa* chosen = widest();
+
+// Each thread takes a contiguous run of blocks. Elements do not depend on one another, so their number changes no bit.
+struct Cpu {
+  static constexpr int64_t kGrain = 32768 / kBlock;  // below about 30 microseconds of work a second thread costs more
+
+  template <typename T>
+  static void run(const Task<T>& task, int32_t) {
+    if (task.found_inf && *task.found_inf != 0.0f) return;
+    const Isa& isa = *chosen;
+    torch::stable::parallel_for(0, task.blocks, kGrain, [&](int64_t begin, int64_t end) {
+      if constexpr (kDtype<T> == Dtype::kFloat32) {
+        isa.single(task, begin, end);
+      } else {
+        isa.twice(task, begin, end);
+      }
+    });
+  }
+};
+
+STABLE_TORCH_LIBRARY_IMPL(deslo, CPU, library) { implement<Cpu>(library); }
+
+#ifdef DESLO_CUDA
+STABLE_TORCH_LIBRARY_IMPL(deslo, CUDA, library) { implement<Cuda>(library); }
+#endif
+
+// isa(name=None) -> str: the instruction set of the CPU kernels, after switching to `name` if it is given.
+PyObject* isa(PyObject*, PyObject* arguments) {
+  const char* name = nullptr;
+  if (!PyArg_ParseTuple(arguments, "|s", &name)) return nullptr;
+  if (name) {
+    for (const Isa& candidate : kIsas) {
+      if (!std::strcmp(candidate.name, name) && candidate.supported()) {
+        chosen = &candidate;
+        return PyUnicode_FromString(name);
+      }
+    }
+    return PyErr_Format(PyExc_ValueError, "isa: expected one that this machine has, got '%s'", name);
+  }
+  return PyUnicode_FromString(chosen->name);
+}
+
+PyMethodDef kMethods[] = {{"isa", isa, METH_VARARGS, "Instruction set of the CPU kernels."}, {nullptr, nullptr, 0, nullptr}};
+PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C", "Native kernels of deslo_plugin.", -1, kMethods,
+                       nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace deslo
+
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* const module = PyModule_Create(&deslo::kModule);
+#ifdef DESLO_CUDA
+  const char* const backends = "cpu+cuda";
+#else
+  const char* const backends = "cpu";
+#endif
+  if (module && PyModule_AddStringConstant(module, "backends", backends) < 0) return nullptr;
+  return module;
+}

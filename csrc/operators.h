@@ -1,0 +1,62 @@
+// The operators of deslo_plugin/ops.py for one backend, as the dispatcher calls them.
+//
+// A backend is a class with static functions run(Task<float>, device) and run(Task<double>, device).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include "launch.h"
+
+namespace deslo {
+
+template <class Backend>
+void update(const Call& call) {
+  const Launch launch(call);
+  launch.each([&](const auto& task) { Backend::run(task, launch.device()); });
+}
+
+inline double checked_clip(const std::optional<double>& clip_value) {
+  if (clip_value && !(*clip_value > 0)) refuse("clip_value: expected a number > 0, got ", *clip_value);
+  return clip_value.value_or(0.0);
+}
+
+template <class Backend>
+void sgdm_(
+    const Tensors& x, const Tensors& g, const Tensors& u, const Tensors& copy, int64_t t, double lr, double weight_decay,
+    const std::vector<double>& betas, const std::vector<double>& weights, const std::optional<double>& clip_value,
+    const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+  Hyper hyper{Rule::kSgdm, false, 0, t, lr, weight_decay, 0.0, 0.0, checked_clip(clip_value), {}, {}};
+  set_momenta(hyper, betas, weights);
+  update<Backend>({hyper, &x, &g, &u, nullptr, &copy, &grad_scale, &found_inf});
+}
+
+template <class Backend>
+void adam_(
+    const Tensors& x, const Tensors& g, const Tensors& u, const Tensors& v, const Tensors& copy, int64_t t, double lr,
+    double weight_decay, const std::vector<double>& betas, const std::vector<double>& weights, double beta2, double eps,
+    bool bias_correction, const std::optional<double>& clip_value, const std::optional<Tensor>& grad_scale,
+    const std::optional<Tensor>& found_inf) {
+  Hyper hyper{Rule::kAdam, bias_correction, 0, t, lr, weight_decay, beta2, eps, checked_clip(clip_value), {}, {}};
+  set_momenta(hyper, betas, weights);
+  update<Backend>({hyper, &x, &g, &u, &v, &copy, &grad_scale, &found_inf});
+}
+
+template <class Backend>
+void adopt_(
+    const Tensors& x, const Tensors& g, const Tensors& u, const Tensors& v, const Tensors& copy, int64_t t, double lr,
+    double weight_decay, const std::vector<double>& betas, const std::vector<double>& weights, double beta2, double eps,
+    const std::optional<double>& clip_value, const std::optional<Tensor>& grad_scale,
+    const std::optional<Tensor>& found_inf) {
+  Hyper hyper{Rule::kAdopt, false, 0, t, lr, weight_decay, beta2, eps, checked_clip(clip_value), {}, {}};
+  set_momenta(hyper, betas, weights);
+  update<Backend>({hyper, &x, &g, &u, &v, &copy, &grad_scale, &found_inf});
+}
+
+template <class Backend>
+void implement(torch::stable::detail::StableLibrary& library) {
+  library.impl("sgdm_", TORCH_BOX(&sgdm_<Backend>));
+  library.impl("adam_", TORCH_BOX(&adam_<Backend>));
+  library.impl("adopt_", TORCH_BOX(&adopt_<Backend>));
+}
+
+}  // namespace deslo

@@ -1,0 +1,200 @@
+// The local update rules in the papers' letters, element by element: all arithmetic of the CPU and of the CUDA kernels.
+//
+//   x parameter   g gradient   u first momenta   v second momentum   t updates made before this one: 0, 1, 2, ...
+//
+//     u_j <- beta_j u_j + (1 - beta_j) z                 z = g, or the normalised gradient of ADOPT
+//     d    = (1 - sum_j w_j) z + sum_j w_j u_j           MT-DAO, arXiv 2510.05361, Alg. 1; DES-LOC is N = 1, w = 1
+//
+// deslo_plugin/rules.py is the same in Python and says where text and code of the papers differ.
+// Sums, products, quotients and square roots are rounded one by one (no contraction to fused multiply-add, see setup.py),
+// so every instruction set and the GPU give the same bits.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#ifdef __CUDACC__
+#define DESLO_INLINE __host__ __device__ __forceinline__
+#else
+#define DESLO_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace deslo {
+
+constexpr int kMaxMomenta = 16;
+
+enum class Rule : uint8_t { kSgdm, kAdam, kAdopt, kAdoptStart };
+
+// What the user set, in double.
+struct Hyper {
+  Rule rule;
+  bool bias_correction;
+  int momenta;
+  int64_t t;
+  double lr, weight_decay, beta2, eps, clip_value;  // clip_value 0: no clipping
+  double beta[kMaxMomenta], weight[kMaxMomenta];
+};
+
+// What an element needs, rounded once from double. beta* and one_minus_* are formed in double: 1 - 0.9999 in float is
+// wrong in the fourth digit.
+template <typename T>
+struct Constants {
+  int momenta;
+  T decay, step, eps, limit, clip_value;
+  T beta2, one_minus_beta2;
+  T rest;
+  T beta[kMaxMomenta], one_minus_beta[kMaxMomenta], weight[kMaxMomenta];
+};
+
+template <typename T>
+DESLO_INLINE Constants<T> constants(const Hyper& h) {
+  const bool correct = h.rule == Rule::kAdam && h.bias_correction;
+  // sqrt(1 - beta2^(t+1)) multiplies eps and the step instead of dividing every sqrt(v)
+  const double root = correct ? sqrt(1 - pow(h.beta2, double(h.t + 1))) : 1.0;
+  Constants<T> c{};
+  c.momenta = h.momenta;
+  c.decay = T(1 - h.lr * h.weight_decay);
+  c.step = T(h.lr * root);
+  c.eps = T(h.eps * root);
+  c.limit = T(pow(double(h.t), 0.25));
+  c.clip_value = T(h.clip_value);
+  c.beta2 = T(h.beta2);
+  c.one_minus_beta2 = T(1 - h.beta2);
+  double rest = 1;
+  for (int j = 0; j < h.momenta; ++j) {
+    const double correction = correct ? 1 - pow(h.beta[j], double(h.t + 1)) : 1.0;
+    c.beta[j] = T(h.beta[j]);
+    c.one_minus_beta[j] = T(1 - h.beta[j]);
+    c.weight[j] = T(h.weight[j] / correction);
+    rest -= h.weight[j];
+  }
+  c.rest = T(fabs(rest) > 1e-12 ? rest : 0.0);
+  return c;
+}
+
+DESLO_INLINE float root(float a) { return sqrtf(a); }
+DESLO_INLINE double root(double a) { return sqrt(a); }
+
+// a within [low, high]; NaN stays NaN, which fmin and fmax would drop.
+template <typename T>
+DESLO_INLINE T clamped(T a, T low, T high) {
+  a = a < low ? low : a;
+  return a > high ? high : a;
+}
+
+// g within [-rho, rho], the clipping of the papers' theory; infinities become NaN, not rho.
+template <typename T>
+DESLO_INLINE T clipped(T g, T rho) {
+  return clamped(g, -rho, rho) + g * T(0);
+}
+
+// SGD with momenta in exponential-average form: DES-LOC-SGDM (arXiv 2505.22549, Alg. 4), MT-DAO-SGDM.
+struct Sgdm {
+  static constexpr bool kSecondMoment = false;
+
+  template <typename T>
+  static DESLO_INLINE T direction(const Constants<T>&, T g, T) {
+    return g;
+  }
+
+  template <typename T>
+  static DESLO_INLINE void apply(const Constants<T>& c, T& x, T d, T, T&) {
+    x = c.decay * x - c.step * d;
+  }
+};
+
+// Adam: u and v first, then x <- x - lr d / (sqrt(v) + eps) (arXiv 2505.22549, Alg. 2; arXiv 2510.05361, Alg. 1).
+struct Adam {
+  static constexpr bool kSecondMoment = true;
+
+  template <typename T>
+  static DESLO_INLINE T direction(const Constants<T>&, T g, T) {
+    return g;
+  }
+
+  template <typename T>
+  static DESLO_INLINE void apply(const Constants<T>& c, T& x, T d, T g, T& v) {
+    v = c.beta2 * v + c.one_minus_beta2 * (g * g);
+    x = c.decay * x - c.step * (d / (root(v) + c.eps));
+  }
+};
+
+// ADOPT: z = clamp(g / max(sqrt(v), eps), -t^(1/4), +t^(1/4)) with the OLD v; v last (arXiv 2505.22549, Alg. 3).
+struct Adopt {
+  static constexpr bool kSecondMoment = true;
+
+  template <typename T>
+  static DESLO_INLINE T direction(const Constants<T>& c, T g, T v) {
+    const T r = root(v);
+    return clamped(g / (r < c.eps ? c.eps : r), -c.limit, c.limit);
+  }
+
+  template <typename T>
+  static DESLO_INLINE void apply(const Constants<T>& c, T& x, T d, T g, T& v) {
+    x = c.decay * x - c.step * d;
+    v = c.beta2 * v + c.one_minus_beta2 * (g * g);
+  }
+};
+
+// The first step of ADOPT, t = 0, only sets v = g^2: no parameter moves, and the caller passes no momenta.
+struct AdoptStart {
+  static constexpr bool kSecondMoment = true;
+
+  template <typename T>
+  static DESLO_INLINE T direction(const Constants<T>&, T, T) {
+    return T(0);
+  }
+
+  template <typename T>
+  static DESLO_INLINE void apply(const Constants<T>&, T&, T, T g, T& v) {
+    v = g * g;
+  }
+};
+
+// One momentum of W elements: u_j follows z, and d gathers w_j u_j.
+template <int W, typename T>
+DESLO_INLINE void follow(const Constants<T>& c, int j, const T* z, T* u, T* d) {
+  const T beta = c.beta[j], one_minus_beta = c.one_minus_beta[j], weight = c.weight[j];
+#pragma omp simd
+  for (int e = 0; e < W; ++e) {
+    u[e] = beta * u[e] + one_minus_beta * z[e];
+    d[e] = d[e] + weight * u[e];
+  }
+}
+
+// z and the raw gradient's share of d, for W elements.
+template <class Law, int W, typename T>
+DESLO_INLINE void start(const Constants<T>& c, const T* g, const T* v, T* z, T* d) {
+#pragma omp simd
+  for (int e = 0; e < W; ++e) {
+    z[e] = Law::direction(c, g[e], Law::kSecondMoment ? v[e] : T(0));
+    d[e] = c.rest * z[e];
+  }
+}
+
+// x, and v where the rule has one, for W elements.
+template <class Law, int W, typename T>
+DESLO_INLINE void finish(const Constants<T>& c, T* x, const T* d, const T* g, T* v) {
+#pragma omp simd
+  for (int e = 0; e < W; ++e) {
+    if constexpr (Law::kSecondMoment) {
+      Law::apply(c, x[e], d[e], g[e], v[e]);
+    } else {
+      T none = 0;
+      Law::apply(c, x[e], d[e], g[e], none);
+    }
+  }
+}
+
+// Unscaling (or a norm-clip factor) and value clipping of W gradients.
+template <int W, typename T>
+DESLO_INLINE void prepare(const Constants<T>& c, T scale, const T* g, T* prepared) {
+  const T rho = c.clip_value;
+#pragma omp simd
+  for (int e = 0; e < W; ++e) {
+    const T scaled = g[e] * scale;
+    prepared[e] = rho > T(0) ? clipped(scaled, rho) : scaled;
+  }
+}
+
+}  // namespace deslo

@@ -1,0 +1,195 @@
+"""The update rules as operators of torch, ``torch.ops.deslo.{sgdm_,adam_,adopt_}``: one pass over memory where kernels exist.
+
+The schema and the meaning of each operator are here, the meaning as a reference made of ``rules.py``. The native module
+``deslo_plugin._C``, if it was built, adds implementations for CPU and CUDA tensors. All of them
+
+- take params, gradients and copies in float32, bfloat16 or float16 with float32 momenta, mixed as the model has them, or
+  all in float64, and compute in the dtype of the momenta;
+- multiply gradients by ``grad_scale``, then clip them to [-clip_value, clip_value], and write nothing if ``found_inf``
+  is not 0 (both 0-dim float32 on the params' device);
+- write the new params into ``copy`` too, if it is given: ZeRO's 16-bit weights;
+- want tensors of one position in one shape and in one dense layout, contiguous or permuted, and no two written tensors
+  on the same memory. They raise ``ValueError`` naming the argument, before anything is written.
+
+The native kernels flush subnormal numbers to zero. Their results do not depend on the number of threads nor, bit for bit,
+on the instruction set.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deslo_plugin import rules
+from deslo_plugin.log import say
+from deslo_plugin.rules import Tensors
+
+MAX_MOMENTA = 16
+
+_TENSORS = {"x": "Tensor(a!)[] x", "g": "Tensor[] g", "u": "Tensor(b!)[] u", "v": "Tensor(c!)[] v", "copy": "Tensor(d!)[] copy"}
+_NUMBERS = "int t, float lr, float weight_decay, float[] betas, float[] weights"
+_OPTIONS = "float? clip_value=None, Tensor? grad_scale=None, Tensor? found_inf=None"
+_SECOND_MOMENT = {"sgdm": "", "adam": "float beta2, float eps, bool bias_correction", "adopt": "float beta2, float eps"}
+
+_library = torch.library.Library("deslo", "DEF")
+
+
+def native() -> str:
+    """What runs the rules: ``"cpu+cuda"`` or ``"cpu"`` (the kernels that were built) or ``"python"`` (none)."""
+    return _BACKENDS
+
+
+def sgdm_(x: Tensors, g: Tensors, u: Sequence[Tensors], *, copy: Tensors = (), **numbers: Any) -> None:
+    """``rules.sgdm_`` as one operator, with the options of the module's docstring."""
+    _call("sgdm_", x, g, u, copy=copy, **numbers)
+
+
+def adam_(x: Tensors, g: Tensors, u: Sequence[Tensors], v: Tensors, *, copy: Tensors = (), **numbers: Any) -> None:
+    """``rules.adam_`` as one operator, with the options of the module's docstring."""
+    _call("adam_", x, g, u, v, copy=copy, **numbers)
+
+
+def adopt_(x: Tensors, g: Tensors, u: Sequence[Tensors], v: Tensors, *, copy: Tensors = (), **numbers: Any) -> None:
+    """``rules.adopt_`` as one operator, with the options of the module's docstring."""
+    _call("adopt_", x, g, u, v, copy=copy, **numbers)
+
+
+RULES = {"sgdm": sgdm_, "adam": adam_, "adopt": adopt_}
+
+
+def _call(name: str, x: Tensors, g: Tensors, u: Sequence[Tensors], *v: Tensors, copy: Tensors, **numbers: Any) -> None:
+    getattr(torch.ops.deslo, name)(x, g, list(chain.from_iterable(u)), *v, copy, **numbers)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([*x, *copy])  # a backward through old values must notice
+
+
+def _reference(rule: str) -> Callable[..., None]:
+    """The operator in torch's own: checks, casts, and the rule of ``rules.py``."""
+
+    def reference(
+        x: Tensors, g: Tensors, u: Tensors, *more: Tensors, betas: Sequence[float], weights: Sequence[float],
+        clip_value: float | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, **numbers: Any,
+    ) -> None:
+        *v, copy = more
+        _check(x, g, u, v, copy, betas, weights, clip_value, grad_scale, found_inf)
+        _say_slow(x[0].device.type)
+        if found_inf is not None and found_inf.item():
+            return
+        wide_x = [p.to(s.dtype) for p, s in zip(x, u)]
+        wide_g = [grad.to(s.dtype) for grad, s in zip(g, u)]
+        if grad_scale is not None:
+            wide_g = [grad * grad_scale.to(grad.dtype) for grad in wide_g]
+        if clip_value is not None:
+            wide_g = rules.clipped(wide_g, clip_value)
+        momenta = [u[j * len(x) : (j + 1) * len(x)] for j in range(len(betas))]
+        rules.RULES[rule](wide_x, wide_g, momenta, *v, betas=betas, weights=weights, **numbers)
+        for target, value in zip([*x, *copy], [*wide_x, *(wide_x if copy else [])]):
+            if target is not value:
+                target.copy_(value)
+
+    return reference
+
+
+@cache
+def _say_slow(device: str) -> None:
+    say(f"deslo: no native kernels for {device} tensors: updates run on torch's operators, several times slower; "
+        f"install with DESLO_NATIVE={'cuda' if device == 'cuda' else 'cpu'} to build them or see why not")
+
+
+def _check(
+    x: Tensors, g: Tensors, u: Tensors, v: Sequence[Tensors], copy: Tensors, betas: Sequence[float],
+    weights: Sequence[float], clip_value: float | None, grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> None:
+    """What csrc/launch.h refuses, in its words."""
+    if not 1 <= len(betas) <= MAX_MOMENTA:
+        _refuse(f"betas: expected 1 to {MAX_MOMENTA} momenta, got {len(betas)}")
+    if len(weights) != len(betas):
+        _refuse(f"weights: expected {len(betas)} as there are betas, got {len(weights)}")
+    if clip_value is not None and not clip_value > 0:
+        _refuse(f"clip_value: expected a number > 0, got {clip_value:g}")
+    if not x:
+        _refuse("x: expected one tensor or more, got an empty list")
+    lists = {"g": g, **({"v": v[0]} if v else {}), "u": u, **({"copy": copy} if copy else {})}
+    for name, tensors in lists.items():
+        expected = len(x) * (len(betas) if name == "u" else 1)
+        if len(tensors) != expected:
+            _refuse(f"{name}: expected {expected} tensors, got {len(tensors)}")
+    for name, number in {"grad_scale": grad_scale, "found_inf": found_inf}.items():
+        if number is None:
+            continue
+        if number.device != x[0].device:
+            _refuse(f"{name}: expected the device of x[0], got another")
+        if number.dtype != torch.float32 or number.numel() != 1:
+            _refuse(f"{name}: expected one float32 number, got shape {list(number.shape)}")
+
+    stretches = []  # (first byte, last byte + 1, name, whether it is written)
+    for name, tensors in {"x": x, **lists}.items():
+        for index, tensor in enumerate(tensors):
+            _check_tensor(f"{name}[{index}]", tensor, x[index % len(x)], index % len(x), u[index % len(x)].dtype, x[0].device)
+            if tensor.numel():
+                start = tensor.data_ptr()
+                stretches.append((start, start + tensor.nbytes, f"{name}[{index}]", name != "g"))
+    reaching, writing = (0, 0, "", True), (0, 0, "", True)  # those so far that end last
+    for stretch in sorted(stretches):
+        other = reaching if stretch[3] else writing
+        if other[1] > stretch[0]:
+            _refuse(f"{stretch[2]}: expected memory of its own, but it overlaps {other[2]}")
+        reaching = max(reaching, stretch, key=lambda s: s[1])
+        writing = max(writing, stretch, key=lambda s: s[1]) if stretch[3] else writing
+
+
+def _check_tensor(name: str, tensor: Tensor, x: Tensor, i: int, state: torch.dtype, device: torch.device) -> None:
+    if tensor.layout != torch.strided:
+        _refuse(f"{name}: expected a dense tensor, got {tensor.layout}")
+    if name[0] in "uv":
+        if state not in (torch.float32, torch.float64):
+            _refuse(f"u[{i}]: expected float32 or float64, got {state}; momenta stall in 16 bits")
+        if tensor.dtype != state:
+            _refuse(f"{name}: expected the dtype of u[{i}], {state}, got {tensor.dtype}")
+    elif state == torch.float64 and tensor.dtype != torch.float64:
+        _refuse(f"{name}: expected float64 with float64 momenta, got {tensor.dtype}")
+    elif state == torch.float32 and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        _refuse(f"{name}: expected float32, bfloat16 or float16 with float32 momenta, got {tensor.dtype}")
+    if tensor.device != device:
+        _refuse(f"{name}: expected the device of x[0], got another")
+    if tensor.shape != x.shape:
+        _refuse(f"{name}: expected shape {list(x.shape)} of x[{i}], got {list(tensor.shape)}")
+    if not torch._prims_common.is_non_overlapping_and_dense(tensor):
+        _refuse(f"{name}: expected a contiguous (or densely strided) tensor")
+    if any(a != b for a, b, size in zip(tensor.stride(), x.stride(), x.shape) if size > 1):
+        _refuse(f"{name}: expected strides {list(x.stride())} of x[{i}], got {list(tensor.stride())}")
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(f"deslo: {message}")
+
+
+def _define() -> None:
+    for rule, second_moment in _SECOND_MOMENT.items():
+        tensors = [schema for name, schema in _TENSORS.items() if name != "v" or second_moment]
+        numbers = [part for part in (_NUMBERS, second_moment, _OPTIONS) if part]
+        _library.define(f"{rule}_({', '.join(tensors)}, *, {', '.join(numbers)}) -> ()")
+        _library.impl(f"{rule}_", _reference(rule), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"deslo::{rule}_", lambda *tensors, **numbers: None, lib=_library)
+
+
+def _load() -> str:
+    """Imports the native module after its operators are defined; its absence is fine, its failure is not."""
+    if importlib.util.find_spec("deslo_plugin._C") is None:
+        return "python"
+    try:
+        from deslo_plugin import _C
+    except ImportError as error:
+        raise ImportError(
+            f"deslo_plugin._C does not fit torch {torch.__version__} ({error}); build it again with pip install "
+            "--no-build-isolation, or leave it out with DESLO_NATIVE=off"
+        ) from error
+    return _C.backends
+
+
+_define()
+_BACKENDS = _load()
