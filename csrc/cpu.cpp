@@ -86,13 +86,38 @@ DESLO_INLINE void store(const T* from, void* data, Dtype type, int64_t offset, i
   }
 }
 
-// Asks for the lines of the block four blocks ahead, to be written. Past the end of a tensor it is only a hint.
-DESLO_INLINE void fetch(void* data, int64_t offset, int64_t element) {
-  char* const ahead = static_cast<char*>(data) + (offset + 4 * kBlock) * element;
-  for (int64_t byte = 0; byte < kBlock * element; byte += 64) __builtin_prefetch(ahead + byte, 1);
+// N known: a single loop, however long. One stream per tensor is what the hardware prefetches best: shorter loops with
+// software prefetching were slower.
+template <class Law, int N, typename T>
+DESLO_INLINE void update_run(const Constants<T>& c, int64_t length, T* x, const T* g, T* const* u, T* v) {
+#pragma omp simd
+  for (int64_t e = 0; e < length; ++e) {
+    const T z = Law::direction(c, g[e], v + e);
+    T d = c.rest * z;
+    for (int j = 0; j < N; ++j) follow(c, j, z, u[j][e], d);
+    Law::apply(c, x[e], d, g[e], v + e);
+  }
 }
 
-// Blocks begin..end of a task, one after the other: each is read once and written once.
+// Any number of momenta: one block, a loop for each momentum.
+template <class Law, typename T>
+DESLO_INLINE void update_block(const Constants<T>& c, T* x, const T* g, T* const* u, T* v) {
+  Block<T> z, d;
+#pragma omp simd
+  for (int e = 0; e < kBlock; ++e) {
+    z.at[e] = Law::direction(c, g[e], v + e);
+    d.at[e] = c.rest * z.at[e];
+  }
+  for (int j = 0; j < c.momenta; ++j) {
+    T* const u_j = u[j];
+#pragma omp simd
+    for (int e = 0; e < kBlock; ++e) follow(c, j, z.at[e], u_j[e], d.at[e]);
+  }
+#pragma omp simd
+  for (int e = 0; e < kBlock; ++e) Law::apply(c, x[e], d.at[e], g[e], v + e);
+}
+
+// Blocks begin..end of a task, one after the other. N = 0 stands for any number of momenta.
 template <class Law, int N, typename T>
 void update(const Task<T>& task, int64_t begin, int64_t end) {
   const Constants<T> c = constants<T>(task.hyper);
@@ -101,40 +126,39 @@ void update(const Task<T>& task, int64_t begin, int64_t end) {
   const bool raw = scale == T(1) && !(c.clip_value > T(0));
   const FlushSubnormals flush;
   // what lies beyond the end of a tensor is computed too, on zeros, and not stored
-  Block<T> x_block{}, g_block{}, v_block{}, z, d, u_block{};
+  Block<T> x_block{}, g_block{}, v_block{}, u_block[N ? N : kMaxMomenta]{};
+  T* u[N ? N : kMaxMomenta];
 
-  int64_t index = slot_of(task.slots, task.slot_count, begin);
-  for (int64_t block = begin; block < end; ++block) {
+  int64_t index = slot_of(task.slots, task.slot_count, begin), run;
+  for (int64_t block = begin; block < end; block += run) {
     while (index + 1 < task.slot_count && task.slots[index + 1].first_block <= block) ++index;
     const Slot<T>& slot = task.slots[index];
     T* const* const slot_u = task.u + index * momenta;
     const int64_t offset = (block - slot.first_block) * kBlock;
     const int64_t left = slot.numel - offset, count = left < kBlock ? left : kBlock;
+    const bool in_place = N && raw && slot.x_type == kDtype<T> && slot.g_type == kDtype<T> && !slot.copy;
+    const int64_t whole = left / kBlock < end - block ? left / kBlock : end - block;
+    run = in_place && whole ? whole : 1;
 
-    fetch(slot.x, offset, slot.x_type == kDtype<T> ? sizeof(T) : 2);
     T* const x = load(slot.x, slot.x_type, offset, count, x_block);
+    T* const v = Law::kSecondMoment ? load(slot.v, kDtype<T>, offset, count, v_block) : nullptr;
     T* g = load(slot.g, slot.g_type, offset, count, g_block);
-    T* v = nullptr;
-    if constexpr (Law::kSecondMoment) {
-      fetch(slot.v, offset, sizeof(T));
-      v = load(slot.v, kDtype<T>, offset, count, v_block);
-    }
+    for (int j = 0; j < momenta; ++j) u[j] = load(slot_u[j], kDtype<T>, offset, count, u_block[j]);
     if (!raw) {
-      prepare<kBlock>(c, scale, g, g_block.at);
+#pragma omp simd
+      for (int e = 0; e < kBlock; ++e) g_block.at[e] = prepared(c, scale, g[e]);
       g = g_block.at;
     }
 
-    start<Law, kBlock>(c, g, v, z.at, d.at);
-    for (int j = 0; j < momenta; ++j) {
-      fetch(slot_u[j], offset, sizeof(T));
-      T* const u = load(slot_u[j], kDtype<T>, offset, count, u_block);
-      follow<kBlock>(c, j, z.at, u, d.at);
-      store(u, slot_u[j], kDtype<T>, offset, count);
+    if constexpr (N > 0) {
+      update_run<Law, N>(c, run * kBlock, x, g, u, v);
+    } else {
+      update_block<Law>(c, x, g, u, v);
     }
-    finish<Law, kBlock>(c, x, d.at, g, v);
 
     store(x, slot.x, slot.x_type, offset, count);
     if (Law::kSecondMoment) store(v, slot.v, kDtype<T>, offset, count);
+    for (int j = 0; j < momenta; ++j) store(u[j], slot_u[j], kDtype<T>, offset, count);
     if (slot.copy) store(x, slot.copy, slot.copy_type, offset, count);
   }
 }

@@ -88,17 +88,20 @@ DESLO_INLINE T clipped(T g, T rho) {
   return clamped(g, -rho, rho) + g * T(0);
 }
 
+// A rule is what it makes of g before the momenta see it, z = direction, and how it moves x along d, apply. v points to
+// the second momentum; sgdm, which has none, never reads it.
+
 // SGD with momenta in exponential-average form: DES-LOC-SGDM (arXiv 2505.22549, Alg. 4), MT-DAO-SGDM.
 struct Sgdm {
   static constexpr bool kSecondMoment = false;
 
   template <typename T>
-  static DESLO_INLINE T direction(const Constants<T>&, T g, T) {
+  static DESLO_INLINE T direction(const Constants<T>&, T g, const T*) {
     return g;
   }
 
   template <typename T>
-  static DESLO_INLINE void apply(const Constants<T>& c, T& x, T d, T, T&) {
+  static DESLO_INLINE void apply(const Constants<T>& c, T& x, T d, T, T*) {
     x = c.decay * x - c.step * d;
   }
 };
@@ -108,14 +111,14 @@ struct Adam {
   static constexpr bool kSecondMoment = true;
 
   template <typename T>
-  static DESLO_INLINE T direction(const Constants<T>&, T g, T) {
+  static DESLO_INLINE T direction(const Constants<T>&, T g, const T*) {
     return g;
   }
 
   template <typename T>
-  static DESLO_INLINE void apply(const Constants<T>& c, T& x, T d, T g, T& v) {
-    v = c.beta2 * v + c.one_minus_beta2 * (g * g);
-    x = c.decay * x - c.step * (d / (root(v) + c.eps));
+  static DESLO_INLINE void apply(const Constants<T>& c, T& x, T d, T g, T* v) {
+    *v = c.beta2 * *v + c.one_minus_beta2 * (g * g);
+    x = c.decay * x - c.step * (d / (root(*v) + c.eps));
   }
 };
 
@@ -124,15 +127,15 @@ struct Adopt {
   static constexpr bool kSecondMoment = true;
 
   template <typename T>
-  static DESLO_INLINE T direction(const Constants<T>& c, T g, T v) {
-    const T r = root(v);
+  static DESLO_INLINE T direction(const Constants<T>& c, T g, const T* v) {
+    const T r = root(*v);
     return clamped(g / (r < c.eps ? c.eps : r), -c.limit, c.limit);
   }
 
   template <typename T>
-  static DESLO_INLINE void apply(const Constants<T>& c, T& x, T d, T g, T& v) {
+  static DESLO_INLINE void apply(const Constants<T>& c, T& x, T d, T g, T* v) {
     x = c.decay * x - c.step * d;
-    v = c.beta2 * v + c.one_minus_beta2 * (g * g);
+    *v = c.beta2 * *v + c.one_minus_beta2 * (g * g);
   }
 };
 
@@ -141,60 +144,28 @@ struct AdoptStart {
   static constexpr bool kSecondMoment = true;
 
   template <typename T>
-  static DESLO_INLINE T direction(const Constants<T>&, T, T) {
+  static DESLO_INLINE T direction(const Constants<T>&, T, const T*) {
     return T(0);
   }
 
   template <typename T>
-  static DESLO_INLINE void apply(const Constants<T>&, T&, T, T g, T& v) {
-    v = g * g;
+  static DESLO_INLINE void apply(const Constants<T>&, T&, T, T g, T* v) {
+    *v = g * g;
   }
 };
 
-// One momentum of W elements: u_j follows z, and d gathers w_j u_j.
-template <int W, typename T>
-DESLO_INLINE void follow(const Constants<T>& c, int j, const T* z, T* u, T* d) {
-  const T beta = c.beta[j], one_minus_beta = c.one_minus_beta[j], weight = c.weight[j];
-#pragma omp simd
-  for (int e = 0; e < W; ++e) {
-    u[e] = beta * u[e] + one_minus_beta * z[e];
-    d[e] = d[e] + weight * u[e];
-  }
+// One momentum: u_j follows z, and d gathers w_j u_j.
+template <typename T>
+DESLO_INLINE void follow(const Constants<T>& c, int j, T z, T& u, T& d) {
+  u = c.beta[j] * u + c.one_minus_beta[j] * z;
+  d = d + c.weight[j] * u;
 }
 
-// z and the raw gradient's share of d, for W elements.
-template <class Law, int W, typename T>
-DESLO_INLINE void start(const Constants<T>& c, const T* g, const T* v, T* z, T* d) {
-#pragma omp simd
-  for (int e = 0; e < W; ++e) {
-    z[e] = Law::direction(c, g[e], Law::kSecondMoment ? v[e] : T(0));
-    d[e] = c.rest * z[e];
-  }
-}
-
-// x, and v where the rule has one, for W elements.
-template <class Law, int W, typename T>
-DESLO_INLINE void finish(const Constants<T>& c, T* x, const T* d, const T* g, T* v) {
-#pragma omp simd
-  for (int e = 0; e < W; ++e) {
-    if constexpr (Law::kSecondMoment) {
-      Law::apply(c, x[e], d[e], g[e], v[e]);
-    } else {
-      T none = 0;
-      Law::apply(c, x[e], d[e], g[e], none);
-    }
-  }
-}
-
-// Unscaling (or a norm-clip factor) and value clipping of W gradients.
-template <int W, typename T>
-DESLO_INLINE void prepare(const Constants<T>& c, T scale, const T* g, T* prepared) {
-  const T rho = c.clip_value;
-#pragma omp simd
-  for (int e = 0; e < W; ++e) {
-    const T scaled = g[e] * scale;
-    prepared[e] = rho > T(0) ? clipped(scaled, rho) : scaled;
-  }
+// Unscaling (or a norm-clip factor) and value clipping.
+template <typename T>
+DESLO_INLINE T prepared(const Constants<T>& c, T scale, T g) {
+  const T scaled = g * scale;
+  return c.clip_value > T(0) ? clipped(scaled, c.clip_value) : scaled;
 }
 
 }  // namespace deslo
