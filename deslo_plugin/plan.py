@@ -124,7 +124,7 @@ class Plan:
         if opt.reset_momenta:
             lines.append("  momenta are reset after each average of params")
         moved = self.vectors_per_step
-        lines.append(f"  {moved:.4g} parameter vectors per step between replicas, {1 / moved:.1f} times less than 1")
+        lines.append(f"  {moved:.4g} parameter vectors per step between replicas: {1 / moved:.1f} times fewer than synchronous training")
         return "\n".join(lines)
 
 
