@@ -15,6 +15,7 @@ The native kernels flush subnormal numbers to zero. Their results do not depend 
 on the instruction set.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -24,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin import rules
 from deslo_plugin.log import say
-from deslo_plugin.rules import Tensors
+from deslo_plugin.rules import RULES as REFERENCE
+from deslo_plugin.rules import Tensors, clipped
 
 MAX_MOMENTA = 16
 
@@ -62,9 +63,15 @@ RULES = {"sgdm": sgdm_, "adam": adam_, "adopt": adopt_}
 
 
 def _call(name: str, x: Tensors, g: Tensors, u: Sequence[Tensors], *v: Tensors, copy: Tensors, **numbers: Any) -> None:
-    getattr(torch.ops.deslo, name)(x, g, list(chain.from_iterable(u)), *v, copy, **numbers)
+    lists = map(_local, (x, g, list(chain.from_iterable(u)), *v, copy))
+    getattr(torch.ops.deslo, name)(*lists, **numbers)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([*x, *copy])  # a backward through old values must notice
+
+
+def _local(tensors: Tensors) -> Tensors:
+    """This rank's shards of DTensors, other tensors as they are: the rules go element by element."""
+    return [t.to_local() if hasattr(type(t), "to_local") else t for t in tensors]
 
 
 def _reference(rule: str) -> Callable[..., None]:
@@ -84,9 +91,9 @@ def _reference(rule: str) -> Callable[..., None]:
         if grad_scale is not None:
             wide_g = [grad * grad_scale.to(grad.dtype) for grad in wide_g]
         if clip_value is not None:
-            wide_g = rules.clipped(wide_g, clip_value)
+            wide_g = clipped(wide_g, clip_value)
         momenta = [u[j * len(x) : (j + 1) * len(x)] for j in range(len(betas))]
-        rules.RULES[rule](wide_x, wide_g, momenta, *v, betas=betas, weights=weights, **numbers)
+        REFERENCE[rule](wide_x, wide_g, momenta, *v, betas=betas, weights=weights, **numbers)
         for target, value in zip([*x, *copy], [*wide_x, *(wide_x if copy else [])]):
             if target is not value:
                 target.copy_(value)
@@ -182,13 +189,12 @@ def _load() -> str:
     if importlib.util.find_spec("deslo_plugin._C") is None:
         return "python"
     try:
-        from deslo_plugin import _C
+        return importlib.import_module("deslo_plugin._C").backends
     except ImportError as error:
         raise ImportError(
             f"deslo_plugin._C does not fit torch {torch.__version__} ({error}); build it again with pip install "
             "--no-build-isolation, or leave it out with DESLO_NATIVE=off"
         ) from error
-    return _C.backends
 
 
 _define()

@@ -10,9 +10,9 @@ from torch import Tensor
 from deslo_plugin.collectives import Alone, Average
 from deslo_plugin.config import Config, load_config
 from deslo_plugin.names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP
+from deslo_plugin.ops import RULES
 from deslo_plugin.outer import mean_, nesterov_
 from deslo_plugin.periods import group_periods
-from deslo_plugin.rules import RULES, clipped
 from deslo_plugin.schedule import due
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.sync import Synchronizer, finite
@@ -56,7 +56,9 @@ class DesLoc(torch.optim.Optimizer):
         optimizer = self.config.optimizer
         super().__init__(params, {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay, "sync_every": {}})
         self._rule = RULES[optimizer.rule]
-        self._constants: dict[str, Any] = {"betas": optimizer.betas, "weights": optimizer.weights}
+        self._constants: dict[str, Any] = {
+            "betas": optimizer.betas, "weights": optimizer.weights, "clip_value": optimizer.clip_value
+        }
         if optimizer.beta2 is not None:
             self._constants |= {"beta2": optimizer.beta2, "eps": optimizer.eps}
         if optimizer.rule == "adam":
@@ -143,18 +145,11 @@ class DesLoc(torch.optim.Optimizer):
         self._tick(group, [p for p in cohort if p.grad is None])
         optimizer = self.config.optimizer
         for t, params in self._cohorts([p for p in cohort if p.grad is not None], rule_count=True):
-            u = [self._gather(state, params) for state in optimizer.momenta]
-            x = [p if p.dtype == u_p.dtype else p.to(u_p.dtype) for p, u_p in zip(params, u[0])]
-            g = [p.grad.to(u_p.dtype) for p, u_p in zip(params, u[0])]
-            if optimizer.clip_value is not None:
-                g = clipped(g, optimizer.clip_value)
-            tensors = {"x": x, "g": g, "u": u}
+            tensors = {"x": params, "g": [p.grad for p in params]}
+            tensors["u"] = [self._gather(state, params) for state in optimizer.momenta]
             if optimizer.beta2 is not None:
                 tensors["v"] = self._gather(SECOND_MOMENT, params)
             self._rule(**tensors, t=t, lr=float(group["lr"]), weight_decay=group["weight_decay"], **self._constants)
-            for param, x_p in zip(params, x):
-                if param is not x_p:
-                    param.copy_(x_p)
 
     def _tick(self, group: Mapping[str, Any], cohort: Sequence[Tensor]) -> None:
         """No update: the rule's own count t stays where it is while the clock goes on."""

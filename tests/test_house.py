@@ -12,7 +12,7 @@ PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict"},
     {"periods", "config", "plan"},
-    {"buckets", "collectives", "telemetry", "agreement", "log"},
+    {"buckets", "collectives", "telemetry", "agreement", "log", "ops"},
     {"sync", "outer"},
     {"optimizer"},
     {"frameworks"},
