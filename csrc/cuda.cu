@@ -1,0 +1,273 @@
+// The CUDA kernel: many tensors in one launch, 16-byte accesses, every load of an element in flight before its arithmetic.
+//
+// tests/emulation lets a C++ compiler build this file for machines without a GPU.
+#include "cuda.h"
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace deslo {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kArguments = 32000;  // bytes of kernel arguments; CUDA allows 32,764
+
+// What one launch does. It travels by value, so there is no copy to the device to wait for and a CUDA graph can hold it.
+// first_block of a slot counts chunks here: kThreads accesses of 16 bytes.
+template <int N, typename T>
+struct Batch {
+  static constexpr int kMomenta = N ? N : kMaxMomenta;
+  static constexpr int kSlots = (kArguments - int(sizeof(Constants<T>))) / int(sizeof(Slot<T>) + kMomenta * sizeof(T*));
+
+  Constants<T> constants;
+  const float* grad_scale;
+  const float* found_inf;
+  int64_t chunks;
+  int slot_count;
+  Slot<T> slots[kSlots];
+  T* u[kSlots * kMomenta];
+};
+
+template <typename T>
+constexpr int kWidth = 16 / sizeof(T);
+
+// 16 bytes of memory, or 8 of a 16-bit format, as they came: converted only after all loads are on their way.
+struct alignas(16) Raw {
+  uint32_t words[4];
+};
+
+struct alignas(8) RawHalf {
+  uint32_t words[2];
+};
+
+__device__ __forceinline__ bool is_half(Dtype type) { return type == Dtype::kBFloat16 || type == Dtype::kFloat16; }
+
+// Elements offset .. offset + count. `whole` says that there are kWidth of them, aligned.
+template <typename T>
+__device__ __forceinline__ Raw load(const void* data, Dtype type, int64_t offset, int count, bool whole) {
+  Raw raw{};
+  if (is_half(type)) {
+    const uint16_t* const from = static_cast<const uint16_t*>(data) + offset;
+    if (whole) {
+      const RawHalf half = *reinterpret_cast<const RawHalf*>(from);
+      raw.words[0] = half.words[0];
+      raw.words[1] = half.words[1];
+    } else {
+      for (int e = 0; e < kWidth<T>; ++e) {
+        if (e < count) raw.words[e / 2] |= uint32_t(from[e]) << (16 * (e % 2));
+      }
+    }
+  } else {
+    const T* const from = static_cast<const T*>(data) + offset;
+    if (whole) {
+      raw = *reinterpret_cast<const Raw*>(from);
+    } else {
+      T some[kWidth<T>] = {};
+      for (int e = 0; e < kWidth<T>; ++e) {
+        if (e < count) some[e] = from[e];
+      }
+      memcpy(&raw, some, sizeof raw);
+    }
+  }
+  return raw;
+}
+
+template <typename T>
+__device__ __forceinline__ void widen(const Raw& raw, Dtype type, T* to) {
+  if (!is_half(type)) {
+    memcpy(to, &raw, sizeof raw);
+    return;
+  }
+  for (int e = 0; e < kWidth<T>; ++e) {
+    const uint16_t bits = uint16_t(raw.words[e / 2] >> (16 * (e % 2)));
+    to[e] = T(type == Dtype::kBFloat16 ? BFloat16{bits}.to_float() : Float16{bits}.to_float());
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store(const T* from, void* data, Dtype type, int64_t offset, int count, bool whole) {
+  if (is_half(type)) {
+    uint16_t* const to = static_cast<uint16_t*>(data) + offset;
+    uint16_t bits[kWidth<T>];
+    for (int e = 0; e < kWidth<T>; ++e) {
+      const float a = float(from[e]);
+      bits[e] = type == Dtype::kBFloat16 ? BFloat16::of_float(a).bits : Float16::of_float(a).bits;
+    }
+    if (whole) {
+      RawHalf half{};
+      memcpy(&half, bits, sizeof bits);
+      *reinterpret_cast<RawHalf*>(to) = half;
+    } else {
+      for (int e = 0; e < kWidth<T>; ++e) {
+        if (e < count) to[e] = bits[e];
+      }
+    }
+  } else {
+    T* const to = static_cast<T*>(data) + offset;
+    if (whole) {
+      Raw raw;
+      memcpy(&raw, from, sizeof raw);
+      *reinterpret_cast<Raw*>(to) = raw;
+    } else {
+      for (int e = 0; e < kWidth<T>; ++e) {
+        if (e < count) to[e] = from[e];
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ bool aligned(const void* data, int bytes) {
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0;
+}
+
+// Whether every tensor of a slot begins where whole accesses may.
+template <typename T>
+__device__ __forceinline__ bool aligned(const Slot<T>& slot, T* const* u, int momenta) {
+  bool all = aligned(slot.x, is_half(slot.x_type) ? 8 : 16) && aligned(slot.g, is_half(slot.g_type) ? 8 : 16) &&
+             aligned(slot.v, 16) && aligned(slot.copy, is_half(slot.copy_type) ? 8 : 16);
+  for (int j = 0; j < momenta; ++j) all = all && aligned(u[j], 16);
+  return all;
+}
+
+// kWidth elements of one slot.
+template <class Law, int N, typename T>
+__device__ __forceinline__ void update_elements(
+    const Constants<T>& c, T scale, const Slot<T>& slot, T* const* slot_u, int64_t offset, int count, bool whole) {
+  constexpr int W = kWidth<T>;
+  const Raw x_raw = load<T>(slot.x, slot.x_type, offset, count, whole);
+  const Raw g_raw = load<T>(slot.g, slot.g_type, offset, count, whole);
+  T x[W], g[W], v[W] = {}, u[N ? N : 1][W], z[W], d[W];
+  if (Law::kSecondMoment) widen(load<T>(slot.v, kDtype<T>, offset, count, whole), kDtype<T>, v);
+  for (int j = 0; j < N; ++j) widen(load<T>(slot_u[j], kDtype<T>, offset, count, whole), kDtype<T>, u[j]);
+  widen(x_raw, slot.x_type, x);
+  widen(g_raw, slot.g_type, g);
+
+  for (int e = 0; e < W; ++e) {
+    g[e] = prepared(c, scale, g[e]);
+    z[e] = Law::direction(c, g[e], v + e);
+    d[e] = c.rest * z[e];
+  }
+  if (N > 0) {
+    for (int j = 0; j < N; ++j) {
+      for (int e = 0; e < W; ++e) follow(c, j, z[e], u[j][e], d[e]);
+      store(u[j], slot_u[j], kDtype<T>, offset, count, whole);
+    }
+  } else {
+    for (int j = 0; j < c.momenta; ++j) {
+      widen(load<T>(slot_u[j], kDtype<T>, offset, count, whole), kDtype<T>, u[0]);
+      for (int e = 0; e < W; ++e) follow(c, j, z[e], u[0][e], d[e]);
+      store(u[0], slot_u[j], kDtype<T>, offset, count, whole);
+    }
+  }
+  for (int e = 0; e < W; ++e) Law::apply(c, x[e], d[e], g[e], v + e);
+
+  store(x, slot.x, slot.x_type, offset, count, whole);
+  if (Law::kSecondMoment) store(v, slot.v, kDtype<T>, offset, count, whole);
+  if (slot.copy) store(x, slot.copy, slot.copy_type, offset, count, whole);
+}
+
+// N = 0 stands for any number of momenta.
+template <class Law, int N, typename T>
+__global__ void __launch_bounds__(kThreads) update(const __grid_constant__ Batch<N, T> batch) {
+  if (batch.found_inf && *batch.found_inf != 0.0f) return;
+  const T scale = batch.grad_scale ? T(*batch.grad_scale) : T(1);
+  const int momenta = N ? N : batch.constants.momenta;
+  for (int64_t chunk = blockIdx.x; chunk < batch.chunks; chunk += gridDim.x) {
+    const int64_t index = slot_of(batch.slots, batch.slot_count, chunk);
+    const Slot<T>& slot = batch.slots[index];
+    T* const* const u = batch.u + index * momenta;
+    const int64_t offset = ((chunk - slot.first_block) * kThreads + threadIdx.x) * kWidth<T>;
+    const int64_t left = slot.numel - offset;
+    if (left >= kWidth<T> && aligned(slot, u, momenta)) {
+      update_elements<Law, N>(batch.constants, scale, slot, u, offset, kWidth<T>, true);
+    } else if (left > 0) {
+      const int count = left < kWidth<T> ? int(left) : kWidth<T>;
+      update_elements<Law, N>(batch.constants, scale, slot, u, offset, count, false);
+    }
+  }
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("deslo: CUDA: ") + cudaGetErrorString(error));
+}
+
+// Makes `device` current while it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_));
+    check(cudaSetDevice(device));
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+
+ private:
+  int before_ = 0;
+};
+
+// As many launches as the arguments need, each with as many thread blocks as the device holds at once.
+template <class Law, int N, typename T>
+void launch(const Task<T>& task, int device, cudaStream_t stream) {
+  const OnDevice guard(device);
+  int processors = 0, resident = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, update<Law, N, T>, kThreads, 0));
+
+  constexpr int64_t chunk = kThreads * kWidth<T>;
+  const int momenta = task.hyper.momenta;
+  Batch<N, T> batch{};
+  batch.constants = constants<T>(task.hyper);
+  batch.grad_scale = task.grad_scale;
+  batch.found_inf = task.found_inf;
+  for (int64_t begin = 0; begin < task.slot_count; begin += batch.slot_count) {
+    const int64_t left = task.slot_count - begin;
+    batch.slot_count = int(left < Batch<N, T>::kSlots ? left : Batch<N, T>::kSlots);
+    batch.chunks = 0;
+    for (int i = 0; i < batch.slot_count; ++i) {
+      batch.slots[i] = task.slots[begin + i];
+      batch.slots[i].first_block = batch.chunks;
+      batch.chunks += (batch.slots[i].numel + chunk - 1) / chunk;
+      for (int j = 0; j < momenta; ++j) batch.u[i * momenta + j] = task.u[(begin + i) * momenta + j];
+    }
+    cudaLaunchConfig_t config{};
+    const int64_t room = int64_t(processors) * resident;
+    config.gridDim = dim3(unsigned(batch.chunks < room ? batch.chunks : room));
+    config.blockDim = dim3(kThreads);
+    config.stream = stream;
+    check(cudaLaunchKernelEx(&config, update<Law, N, T>, batch));
+  }
+}
+
+template <class Law, typename T>
+void launch_by_count(const Task<T>& task, int device, cudaStream_t stream) {
+  switch (task.hyper.momenta) {
+    case 1: return launch<Law, 1>(task, device, stream);
+    case 2: return launch<Law, 2>(task, device, stream);
+    case 3: return launch<Law, 3>(task, device, stream);
+    case 4: return launch<Law, 4>(task, device, stream);
+    default: return launch<Law, 0>(task, device, stream);
+  }
+}
+
+template <typename T>
+void launch_by_rule(const Task<T>& task, int device, cudaStream_t stream) {
+  switch (task.hyper.rule) {
+    case Rule::kSgdm: return launch_by_count<Sgdm>(task, device, stream);
+    case Rule::kAdam: return launch_by_count<Adam>(task, device, stream);
+    case Rule::kAdopt: return launch_by_count<Adopt>(task, device, stream);
+    case Rule::kAdoptStart: return launch<AdoptStart, 0>(task, device, stream);
+  }
+}
+
+}  // namespace
+
+void update_cuda(const Task<float>& task, int device, void* stream) {
+  launch_by_rule(task, device, static_cast<cudaStream_t>(stream));
+}
+
+void update_cuda(const Task<double>& task, int device, void* stream) {
+  launch_by_rule(task, device, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace deslo
