@@ -85,7 +85,8 @@ class BuildKernels(build_ext):
 
 
 kernels = Extension(
-    "deslo_plugin._C", ["csrc/module.cpp"], extra_compile_args=FLAGS, py_limited_api=True,
+    "deslo_plugin._C", ["csrc/module.cpp"], extra_compile_args=FLAGS,
+    extra_link_args=["-Wl,--no-as-needed"], py_limited_api=True,
     depends=[str(path) for path in sorted(Path("csrc").iterdir())],
 )
 setup(

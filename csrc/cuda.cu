@@ -34,13 +34,29 @@ template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
 
 // 16 bytes of memory, or 8 of a 16-bit format, as they came: converted only after all loads are on their way.
-struct alignas(16) Raw {
+struct Raw {
   uint32_t words[4];
 };
 
-struct alignas(8) RawHalf {
-  uint32_t words[2];
-};
+// One access of 16 or 8 bytes. Plain stores of vectors are taken apart by the compiler behind a square root or a
+// quotient. __stcs: nothing is read again before the next step.
+__device__ __forceinline__ void write_whole(const float* from, float* to) {
+  __stcs(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
+}
+
+__device__ __forceinline__ void write_whole(const double* from, double* to) {
+  __stcs(reinterpret_cast<double2*>(to), make_double2(from[0], from[1]));
+}
+
+__device__ __forceinline__ void write_whole(const uint16_t* from, uint16_t* to) {
+  __stcs(reinterpret_cast<ushort4*>(to), make_ushort4(from[0], from[1], from[2], from[3]));
+}
+
+template <typename V>
+__device__ __forceinline__ void read_whole(const void* from, void* to) {
+  const V vector = *static_cast<const V*>(from);
+  memcpy(to, &vector, sizeof vector);
+}
 
 __device__ __forceinline__ bool is_half(Dtype type) { return type == Dtype::kBFloat16 || type == Dtype::kFloat16; }
 
@@ -51,9 +67,7 @@ __device__ __forceinline__ Raw load(const void* data, Dtype type, int64_t offset
   if (is_half(type)) {
     const uint16_t* const from = static_cast<const uint16_t*>(data) + offset;
     if (whole) {
-      const RawHalf half = *reinterpret_cast<const RawHalf*>(from);
-      raw.words[0] = half.words[0];
-      raw.words[1] = half.words[1];
+      read_whole<uint2>(from, &raw);
     } else {
       for (int e = 0; e < kWidth<T>; ++e) {
         if (e < count) raw.words[e / 2] |= uint32_t(from[e]) << (16 * (e % 2));
@@ -62,7 +76,7 @@ __device__ __forceinline__ Raw load(const void* data, Dtype type, int64_t offset
   } else {
     const T* const from = static_cast<const T*>(data) + offset;
     if (whole) {
-      raw = *reinterpret_cast<const Raw*>(from);
+      read_whole<uint4>(from, &raw);
     } else {
       T some[kWidth<T>] = {};
       for (int e = 0; e < kWidth<T>; ++e) {
@@ -90,15 +104,13 @@ template <typename T>
 __device__ __forceinline__ void store(const T* from, void* data, Dtype type, int64_t offset, int count, bool whole) {
   if (is_half(type)) {
     uint16_t* const to = static_cast<uint16_t*>(data) + offset;
-    uint16_t bits[kWidth<T>];
+    uint16_t bits[4] = {};
     for (int e = 0; e < kWidth<T>; ++e) {
       const float a = float(from[e]);
       bits[e] = type == Dtype::kBFloat16 ? BFloat16::of_float(a).bits : Float16::of_float(a).bits;
     }
     if (whole) {
-      RawHalf half{};
-      memcpy(&half, bits, sizeof bits);
-      *reinterpret_cast<RawHalf*>(to) = half;
+      write_whole(bits, to);
     } else {
       for (int e = 0; e < kWidth<T>; ++e) {
         if (e < count) to[e] = bits[e];
@@ -107,9 +119,7 @@ __device__ __forceinline__ void store(const T* from, void* data, Dtype type, int
   } else {
     T* const to = static_cast<T*>(data) + offset;
     if (whole) {
-      Raw raw;
-      memcpy(&raw, from, sizeof raw);
-      *reinterpret_cast<Raw*>(to) = raw;
+      write_whole(from, to);
     } else {
       for (int e = 0; e < kWidth<T>; ++e) {
         if (e < count) to[e] = from[e];

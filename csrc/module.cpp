@@ -8,6 +8,9 @@
 #include "operators.h"
 #ifdef DESLO_CUDA
 #include "cuda.h"
+
+// Weak: a torch without CUDA has no such function, and no CUDA tensor to ask for it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace deslo {
@@ -63,6 +66,15 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(deslo, CPU, library) { implement<Cpu>(library); }
 
 #ifdef DESLO_CUDA
+struct Cuda {
+  template <typename T>
+  static void run(const Task<T>& task, int32_t device) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    update_cuda(task, device, stream);
+  }
+};
+
 STABLE_TORCH_LIBRARY_IMPL(deslo, CUDA, library) { implement<Cuda>(library); }
 #endif
 
