@@ -56,6 +56,8 @@ inline void set_momenta(Hyper& hyper, const std::vector<double>& betas, const st
   std::copy(weights.begin(), weights.end(), hyper.weight);
 }
 
+const char* const kNames[] = {"float32", "float64", "bfloat16", "float16"};  // by Dtype
+
 inline Dtype dtype_of(const Tensor& tensor, const std::string& name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return Dtype::kFloat32;
@@ -119,7 +121,7 @@ class Launch {
       } else if (state == Dtype::kFloat64) {
         add(i, double_);
       } else {
-        refuse(at("u", i), ": expected float32 or float64, got a 16-bit dtype; momenta stall in 16 bits");
+        refuse(at("u", i), ": expected float32 or float64, got ", kNames[int(state)], "; momenta stall in 16 bits");
       }
     }
     refuse_overlap();
@@ -173,7 +175,7 @@ class Launch {
     return static_cast<const float*>(tensor->const_data_ptr());
   }
 
-  // Checks one tensor of parameter i and returns where it lies; `dtypes` are those it may have.
+  // Checks one tensor of parameter i and returns where it lies. `element` is in bytes.
   void* checked(const char* name, size_t index, const Tensor& tensor, size_t i, size_t element, bool written) {
     const Tensor& x = (*call_.x)[i];
     expect_device(tensor, at(name, index));
@@ -193,18 +195,19 @@ class Launch {
   template <typename T>
   Dtype parameter_type(const Tensor& tensor, const std::string& name) const {
     const Dtype type = dtype_of(tensor, name);
-    const bool wide = type == Dtype::kFloat64;
-    if (wide != (kDtype<T> == Dtype::kFloat64)) {
-      refuse(name, wide ? ": expected float32, bfloat16 or float16 with float32 momenta, got float64"
-                        : ": expected float64 with float64 momenta, got another dtype");
+    if ((type == Dtype::kFloat64) != (kDtype<T> == Dtype::kFloat64)) {
+      refuse(name, kDtype<T> == Dtype::kFloat64 ? ": expected float64 with float64 momenta, got "
+                                                : ": expected float32, bfloat16 or float16 with float32 momenta, got ",
+             kNames[int(type)]);
     }
     return type;
   }
 
   template <typename T>
   T* state(const char* name, size_t index, const Tensor& tensor, size_t i) {
-    if (dtype_of(tensor, at(name, index)) != kDtype<T>) {
-      refuse(at(name, index), ": expected the dtype of u[", i, "], got another");
+    const Dtype type = dtype_of(tensor, at(name, index));
+    if (type != kDtype<T>) {
+      refuse(at(name, index), ": expected ", kNames[int(kDtype<T>)], " as u[", i, "] is, got ", kNames[int(type)]);
     }
     return static_cast<T*>(checked(name, index, tensor, i, sizeof(T), true));
   }

@@ -19,7 +19,8 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import chain
+from itertools import accumulate, chain
+from operator import mul
 from typing import Any
 
 import torch
@@ -74,10 +75,10 @@ def _local(tensors: Tensors) -> Tensors:
     return [t.to_local() if hasattr(type(t), "to_local") else t for t in tensors]
 
 
-def _reference(rule: str) -> Callable[..., None]:
-    """The operator in torch's own: checks, casts, and the rule of ``rules.py``."""
+def reference(rule: str) -> Callable[..., None]:
+    """The operator made of torch's own, with the same arguments: checks, casts, and the rule of ``rules.py``."""
 
-    def reference(
+    def update(
         x: Tensors, g: Tensors, u: Tensors, *more: Tensors, betas: Sequence[float], weights: Sequence[float],
         clip_value: float | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, **numbers: Any,
     ) -> None:
@@ -98,7 +99,7 @@ def _reference(rule: str) -> Callable[..., None]:
             if target is not value:
                 target.copy_(value)
 
-    return reference
+    return update
 
 
 @cache
@@ -150,25 +151,33 @@ def _check(
 
 
 def _check_tensor(name: str, tensor: Tensor, x: Tensor, i: int, state: torch.dtype, device: torch.device) -> None:
+    dtype, wanted = (str(each).removeprefix("torch.") for each in (tensor.dtype, state))
     if tensor.layout != torch.strided:
         _refuse(f"{name}: expected a dense tensor, got {tensor.layout}")
     if name[0] in "uv":
         if state not in (torch.float32, torch.float64):
-            _refuse(f"u[{i}]: expected float32 or float64, got {state}; momenta stall in 16 bits")
+            _refuse(f"u[{i}]: expected float32 or float64, got {wanted}; momenta stall in 16 bits")
         if tensor.dtype != state:
-            _refuse(f"{name}: expected the dtype of u[{i}], {state}, got {tensor.dtype}")
+            _refuse(f"{name}: expected {wanted} as u[{i}] is, got {dtype}")
     elif state == torch.float64 and tensor.dtype != torch.float64:
-        _refuse(f"{name}: expected float64 with float64 momenta, got {tensor.dtype}")
+        _refuse(f"{name}: expected float64 with float64 momenta, got {dtype}")
     elif state == torch.float32 and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        _refuse(f"{name}: expected float32, bfloat16 or float16 with float32 momenta, got {tensor.dtype}")
+        _refuse(f"{name}: expected float32, bfloat16 or float16 with float32 momenta, got {dtype}")
     if tensor.device != device:
         _refuse(f"{name}: expected the device of x[0], got another")
     if tensor.shape != x.shape:
         _refuse(f"{name}: expected shape {list(x.shape)} of x[{i}], got {list(tensor.shape)}")
-    if not torch._prims_common.is_non_overlapping_and_dense(tensor):
+    if not _is_dense(tensor):
         _refuse(f"{name}: expected a contiguous (or densely strided) tensor")
     if any(a != b for a, b, size in zip(tensor.stride(), x.stride(), x.shape) if size > 1):
         _refuse(f"{name}: expected strides {list(x.stride())} of x[{i}], got {list(tensor.stride())}")
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
+    dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)
+    ends = accumulate((size for _, size in dims), mul, initial=1)
+    return tensor.numel() == 0 or all(stride == end for (stride, _), end in zip(dims, ends))
 
 
 def _refuse(message: str) -> None:
@@ -180,7 +189,7 @@ def _define() -> None:
         tensors = [schema for name, schema in _TENSORS.items() if name != "v" or second_moment]
         numbers = [part for part in (_NUMBERS, second_moment, _OPTIONS) if part]
         _library.define(f"{rule}_({', '.join(tensors)}, *, {', '.join(numbers)}) -> ()")
-        _library.impl(f"{rule}_", _reference(rule), "CompositeExplicitAutograd")
+        _library.impl(f"{rule}_", reference(rule), "CompositeExplicitAutograd")
         torch.library.register_fake(f"deslo::{rule}_", lambda *tensors, **numbers: None, lib=_library)
 
 

@@ -1,0 +1,90 @@
+// Runs the CPU kernel and the emulated CUDA kernel side by side on buffers that end where their tensors end, for a build
+// with -fsanitize=address,undefined. Exits with 1 if the two differ in a bit.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/cpu.h"
+#include "../../csrc/cuda.cu"
+
+using namespace deslo;
+
+namespace {
+
+struct Buffer {
+  Buffer(int64_t numel, Dtype type, unsigned seed)
+      : bytes(numel * (type == Dtype::kFloat64 ? 8 : type == Dtype::kFloat32 ? 4 : 2)), data(new unsigned char[bytes]) {
+    std::srand(seed);
+    for (int64_t i = 0; i < numel; ++i) {
+      const float a = float(std::rand() % 2001) / 1000;
+      switch (type) {
+        case Dtype::kFloat32: reinterpret_cast<float*>(data.get())[i] = a; break;
+        case Dtype::kFloat64: reinterpret_cast<double*>(data.get())[i] = a; break;
+        case Dtype::kBFloat16: reinterpret_cast<BFloat16*>(data.get())[i] = BFloat16::of_float(a); break;
+        case Dtype::kFloat16: reinterpret_cast<Float16*>(data.get())[i] = Float16::of_float(a); break;
+      }
+    }
+  }
+
+  int64_t bytes;
+  std::unique_ptr<unsigned char[]> data;
+};
+
+// Everything that a call has written.
+template <typename T, typename Update>
+std::vector<unsigned char> run(Rule rule, int momenta, double clip_value, Update update) {
+  std::vector<Buffer> buffers;
+  std::vector<Slot<T>> slots;
+  std::vector<T*> u;
+  Task<T> task{};
+  const auto made = [&](int64_t numel, Dtype type) {
+    buffers.emplace_back(numel, type, unsigned(buffers.size()));
+    return static_cast<void*>(buffers.back().data.get());
+  };
+  const Dtype halves[] = {kDtype<T>, Dtype::kBFloat16, Dtype::kFloat16};
+  int kind = 0;
+  for (const int64_t numel : {1, 3, 63, 64, 65, 1023, 1025, 5000}) {
+    const Dtype type = sizeof(T) == 4 ? halves[kind++ % 3] : kDtype<T>;
+    Slot<T> slot{made(numel, type), made(numel, type), nullptr, nullptr, numel, task.blocks, type, type, type};
+    if (rule != Rule::kSgdm) slot.v = static_cast<T*>(made(numel, kDtype<T>));
+    if (kind % 2) slot.copy = made(numel, type);
+    slots.push_back(slot);
+    for (int j = 0; j < momenta; ++j) u.push_back(static_cast<T*>(made(numel, kDtype<T>)));
+    task.blocks += (numel + kBlock - 1) / kBlock;
+  }
+  task.hyper = {rule, true, momenta, 3, 0.01, 0.1, 0.99, 1e-8, clip_value, {}, {}};
+  for (int j = 0; j < momenta; ++j) task.hyper.beta[j] = 0.9, task.hyper.weight[j] = 0.5 / momenta;
+  task.slots = slots.data();
+  task.u = u.data();
+  task.slot_count = int64_t(slots.size());
+  update(task);
+  std::vector<unsigned char> written;
+  for (const Buffer& buffer : buffers) written.insert(written.end(), buffer.data.get(), buffer.data.get() + buffer.bytes);
+  return written;
+}
+
+template <typename T>
+bool agree(Rule rule, int momenta, double clip_value) {
+  const auto on_cpu = run<T>(rule, momenta, clip_value, [](const Task<T>& task) {
+    baseline::update_blocks(task, 0, task.blocks / 2);
+    baseline::update_blocks(task, task.blocks / 2, task.blocks);
+  });
+  const auto on_gpu = run<T>(rule, momenta, clip_value, [](const Task<T>& task) { update_cuda(task, 0, nullptr); });
+  return on_cpu == on_gpu;
+}
+
+}  // namespace
+
+int main() {
+  for (const Rule rule : {Rule::kSgdm, Rule::kAdam, Rule::kAdopt, Rule::kAdoptStart}) {
+    for (int momenta = rule == Rule::kAdoptStart ? 0 : 1; momenta <= (rule == Rule::kAdoptStart ? 0 : 6); ++momenta) {
+      for (const double clip_value : {0.0, 0.5}) {
+        if (!agree<float>(rule, momenta, clip_value) || !agree<double>(rule, momenta, clip_value)) {
+          std::printf("rule %d with %d momenta: CPU and CUDA differ\n", int(rule), momenta);
+          return 1;
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,331 @@
+"""The native kernels against the Python reference, on every path: dtypes, sizes, layouts, instruction sets, threads, CUDA."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deslo_plugin import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+HALF = [torch.bfloat16, torch.float16]
+SIZES = [0, 1, 3, 63, 64, 65, 127, 1000, 4097]
+# Largest difference from the reference, relative to max(1, |value|): the reference fuses some multiply-adds and takes
+# u + (1 - beta)(g - u) for beta u + (1 - beta) g. A 16-bit result may fall on the other side of a rounding.
+BOUND = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """The native module; its absence is a failure unless it was asked for."""
+    if ops.native() == "python":
+        if os.environ.get("DESLO_NATIVE") == "off":
+            pytest.skip("DESLO_NATIVE=off")
+        pytest.fail("deslo_plugin._C is not built: run pip install -v --no-build-isolation -e . and read what it says")
+    import deslo_plugin._C
+
+    return deslo_plugin._C
+
+
+@pytest.fixture(scope="session")
+def emulated(kernels, tmp_path_factory):
+    """The CUDA operators, compiled for the CPU, as torch.ops.deslo_emulated."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    built = tmp_path_factory.mktemp("emulated") / "operators.so"
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+         f"-I{ROOT}/tests/emulation", *(f"-I{path}" for path in include_paths()), f"{ROOT}/tests/emulation/operators.cpp",
+         "-o", built, *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu"],
+        check=True,
+    )
+    library = torch.library.Library("deslo_emulated", "DEF")
+    for rule in ops.RULES:
+        library.define(str(getattr(torch.ops.deslo, f"{rule}_").default._schema).removeprefix("deslo::"))
+    torch.ops.load_library(built)
+    yield torch.ops.deslo_emulated
+    library._destroy()
+
+
+def randn(shape, dtype, generator, offset=0):
+    """Standard normal numbers, ``offset`` elements into their storage: unaligned if that is odd."""
+    storage = torch.randn(offset + shape.numel(), generator=generator, dtype=torch.float64).to(dtype)
+    return storage[offset:].view(shape)
+
+
+class Case:
+    """Arguments of one call. ``types``: (x, g, state, copy or None) of each tensor."""
+
+    def __init__(self, rule, momenta, shapes, types, *, t=5, seed=0, offset=0, **options):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [torch.Size(shape) for shape in shapes]
+        make = lambda index: [randn(s, k[index], generator, offset) for s, k in zip(shapes, types)]  # noqa: E731
+        self.rule, self.momenta = rule, momenta
+        self.x, self.g = make(0), make(1)
+        self.u = [tensor for _ in range(momenta) for tensor in make(2)]
+        self.v = [] if rule == "sgdm" else [[tensor.square() for tensor in make(2)]]
+        self.copy = make(3) if types[0][3] else []
+        betas = [1 - 0.5 / (j + 1) ** 2 for j in range(momenta)]
+        self.numbers = {"t": t, "lr": 0.01, "weight_decay": 0.1, "betas": betas, "weights": [0.9 / momenta] * momenta} | options
+        if rule != "sgdm":
+            self.numbers |= {"beta2": 0.97, "eps": 1e-6}
+        if rule == "adam":
+            self.numbers.setdefault("bias_correction", True)
+
+    def run(self, update):
+        """x, u, v and copy after ``update`` of copies that lie in memory as these do."""
+        clone = lambda tensors: [self._like(tensor) for tensor in tensors]  # noqa: E731
+        x, u, copy = clone(self.x), clone(self.u), clone(self.copy)
+        v = [clone(tensors) for tensors in self.v]
+        update(x, self.g, u, *v, copy, **self.numbers)
+        return [*x, *u, *(tensor for tensors in v for tensor in tensors), *copy]
+
+    @staticmethod
+    def _like(tensor):
+        storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage().clone())
+        return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def native(self):
+        return self.run(getattr(torch.ops.deslo, f"{self.rule}_"))
+
+    def reference(self):
+        return self.run(ops.reference(self.rule))
+
+
+def assert_close(ours, theirs):
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == other.dtype and mine.shape == other.shape
+        error = (mine.double() - other.double()).abs() / other.double().abs().clamp(min=1.0)
+        assert not error.isnan().any() and (error <= BOUND[mine.dtype]).all(), f"{mine.dtype}: {error.max():.3g}"
+
+
+def assert_same_bits(ours, theirs):
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+
+
+SINGLE = st.tuples(st.sampled_from([torch.float32, *HALF]), st.sampled_from([torch.float32, *HALF]),
+                   st.just(torch.float32), st.sampled_from(HALF))
+DOUBLE = st.just((torch.float64,) * 4)
+
+
+@st.composite
+def cases(draw):
+    count, copied = draw(st.integers(1, 5)), draw(st.booleans())
+    types = [kind if copied else (*kind[:3], None) for kind in draw(st.lists(SINGLE | DOUBLE, min_size=count, max_size=count))]
+    shapes = draw(st.lists(st.sampled_from(SIZES).map(lambda n: (n,)) | st.just((3, 5, 7)), min_size=count, max_size=count))
+    rule = draw(st.sampled_from(list(ops.RULES)))
+    options = {"clip_value": draw(st.none() | st.just(0.3)), "weight_decay": draw(st.sampled_from([0.0, 0.1]))}
+    if rule == "adam":
+        options["bias_correction"] = draw(st.booleans())
+    if draw(st.booleans()):
+        options["grad_scale"] = torch.tensor(0.125)
+    return Case(rule, draw(st.integers(1, 6)), shapes, types, t=draw(st.sampled_from([0, 1, 1000])),
+                seed=draw(st.integers(0, 99)), offset=draw(st.integers(0, 3)), **options)
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=cases())
+def test_the_kernels_compute_the_reference(kernels, case):
+    assert_close(case.native(), case.reference())
+
+
+FLOAT32 = (torch.float32, torch.float32, torch.float32, None)
+
+
+@pytest.mark.parametrize("momenta", [1, 2, 3, 4, 5, ops.MAX_MOMENTA])
+@pytest.mark.parametrize("rule", ops.RULES)
+def test_every_rule_and_number_of_momenta(kernels, rule, momenta):
+    case = Case(rule, momenta, [(n,) for n in SIZES], [FLOAT32] * len(SIZES))
+    assert_close(case.native(), case.reference())
+
+
+@pytest.mark.parametrize("rule", ops.RULES)
+def test_a_large_tensor(kernels, rule):
+    case = Case(rule, 2, [(10_000_019,)], [FLOAT32])
+    assert_close(case.native(), case.reference())
+
+
+def test_a_permuted_layout_is_updated_in_place(kernels):
+    case = Case("adam", 2, [(2, 3, 4, 5)], [FLOAT32])
+    permute = lambda tensors: [t.contiguous(memory_format=torch.channels_last) for t in tensors]  # noqa: E731
+    plain = case.native()
+    case.x, case.g, case.u, case.v = permute(case.x), permute(case.g), permute(case.u), [permute(case.v[0])]
+    assert_same_bits(case.native(), plain)
+
+
+MIXED = [(n,) for n in [*SIZES, 300_001]]
+TYPES = [FLOAT32, (torch.bfloat16, torch.bfloat16, torch.float32, None), (torch.float16, torch.float32, torch.float32, None)] * 3
+TYPES += [(torch.float64,) * 3 + (None,)]
+
+
+@pytest.mark.parametrize("momenta", [1, 3, 7])
+@pytest.mark.parametrize("rule", ops.RULES)
+def test_the_number_of_threads_changes_no_bit(kernels, rule, momenta):
+    case, before = Case(rule, momenta, MIXED, TYPES), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(case.native())
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("momenta", [1, 3, 7])
+@pytest.mark.parametrize("rule", ops.RULES)
+def test_the_instruction_set_changes_no_bit(kernels, rule, momenta):
+    case, widest = Case(rule, momenta, MIXED, TYPES, clip_value=0.7), kernels.isa()
+    expected = case.native()
+    try:
+        for isa in ("baseline", "avx2", "avx512")[: {"baseline": 1, "avx2": 2, "avx512": 3}[widest]]:
+            assert kernels.isa(isa) == isa
+            assert_same_bits(case.native(), expected)
+    finally:
+        kernels.isa(widest)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("momenta", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("rule", ops.RULES)
+def test_the_cuda_kernels_give_the_bits_of_the_cpu(emulated, rule, momenta, offset):
+    copied = [(*kind[:3], kind[0]) for kind in TYPES]
+    for options in ({}, {"clip_value": 0.7, "grad_scale": torch.tensor(0.3)}, {"t": 0}):
+        case = Case(rule, momenta, MIXED, copied, offset=offset, **options)
+        assert_same_bits(case.run(getattr(emulated, f"{rule}_")), case.native())
+
+
+def test_the_cuda_kernels_take_more_tensors_than_one_launch_holds(emulated):
+    case = Case("adam", 2, [(1 + n % 7,) for n in range(1000)], [FLOAT32] * 1000)
+    assert_same_bits(case.run(emulated.adam_), case.native())
+
+
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(kernels, tmp_path):
+    built, sources = tmp_path / "sanitized", [ROOT / "tests/emulation/sanitized.cpp", ROOT / "csrc/cpu.cpp"]
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-g", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off",
+         "-fopenmp-simd", "-DDESLO_ISA=baseline", f"-I{ROOT}/tests/emulation", *sources, "-o", built], check=True,
+    )
+    subprocess.run([built], check=True, timeout=300)
+
+
+def test_found_inf_leaves_everything_as_it_was(kernels):
+    case = Case("adam", 2, [(100,)], [FLOAT32], found_inf=torch.tensor(1.0))
+    assert_same_bits(case.native(), [*case.x, *case.u, *case.v[0]])
+    assert_same_bits(case.reference(), [*case.x, *case.u, *case.v[0]])
+
+
+def test_broken_gradients_stay_visible(kernels):
+    for clip_value in (None, 0.5):
+        case = Case("adam", 1, [(3,)], [FLOAT32], clip_value=clip_value)
+        case.g = [torch.tensor([float("nan"), float("inf"), 1.0])]
+        for result in (case.native(), case.reference()):
+            assert all(tensor.isfinite().tolist() == [False, False, True] for tensor in result)
+
+
+def test_subnormal_momenta_fade_to_zero(kernels):
+    case = Case("sgdm", 1, [(100,)], [FLOAT32])
+    case.u, case.g = [torch.full((100,), 1e-40)], [torch.zeros(100)]
+    assert (case.native()[1] == 0).all()
+
+
+def test_torch_accepts_the_operators(kernels):
+    case = Case("adam", 1, [(10,), (2, 3)], [FLOAT32] * 2)
+    torch.library.opcheck(torch.ops.deslo.adam_, (case.x, case.g, case.u, *case.v, []), case.numbers)
+    case = Case("sgdm", 2, [(10,)], [FLOAT32])
+    torch.library.opcheck(torch.ops.deslo.sgdm_, (case.x, case.g, case.u, []), case.numbers)
+
+
+def test_a_compiled_step_is_one_graph(kernels):
+    case = Case("adam", 1, [(10,)], [FLOAT32])
+
+    def step(x, g, u, v):
+        ops.adam_(x, [2 * each for each in g], [u], v, **case.numbers)
+        return x[0] + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    eager, traced = ([t.clone() for t in case.x] for _ in range(2))
+    clones = lambda: ([t.clone() for t in case.g], [t.clone() for t in case.u], [t.clone() for t in case.v[0]])  # noqa: E731
+    assert torch.equal(step(eager, *clones()), compiled(traced, *clones()))
+    assert torch.equal(eager[0], traced[0])
+
+
+def test_backward_notices_that_params_have_moved():
+    p = torch.nn.Parameter(torch.ones(3))
+    loss = (p * p).sum()
+    ops.sgdm_([p], [torch.ones(3)], [[torch.zeros(3)]], t=0, lr=0.1, weight_decay=0.0, betas=[0.9], weights=[1.0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def spoil(**changes):
+    """A way to make a good case bad: attribute -> function of its value."""
+    def apply(case):
+        for name, change in changes.items():
+            setattr(case, name, change(getattr(case, name)))
+    return apply
+
+
+def put(value, index=0):
+    return lambda tensors: [*tensors[:index], value, *tensors[index + 1 :]]
+
+
+def number(**changes):
+    return spoil(numbers=lambda numbers: numbers | changes)
+
+
+def overlap(case):
+    case.u[0] = case.x[0]
+
+
+def overlap_across(case):
+    case.x = list(torch.zeros(7).as_strided((2, 4), (3, 1)))
+    case.g, case.u, case.v = [torch.zeros(4)] * 2, [torch.zeros(4), torch.zeros(4)], [[torch.zeros(4), torch.zeros(4)]]
+
+
+BAD = {
+    "x: expected one tensor or more": spoil(x=lambda x: [], g=lambda g: []),
+    "g: expected 2 tensors, got 1": spoil(g=lambda g: g[:1]),
+    "u: expected 2 tensors, got 3": spoil(u=lambda u: [*u, torch.zeros(4)]),
+    "v: expected 2 tensors, got 1": spoil(v=lambda v: [v[0][:1]]),
+    "copy: expected 2 tensors, got 1": spoil(copy=lambda copy: [torch.zeros(4)]),
+    r"g\[1\]: expected shape \[4\] of x\[1\], got \[2, 2\]": spoil(g=put(torch.zeros(2, 2), 1)),
+    r"u\[0\]: expected shape \[4\]": spoil(u=put(torch.zeros(5))),
+    r"x\[0\]: expected a contiguous": spoil(x=put(torch.zeros(8)[::2])),
+    r"g\[0\]: expected a contiguous": spoil(g=put(torch.zeros(1).expand(4))),
+    r"g\[0\]: expected float32, bfloat16 or float16 with float32 momenta, got float64": spoil(g=put(torch.zeros(4).double())),
+    r"x\[0\]: expected float64 with float64 momenta": spoil(u=put(torch.zeros(4).double())),
+    r"u\[1\]: expected float32 or float64, got bfloat16; momenta stall": spoil(u=put(torch.zeros(4).bfloat16(), 1)),
+    r"v\[0\]: expected float32 as u\[0\] is, got bfloat16": spoil(v=lambda v: [put(torch.zeros(4).bfloat16())(v[0])]),
+    r"g\[0\]: expected float32, .*got": spoil(g=put(torch.zeros(4, dtype=torch.int32))),
+    r"(u\[0\]|x\[0\]): expected memory of its own, but it overlaps (u\[0\]|x\[0\])": overlap,
+    r"x\[1\]: expected memory of its own, but it overlaps x\[0\]": overlap_across,
+    "betas: expected 1 to 16 momenta, got 17": number(betas=[0.9] * 17),
+    "betas: expected 1 to 16 momenta, got 0": number(betas=[]),
+    "weights: expected 1 as there are betas, got 2": number(weights=[0.5, 0.5]),
+    "clip_value: expected a number > 0, got -1": number(clip_value=-1.0),
+    "grad_scale: expected one float32 number": number(grad_scale=torch.zeros(2)),
+    "found_inf: expected one float32 number": number(found_inf=torch.zeros((), dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_names_the_argument_and_writes_nothing(kernels, message):
+    case = Case("adam", 1, [(4,), (4,)], [FLOAT32] * 2)
+    BAD[message](case)
+    before = [tensor.clone() for tensor in [*case.x, *case.u, *case.v[0]]]
+    for update in (torch.ops.deslo.adam_, ops.reference("adam")):
+        with pytest.raises(ValueError, match=f"^deslo: {message}"):
+            update(case.x, case.g, case.u, *case.v, case.copy, **case.numbers)
+        assert_same_bits([*case.x, *case.u, *case.v[0]], before)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused(kernels):
+    with pytest.raises(ValueError, match="isa: expected one that this machine has, got 'mmx'"):
+        kernels.isa("mmx")
