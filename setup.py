@@ -8,6 +8,7 @@ DESLO_NATIVE = auto  what can be built: CUDA with nvcc and a CUDA torch, nothing
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import warnings
@@ -21,13 +22,13 @@ TORCH_ABI = "0x020a000000000000"  # torch 2.10: the oldest that the binary runs 
 PYTHON_ABI = "0x030a0000"
 
 # One rounding per operation, so that all instruction sets agree; errno and floating-point traps are never read.
-FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-         "-fopenmp-simd"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+         "-fno-trapping-math", "-fopenmp-simd"]
 X86 = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprfchw", "-mprefer-vector-width=512"],
     "avx2": ["-mavx2", "-mprfchw"],
 }
-CUDA_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "--ftz=true", "-Xcompiler=-fPIC,-fvisibility=hidden",
+CUDA_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "--ftz=true", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
               *(f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90, 100)),
               "-gencode=arch=compute_100,code=compute_100"]
 
@@ -78,9 +79,9 @@ class BuildKernels(build_ext):
         subprocess.run([nvcc, *CUDA_FLAGS, "-c", "csrc/cuda.cu", "-o", target], check=True)
         extension.extra_objects.append(str(target))
         extension.define_macros.append(("DESLO_CUDA", None))
-        toolkit = Path(nvcc).resolve().parent.parent
-        extension.include_dirs.append(str(toolkit / "include"))
-        extension.library_dirs.append(str(toolkit / "lib64"))
+        plan = subprocess.run([nvcc, "--dryrun", "-c", "csrc/cuda.cu"], capture_output=True, text=True, check=True).stderr
+        toolkit = Path(re.search(r"TOP=(.*)", plan)[1])  # nvcc on PATH may be a script that stands elsewhere
+        extension.library_dirs += [str(toolkit / "lib64")]
         extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
 
 
