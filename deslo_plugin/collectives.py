@@ -4,7 +4,8 @@
 ``ReplicaAverage`` runs over ``torch.distributed``.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -91,21 +92,17 @@ def make_groups(topology: Topology, timeout_s: float) -> Groups:
 
 @dataclass(frozen=True)
 class _Pending:
+    average: "ReplicaAverage"
     work: dist.Work
-    finish: Callable[[], object]
-    group: list[int]
-    timeout_s: float
+    chunk: Tensor
+    own: Tensor
 
     def wait(self) -> None:
-        try:
+        with self.average.named_errors():
             self.work.wait()
-        except RuntimeError as error:
-            raise AverageError(
-                f"average over replicas: expected ranks {self.group} to answer within {self.timeout_s:g} s "
-                f"(deslo.timeout_s), got {str(error).splitlines()[0]!r}; look for the rank of these that died or hangs, "
-                "nothing of this average was written"
-            ) from error
-        self.finish()
+        if self.average.divisor > 1:
+            parts = list(self.chunk.chunk(self.average.divisor))
+            dist.all_gather(parts, self.own.clone(), group=self.average.groups.shard)
 
 
 class ReplicaAverage:
@@ -120,15 +117,22 @@ class ReplicaAverage:
         self.divisor = groups.topology.replica_size if split else 1
 
     def start(self, chunk: Tensor) -> Work:
-        topology, groups = self.groups.topology, self.groups
-        own = chunk.chunk(self.divisor)[topology.shard % self.divisor]
-        work = dist.all_reduce(own, op=dist.ReduceOp.AVG, group=groups.replica, async_op=True)
+        own = chunk.chunk(self.divisor)[self.groups.topology.shard % self.divisor]
+        with self.named_errors():
+            work = dist.all_reduce(own, op=dist.ReduceOp.AVG, group=self.groups.replica, async_op=True)
+        return _Pending(self, work, chunk, own)
 
-        def gather() -> None:
-            if self.divisor > 1:
-                dist.all_gather(list(chunk.chunk(self.divisor)), own.clone(), group=groups.shard)
-
-        return _Pending(work, gather, topology.replica_group, self.timeout_s)
+    @contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Turns what the backend says of a dead or late rank into an ``AverageError`` that says where to look."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise AverageError(
+                f"average over replicas: expected ranks {self.groups.topology.replica_group} to answer within "
+                f"{self.timeout_s:g} s (deslo.timeout_s), got {str(error).splitlines()[0]!r}; look for the one that died "
+                "or hangs, nothing of this average was written"
+            ) from error
 
     def any(self, flag: bool) -> bool:
         if self.groups.topology.replica_size == 1:

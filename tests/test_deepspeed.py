@@ -80,6 +80,13 @@ def test_after_update_trains_as_the_oracle(four, stage):
     assert_oracle(four().run(jobs.run, ds_config(s, stage), STEPS), oracle_states(s))
 
 
+def test_many_sub_groups_of_zero_3_train_as_the_oracle(four):
+    s = RULES["mt-dao-adam-n2"]
+    ds = ds_config(s, 3, zero_optimization={"stage": 3, "sub_group_size": 20})
+    assert_oracle(four().run(jobs.run, ds, STEPS), oracle_states(s))
+    assert_oracle(four().run(jobs.run, ds, 20, (1, 6)), oracle_states(s, 20, broken=(1, 6)))
+
+
 @pytest.mark.parametrize("outer", [(0.7, 0.9), (1.0, 0.9)], ids=["diloco", "outer lr 1"])
 def test_outer_nesterov_trains_as_the_oracle(four, outer):
     s = Setting(**vars(RULES["des-loc-adam"]) | {"outer": outer})
@@ -95,6 +102,12 @@ def test_cpu_offload_changes_no_bit(four, stage):
     assert_same_states(resident, offloaded, tolerance=1e-6)
 
 
+def test_cpu_parameter_offload_trains_as_the_oracle(four):
+    s = RULES["mt-dao-adam-n2"]
+    offload = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    assert_oracle(four().run(jobs.run, ds_config(s, 3, zero_optimization=offload), 14), oracle_states(s, 14))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_overlap_changes_no_bit(four, stage):
     s = RULES["mt-dao-adam-n2"]
@@ -103,9 +116,12 @@ def test_overlap_changes_no_bit(four, stage):
     assert_same_states(on, off, tolerance=0)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bf16_copies_are_the_masters_after_every_step(four, stage):
-    ds = ds_config(RULES["des-loc-adam"], stage, bf16={"enabled": True})
+@pytest.mark.parametrize(
+    ("stage", "accumulation"), [(0, "bf16"), (1, "bf16"), (1, "fp32"), (2, "bf16"), (2, "fp32"), (3, "bf16")]
+)
+def test_bf16_copies_are_the_masters_after_every_step(four, stage, accumulation):
+    dtypes = {"grad_accum_dtype": accumulation}
+    ds = ds_config(RULES["des-loc-adam"], stage, bf16={"enabled": True}, data_types=dtypes)
     for rank, steps in enumerate(four().run(jobs.low_precision_copies, ds, 8)):
         for step, tensors in enumerate(steps):
             for name, (master, copy) in tensors.items():
@@ -150,6 +166,14 @@ def test_a_step_skipped_for_nan_on_one_replica_still_ticks_and_averages(four):
         results = four().run(jobs.run, ds_config(s, stage), 20, (1, 6))
         assert [result["skipped"] for result in results] == [0, 0, 1, 1]
         assert_oracle(results, oracle_states(s, 20, broken=(1, 6)))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_overflow_on_one_replica_is_left_out_there_alone(four, stage):
+    s = RULES["des-loc-adam"]
+    results = four().run(jobs.run_fp16, ds_config(s, stage), 20, (1, 6))
+    assert [result["skipped"] for result in results] == [0, 0, 1, 1]
+    assert_oracle(results, oracle_states(s, 20, broken=(1, 6)), tolerance=2e-3)
 
 
 def test_on_nonfinite_skip_leaves_out_the_step_where_deepspeed_looks_at_nothing(four):

@@ -113,6 +113,17 @@ class Processes:
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """``function(*args)`` on every rank; results in rank order. Raises ``RankError`` with every traceback."""
+        results, errors = self._answers(function, args, timeout)
+        if any(errors):
+            raise RankError(errors)
+        return results
+
+    def outcomes(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+        """As ``run``, but a rank that dies or raises gives its error as its result."""
+        results, errors = self._answers(function, args, timeout)
+        return [error or result for result, error in zip(results, errors)]
+
+    def _answers(self, function: Callable[..., Any], args: tuple, timeout: float) -> tuple[list, list[str | None]]:
         for pipe in self._pipes:
             pipe.send((function, args))
         results, errors = [None] * self.size, [None] * self.size
@@ -123,13 +134,11 @@ class Processes:
                 continue
             try:
                 results[rank], errors[rank] = pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 errors[rank] = "the process died"
         if any(error and error.startswith(("no answer", "the process died")) for error in errors):
             self.close()
-        if any(errors):
-            raise RankError(errors)
-        return results
+        return results, errors
 
     def close(self) -> None:
         for process in self._processes:

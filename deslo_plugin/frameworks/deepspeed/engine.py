@@ -24,6 +24,7 @@ from deslo_plugin.plan import Plan, Topology, make_plan
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter
 
+TESTED = "0.19."
 OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_checkpoint")  # ask for groups after init
 
 
@@ -46,6 +47,8 @@ class Attachment:
 
 def install() -> None:
     """Teaches DeepSpeed the "DesLoc" optimizer and the "deslo" block. Runs once, after DeepSpeed's import."""
+    if not deepspeed.__version__.startswith(TESTED):
+        say(f"deslo: DeepSpeed {deepspeed.__version__} is not a version this was tested with ({TESTED}x)", logging.WARNING)
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(DesLoc)
     DeepSpeedEngine.__init__ = _engine_init(DeepSpeedEngine.__init__)
     partition_parameters.Init.__init__ = _zero_init(partition_parameters.Init.__init__)

@@ -16,7 +16,8 @@ def averaged_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     Collective over all ranks; needs room for one parameter more on each device. Buffers are those of this rank.
     """
     stage_0 = {} if engine.zero_optimization() else {id(param): master for param, master in low_precision_pairs(engine)}
-    state = {name: buffer.detach().cpu() for name, buffer in engine.module.named_buffers()}
+    saved = engine.module.state_dict().keys()
+    state = {name: buffer.detach().cpu() for name, buffer in engine.module.named_buffers() if name in saved}
     for name, param in engine.module.named_parameters():
         full = safe_get_full_fp32_param(param) if engine.zero_optimization() else None
         full = stage_0.get(id(param), param) if full is None else full

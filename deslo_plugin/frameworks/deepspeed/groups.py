@@ -18,7 +18,8 @@ _made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, float], Groups]]" =
 def groups_of(deslo: DesloConfig) -> Groups:
     """The process groups of a job; the same ones for ``zero.Init`` and for the engine. Collective at first."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
     topology = make_topology(deslo, world_size=world, rank=rank, local_world_size=local)
     made = _made.setdefault(dist.group.WORLD, {})
     key = topology.replica_size, deslo.timeout_s
