@@ -1,0 +1,197 @@
+"""How long one optimizer step takes on the CPU, against its peers and against the memory traffic that it cannot avoid.
+
+    python benchmarks/step.py [--threads 1 2] [--millions 1 16 128] [--momenta 1 2 3] [--rounds 15]
+
+Every contestant has buffers of its own and steps once per round, in an order that changes; the table shows medians over
+rounds, the median of each round's ratio to the kernels, and the share of the speed of ``stream``: the same bytes in one
+pass of reads and writes without arithmetic (20 + 8 N bytes per parameter). The raw times go to benchmarks/results/.
+"""
+
+import argparse
+import ctypes
+import json
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from deslo_plugin import DesLoc, ops
+
+HERE = Path(__file__).resolve().parent
+BETAS, BETA2, LR, EPS, WEIGHT_DECAY = [0.9, 0.99, 0.999], 0.95, 1e-4, 1e-8, 0.1
+Step = Callable[[], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--millions", type=int, nargs="+", default=[1, 16, 128])
+    parser.add_argument("--momenta", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3])
+    parser.add_argument("--rounds", type=int, default=15, help="at 128M parameters; smaller sizes take more")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "step.json")
+    options = parser.parse_args()
+    if len(options.threads) > 1:  # torch.compile bakes the number of threads in: one process for each
+        parts = [_in_own_process(threads, options) for threads in options.threads]
+        options.out.write_text(json.dumps({**parts[0], "runs": [run for part in parts for run in part["runs"]]}, indent=1))
+        return
+    torch.set_num_threads(options.threads[0])
+    runs = [
+        measure(millions << 20, momenta, options.rounds * min(20, 128 // millions))
+        for millions in options.millions for momenta in options.momenta
+    ]
+    about = {"command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]), "cpu": _cpu(), "torch": torch.__version__,
+             "native": ops.native()}
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(json.dumps({**about, "runs": runs}, indent=1))
+
+
+def measure(size: int, momenta: int, rounds: int) -> dict:
+    """Seconds per step of every contestant, one list entry per round."""
+    torch.manual_seed(0)
+    g = torch.randn(size).mul_(1e-3)
+    contestants = {name: build(g, momenta) for name, build in CONTESTANTS.items() if momenta == 1 or name not in ONE_MOMENTUM}
+    steps = {name: step for name, step in contestants.items() if step is not None}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    for _ in range(rounds):
+        for name in random.sample(list(steps), len(steps)):
+            start = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - start)
+    _show(size, momenta, seconds)
+    return {"parameters": size, "momenta": momenta, "threads": torch.get_num_threads(), "seconds": seconds}
+
+
+def states(g: Tensor, momenta: int) -> tuple[Tensor, list[Tensor], Tensor]:
+    """x, u, v as after some training with these gradients; nothing is zero or subnormal."""
+    return torch.randn_like(g).mul_(0.02), [g.clone() for _ in range(momenta)], g.square().add_(1e-7)
+
+
+def stream(g: Tensor, momenta: int) -> Step:
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / "stream.so"
+        subprocess.run(["cc", "-O3", "-march=native", "-fopenmp-simd", "-shared", "-fPIC", HERE / "stream.c", "-o", built], check=True)
+        run = ctypes.CDLL(str(built)).stream
+    x, u, v = states(g, momenta)
+    tensors = [x, v, *u]
+    pointers = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+    threads, size = torch.get_num_threads(), g.numel()
+    pool = ThreadPoolExecutor(threads)
+
+    def part(index: int) -> None:
+        begin, end = (size * i // threads for i in (index, index + 1))
+        run(ctypes.c_void_p(g.data_ptr()), pointers, len(tensors), ctypes.c_long(begin), ctypes.c_long(end))
+
+    def step(keep: list[Tensor] = tensors) -> None:
+        if threads == 1:
+            part(0)
+        else:
+            list(pool.map(part, range(threads)))
+
+    return step
+
+
+def numbers(momenta: int) -> dict:
+    return {"t": 100, "lr": LR, "weight_decay": WEIGHT_DECAY, "betas": BETAS[:momenta], "weights": [1 / momenta] * momenta,
+            "beta2": BETA2, "eps": EPS, "bias_correction": True}
+
+
+def kernels(g: Tensor, momenta: int) -> Step:
+    x, u, v = states(g, momenta)
+    return lambda: ops.adam_([x], [g], [[u_j] for u_j in u], [v], **numbers(momenta))
+
+
+def optimizer(g: Tensor, momenta: int) -> Step:
+    p = torch.nn.Parameter(torch.randn_like(g).mul_(0.02))
+    p.grad = g
+    one = [{"beta": beta, "weight": 1 / momenta, "sync_every": None} for beta in BETAS[:momenta]]
+    return DesLoc([p], lr=LR, weight_decay=WEIGHT_DECAY, momenta=one, second_moment={"beta": BETA2, "sync_every": None},
+                  sync_every={"params": 10**6}).step
+
+
+def python_rules(g: Tensor, momenta: int) -> Step:
+    x, u, v = states(g, momenta)
+    update = ops.reference("adam")
+    return lambda: update([x], [g], u, [v], [], **numbers(momenta))
+
+
+def compiled(g: Tensor, momenta: int) -> Step:
+    x, u, v = states(g, momenta)
+
+    def adam(x: Tensor, g: Tensor, u: list[Tensor], v: Tensor) -> None:
+        v.mul_(BETA2).add_(g * g, alpha=1 - BETA2)
+        d = sum(u_j.mul_(beta).add_(g, alpha=1 - beta) for u_j, beta in zip(u, BETAS)) / len(u)
+        x.mul_(1 - LR * WEIGHT_DECAY).sub_(LR * d / (v.sqrt() + EPS))
+
+    torch._dynamo.reset()
+    step = torch.compile(adam, fullgraph=True)
+    return lambda: step(x, g, u, v)
+
+
+def adamw(**kind: bool) -> Callable[[Tensor, int], Step]:
+    def build(g: Tensor, momenta: int) -> Step:
+        p = torch.nn.Parameter(torch.randn_like(g).mul_(0.02))
+        p.grad = g
+        return torch.optim.AdamW([p], lr=LR, betas=(BETAS[0], BETA2), eps=EPS, weight_decay=WEIGHT_DECAY, **kind).step
+
+    return build
+
+
+def deepspeed_cpu_adam(g: Tensor, momenta: int) -> Step | None:
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+        p = torch.nn.Parameter(torch.randn_like(g).mul_(0.02))
+        p.grad = g
+        return DeepSpeedCPUAdam([p], lr=LR, betas=(BETAS[0], BETA2), eps=EPS, weight_decay=WEIGHT_DECAY).step
+    except Exception as error:
+        print(f"DeepSpeedCPUAdam is left out: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+
+CONTESTANTS = {
+    "stream": stream, "deslo kernels": kernels, "DesLoc.step": optimizer, "torch AdamW fused": adamw(fused=True),
+    "DeepSpeedCPUAdam": deepspeed_cpu_adam, "torch.compile": compiled, "torch AdamW foreach": adamw(foreach=True),
+    "deslo without kernels": python_rules,
+}
+ONE_MOMENTUM = {"torch AdamW fused", "torch AdamW foreach", "DeepSpeedCPUAdam"}
+
+
+def _show(size: int, momenta: int, seconds: dict[str, list[float]]) -> None:
+    table = Table("", "ms", "time / kernels", "GB/s", "share of stream",
+                  title=f"{size >> 20}M parameters, N = {momenta}, {torch.get_num_threads()} thread(s)")
+    ours, ceiling = seconds["deslo kernels"], seconds["stream"]
+    for name, each in seconds.items():
+        share = median(c / e for c, e in zip(ceiling, each))
+        table.add_row(name, f"{median(each) * 1e3:.2f}", f"{median(e / o for e, o in zip(each, ours)):.2f}",
+                      f"{size * (20 + 8 * momenta) / median(each) / 1e9:.1f}", f"{share:.2f}")
+    Console(width=100).print(table)
+
+
+def _in_own_process(threads: int, options: argparse.Namespace) -> dict:
+    out = options.out.with_suffix(f".{threads}.json")
+    subprocess.run([sys.executable, __file__, "--threads", str(threads), "--millions", *map(str, options.millions), "--momenta",
+                    *map(str, options.momenta), "--rounds", str(options.rounds), "--out", out], check=True)
+    part = json.loads(out.read_text())
+    out.unlink()
+    return part
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
