@@ -17,7 +17,7 @@ bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/overhead.py $(ARGS)
 
 # torch comes first and nothing is built in isolation: an isolated build would fetch another torch, of gigabytes
-$(VENV)/ready: pyproject.toml setup.py constraints.txt
+$(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel ninja
 	$(PIP) --no-build-isolation -e '.[dev]'

@@ -4,6 +4,8 @@ DESLO_NATIVE = auto  what can be built: CUDA with nvcc and a CUDA torch, nothing
                cpu   the CPU kernels, or an error
                cuda  the CPU and CUDA kernels, or an error
                off   nothing: the package runs on torch's operators
+
+An isolated build sees no torch, and so builds no kernels: use pip install --no-build-isolation.
 """
 
 import os
@@ -11,6 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -72,22 +75,30 @@ class BuildKernels(build_ext):
         nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
         if NATIVE == "cpu" or (NATIVE == "auto" and not (nvcc and self.cuda_torch)):
             return
-        if not nvcc:
-            raise FileNotFoundError("DESLO_NATIVE=cuda: expected nvcc on PATH or in CUDA_HOME/bin, found none")
-        target = Path(self.build_temp) / "cuda.o"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([nvcc, *CUDA_FLAGS, "-c", "csrc/cuda.cu", "-o", target], check=True)
+        try:
+            if not nvcc:
+                raise FileNotFoundError("DESLO_NATIVE=cuda: expected nvcc on PATH or in CUDA_HOME/bin, found none")
+            target = Path(self.build_temp) / "cuda.o"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([nvcc, *CUDA_FLAGS, "-c", "csrc/cuda.cu", "-o", target], check=True)
+            # nvcc on PATH may be a script that stands elsewhere than its toolkit
+            plan = subprocess.run([nvcc, "--dryrun", "-c", "csrc/cuda.cu"], capture_output=True, text=True, check=True).stderr
+            toolkit = re.search(r"TOP=(.*)", plan)[1]
+        except Exception as error:
+            if NATIVE == "cuda":
+                raise
+            warnings.warn(f"the CUDA kernels were not built, CUDA tensors will run on torch's operators: {error}")
+            return
         extension.extra_objects.append(str(target))
         extension.define_macros.append(("DESLO_CUDA", None))
-        plan = subprocess.run([nvcc, "--dryrun", "-c", "csrc/cuda.cu"], capture_output=True, text=True, check=True).stderr
-        toolkit = Path(re.search(r"TOP=(.*)", plan)[1])  # nvcc on PATH may be a script that stands elsewhere
-        extension.library_dirs += [str(toolkit / "lib64")]
+        extension.library_dirs.append(f"{toolkit}/lib64")
         extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
 
 
 kernels = Extension(
     "deslo_plugin._C", ["csrc/module.cpp"], extra_compile_args=FLAGS,
-    extra_link_args=["-Wl,--no-as-needed"], py_limited_api=True,
+    extra_link_args=["-Wl,--no-as-needed"] if sys.platform == "linux" else [],  # the CUDA part of torch comes through libtorch
+    py_limited_api=True,
     depends=[str(path) for path in sorted(Path("csrc").iterdir())],
 )
 setup(

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from deslo_plugin import DesLoc, ops
+from deslo_plugin import DesLoc, ops, rules
 
 HERE = Path(__file__).resolve().parent
 BETAS, BETA2, LR, EPS, WEIGHT_DECAY = [0.9, 0.99, 0.999], 0.95, 1e-4, 1e-8, 0.1
@@ -94,7 +94,7 @@ def stream(g: Tensor, momenta: int) -> Step:
         begin, end = (size * i // threads for i in (index, index + 1))
         run(ctypes.c_void_p(g.data_ptr()), pointers, len(tensors), ctypes.c_long(begin), ctypes.c_long(end))
 
-    def step(keep: list[Tensor] = tensors) -> None:
+    def step() -> None:
         if threads == 1:
             part(0)
         else:
@@ -123,8 +123,7 @@ def optimizer(g: Tensor, momenta: int) -> Step:
 
 def python_rules(g: Tensor, momenta: int) -> Step:
     x, u, v = states(g, momenta)
-    update = ops.reference("adam")
-    return lambda: update([x], [g], u, [v], [], **numbers(momenta))
+    return lambda: rules.adam_([x], [g], [[u_j] for u_j in u], [v], **numbers(momenta))
 
 
 def compiled(g: Tensor, momenta: int) -> Step:

@@ -1,4 +1,4 @@
-"""The update rules as operators of torch, ``torch.ops.deslo.{sgdm_,adam_,adopt_}``: one pass over memory where kernels exist.
+"""The update rules as operators, ``torch.ops.deslo.{sgdm_,adam_,adopt_}``: one pass over memory where kernels exist.
 
 The schema and the meaning of each operator are here, the meaning as a reference made of ``rules.py``. The native module
 ``deslo_plugin._C``, if it was built, adds implementations for CPU and CUDA tensors. All of them
@@ -105,7 +105,7 @@ def reference(rule: str) -> Callable[..., None]:
 @cache
 def _say_slow(device: str) -> None:
     say(f"deslo: no native kernels for {device} tensors: updates run on torch's operators, several times slower; "
-        f"install with DESLO_NATIVE={'cuda' if device == 'cuda' else 'cpu'} to build them or see why not")
+        f"DESLO_NATIVE={'cuda' if device == 'cuda' else 'cpu'} pip install --no-build-isolation builds them or says why not")
 
 
 def _check(
