@@ -65,10 +65,10 @@ class Synchronizer:
                 raise RuntimeError(f"an average launched for step {flight.steps} was about to land at step {steps}")
             for work in flight.works:
                 work.wait()
+        self._refuse_nonfinite(steps, flights, states)  # reads the means, so that a GPU's wait ends here
         exposed = time.perf_counter() - start
 
         means = {state: [flight.bucket.views[seat] for flight, seat in taken] for state, taken in seats.items()}
-        self._refuse_nonfinite(steps, flights, states)
         sent = {state: sum(flight.bytes for flight in each) for state, each in flights.items()}
         self.emit(SyncEvent(steps, sent, exposed))
         return means
@@ -101,5 +101,5 @@ class Synchronizer:
 
 def finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no element is NaN or infinite."""
-    norms = torch._foreach_norm([t for t in tensors if t.numel()], float("inf"))
-    return not norms or bool(torch.isfinite(torch.stack(norms)).all())
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    return not tensors or bool(torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all())

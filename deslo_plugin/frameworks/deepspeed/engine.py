@@ -3,14 +3,17 @@
 import functools
 import inspect
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partition_parameters, utils as zero_utils
+from torch import Tensor
 
 from deslo_plugin.agreement import agree, digests
 from deslo_plugin.collectives import Groups, ReplicaAverage
@@ -62,6 +65,7 @@ def _engine_init(original: Callable[..., None]) -> Callable[..., None]:
         call = signature.bind(self, *args, **kwargs)
         call.apply_defaults()
         given = call.arguments
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # as the engine will: NCCL needs it before it talks
         ds = given["config"] if isinstance(given["config"], Mapping) else given["config_class"]._param_dict
         job = job_of(ds, given["optimizer"])
         if given["mpu"] is None:
@@ -118,13 +122,20 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
     whole = {name: p.data for name, p in params.items() if name not in sharded}
     if deslo.initial_params == "broadcast":
         for tensor in whole.values():
-            dist.broadcast(tensor, src=0)
+            _broadcast(tensor, 0, dist.group.WORLD)
         for tensor in sharded.values():
-            dist.broadcast(tensor, src=groups.topology.shard, group=groups.replica)
+            _broadcast(tensor, groups.topology.shard, groups.replica)
     do = 'seed every rank alike, or set "deslo": {"initial_params": "broadcast"} to start from replica 0'
     agree("initial value of parameter", digests(whole.items()), do=do)
     columns = [range(s, groups.topology.world_size, groups.topology.replica_size) for s in range(groups.topology.replica_size)]
     agree("initial value of parameter", digests(sharded.items()), do=do, among=columns)
+
+
+def _broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup) -> None:
+    """In place, by way of the accelerator: the model may still be on the CPU, where NCCL does not reach."""
+    staged = tensor.to(get_accelerator().current_device_name())
+    dist.broadcast(staged, src=source, group=group)
+    tensor.copy_(staged)
 
 
 def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: ReplicaUnit) -> None:
