@@ -43,17 +43,22 @@ def main() -> None:
     options = parser.parse_args()
     if len(options.threads) > 1:  # torch.compile bakes the number of threads in: one process for each
         parts = [_in_own_process(threads, options) for threads in options.threads]
-        options.out.write_text(json.dumps({**parts[0], "runs": [run for part in parts for run in part["runs"]]}, indent=1))
+        save(options.out, [run for part in parts for run in part["runs"]])
         return
     torch.set_num_threads(options.threads[0])
     runs = [
         measure(millions << 20, momenta, options.rounds * min(20, 128 // millions))
         for millions in options.millions for momenta in options.momenta
     ]
-    about = {"command": " ".join(["python", "benchmarks/step.py", *sys.argv[1:]]), "cpu": _cpu(), "torch": torch.__version__,
-             "native": ops.native()}
-    options.out.parent.mkdir(exist_ok=True)
-    options.out.write_text(json.dumps({**about, "runs": runs}, indent=1))
+    save(options.out, runs)
+
+
+def save(out: Path, runs: list[dict]) -> None:
+    """One line per run, after what they ran with."""
+    about = {"cpu": _cpu(), "torch": torch.__version__, "native": ops.native()}
+    out.parent.mkdir(exist_ok=True)
+    lines = ",\n".join(json.dumps(run) for run in runs)
+    out.write_text(f"{json.dumps(about)[:-1]}, \"runs\": [\n{lines}\n]}}\n")
 
 
 def measure(size: int, momenta: int, rounds: int) -> dict:
@@ -69,7 +74,7 @@ def measure(size: int, momenta: int, rounds: int) -> dict:
         for name in random.sample(list(steps), len(steps)):
             start = time.perf_counter()
             steps[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(round(time.perf_counter() - start, 7))
     _show(size, momenta, seconds)
     return {"parameters": size, "momenta": momenta, "threads": torch.get_num_threads(), "seconds": seconds}
 

@@ -72,7 +72,9 @@ def _call(name: str, x: Tensors, g: Tensors, u: Sequence[Tensors], *v: Tensors, 
 
 def _local(tensors: Tensors) -> Tensors:
     """This rank's shards of DTensors, other tensors as they are: the rules go element by element."""
-    return [t.to_local() if hasattr(type(t), "to_local") else t for t in tensors]
+    if not any(hasattr(kind, "to_local") for kind in {type(tensor) for tensor in tensors}):
+        return tensors
+    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
 
 
 def reference(rule: str) -> Callable[..., None]:
