@@ -37,7 +37,7 @@ class Synchronizer:
         self, average: Average, *, wire_dtype: torch.dtype, bucket_bytes: int, emit: Callable[[SyncEvent], object]
     ):
         self.average, self.wire_dtype, self.bucket_bytes, self.emit = average, wire_dtype, bucket_bytes, emit
-        self._flights: dict[tuple[int, str], tuple[_Flight, int]] = {}  # (id of parameter, state) -> flight, seat
+        self._flights: dict[tuple[Tensor, str], tuple[_Flight, int]] = {}  # (parameter, state) -> flight, seat
 
     def launch(self, steps: int, params: Sequence[Tensor], states: States) -> None:
         """Packs copies of ``states`` and starts their averages, to land once ``steps`` steps are complete."""
@@ -47,7 +47,7 @@ class Synchronizer:
             sent = sum(chunk.nbytes for chunk in bucket.chunks) // self.average.divisor
             flight = _Flight(steps, bucket, works, sent)
             for seat, param in enumerate(params):
-                self._flights[id(param), state] = flight, seat
+                self._flights[param, state] = flight, seat
 
     @torch.profiler.record_function("deslo::land")
     def land(self, steps: int, params: Sequence[Tensor], states: States) -> dict[str, list[Tensor]]:
@@ -56,7 +56,7 @@ class Synchronizer:
         Raises ``NonFiniteError`` everywhere if any replica brought NaN or inf, ``AverageError`` on a time-out.
         """
         self._launch_absent(steps, params, states)
-        seats = {state: [self._flights.pop((id(param), state)) for param in params] for state in states}
+        seats = {state: [self._flights.pop((param, state)) for param in params] for state in states}
         flights = {state: list({id(flight): flight for flight, _ in taken}.values()) for state, taken in seats.items()}
 
         start = time.perf_counter()
@@ -82,7 +82,7 @@ class Synchronizer:
 
     def _launch_absent(self, steps: int, params: Sequence[Tensor], states: States) -> None:
         for state, tensors in states.items():
-            absent = [i for i, param in enumerate(params) if (id(param), state) not in self._flights]
+            absent = [i for i, param in enumerate(params) if (param, state) not in self._flights]
             if absent:
                 self.launch(steps, [params[i] for i in absent], {state: [tensors[i] for i in absent]})
 
