@@ -157,13 +157,13 @@ class DesLoc(torch.optim.Optimizer):
             self.state[param][ORIGIN] += 1
 
     def _cohorts(self, params: Sequence[Tensor], rule_count: bool = False) -> Iterator[tuple[int, list[Tensor]]]:
-        """Parameters by their clock; with ``rule_count`` by the updates that the rule has made of them."""
-        cohorts: dict[int, list[Tensor]] = {}
+        """Parameters by their clock and device; with ``rule_count`` by the updates that the rule has made of them."""
+        cohorts: dict[tuple[int, torch.device], list[Tensor]] = {}
         for param in params:
             state = self.state[param] or self._create_state(param)
             steps = state[STEP].item() - (state[ORIGIN].item() if rule_count else 0)
-            cohorts.setdefault(int(steps), []).append(param)
-        return iter(cohorts.items())
+            cohorts.setdefault((int(steps), param.device), []).append(param)
+        return ((steps, cohort) for (steps, _), cohort in cohorts.items())
 
     def _due(self, steps: int, group: Mapping[str, Any], cohort: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         return {state: self._gather(state, cohort) for state in due(group["sync_every"], steps)}

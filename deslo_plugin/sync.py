@@ -102,4 +102,5 @@ class Synchronizer:
 def finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no element is NaN or infinite."""
     tensors = [tensor for tensor in tensors if tensor.numel()]
-    return not tensors or bool(torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all())
+    norms = torch._foreach_norm(tensors, float("inf")) if tensors else ()
+    return not norms or bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())

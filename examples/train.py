@@ -142,7 +142,6 @@ def work(args: Namespace) -> None:
             save([result], args.result)
         else:
             Console().print(table([result]))
-    torch.distributed.destroy_process_group()
 
 
 def stop(number: int, _: object) -> NoReturn:

@@ -335,3 +335,14 @@ def run_fp16(ds: dict, steps: int, broken: tuple[int, int]) -> dict:
         return run({**ds, "fp16": {"enabled": True, "initial_scale_power": 6, "hysteresis": 1}}, steps, broken)
     finally:
         kind.is_fp16_supported = supported
+
+
+def padding_of_zero_3(ds: dict) -> list[float]:
+    """What lies in this rank's partitions beyond the model's own elements, after memory was made dirty."""
+    dirt = [torch.full((n,), float("nan")) for n in range(1, 64) for _ in range(8)]
+    del dirt
+    with engine_for(ds) as engine:
+        flat = torch.cat(engine.optimizer.fp32_partitioned_groups_flat)
+        train(engine, range(4))
+        counted = sum(p.ds_numel for p in engine.module.parameters())
+        return [flat.numel(), counted, int(flat.isnan().sum())]

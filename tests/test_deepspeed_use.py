@@ -77,6 +77,11 @@ def test_every_rank_of_every_replica_reads_its_own_data(four):
     assert sorted(sample for samples in seen for sample in samples) == list(range(32))
 
 
+def test_uninitialised_padding_of_zero_3_does_not_look_like_divergence(four):
+    for flat, counted, broken in four().run(jobs.padding_of_zero_3, ds_config(N2, 3)):
+        assert flat * 2 > counted and broken == 0
+
+
 def test_one_replica_is_the_plain_optimizer(four):
     ds = ds_config(N2, 2, deslo={"replica_size": 4})
     result = four().run(jobs.run, ds, 12)[0]

@@ -143,6 +143,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     optimizer, stage = engine.basic_optimizer, engine.zero_optimization_stage()
     agree("optimizer", as_dict(optimizer.config), do="build the same optimizer on every rank")
     average = ReplicaAverage(groups, timeout_s=deslo.timeout_s, split=stage == 0)
+    zero.clear_padding(engine)
     partitions = list(zero.partitions(engine))
     optimizer.attach(average, [param for params in partitions for param in params])
     # elsewhere DeepSpeed looks at the gradients itself, before it hands them over group by group

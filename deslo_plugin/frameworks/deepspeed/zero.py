@@ -53,5 +53,19 @@ def low_precision_pairs(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, Tenso
 def own_part(param: Tensor) -> Tensor:
     """This rank's shard of a ZeRO-3 parameter, without the uninitialised padding of the last one."""
     shard = param.ds_tensor.data.view(-1)
-    start = dist.get_rank(param.ds_process_group) * shard.numel()
-    return shard[: max(0, param.ds_numel - start)]
+    return shard[: _own_numel(param)]
+
+
+@torch.no_grad()
+def clear_padding(engine: DeepSpeedEngine) -> None:
+    """Zeroes the padding of ZeRO-3's partitions, which it leaves uninitialised: NaN there would look like divergence."""
+    if not engine.zero_optimization_partition_weights():
+        return
+    for params, flat in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_partitioned_groups_flat):
+        for param, part in zip(params, flat.split([param.partition_numel() for param in params])):
+            part[_own_numel(param) :].zero_()
+
+
+def _own_numel(param: Tensor) -> int:
+    size, start = param.partition_numel(), dist.get_rank(param.ds_process_group) * param.partition_numel()
+    return min(size, max(0, param.ds_numel - start))
