@@ -37,7 +37,7 @@ CUDA_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "--ftz=true", "-Xcompiler=-fP
 
 
 class BuildKernels(build_ext):
-    """Compiles csrc/cpu.cpp once per instruction set, csrc/cuda.cu with nvcc, and links them into one module."""
+    """Compiles csrc/cpu.cpp once per instruction set, csrc/*.cu with nvcc, and links them into one module."""
 
     def build_extension(self, extension):
         try:
@@ -78,9 +78,10 @@ class BuildKernels(build_ext):
         try:
             if not nvcc:
                 raise FileNotFoundError("DESLO_NATIVE=cuda: expected nvcc on PATH or in CUDA_HOME/bin, found none")
-            target = Path(self.build_temp) / "cuda.o"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run([nvcc, *CUDA_FLAGS, "-c", "csrc/cuda.cu", "-o", target], check=True)
+            targets = {f"csrc/{name}.cu": Path(self.build_temp) / f"{name}.cu.o" for name in ("cuda", "drift")}
+            for source, target in targets.items():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                subprocess.run([nvcc, *CUDA_FLAGS, "-c", source, "-o", target], check=True)
             # nvcc on PATH may be a script that stands elsewhere than its toolkit
             plan = subprocess.run([nvcc, "--dryrun", "-c", "csrc/cuda.cu"], capture_output=True, text=True, check=True).stderr
             toolkit = re.search(r"TOP=(.*)", plan)[1]
@@ -89,7 +90,7 @@ class BuildKernels(build_ext):
                 raise
             warnings.warn(f"the CUDA kernels were not built, CUDA tensors will run on torch's operators: {error}")
             return
-        extension.extra_objects.append(str(target))
+        extension.extra_objects += map(str, targets.values())
         extension.define_macros.append(("DESLO_CUDA", None))
         extension.library_dirs.append(f"{toolkit}/lib64")
         extension.libraries += ["cudart_static", "rt", "dl", "pthread"]

@@ -1,14 +1,16 @@
-// The CPU kernel as each instruction set has it.
+// The CPU kernels as each instruction set has them.
 #pragma once
 
-#include "task.h"
+#include "drift.h"
 
 namespace deslo {
 
-#define DESLO_DECLARE_ISA(isa)                                                   \
-  namespace isa {                                                                \
-  void update_blocks(const Task<float>& task, int64_t begin, int64_t end);       \
-  void update_blocks(const Task<double>& task, int64_t begin, int64_t end);      \
+// drift_blocks writes the sums of each block of begin..end to `sums`, one block after the other.
+#define DESLO_DECLARE_ISA(isa)                                                           \
+  namespace isa {                                                                        \
+  void update_blocks(const Task<float>& task, int64_t begin, int64_t end);               \
+  void update_blocks(const Task<double>& task, int64_t begin, int64_t end);              \
+  void drift_blocks(const DriftTask& task, int64_t begin, int64_t end, double* sums);    \
   }
 
 DESLO_DECLARE_ISA(baseline)

@@ -21,6 +21,7 @@ struct Isa {
   bool (*supported)();
   void (*single)(const Task<float>&, int64_t, int64_t);
   void (*twice)(const Task<double>&, int64_t, int64_t);
+  void (*drift)(const DriftTask&, int64_t, int64_t, double*);
 };
 
 // From the widest to the one that every machine of the architecture has.
@@ -31,10 +32,10 @@ const Isa kIsas[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      },
-     avx512::update_blocks, avx512::update_blocks},
-    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, avx2::update_blocks, avx2::update_blocks},
+     avx512::update_blocks, avx512::update_blocks, avx512::drift_blocks},
+    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, avx2::update_blocks, avx2::update_blocks, avx2::drift_blocks},
 #endif
-    {"baseline", [] { return true; }, baseline::update_blocks, baseline::update_blocks},
+    {"baseline", [] { return true; }, baseline::update_blocks, baseline::update_blocks, baseline::drift_blocks},
 };
 
 const Isa* widest() {
@@ -61,6 +62,19 @@ struct Cpu {
       }
     });
   }
+
+  // Blocks are added up in their order, whoever summed them.
+  static Tensor drift(const DriftTask& task, const Tensor& like) {
+    const Isa& isa = *chosen;
+    std::vector<double> blocks(task.blocks * kSums);
+    torch::stable::parallel_for(0, task.blocks, kGrain * kBlock / kDriftBlock, [&](int64_t begin, int64_t end) {
+      isa.drift(task, begin, end, blocks.data() + begin * kSums);
+    });
+    Tensor sums = zero_sums(like, 1);
+    double* const to = static_cast<double*>(sums.mutable_data_ptr());
+    for (size_t i = 0; i < blocks.size(); ++i) to[i % kSums] += blocks[i];
+    return sums;
+  }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(deslo, CPU, library) { implement<Cpu>(library); }
@@ -72,6 +86,15 @@ struct Cuda {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     update_cuda(task, device, stream);
+  }
+
+  static Tensor drift(const DriftTask& task, const Tensor& like) {
+    void* stream = nullptr;
+    const int32_t device = like.get_device_index();
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    const Tensor sums = zero_sums(like, drift_columns(device));
+    drift_cuda(task, device, stream, static_cast<double*>(sums.mutable_data_ptr()));
+    return sums;
   }
 };
 

@@ -1,10 +1,12 @@
-// The operators of deslo_plugin/ops.py for one backend, as the dispatcher calls them.
+// The operators of deslo_plugin/ops.py and drift.py for one backend, as the dispatcher calls them.
 //
-// A backend is a class with static functions run(Task<float>, device) and run(Task<double>, device).
+// A backend is a class with static functions run(Task<float>, device), run(Task<double>, device) and
+// drift(DriftTask, like), a tensor of kSums rows on the device of `like` whose columns add up to the sums.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
+#include "drift_launch.h"
 #include "launch.h"
 
 namespace deslo {
@@ -53,10 +55,17 @@ void adopt_(
 }
 
 template <class Backend>
+Tensor drift(const Tensors& local, const Tensors& mean) {
+  const DriftLaunch launch(local, mean);
+  return total(launch.task.blocks ? Backend::drift(launch.task, local[0]) : zero_sums(local[0], 1));
+}
+
+template <class Backend>
 void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("sgdm_", TORCH_BOX(&sgdm_<Backend>));
   library.impl("adam_", TORCH_BOX(&adam_<Backend>));
   library.impl("adopt_", TORCH_BOX(&adopt_<Backend>));
+  library.impl("drift", TORCH_BOX(&drift<Backend>));
 }
 
 }  // namespace deslo

@@ -44,9 +44,9 @@ struct Task {
   const float* found_inf;   // likewise; not 0: nothing is written
 };
 
-// The slot that holds a block.
-template <typename T>
-DESLO_INLINE int64_t slot_of(const Slot<T>* slots, int64_t count, int64_t block) {
+// The one of `count` slots that holds a block.
+template <typename S>
+DESLO_INLINE int64_t slot_of(const S* slots, int64_t count, int64_t block) {
   int64_t low = 0;
   while (count > 1) {
     const int64_t half = count / 2;

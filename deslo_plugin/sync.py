@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from deslo_plugin.buckets import Bucket, pack
 from deslo_plugin.collectives import Average, Work
+from deslo_plugin.drift import Drift, drift_of, measure
 from deslo_plugin.telemetry import SyncEvent
 
 States = Mapping[str, Sequence[Tensor]]
@@ -65,12 +67,14 @@ class Synchronizer:
                 raise RuntimeError(f"an average launched for step {flight.steps} was about to land at step {steps}")
             for work in flight.works:
                 work.wait()
-        self._refuse_nonfinite(steps, flights, states)  # reads the means, so that a GPU's wait ends here
+        means = {state: [flight.bucket.views[seat] for flight, seat in taken] for state, taken in seats.items()}
+        sums = {state: measure(states[state], mean) for state, mean in means.items()}
+        drift = {state: drift_of(each) for state, each in sums.items()}  # reads the sums, so that a GPU's wait ends here
+        self._refuse_nonfinite(steps, flights, states, drift)
         exposed = time.perf_counter() - start
 
-        means = {state: [flight.bucket.views[seat] for flight, seat in taken] for state, taken in seats.items()}
         sent = {state: sum(flight.bytes for flight in each) for state, each in flights.items()}
-        self.emit(SyncEvent(steps, sent, exposed))
+        self.emit(SyncEvent(steps, sent, exposed, drift))
         return means
 
     def abandon(self) -> None:
@@ -86,8 +90,11 @@ class Synchronizer:
             if absent:
                 self.launch(steps, [params[i] for i in absent], {state: [tensors[i] for i in absent]})
 
-    def _refuse_nonfinite(self, steps: int, flights: Mapping[str, list[_Flight]], states: States) -> None:
-        bad = [s for s, each in flights.items() if not all(finite(f.bucket.chunks) for f in each)]
+    def _refuse_nonfinite(
+        self, steps: int, flights: Mapping[str, list[_Flight]], states: States, drift: Mapping[str, Drift]
+    ) -> None:
+        bad = [s for s, each in flights.items() if not _proves_finite(drift[s], each, len(states[s]))
+               and not all(finite(f.bucket.chunks) for f in each)]
         if not self.average.any(bool(bad)):
             return
         mine = not all(finite(tensors) for tensors in states.values())
@@ -97,6 +104,14 @@ class Synchronizer:
             f"rank(s) {ranks}; nothing was written and every rank stops here: resume from the last checkpoint with a "
             'lower lr or clipping, or set deslo.on_nonfinite to "skip" to leave out steps with broken gradients'
         )
+
+
+def _proves_finite(drift: Drift, flights: Sequence[_Flight], taken: int) -> bool:
+    """Whether no element of ``flights`` is NaN or infinite because the drift of the ``taken`` means is finite.
+
+    It may be infinite with finite means, whose squares overflow, and says nothing of means that land at another time.
+    """
+    return isfinite(drift.distance) and taken == sum(len(flight.bucket.views) for flight in flights)
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:

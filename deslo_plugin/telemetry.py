@@ -1,26 +1,31 @@
-"""What averaging has cost so far: bytes, events and exposed seconds, counted where they are spent."""
+"""What averaging has cost so far, counted where it is spent (bytes, events, exposed seconds), and what it has found: drift."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
+from deslo_plugin.drift import Drift
+
 
 @dataclass(frozen=True)
 class SyncEvent:
-    """One average: after ``steps`` completed steps, ``bytes`` by state sent by this rank, seconds waited for it."""
+    """One average: after ``steps`` completed steps, ``bytes`` sent by this rank and ``drift`` found, both by state, and the
+    seconds waited for it."""
 
     steps: int
     bytes: dict[str, int]
     seconds_exposed: float
+    drift: dict[str, Drift]
 
 
 @dataclass
 class Meter:
-    """Sums of ``SyncEvent``: an ``emit`` callback of the synchroniser."""
+    """Sums of ``SyncEvent``, and the latest drift of each state: an ``emit`` callback of the synchroniser."""
 
     bytes: Counter[str] = field(default_factory=Counter)
     events: Counter[str] = field(default_factory=Counter)
     seconds_exposed: float = 0.0
     skipped_steps: int = 0
+    drift: dict[str, Drift] = field(default_factory=dict)
     _counted: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, event: SyncEvent) -> None:
@@ -30,3 +35,4 @@ class Meter:
         self.events.update(new)
         self._counted.update(dict.fromkeys(new, event.steps))
         self.seconds_exposed += event.seconds_exposed
+        self.drift.update(event.drift)

@@ -1,7 +1,14 @@
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from worlds import Processes
+
+from deslo_plugin import ops
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +24,35 @@ def four(tmp_path_factory):
     yield world
     for each in worlds:
         each.close()
+
+
+@pytest.fixture(scope="session")
+def kernels():
+    """The native module; its absence is a failure unless it was asked for."""
+    if ops.native() == "python":
+        if os.environ.get("DESLO_NATIVE") == "off":
+            pytest.skip("DESLO_NATIVE=off")
+        pytest.fail("deslo_plugin._C is not built: run pip install -v --no-build-isolation -e . and read what it says")
+    import deslo_plugin._C
+
+    return deslo_plugin._C
+
+
+@pytest.fixture(scope="session")
+def emulated(kernels, tmp_path_factory):
+    """The CUDA operators, compiled for the CPU, as torch.ops.deslo_emulated."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    built = tmp_path_factory.mktemp("emulated") / "operators.so"
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+         f"-I{ROOT}/tests/emulation", *(f"-I{path}" for path in include_paths()), f"{ROOT}/tests/emulation/operators.cpp",
+         "-o", built, *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu"],
+        check=True,
+    )
+    library = torch.library.Library("deslo_emulated", "DEF")
+    for name in [*(f"{rule}_" for rule in ops.RULES), "drift"]:
+        library.define(str(getattr(torch.ops.deslo, name).default._schema).removeprefix("deslo::"))
+    torch.ops.load_library(built)
+    yield torch.ops.deslo_emulated
+    library._destroy()

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict"},
     {"periods", "config", "plan"},
-    {"buckets", "collectives", "telemetry", "agreement", "log", "ops"},
+    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift"},
     {"sync", "outer"},
     {"optimizer"},
     {"frameworks"},

@@ -1,6 +1,5 @@
 """The native kernels against the Python reference, on every path: dtypes, sizes, layouts, instruction sets, threads, CUDA."""
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -17,38 +16,6 @@ SIZES = [0, 1, 3, 63, 64, 65, 127, 1000, 4097]
 # Largest difference from the reference, relative to max(1, |value|): the reference fuses some multiply-adds and takes
 # u + (1 - beta)(g - u) for beta u + (1 - beta) g. A 16-bit result may fall on the other side of a rounding.
 BOUND = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-
-
-@pytest.fixture(scope="session")
-def kernels():
-    """The native module; its absence is a failure unless it was asked for."""
-    if ops.native() == "python":
-        if os.environ.get("DESLO_NATIVE") == "off":
-            pytest.skip("DESLO_NATIVE=off")
-        pytest.fail("deslo_plugin._C is not built: run pip install -v --no-build-isolation -e . and read what it says")
-    import deslo_plugin._C
-
-    return deslo_plugin._C
-
-
-@pytest.fixture(scope="session")
-def emulated(kernels, tmp_path_factory):
-    """The CUDA operators, compiled for the CPU, as torch.ops.deslo_emulated."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    built = tmp_path_factory.mktemp("emulated") / "operators.so"
-    subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-         f"-I{ROOT}/tests/emulation", *(f"-I{path}" for path in include_paths()), f"{ROOT}/tests/emulation/operators.cpp",
-         "-o", built, *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu"],
-        check=True,
-    )
-    library = torch.library.Library("deslo_emulated", "DEF")
-    for rule in ops.RULES:
-        library.define(str(getattr(torch.ops.deslo, f"{rule}_").default._schema).removeprefix("deslo::"))
-    torch.ops.load_library(built)
-    yield torch.ops.deslo_emulated
-    library._destroy()
 
 
 def randn(shape, dtype, generator, offset=0):

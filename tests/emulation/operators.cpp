@@ -1,7 +1,8 @@
-// The CUDA operators on CPU tensors, under the name deslo_emulated: csrc/cuda.cu as tests/emulation/cuda_runtime.h runs it.
+// The CUDA operators on CPU tensors, under the name deslo_emulated: csrc/*.cu as tests/emulation/cuda_runtime.h runs them.
 #include "../../csrc/operators.h"
 
 #include "../../csrc/cuda.cu"
+#include "../../csrc/drift.cu"
 
 namespace deslo {
 
@@ -9,6 +10,12 @@ struct Emulated {
   template <typename T>
   static void run(const Task<T>& task, int32_t device) {
     update_cuda(task, device, nullptr);
+  }
+
+  static Tensor drift(const DriftTask& task, const Tensor& like) {
+    const Tensor sums = zero_sums(like, drift_columns(0));
+    drift_cuda(task, 0, nullptr, static_cast<double*>(sums.mutable_data_ptr()));
+    return sums;
   }
 };
 

@@ -1,5 +1,6 @@
-// Runs the CPU kernel and the emulated CUDA kernel side by side on buffers that end where their tensors end, for a build
-// with -fsanitize=address,undefined. Exits with 1 if the two differ in a bit.
+// Runs the CPU kernels and the emulated CUDA kernels side by side on buffers that end where their tensors end, for a build
+// with -fsanitize=address,undefined. Exits with 1 if the two differ: in a bit, or for sums in their order.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -7,6 +8,7 @@
 
 #include "../../csrc/cpu.h"
 #include "../../csrc/cuda.cu"
+#include "../../csrc/drift.cu"
 
 using namespace deslo;
 
@@ -74,9 +76,43 @@ bool agree(Rule rule, int momenta, double clip_value) {
   return on_cpu == on_gpu;
 }
 
+bool agree_on_drift() {
+  std::vector<Buffer> buffers;
+  std::vector<Pair> pairs;
+  DriftTask task{};
+  for (const int64_t numel : {1, 3, 63, 64, 65, 4095, 4097, 9000}) {
+    for (const Dtype local : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+      for (const Dtype mean : {Dtype::kFloat32, Dtype::kFloat64}) {
+        buffers.emplace_back(numel, local, unsigned(buffers.size()));
+        void* const data = buffers.back().data.get();
+        buffers.emplace_back(numel, mean, unsigned(buffers.size()));
+        pairs.push_back({data, buffers.back().data.get(), numel, task.blocks, local, mean});
+        task.blocks += (numel + kDriftBlock - 1) / kDriftBlock;
+      }
+    }
+  }
+  task.pairs = pairs.data();
+  task.pair_count = int64_t(pairs.size());
+  std::vector<double> on_cpu(kSums * task.blocks), on_gpu(kSums * drift_columns(0));
+  baseline::drift_blocks(task, 0, task.blocks / 2, on_cpu.data());
+  baseline::drift_blocks(task, task.blocks / 2, task.blocks, on_cpu.data() + kSums * (task.blocks / 2));
+  drift_cuda(task, 0, nullptr, on_gpu.data());
+  for (int k = 0; k < kSums; ++k) {
+    double blocks = 0, columns = 0;
+    for (int64_t i = 0; i < task.blocks; ++i) blocks += on_cpu[i * kSums + k];
+    for (int64_t i = 0; i < drift_columns(0); ++i) columns += on_gpu[k * drift_columns(0) + i];
+    if (!(blocks > 0) || std::fabs(blocks - columns) > 1e-12 * blocks) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
+  if (!agree_on_drift()) {
+    std::printf("drift: CPU and CUDA differ\n");
+    return 1;
+  }
   for (const Rule rule : {Rule::kSgdm, Rule::kAdam, Rule::kAdopt, Rule::kAdoptStart}) {
     for (int momenta = rule == Rule::kAdoptStart ? 0 : 1; momenta <= (rule == Rule::kAdoptStart ? 0 : 6); ++momenta) {
       for (const double clip_value : {0.0, 0.5}) {

@@ -1,0 +1,137 @@
+// What the CUDA kernels share: the size of a launch, and elements to and from memory in whole accesses of 16 or 8 bytes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "task.h"
+
+namespace deslo {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kArguments = 32000;  // bytes of kernel arguments; CUDA allows 32,764
+
+template <typename T>
+constexpr int kWidth = 16 / sizeof(T);
+
+// 16 bytes of memory, or 8 of a 16-bit format, as they came: converted only after all loads are on their way.
+struct Raw {
+  uint32_t words[4];
+};
+
+// One access of 16 or 8 bytes. Plain stores of vectors are taken apart by the compiler behind a square root or a
+// quotient. __stcs: nothing is read again before the next step.
+__device__ __forceinline__ void write_whole(const float* from, float* to) {
+  __stcs(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
+}
+
+__device__ __forceinline__ void write_whole(const double* from, double* to) {
+  __stcs(reinterpret_cast<double2*>(to), make_double2(from[0], from[1]));
+}
+
+__device__ __forceinline__ void write_whole(const uint16_t* from, uint16_t* to) {
+  __stcs(reinterpret_cast<ushort4*>(to), make_ushort4(from[0], from[1], from[2], from[3]));
+}
+
+template <typename V>
+__device__ __forceinline__ void read_whole(const void* from, void* to) {
+  const V vector = *static_cast<const V*>(from);
+  memcpy(to, &vector, sizeof vector);
+}
+
+__device__ __forceinline__ bool is_half(Dtype type) { return type == Dtype::kBFloat16 || type == Dtype::kFloat16; }
+
+// Elements offset .. offset + count. `whole` says that there are kWidth of them, aligned.
+template <typename T>
+__device__ __forceinline__ Raw load(const void* data, Dtype type, int64_t offset, int count, bool whole) {
+  Raw raw{};
+  if (is_half(type)) {
+    const uint16_t* const from = static_cast<const uint16_t*>(data) + offset;
+    if (whole) {
+      read_whole<uint2>(from, &raw);
+    } else {
+      for (int e = 0; e < kWidth<T>; ++e) {
+        if (e < count) raw.words[e / 2] |= uint32_t(from[e]) << (16 * (e % 2));
+      }
+    }
+  } else {
+    const T* const from = static_cast<const T*>(data) + offset;
+    if (whole) {
+      read_whole<uint4>(from, &raw);
+    } else {
+      T some[kWidth<T>] = {};
+      for (int e = 0; e < kWidth<T>; ++e) {
+        if (e < count) some[e] = from[e];
+      }
+      memcpy(&raw, some, sizeof raw);
+    }
+  }
+  return raw;
+}
+
+template <typename T>
+__device__ __forceinline__ void widen(const Raw& raw, Dtype type, T* to) {
+  if (!is_half(type)) {
+    memcpy(to, &raw, sizeof raw);
+    return;
+  }
+  for (int e = 0; e < kWidth<T>; ++e) {
+    const uint16_t bits = uint16_t(raw.words[e / 2] >> (16 * (e % 2)));
+    to[e] = T(type == Dtype::kBFloat16 ? BFloat16{bits}.to_float() : Float16{bits}.to_float());
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store(const T* from, void* data, Dtype type, int64_t offset, int count, bool whole) {
+  if (is_half(type)) {
+    uint16_t* const to = static_cast<uint16_t*>(data) + offset;
+    uint16_t bits[4] = {};
+    for (int e = 0; e < kWidth<T>; ++e) {
+      const float a = float(from[e]);
+      bits[e] = type == Dtype::kBFloat16 ? BFloat16::of_float(a).bits : Float16::of_float(a).bits;
+    }
+    if (whole) {
+      write_whole(bits, to);
+    } else {
+      for (int e = 0; e < kWidth<T>; ++e) {
+        if (e < count) to[e] = bits[e];
+      }
+    }
+  } else {
+    T* const to = static_cast<T*>(data) + offset;
+    if (whole) {
+      write_whole(from, to);
+    } else {
+      for (int e = 0; e < kWidth<T>; ++e) {
+        if (e < count) to[e] = from[e];
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ bool aligned(const void* data, int bytes) {
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0;
+}
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("deslo: CUDA: ") + cudaGetErrorString(error));
+}
+
+// Makes `device` current while it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_));
+    check(cudaSetDevice(device));
+  }
+  ~OnDevice() { cudaSetDevice(before_); }
+
+ private:
+  int before_ = 0;
+};
+
+}  // namespace
+}  // namespace deslo
