@@ -346,3 +346,9 @@ def padding_of_zero_3(ds: dict) -> list[float]:
         train(engine, range(4))
         counted = sum(p.ds_numel for p in engine.module.parameters())
         return [flat.numel(), counted, int(flat.isnan().sum())]
+
+
+def groups_that_differ(ds: dict) -> str:
+    model = net()
+    every = {"params": 4 if dist.get_rank() == 1 else 5}
+    return raises(ds, model=model, groups=[{"params": list(model.parameters()), "sync_every": every}])

@@ -66,6 +66,17 @@ def test_configs_that_differ_between_ranks_are_named(four):
             assert f"got {value} on rank(s) [3]" in error
 
 
+def test_a_mistake_on_one_rank_alone_reaches_all_ranks(four):
+    for key, value in (("optimizer.params.sync_evry", 3), ("deslo.replica_size", 3), ("optimizer.type", "Desloc")):
+        for error in four().run(jobs.raises, [GOOD, GOOD, changed(key, value), GOOD]):
+            assert f"the DeepSpeed config's {key}: expected" in error and f"got {value} on rank(s) [2]" in error
+
+
+def test_param_groups_that_differ_between_ranks_are_named(four):
+    for error in four().run(jobs.groups_that_differ, GOOD):
+        assert "optimizer param group 0.sync_every: expected" in error and "on rank(s) [1]" in error
+
+
 def test_a_rank_without_our_blocks_is_named(four):
     plain = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, "zero_optimization": {"stage": 2}}
     for error in four().run(jobs.raises, [GOOD, plain, GOOD, GOOD]):

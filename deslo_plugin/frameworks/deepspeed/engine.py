@@ -67,10 +67,9 @@ def _engine_init(original: Callable[..., None]) -> Callable[..., None]:
         given = call.arguments
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # as the engine will: NCCL needs it before it talks
         ds = given["config"] if isinstance(given["config"], Mapping) else given["config_class"]._param_dict
+        if given["mpu"] is None:  # first of all: what one rank alone would be refused for must not leave the others waiting
+            agree("the DeepSpeed config's", compared(ds, given["optimizer"]), do="give every rank the same config")
         job = job_of(ds, given["optimizer"])
-        if given["mpu"] is None:
-            agree("the DeepSpeed config's", compared(ds) if job else {"deslo": "no such block"},
-                  do="give every rank the same config")
         if job is None:
             return original(self, *args, **kwargs)
         deslo, optimizer = job
@@ -141,7 +140,11 @@ def _broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup) -> None:
 def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: ReplicaUnit) -> None:
     """Connects the built optimizer to the replica group and makes the engine keep its replicas in step."""
     optimizer, stage = engine.basic_optimizer, engine.zero_optimization_stage()
-    agree("optimizer", as_dict(optimizer.config), do="build the same optimizer on every rank")
+    groups_as_dict = {
+        f"param group {index}.{key}": group[key]
+        for index, group in enumerate(optimizer.param_groups) for key in ("lr", "weight_decay", "sync_every")
+    }
+    agree("optimizer", as_dict(optimizer.config) | groups_as_dict, do="build the same optimizer on every rank")
     average = ReplicaAverage(groups, timeout_s=deslo.timeout_s, split=stage == 0)
     zero.clear_padding(engine)
     partitions = list(zero.partitions(engine))

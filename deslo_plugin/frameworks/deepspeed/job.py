@@ -126,8 +126,10 @@ def refuse_unsupported(ds: Mapping[str, Any], model: Any, mpu: Any, deslo: Deslo
                           "expert and pipeline parallelism are not supported yet: train it without DesLoc")
 
 
-def compared(ds: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat ``{"optimizer.params.lr": ...}`` of all that must be equal on every rank."""
+def compared(ds: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
+    """Flat ``{"optimizer.params.lr": ...}`` of all that must be equal on every rank; of a job that is not ours, just that."""
+    if "deslo" not in ds and (ds.get("optimizer") or {}).get("type") != "DesLoc" and not isinstance(optimizer, DesLoc):
+        return {"deslo": "no such block"}
     flat: dict[str, Any] = {}
 
     def walk(path: str, value: Any) -> None:
