@@ -42,6 +42,7 @@ def arguments() -> Namespace:
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps (%(default)s)")
     parser.add_argument("--processes", type=int, default=4, help="ranks on this machine (%(default)s)")
     parser.add_argument("--replica-size", type=int, help="ranks per replica, in place of the JSON's")
+    parser.add_argument("--zero-stage", type=int, choices=range(4), help="ZeRO stage, in place of the JSON's")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the data (%(default)s)")
     parser.add_argument("--dim", type=int, default=96, help="model width (%(default)s)")
     parser.add_argument("--layers", type=int, default=3, help="(%(default)s)")
@@ -142,6 +143,10 @@ def work(args: Namespace) -> None:
             save([result], args.result)
         else:
             Console().print(table([result]))
+    torch.distributed.barrier()
+    # All is written. What would follow is the end of the libraries' own threads, which aborts now and then.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def stop(number: int, _: object) -> NoReturn:

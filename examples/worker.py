@@ -94,6 +94,8 @@ def load_config(args: Namespace) -> dict[str, Any]:
     config = json.loads(args.config.read_text())
     if "deslo" in config and args.replica_size is not None:
         config["deslo"]["replica_size"] = args.replica_size
+    if args.zero_stage is not None:
+        config.setdefault("zero_optimization", {})["stage"] = args.zero_stage
     # Every step of every run then carries the same number of tokens.
     config.setdefault("dataloader_drop_last", True)
     automatic = {

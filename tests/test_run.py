@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = '''
-import sys, torch, deepspeed
+import os, sys, torch, deepspeed
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at first, for inference only
 model = torch.nn.Linear(4, 1)
 with torch.no_grad():
@@ -20,6 +20,9 @@ for step in range(5):
     engine.backward(engine(torch.full((2, 4), float(torch.distributed.get_rank() + step))).mean())
     engine.step()
 sys.stdout.write(f"sent {dict(engine.deslo.meter.bytes)}\\n")
+sys.stdout.flush()
+torch.distributed.barrier()
+os._exit(0)  # the libraries' own threads abort now and then as they end
 '''
 
 
