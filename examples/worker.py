@@ -16,7 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.dataloader import DeepSpeedDataLoader
-from deepspeed.utils import logger, safe_get_full_fp32_param
+from deepspeed.utils import logger
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
@@ -80,7 +80,7 @@ def train(args: Namespace) -> Result:
         replicas=dist.get_world_size() // share,
         replica_size=share,
         tokens=args.steps * step_tokens,
-        loss=validate(mean_weights(engine), shape, held_out, engine.device),
+        loss=validate(deslo_plugin.averaged_state_dict(engine), shape, held_out, engine.device),
         bytes=moved,
         synchronous_bytes=args.steps * gradient_bytes,
         gradient_dtype=str(engine.communication_data_type).removeprefix("torch."),
@@ -135,17 +135,6 @@ def batches(loader: DeepSpeedDataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     for epoch in count():
         loader.data_sampler.set_epoch(epoch)  # DeepSpeed itself never does
         yield from loader
-
-
-def mean_weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """fp32 weights of the mean of all replicas, by name, on every rank; collective. Synchronous: of the one model."""
-    if getattr(engine, "deslo", None):
-        return deslo_plugin.averaged_state_dict(engine)
-    weights = {}
-    for name, weight in engine.module.named_parameters():
-        master = safe_get_full_fp32_param(weight)  # None where ZeRO keeps no other copy than the parameter
-        weights[name] = (weight if master is None else master).detach().float().cpu()
-    return weights
 
 
 @torch.no_grad()

@@ -82,10 +82,11 @@ def test_uninitialised_padding_of_zero_3_does_not_look_like_divergence(four):
         assert flat * 2 > counted and broken == 0
 
 
-def test_one_replica_is_the_plain_optimizer(four):
+def test_periods_change_no_bit_of_one_replica(four):
     ds = ds_config(N2, 2, deslo={"replica_size": 4})
-    result = four().run(jobs.run, ds, 12)[0]
-    assert result["states"]["params"]
+    often = four().run(jobs.run, ds, 12)
+    ds["optimizer"]["params"] |= {"sync_every": {"params": 1000}}
+    assert_same_states(often, four().run(jobs.run, ds, 12), tolerance=0)
 
 
 def test_published_reduction_of_170_times(four):

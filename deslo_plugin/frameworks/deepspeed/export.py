@@ -13,6 +13,8 @@ from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs
 def averaged_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     """The model's state dict with the mean of all replicas' parameters, float32 on the CPU; training is not touched.
 
+    Of an engine without replicas it is the one model.
+
     Collective over all ranks; needs room for one parameter more on each device. Buffers are those of this rank.
     """
     stage_0 = {} if engine.zero_optimization() else {id(param): master for param, master in low_precision_pairs(engine)}
