@@ -73,6 +73,7 @@ class DesloConfig:
     """Who averages and how: ``deslo``. ``replica_size`` is in ranks, ``bucket_mb`` in MiB, ``timeout_s`` in seconds."""
 
     replica_size: int | str = "auto"
+    synchronous_steps: int = 0
     when: str = "before_update"
     overlap: bool = True
     wire_dtype: str = "float32"
@@ -164,6 +165,7 @@ def read_deslo(block: Any) -> DesloConfig:
         reader.refuse("overlap", "false with when 'after_update'", "true", "remove one: nothing can overlap there")
     config = DesloConfig(
         replica_size=reader.whole("replica_size", "auto", also=("auto",)),
+        synchronous_steps=reader.whole("synchronous_steps", 0, also=(0,)),
         when=when,
         overlap=reader.flag("overlap", when == "before_update"),
         wire_dtype=reader.choice("wire_dtype", "float32", WIRE_DTYPES),

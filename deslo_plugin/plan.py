@@ -3,64 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deslo_plugin.config import Config, DesloConfig
-from deslo_plugin.names import PARAMS
+from deslo_plugin.config import Config
 from deslo_plugin.schedule import Periods, due, vectors_per_step
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.topology import Topology
 
 BYTES = {"float32": 4, "float64": 8}
 HORIZON = 100_000  # steps that next_sync looks ahead
-
-
-@dataclass(frozen=True)
-class Topology:
-    """Rank = replica * replica_size + shard.
-
-    The *shard group* is the ranks of one replica, which reduce gradients at every step. The *replica group* is the
-    same shard of every replica, where averages run.
-    """
-
-    world_size: int
-    rank: int
-    replica_size: int
-
-    @property
-    def replicas(self) -> int:
-        return self.world_size // self.replica_size
-
-    @property
-    def replica(self) -> int:
-        return self.rank // self.replica_size
-
-    @property
-    def shard(self) -> int:
-        return self.rank % self.replica_size
-
-    @property
-    def shard_group(self) -> list[int]:
-        first = self.replica * self.replica_size
-        return list(range(first, first + self.replica_size))
-
-    @property
-    def replica_group(self) -> list[int]:
-        return list(range(self.shard, self.world_size, self.replica_size))
-
-
-def make_topology(deslo: DesloConfig, *, world_size: int, rank: int, local_world_size: int) -> Topology:
-    """Resolves ``replica_size: "auto"`` to one replica per node. Raises ``ConfigError`` if it does not fit the world."""
-    size, where = deslo.replica_size, "deslo.replica_size"
-    if size == "auto":
-        if local_world_size >= world_size > 1:
-            raise ConfigError(
-                where, "a number of ranks when all ranks are on one node", '"auto"',
-                f'write "deslo": {{"replica_size": S}} with S a divisor of {world_size}',
-            )
-        size = min(local_world_size, world_size)
-    if world_size % size:
-        divisors = ", ".join(str(s) for s in range(1, world_size + 1) if world_size % s == 0)
-        raise ConfigError(where, f"a divisor of the world size {world_size}", str(size), f"use one of {divisors}, "
-                          "or start another number of processes")
-    return Topology(world_size, rank, size)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict"},
-    {"periods", "config", "plan"},
-    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift"},
+    {"periods", "config", "topology", "plan"},
+    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "shards"},
     {"sync", "outer"},
+    {"averaging"},
     {"optimizer"},
     {"frameworks"},
     {"", "run"},

@@ -23,9 +23,10 @@ from deslo_plugin.frameworks.deepspeed.groups import ReplicaUnit, active, groups
 from deslo_plugin.frameworks.deepspeed.job import compared, job_of, refuse_unsupported
 from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
-from deslo_plugin.plan import Plan, Topology, make_plan
+from deslo_plugin.plan import Plan, make_plan
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter
+from deslo_plugin.topology import Topology
 
 TESTED = "0.19."
 OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_checkpoint")  # ask for groups after init
@@ -126,8 +127,7 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
             _broadcast(tensor, groups.topology.shard, groups.replica)
     do = 'seed every rank alike, or set "deslo": {"initial_params": "broadcast"} to start from replica 0'
     agree("initial value of parameter", digests(whole.items()), do=do)
-    columns = [range(s, groups.topology.world_size, groups.topology.replica_size) for s in range(groups.topology.replica_size)]
-    agree("initial value of parameter", digests(sharded.items()), do=do, among=columns)
+    agree("initial value of parameter", digests(sharded.items()), do=do, among=groups.topology.columns)
 
 
 def _broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup) -> None:
@@ -145,7 +145,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
         for index, group in enumerate(optimizer.param_groups) for key in ("lr", "weight_decay", "sync_every")
     }
     agree("optimizer", as_dict(optimizer.config) | groups_as_dict, do="build the same optimizer on every rank")
-    average = ReplicaAverage(groups, timeout_s=deslo.timeout_s, split=stage == 0)
+    average = ReplicaAverage(groups, timeout_s=deslo.timeout_s, copies=groups.shard if stage == 0 else None)
     zero.clear_padding(engine)
     partitions = list(zero.partitions(engine))
     optimizer.attach(average, [param for params in partitions for param in params])

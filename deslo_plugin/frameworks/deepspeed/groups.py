@@ -10,7 +10,7 @@ from deepspeed.utils import groups as deepspeed_groups
 
 from deslo_plugin.collectives import Groups, make_groups
 from deslo_plugin.config import DesloConfig
-from deslo_plugin.plan import make_topology
+from deslo_plugin.topology import make_topology
 
 _made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, float], Groups]]" = WeakKeyDictionary()
 
