@@ -1,39 +1,33 @@
 """Algorithm 1 around whatever updates the parameters: what is due lands, the update is made, the clock ticks."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deslo_plugin.clock import Clock, Cohort
 from deslo_plugin.collectives import Average
 from deslo_plugin.config import DesloConfig
-from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS, STEP
+from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS
 from deslo_plugin.outer import mean_
 from deslo_plugin.schedule import due
 from deslo_plugin.shards import local
-from deslo_plugin.sync import States, Synchronizer
+from deslo_plugin.sync import States, Synchronizer, finite
 from deslo_plugin.telemetry import Meter, SyncEvent
 
-
-class Cohort(NamedTuple):
-    """Parameters of one param group and device that have completed the same number of steps."""
-
-    steps: int
-    group: Mapping[str, Any]
-    params: list[Tensor]
+Group = MutableMapping[str, Any]
 
 
 class Averaging:
     """The averages of one optimizer's states, each on its period (arXiv 2505.22549, Alg. 1).
 
     Args:
-        optimizer: whose ``state[p][clock]`` counts the completed steps of each parameter, and whose param groups hold
-            their periods under ``sync_every`` (state name -> steps or None).
+        optimizer: its param groups hold the periods under ``sync_every`` (state name -> steps or None).
         deslo: who averages and how.
         average: the transport.
+        clock: how many steps each parameter has completed.
         receive: writes what landed, given (cohort, states, means); the plain mean by default.
-        create: makes the state of a parameter that has none; by default the optimizer does, in its own time.
         emit: called with every ``SyncEvent``.
     """
 
@@ -42,31 +36,33 @@ class Averaging:
         optimizer: torch.optim.Optimizer,
         deslo: DesloConfig,
         average: Average,
+        clock: Clock,
         *,
-        clock: str = STEP,
         receive: Callable[[Cohort, States, States], None] | None = None,
-        create: Callable[[Tensor], dict[str, Any]] = lambda param: {},
         emit: Callable[[SyncEvent], object] | None = None,
     ):
-        self.optimizer, self.deslo, self.average = optimizer, deslo, average
-        self.clock, self.meter, self._create, self._emit = clock, Meter(), create, emit
+        self.optimizer, self.deslo, self.average, self.clock = optimizer, deslo, average, clock
+        self.meter, self._emit = Meter(), emit
+        self.skips_nonfinite = deslo.on_nonfinite == "skip"
         self._receive = receive or (lambda cohort, states, means: write_means(states, means))
-        self.buffers: list[Tensor] = []  # of the model, floating: they are averaged when parameters are, as they are then
-        self._sync = Synchronizer(
-            average, wire_dtype=getattr(torch, deslo.wire_dtype), bucket_bytes=deslo.bucket_mb << 20, emit=self._record
-        )
+        self._sync = self._synchronizer(average)
+        self._buffers: Sequence[Tensor] = ()
 
-    def around(self, update: Callable[[list[Cohort]], object], groups: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def add_buffers(self, buffers: Sequence[Tensor], average: Average) -> None:
+        """Floating buffers of the model, averaged when parameters are, as they are at that moment."""
+        self._buffers, self._buffer_sync = buffers, self._synchronizer(average)
+
+    def around(self, update: Callable[[list[Cohort]], object], groups: Sequence[Group] | None = None) -> None:
         """One step of ``groups``, by default all: averages what is due, calls ``update``, and ticks."""
         groups = self.optimizer.param_groups if groups is None else groups
-        cohorts = [Cohort(t, group, params) for group in groups for t, params in self.cohorts(group["params"])]
+        cohorts = [cohort for group in groups for cohort in self.clock.cohorts(group)]
         before = self.deslo.when == "before_update"
         if before:
             self._average(cohorts)  # x, u, v <- E_m[...] where t % K == 0
         update(cohorts)  # u, v, x <- the local rule
-        cohorts = [Cohort(t + 1, group, params) for t, group, params in cohorts]
-        for cohort in cohorts:
-            self.set_clock(cohort.params, cohort.steps)
+        for index, cohort in enumerate(cohorts):
+            self.clock.set(cohort, cohort.steps + 1)
+            cohorts[index] = cohort._replace(steps=cohort.steps + 1)
         if not before:
             self._average(cohorts)
         elif self.deslo.overlap:
@@ -77,11 +73,24 @@ class Averaging:
         """Drops averages in flight: after a load they start from the loaded values."""
         self._sync.abandon()
 
+    def broken(self) -> bool:
+        """Whether this replica must leave out the update because its gradients are not finite.
+
+        A ``GradScaler`` says so in ``optimizer.found_inf``; with ``on_nonfinite: "skip"`` the gradients are looked at.
+        Collective over the replica's ranks where either applies.
+        """
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is None and not self.skips_nonfinite:
+            return False
+        mine = bool(found_inf) if found_inf is not None else not finite(self._gradients())
+        broken = self.average.any(mine)
+        self.meter.skipped_steps += broken
+        return broken
+
     @property
     def steps(self) -> int:
         """Completed steps of the first parameter."""
-        first = next(param for group in self.optimizer.param_groups for param in group["params"])
-        return int(self.optimizer.state[first].get(self.clock, 0))
+        return next(cohort.steps for group in self.optimizer.param_groups for cohort in self.clock.cohorts(group))
 
     @property
     def synchronous(self) -> bool:
@@ -94,15 +103,6 @@ class Averaging:
             states = {GRADIENTS: local(gradients)}
             write_means(states, self._sync.mean(self.steps + 1, states))
 
-    def cohorts(self, params: Sequence[Tensor], since: str | None = None) -> Iterator[tuple[int, list[Tensor]]]:
-        """Parameters by their clock and device; with ``since`` by the steps since that state's value."""
-        cohorts: dict[tuple[int, torch.device], list[Tensor]] = {}
-        for param in params:
-            state = self.optimizer.state[param] or self._create(param)
-            steps = int(state.get(self.clock, 0)) - (int(state[since]) if since else 0)
-            cohorts.setdefault((steps, param.device), []).append(param)
-        return ((steps, cohort) for (steps, _), cohort in cohorts.items())
-
     def gather(self, state: str, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """This rank's part of a state of each parameter; zeros where a stock optimizer has not created it yet."""
         if state == PARAMS:
@@ -110,25 +110,28 @@ class Averaging:
         states = (self.optimizer.state[param].get(state) for param in params)
         return local([torch.zeros_like(p) if s is None else s for p, s in zip(params, states)])
 
-    def set_clock(self, params: Sequence[Tensor], steps: int, clock: str | None = None) -> None:
-        for param in params:
-            state = self.optimizer.state[param]
-            state.setdefault(clock or self.clock, torch.zeros(())).fill_(steps)
-
     def _average(self, cohorts: Sequence[Cohort]) -> None:
         for cohort in cohorts:
             if states := self._due(cohort):
                 self._receive(cohort, states, self._sync.land(cohort.steps, cohort.params, states))
         meeting = [cohort.steps for cohort in cohorts if PARAMS in self._names_due(cohort)]
-        if self.buffers and meeting:
-            buffers = {BUFFERS: self.buffers}
-            write_means(buffers, self._sync.land(meeting[0], self.buffers, buffers))
+        if self._buffers and meeting:
+            buffers = {BUFFERS: self._buffers}
+            write_means(buffers, self._buffer_sync.land(meeting[0], self._buffers, buffers))
 
     def _due(self, cohort: Cohort) -> dict[str, Sequence[Tensor]]:
         return {state: self.gather(state, cohort.params) for state in self._names_due(cohort)}
 
     def _names_due(self, cohort: Cohort) -> tuple[str, ...]:
         return due(cohort.group["sync_every"], cohort.steps) if cohort.steps > self.deslo.synchronous_steps else ()
+
+    def _gradients(self) -> Sequence[Tensor]:
+        params = (param for group in self.optimizer.param_groups for param in group["params"])
+        return local([param.grad for param in params if param.grad is not None])
+
+    def _synchronizer(self, average: Average) -> Synchronizer:
+        wire, chunk = getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_mb << 20
+        return Synchronizer(average, wire_dtype=wire, bucket_bytes=chunk, emit=self._record)
 
     def _record(self, event: SyncEvent) -> None:
         self.meter(event)
@@ -137,5 +140,6 @@ class Averaging:
 
 
 def write_means(states: States, means: States) -> None:
+    """states <- means, in place."""
     for state, mean in means.items():
         mean_(states[state], mean)

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin.averaging import Averaging, Cohort
+from deslo_plugin.averaging import Averaging
+from deslo_plugin.clock import Cohort, ParameterClock
 from deslo_plugin.collectives import Alone, Average
 from deslo_plugin.config import Config, load_config
 from deslo_plugin.names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP
 from deslo_plugin.ops import RULES
 from deslo_plugin.outer import mean_, nesterov_
 from deslo_plugin.periods import group_periods
-from deslo_plugin.shards import local
 from deslo_plugin.strict import ConfigError
-from deslo_plugin.sync import States, finite
+from deslo_plugin.sync import States
 from deslo_plugin.telemetry import Meter, SyncEvent
 
 
@@ -74,10 +74,8 @@ class DesLoc(torch.optim.Optimizer):
         self.state.clear()
         for param in params:
             self._create_state(param)
-        self.averaging = Averaging(
-            self, self.config.deslo, average, receive=self._receive, create=self._create_state, emit=self._emit
-        )
-        self.skips_nonfinite = self.config.deslo.on_nonfinite == "skip"
+        self._clock = ParameterClock(self, self._create_state)
+        self.averaging = Averaging(self, self.config.deslo, average, self._clock, receive=self._receive, emit=self._emit)
         self.armed = True
 
     @property
@@ -102,13 +100,7 @@ class DesLoc(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.armed:
-            found_inf = getattr(self, "found_inf", None)  # a GradScaler leaves it here, and its scale
-            broken = found_inf is not None and bool(found_inf)
-            broken |= self.skips_nonfinite and not finite(self._gradients())
-            if found_inf is not None or self.skips_nonfinite:
-                broken = self.averaging.average.any(broken)
-            self.meter.skipped_steps += broken
-            self.averaging.around(self._tick if broken else self._update)
+            self.averaging.around(self._tick if self.averaging.broken() else self._update)
         return loss
 
     @torch.no_grad()
@@ -129,7 +121,7 @@ class DesLoc(torch.optim.Optimizer):
         if PARAMS in means and optimizer.reset_momenta:
             for moment in optimizer.moments:
                 torch._foreach_zero_(gather(moment, cohort.params))
-            self.averaging.set_clock(cohort.params, cohort.steps, ORIGIN)
+            self._clock.set(cohort, cohort.steps, ORIGIN)
 
     def _update(self, cohorts: Sequence[Cohort]) -> None:
         """The local rule, on those parameters that have a gradient; the others only age."""
@@ -139,7 +131,7 @@ class DesLoc(torch.optim.Optimizer):
         for cohort in cohorts:
             self._tick([cohort._replace(params=[p for p in cohort.params if p.grad is None])])
             trained = [p for p in cohort.params if p.grad is not None]
-            for t, params in self.averaging.cohorts(trained, since=ORIGIN):
+            for t, params in self._clock.by_steps(trained, since=ORIGIN):
                 tensors = {"x": params, "g": [p.grad for p in params]}
                 tensors["u"] = [gather(state, params) for state in optimizer.momenta]
                 if optimizer.beta2 is not None:
@@ -152,9 +144,6 @@ class DesLoc(torch.optim.Optimizer):
         for cohort in cohorts:
             for param in cohort.params:
                 self.state[param][ORIGIN] += 1
-
-    def _gradients(self) -> Sequence[Tensor]:
-        return local([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
 
     def _create_state(self, param: Tensor) -> dict[str, Tensor]:
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32

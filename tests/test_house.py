@@ -13,7 +13,7 @@ FLOORS = [
     {"version", "names", "rules", "schedule", "strict"},
     {"periods", "config", "topology", "plan"},
     {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "shards"},
-    {"sync", "outer"},
+    {"sync", "outer", "clock"},
     {"averaging"},
     {"optimizer"},
     {"frameworks"},

@@ -150,7 +150,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     partitions = list(zero.partitions(engine))
     optimizer.attach(average, [param for params in partitions for param in params])
     # elsewhere DeepSpeed looks at the gradients itself, before it hands them over group by group
-    optimizer.skips_nonfinite &= engine.optimizer is optimizer
+    optimizer.averaging.skips_nonfinite &= engine.optimizer is optimizer
     plan = make_plan(
         optimizer.config,
         [sum(param.numel() for param in params) for params in partitions],
