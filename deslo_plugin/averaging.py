@@ -27,6 +27,7 @@ class Averaging:
         deslo: who averages and how.
         average: the transport.
         clock: how many steps each parameter has completed.
+        groups: what to average, where that is not the optimizer's param groups.
         receive: writes what landed, given (cohort, states, means); the plain mean by default.
         emit: called with every ``SyncEvent``.
     """
@@ -38,11 +39,12 @@ class Averaging:
         average: Average,
         clock: Clock,
         *,
+        groups: Sequence[Group] | None = None,
         receive: Callable[[Cohort, States, States], None] | None = None,
         emit: Callable[[SyncEvent], object] | None = None,
     ):
         self.optimizer, self.deslo, self.average, self.clock = optimizer, deslo, average, clock
-        self.meter, self._emit = Meter(), emit
+        self._groups, self.meter, self._emit = groups, Meter(), emit
         self.skips_nonfinite = deslo.on_nonfinite == "skip"
         self._receive = receive or (lambda cohort, states, means: write_means(states, means))
         self._sync = self._synchronizer(average)
@@ -52,10 +54,13 @@ class Averaging:
         """Floating buffers of the model, averaged when parameters are, as they are at that moment."""
         self._buffers, self._buffer_sync = buffers, self._synchronizer(average)
 
-    def around(self, update: Callable[[list[Cohort]], object], groups: Sequence[Group] | None = None) -> None:
-        """One step of ``groups``, by default all: averages what is due, calls ``update``, and ticks."""
-        groups = self.optimizer.param_groups if groups is None else groups
-        cohorts = [cohort for group in groups for cohort in self.clock.cohorts(group)]
+    @property
+    def groups(self) -> Sequence[Group]:
+        return self.optimizer.param_groups if self._groups is None else self._groups
+
+    def around(self, update: Callable[[list[Cohort]], object]) -> None:
+        """One step: averages what is due, calls ``update``, and ticks."""
+        cohorts = [cohort for group in self.groups for cohort in self.clock.cohorts(group)]
         before = self.deslo.when == "before_update"
         if before:
             self._average(cohorts)  # x, u, v <- E_m[...] where t % K == 0
@@ -82,7 +87,7 @@ class Averaging:
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is None and not self.skips_nonfinite:
             return False
-        mine = bool(found_inf) if found_inf is not None else not finite(self._gradients())
+        mine = bool(found_inf) if found_inf is not None else not finite(self.gradients())
         broken = self.average.any(mine)
         self.meter.skipped_steps += broken
         return broken
@@ -90,7 +95,7 @@ class Averaging:
     @property
     def steps(self) -> int:
         """Completed steps of the first parameter."""
-        return next(cohort.steps for group in self.optimizer.param_groups for cohort in self.clock.cohorts(group))
+        return next(cohort.steps for group in self.groups for cohort in self.clock.cohorts(group))
 
     @property
     def synchronous(self) -> bool:
@@ -102,6 +107,11 @@ class Averaging:
         if gradients:
             states = {GRADIENTS: local(gradients)}
             write_means(states, self._sync.mean(self.steps + 1, states))
+
+    def gradients(self) -> Sequence[Tensor]:
+        """This rank's part of every gradient that there is."""
+        params = (param for group in self.groups for param in group["params"])
+        return local([param.grad for param in params if param.grad is not None])
 
     def gather(self, state: str, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """This rank's part of a state of each parameter; zeros where a stock optimizer has not created it yet."""
@@ -125,15 +135,12 @@ class Averaging:
     def _names_due(self, cohort: Cohort) -> tuple[str, ...]:
         return due(cohort.group["sync_every"], cohort.steps) if cohort.steps > self.deslo.synchronous_steps else ()
 
-    def _gradients(self) -> Sequence[Tensor]:
-        params = (param for group in self.optimizer.param_groups for param in group["params"])
-        return local([param.grad for param in params if param.grad is not None])
-
     def _synchronizer(self, average: Average) -> Synchronizer:
         wire, chunk = getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_mb << 20
-        return Synchronizer(average, wire_dtype=wire, bucket_bytes=chunk, emit=self._record)
+        return Synchronizer(average, wire_dtype=wire, bucket_bytes=chunk, emit=self.record)
 
-    def _record(self, event: SyncEvent) -> None:
+    def record(self, event: SyncEvent) -> None:
+        """Counts ``event`` and passes it on to ``emit``."""
         self.meter(event)
         if self._emit is not None:
             self._emit(event)

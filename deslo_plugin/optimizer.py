@@ -55,6 +55,9 @@ class DesLoc(torch.optim.Optimizer):
         if config is not None and options:
             raise ConfigError("DesLoc", "a config or keyword arguments", f"both ({', '.join(options)})", "keep one")
         self.config = load_config(config if config is not None else {"optimizer": {"params": options}})
+        if self.config.optimizer is None:
+            raise ConfigError("DesLoc", 'a config of "type": "DesLoc"', "one for a stock optimizer (deslo.sync_every)",
+                              "move the periods to optimizer.params.sync_every")
         self._emit, self.armed = emit, False
         optimizer = self.config.optimizer
         super().__init__(params, {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay, "sync_every": {}})
@@ -69,13 +72,13 @@ class DesLoc(torch.optim.Optimizer):
         if armed:
             self.attach(average or Alone(), chain.from_iterable(group["params"] for group in self.param_groups))
 
-    def attach(self, average: Average, params: Any) -> None:
+    def attach(self, average: Average, params: Any, emit: Callable[[SyncEvent], object] | None = None) -> None:
         """Creates the state of ``params``, connects the transport and arms ``step``."""
         self.state.clear()
         for param in params:
             self._create_state(param)
         self._clock = ParameterClock(self, self._create_state)
-        self.averaging = Averaging(self, self.config.deslo, average, self._clock, receive=self._receive, emit=self._emit)
+        self.averaging = Averaging(self, self.config.deslo, average, self._clock, receive=self._receive, emit=emit or self._emit)
         self.armed = True
 
     @property

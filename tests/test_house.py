@@ -15,7 +15,7 @@ FLOORS = [
     {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "shards"},
     {"sync", "outer", "clock"},
     {"averaging"},
-    {"optimizer"},
+    {"optimizer", "stock"},
     {"frameworks"},
     {"", "run"},
 ]

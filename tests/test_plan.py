@@ -14,7 +14,7 @@ from deslo_plugin.topology import contiguous, make_topology, spread
 
 def plan(params=None, numel=1000, replica_size=2, world=4, divisor=1):
     config = load_config({"optimizer": {"params": params or {}}, "deslo": {"replica_size": replica_size}})
-    return make_plan(config, [numel], [config.optimizer.periods], contiguous(world, 0, replica_size), divisor)
+    return make_plan(config, [numel], [config.optimizer.periods], contiguous(world, 0, replica_size), divisor=divisor)
 
 
 def test_published_half_lives():
