@@ -31,6 +31,14 @@ def test_after_update_trains_as_the_oracle(four, stage):
     assert_oracle(four().run(jobs.run, ds_config(s, stage), STEPS), oracle_states(s, STEPS))
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_synchronous_warm_up_trains_as_the_oracle(four, stage):
+    s = RULES["mt-dao-adam-n2"]
+    results = four().run(jobs.run, ds_config(s, stage, deslo={"synchronous_steps": 12}), 26)
+    assert_oracle(results, oracle_states(s, 26, synchronous_steps=12))
+    assert all(result["bytes"] == result["planned"] for result in results)
+
+
 def test_many_sub_groups_of_zero_3_train_as_the_oracle(four):
     s = RULES["mt-dao-adam-n2"]
     ds = ds_config(s, 3, zero_optimization={"stage": 3, "sub_group_size": 20})

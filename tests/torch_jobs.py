@@ -205,3 +205,180 @@ def muon_and_adamw(steps: int) -> dict[str, bool]:
         dist.all_gather_object(everyone, [tensor.flatten().tolist() for tensor in tensors])
         equal[state] = all(other == everyone[0] for other in everyone)
     return equal
+
+
+def fsdp_variant(wrap: str, variant: str, blocks: dict, steps: int) -> dict:
+    """FSDP2 as people use it: policies, resharding, recomputation, compiled blocks."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    options: dict[str, Any] = {
+        "cpu offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        "no reshard": {"reshard_after_forward": False},
+        "reshard to 1": {"reshard_after_forward": 2},
+        "mixed precision": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
+    }.get(variant, {})
+
+    def model() -> nn.Module:
+        made = net()
+        if variant == "checkpointing":
+            # recomputes the activation; the names of the layers with parameters stay
+            made[1] = checkpoint_wrapper(made[1])
+        if variant == "compiled block":
+            made[0].compile(backend="aot_eager")
+        return made
+
+    return run(wrap, blocks, steps, model, None, options)
+
+
+def ddp_of_a_replica(model: nn.Module) -> tuple[nn.Module, dict]:
+    group, _ = dist.new_subgroups(group_size=2)
+    return DistributedDataParallel(model, process_group=group), {}
+
+
+def hooked_ddp(model: nn.Module) -> tuple[nn.Module, dict]:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+    wrapped, options = ddp(model)
+    wrapped.register_comm_hook(None, fp16_compress_hook)
+    return wrapped, options
+
+
+def fsdp_of_the_world(model: nn.Module) -> tuple[nn.Module, dict]:
+    return fsdp(model, (4,), ("shard",))[0], {}
+
+
+WRAPS |= {"fsdp of the world": fsdp_of_the_world, "ddp of a replica": ddp_of_a_replica, "ddp with a hook": hooked_ddp}
+
+
+def batch_norm(blocks: dict, steps: int) -> dict:
+    """Whether the running statistics are the same on all ranks after the step before the average, and after it."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model, optimizer, attachment = attached("ddp", blocks, model)
+
+    def equal() -> bool:
+        everyone: list[Any] = [None] * dist.get_world_size()
+        norm = model.module[1]
+        dist.all_gather_object(everyone, (norm.running_mean.tolist(), norm.running_var.tolist()))
+        return all(each == everyone[0] for each in everyone)
+
+    train(model, optimizer, range(steps - 1))
+    before = equal()
+    train(model, optimizer, range(steps - 1, steps))
+    return {f"equal at {steps - 1}": before, f"equal at {steps}": equal(), "bytes": dict(attachment.meter.bytes),
+            "tracked": int(model.module[1].num_batches_tracked)}
+
+
+def scaled(wrap: str, stock: bool, steps: int) -> dict:
+    """An fp16-style loop with a GradScaler; rank 1 overflows at step 2."""
+    every = {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}
+    deslo = {"replica_size": 1}
+    blocks = {"deslo": deslo | {"sync_every": every}} if stock else {"optimizer": {"params": {"sync_every": every}}, "deslo": deslo}
+    make = (lambda model: torch.optim.AdamW(model.parameters(), foreach=True)) if stock else None
+    model, optimizer, attachment = attached(wrap, blocks, None, make)
+    scaler, moved = torch.amp.GradScaler("cpu", init_scale=8.0), None
+    for step in range(steps):
+        before = [p.detach().clone() for p in model.parameters()]
+        loss = loss_of(model, batch(dist.get_rank(), step, 0))
+        if dist.get_rank() == 1 and step == 2:
+            loss = loss * float("inf")
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step == 2:
+            moved = any(not torch.equal(p, q) for p, q in zip(model.parameters(), before) if p.ndim == 2)  # biases meet
+    return {"skipped": attachment.meter.skipped_steps, "steps": attachment.averaging.steps, "moved at 2": moved,
+            "bytes": dict(attachment.meter.bytes)}
+
+
+def exported(wrap: str, blocks: dict, steps: int) -> dict:
+    import deslo_plugin
+
+    model, optimizer, _ = attached(wrap, blocks)
+    train(model, optimizer, range(steps))
+    state = deslo_plugin.averaged_state_dict(model)
+    net().load_state_dict(state)
+    return {"state": state, "own": {name.removeprefix("module."): whole(p) for name, p in model.named_parameters()}}
+
+
+def copied(blocks: dict) -> bool:
+    import copy
+    import pickle
+
+    model, optimizer, _ = attached("plain", blocks)
+    train(model, optimizer, range(1))
+    same = [torch.equal(a, b) for a, b in zip(copy.deepcopy(model).parameters(), model.parameters())]
+    return all(same) and len(pickle.loads(pickle.dumps(model)).state_dict()) == len(same)
+
+
+def unequal(initial: str) -> str:
+    """Every rank seeds its model differently."""
+    config = {"deslo": {"initial_params": initial, "replica_size": 1}}
+    try:
+        model, *_ = attached("plain", config, net(seed=dist.get_rank()))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [p.tolist() for p in model.parameters()])
+    return "equal" if all(each == everyone[0] for each in everyone) else "unequal"
+
+
+def moved_internals(blocks: dict) -> str:
+    """attach of an HSDP model where torch's attribute is gone."""
+    import deslo_plugin.frameworks.fsdp as own
+
+    def gone(*_: Any) -> None:
+        raise AttributeError("'FSDPParamGroup' object has no attribute 'mesh_info'")
+
+    original, own._point_at_shards = own._point_at_shards, gone
+    try:
+        return raises("hsdp", blocks)
+    finally:
+        own._point_at_shards = original
+
+
+def misused(mistake: str, blocks: dict) -> str:
+    import deslo_plugin
+
+    rank, model = dist.get_rank(), net()
+    if mistake == "different model" and rank == 3:
+        model[2] = nn.Linear(8, 4)
+    lr = 2e-2 if mistake == "different lr" and rank == 3 else 1e-2
+    stock = mistake in ("no schedule", "DesLoc config")
+    optimizer = torch.optim.AdamW(model.parameters()) if stock else deslo_plugin.DesLoc(
+        [{"params": list(model.parameters()), "lr": lr}], blocks)
+    try:
+        if mistake == "not attached":
+            optimizer.step()
+        config = blocks if mistake in ("config twice", "DesLoc config") else None
+        for _ in range(2):
+            deslo_plugin.attach(model, optimizer, config)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def fewer_steps(blocks: dict) -> str:
+    model, optimizer, _ = attached("plain", blocks)
+    for step in range(5):
+        if dist.get_rank() == 3 and step == 2:
+            time.sleep(8)  # its process lives on, as one that saves or evaluates would
+            return "left"
+        train(model, optimizer, range(step, step + 1))
+    return "no error"
+
+
+def poisoned(blocks: dict, culprit: int) -> tuple[str, bool]:
+    """(the error that stops this rank, whether its parameters are finite)."""
+    model, optimizer, _ = attached("plain", blocks)
+    for step in range(5):
+        loss = loss_of(model, batch(dist.get_rank(), step, 0))
+        (loss * float("nan") if dist.get_rank() == culprit and step == 1 else loss).backward()
+        try:
+            optimizer.step()
+        except ArithmeticError as error:
+            return f"{type(error).__name__}: {error}", all(bool(p.isfinite().all()) for p in model.parameters())
+        optimizer.zero_grad()
+    raise AssertionError("no error")
