@@ -28,7 +28,8 @@ def topology_of(model: DistributedDataParallel, deslo: DesloConfig) -> Topology:
         raise ConfigError(
             "DDP(find_unused_parameters=True)", "DDP over the ranks of one replica, since every backward sends a bitmap over "
             "its process group", "DDP over the world",
-            f"group, _ = torch.distributed.new_subgroups(group_size={topology.replica_size}); DDP(model, process_group=group, ...)",
+            "turn it off (Hugging Face: ddp_find_unused_parameters=False), or DDP(model, process_group=group, ...) with "
+            f"group, _ = torch.distributed.new_subgroups(group_size={topology.replica_size})",
         )
     return topology
 

@@ -1,0 +1,48 @@
+"""Whole launches: ``accelerate launch``, torchrun and the Hugging Face Trainer, 4 processes each."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+EXAMPLE = [str(ROOT / "examples" / "hf_trainer.py"), "--config", str(ROOT / "configs" / "des-loc-adam.json"), "--steps", "40"]
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "4"]
+LAUNCHES = {
+    "DDP, accelerate launch": [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "4", "--num_machines", "1",
+                               "--mixed_precision", "no", "--dynamo_backend", "no"],
+    "FSDP2, torchrun": [*TORCHRUN, str(ROOT / "tests" / "fsdp_on_cpu.py")],
+    "DeepSpeed, torchrun": TORCHRUN,
+}
+
+
+@pytest.fixture(scope="module")
+def losses():
+    return {}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_the_trainer_learns_and_sends_what_was_planned(losses, name):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    command = [*LAUNCHES[name], *EXAMPLE, *(["--deepspeed"] if "DeepSpeed" in name else [])]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    result = json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"loss"')))
+    assert result["loss"] < 3 and list(result["bytes"]) == ["params"]  # ln 64 = 4.2 at the start; one average in 40 steps
+    losses[name] = result["loss"]
+    if "FSDP2" in name and "DDP, accelerate launch" in losses:
+        assert result["loss"] == pytest.approx(losses["DDP, accelerate launch"], abs=1e-3)  # one job, two frameworks
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_accelerate_configs_are_ones_that_accelerate_reads(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(path)  # refuses unknown keys
+    assert config.num_processes == 16 and config.num_machines == 2
+    if config.distributed_type == "DEEPSPEED":
+        assert (ROOT / config.deepspeed_config["deepspeed_config_file"]).is_file()
