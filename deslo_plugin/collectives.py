@@ -71,13 +71,16 @@ def left_alone() -> bool:
 
 @dataclass(frozen=True)
 class Groups:
-    """The process groups that this rank belongs to: all replicas, its own, its shard's peers in all of them, and itself."""
+    """The process groups that this rank belongs to: all replicas, its own, its shard's peers in all of them, and itself.
+
+    They are None in a process that was started alone.
+    """
 
     topology: Topology
-    world: dist.ProcessGroup
-    shard: dist.ProcessGroup
-    replica: dist.ProcessGroup
-    singleton: dist.ProcessGroup
+    world: dist.ProcessGroup | None
+    shard: dist.ProcessGroup | None
+    replica: dist.ProcessGroup | None
+    singleton: dist.ProcessGroup | None
 
 
 def make_groups(topology: Topology, timeout_s: float) -> Groups:

@@ -16,7 +16,7 @@ from deslo_plugin.names import PARAMS
 from deslo_plugin.strict import ConfigError, near
 from deslo_plugin.telemetry import SyncEvent
 
-Union = Callable[[Any], list[Any]]
+Everyone = Callable[[Any], list[Any]]
 """Everyone's value: collective over all ranks of all replicas."""
 
 
@@ -35,7 +35,7 @@ class StockAveraging(Averaging):
         average: Average,
         *,
         groups: Sequence[Group] | None = None,
-        everyone: Union = lambda value: [value],
+        everyone: Everyone = lambda value: [value],
         emit: Callable[[SyncEvent], object] | None = None,
     ):
         super().__init__(optimizer, deslo, average, GroupClock(), groups=groups, emit=emit)

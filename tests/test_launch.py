@@ -13,8 +13,8 @@ BIN = Path(sys.executable).parent
 EXAMPLE = [str(ROOT / "examples" / "hf_trainer.py"), "--config", str(ROOT / "configs" / "des-loc-adam.json"), "--steps", "40"]
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "4"]
 LAUNCHES = {
-    "DDP, accelerate launch": [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "4", "--num_machines", "1",
-                               "--mixed_precision", "no", "--dynamo_backend", "no"],
+    "DDP, accelerate launch": [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "4", "--num_machines", "1",
+                               "--mixed_precision", "no", "--dynamo_backend", "no"],  # the script itself says CPU
     "FSDP2, torchrun": [*TORCHRUN, str(ROOT / "tests" / "fsdp_on_cpu.py")],
     "DeepSpeed, torchrun": TORCHRUN,
 }
@@ -42,7 +42,7 @@ def test_the_trainer_learns_and_sends_what_was_planned(losses, name):
 def test_shipped_accelerate_configs_are_ones_that_accelerate_reads(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    config = load_config_from_file(path)  # refuses unknown keys
+    config = load_config_from_file(str(path))  # refuses unknown keys
     assert config.num_processes == 16 and config.num_machines == 2
     if config.distributed_type == "DEEPSPEED":
         assert (ROOT / config.deepspeed_config["deepspeed_config_file"]).is_file()

@@ -6,6 +6,8 @@ import torch_jobs as jobs
 from oracle import blocks
 from theory import RULES, assert_oracle, oracle_states
 
+import deslo_plugin
+
 S = RULES["mt-dao-adam-n2"]
 LOCAL = blocks(S, replica_size=1)
 
@@ -80,3 +82,24 @@ def test_replicas_that_start_unequal_are_refused_or_made_equal(four):
     errors = four().run(jobs.unequal, "check")
     assert all("initial value of parameter 0.weight: expected" in e and "seed every rank alike" in e for e in errors)
     assert four().run(jobs.unequal, "broadcast") == ["equal"] * 4
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_a_script_started_as_one_process_trains_as_the_plain_optimizer(stock):
+    models = [jobs.net(), jobs.net()]
+    make = lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)  # noqa: E731
+    plain, ours = make(models[0]), make(models[1])
+    blocks = {"optimizer": {"params": {"lr": 1e-2}}}
+    if stock:
+        attachment = deslo_plugin.attach(models[1], ours, {"deslo": {"sync_every": {"params": 2, "exp_avg": 2, "exp_avg_sq": 2}}})
+    else:
+        ours = deslo_plugin.DesLoc(models[1].parameters(), blocks)
+        attachment = deslo_plugin.attach(models[1], ours)
+    for step in range(5):
+        for model, optimizer in zip(models, (plain, ours)):
+            jobs.loss_of(model, jobs.batch(0, step, 0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    exported = deslo_plugin.averaged_state_dict(models[1])
+    assert all(torch.allclose(p, exported[name], atol=1e-6) for name, p in models[0].named_parameters())
+    assert "nothing to average" in attachment.plan.describe()

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.averaging import Averaging
-from deslo_plugin.collectives import Groups, ReplicaAverage, gathered, make_groups
+from deslo_plugin.collectives import Alone, Average, Groups, ReplicaAverage, gathered, make_groups
 from deslo_plugin.config import Config, load_config
 from deslo_plugin.frameworks import ddp, fsdp
 from deslo_plugin.frameworks.attachment import Attachment, attached
@@ -23,10 +23,10 @@ from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.plan import BYTES
 from deslo_plugin.shards import local
-from deslo_plugin.stock import StockAveraging, schedule
+from deslo_plugin.stock import Everyone, StockAveraging, schedule
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import SyncEvent
-from deslo_plugin.topology import Topology
+from deslo_plugin.topology import Topology, contiguous
 
 
 def attach(
@@ -60,6 +60,8 @@ def attach(
     if hasattr(optimizer, "deslo"):
         raise ConfigError("attach(optimizer)", "one call for each optimizer", "a second one", "remove it")
     config = _config_of(optimizer, config)
+    if not dist.is_initialized():
+        return _alone(model, optimizer, config, emit)
     topology = _topology_of(model, config, mesh, replicate, process_group)
     groups = make_groups(topology, config.deslo.timeout_s)
     agree_on_model(model, lambda p: p.shape, groups.world)
@@ -68,7 +70,7 @@ def attach(
 
     copies = _copies_of(model, groups)
     average = ReplicaAverage(groups, timeout_s=config.deslo.timeout_s, copies=copies)
-    averaging = _averaging_of(optimizer, config, average, groups, emit)
+    averaging = _averaging_of(optimizer, config, average, lambda value: list(gathered(value, groups.world).values()), emit)
     agree_on_optimizer(averaging, config, groups.world)
     buffers = [] if model in attached else _floating_buffers(model)
     if model not in attached and topology.replicas > 1:
@@ -84,6 +86,17 @@ def attach(
     say(attachment.plan.describe())
     say_placement(topology, groups.world)
     return attachment
+
+
+def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, emit: Any) -> Attachment:
+    """A script started as one process without a launcher: the plain optimizer."""
+    topology, average = contiguous(1, 0, 1), Alone()
+    groups = Groups(topology, world=None, shard=None, replica=None, singleton=None)
+    averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
+    numels = [sum(param.numel() for param in group["params"]) for group in optimizer.param_groups]
+    attached[model] = optimizer.deslo = Attachment(averaging, groups, config, numels)
+    say(optimizer.deslo.plan.describe())
+    return optimizer.deslo
 
 
 def _config_of(optimizer: torch.optim.Optimizer, config: Any) -> Config:
@@ -127,15 +140,13 @@ def _copies_of(model: nn.Module, groups: Groups) -> dist.ProcessGroup | None:
 
 
 def _averaging_of(
-    optimizer: torch.optim.Optimizer, config: Config, average: ReplicaAverage, groups: Groups,
+    optimizer: torch.optim.Optimizer, config: Config, average: Average, everyone: Everyone,
     emit: Callable[[SyncEvent], object] | None,
 ) -> Averaging:
     if isinstance(optimizer, DesLoc):
         optimizer.attach(average, list(chain.from_iterable(group["params"] for group in optimizer.param_groups)), emit)
         return optimizer.averaging
-    averaging = StockAveraging(
-        optimizer, config.deslo, average, everyone=lambda value: list(gathered(value, groups.world).values()), emit=emit
-    )
+    averaging = StockAveraging(optimizer, config.deslo, average, everyone=everyone, emit=emit)
     schedule(averaging)
     return averaging
 

@@ -44,7 +44,8 @@ def _whole(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, param.full_tensor() if hasattr(param, "full_tensor") else param
 
 
-def _mean(tensor: Tensor, world: dist.ProcessGroup) -> Tensor:
+def _mean(tensor: Tensor, world: dist.ProcessGroup | None) -> Tensor:
     mean = tensor.detach().to(torch.float32, copy=True)
-    dist.all_reduce(mean, op=dist.ReduceOp.AVG, group=world)  # the ranks of a replica hold the same: the replicas' mean
+    if world is not None:
+        dist.all_reduce(mean, op=dist.ReduceOp.AVG, group=world)  # the ranks of a replica hold the same: the replicas' mean
     return mean.cpu()
