@@ -5,6 +5,7 @@ import torch
 import torch_jobs as jobs
 from oracle import Setting, blocks
 from theory import ACCUMULATION, RULES, assert_oracle, oracle_states
+from worlds import Processes
 
 STEPS = 42
 WORLDS = {  # wrap -> replicas, replica_size as written
@@ -60,3 +61,24 @@ def test_nothing_crosses_replicas_between_averages(four, tmp_path, wrap, options
     config = blocks(s, **({"replica_size": 1} if wrap == "ddp" else {}))
     losses = four().run(jobs.one_replica_ahead, wrap, config, 2, str(tmp_path), options)
     assert all(len(each) == 8 for each in losses)
+
+
+def test_eight_ranks_in_three_dimensions_train_as_the_oracle(tmp_path):
+    """2 sites that average x 2 nodes that replicate x 2 shards, and DDP of 2 replicas of 4."""
+    s = RULES["mt-dao-adam-n2"]
+    eight = Processes(8, tmp_path)
+    try:
+        theory = oracle_states(s, 14, ranks=8)
+        assert_oracle(eight.run(jobs.run, "hsdp inside", blocks(s), 14, None, None, {"shape": (2, 2, 2)}), theory)
+        assert_oracle(eight.run(jobs.run, "ddp", blocks(s, replica_size=4), 14), theory)
+    finally:
+        eight.close()
+
+
+@pytest.mark.parametrize("wrap", ["plain", "ddp", "hsdp"])
+def test_a_parameter_that_one_replica_does_not_use_is_averaged_in_the_warm_up_too(four, wrap):
+    """Replica 0 never uses the last layer: its gradient counts as zero, the last layer stays equal everywhere."""
+    results = four().run(jobs.unused, wrap, {"optimizer": {"params": {"lr": 1e-2}}, "deslo": {"synchronous_steps": 9} | (
+        {"replica_size": 1} if wrap == "ddp" else {})})
+    for moved, params in results:
+        assert moved and all(torch.equal(p, q) for p, q in zip(params, results[0][1]))

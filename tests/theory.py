@@ -16,10 +16,10 @@ RULES = {
 
 def oracle_states(
     s: Setting, steps: int, broken: tuple[int, int] | None = None, *, replicas: int = 2, synchronous_steps: int = 0,
-    own_period: bool = True,
+    own_period: bool = True, ranks: int = 4,
 ) -> list[dict]:
     """replica -> state -> parameter name -> flat tensor. ``own_period``: the biases meet every 2 steps, as in jobs.py."""
-    shards = 4 // replicas
+    shards = ranks // replicas
     model = jobs.net().double()
     groups = jobs.two_groups(model)
     names = {id(p): name for name, p in model.named_parameters()}

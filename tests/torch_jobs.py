@@ -41,9 +41,9 @@ def hsdp(model: nn.Module, **options: Any) -> tuple[nn.Module, dict]:
     return fsdp(model, on=("replicate", "shard"), **options)[0], {}
 
 
-def hsdp_inside(model: nn.Module) -> tuple[nn.Module, dict]:
+def hsdp_inside(model: nn.Module, shape: tuple = (2, 2, 1)) -> tuple[nn.Module, dict]:
     """Three dimensions: averages across the first, HSDP over the other two."""
-    model, options = fsdp(model, (2, 2, 1), ("sites", "nodes", "shard"), ("nodes", "shard"))
+    model, options = fsdp(model, shape, ("sites", "nodes", "shard"), ("nodes", "shard"))
     return model, options | {"replicate": "sites"}
 
 
@@ -382,3 +382,24 @@ def poisoned(blocks: dict, culprit: int) -> tuple[str, bool]:
             return f"{type(error).__name__}: {error}", all(bool(p.isfinite().all()) for p in model.parameters())
         optimizer.zero_grad()
     raise AssertionError("no error")
+
+
+class Branch(nn.Sequential):
+    """The job's net, whose last layer one may leave out."""
+
+    def forward(self, inputs: Tensor, use_last: bool = True) -> Tensor:
+        hidden = self[1](self[0](inputs))
+        return self[2](hidden) if use_last else hidden[:, :3]
+
+
+def unused(wrap: str, blocks: dict) -> tuple[bool, list[Tensor]]:
+    """Whether the last layer moved in the warm-up although replica 0 never uses it, and all parameters."""
+    options = {"find_unused_parameters": True} if wrap == "ddp" else {}
+    model, optimizer, attachment = attached(wrap, blocks, Branch(*net()), **options)
+    start = [whole(p) for p in model.parameters()]
+    for step in range(4):
+        model(batch(dist.get_rank(), step, 0)[0], use_last=attachment.topology.replica != 0).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    now = [whole(p) for p in model.parameters()]
+    return not torch.equal(now[-2], start[-2]), now
