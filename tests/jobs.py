@@ -115,17 +115,38 @@ def run(ds: dict, steps: int, broken: tuple[int, int] | None = None) -> dict:
         }
 
 
-def run_stock(ds: dict, steps: int) -> dict:
-    """``run`` with the JSON's own optimizer, in two param groups without periods."""
-    model = net()
+def stock_engine(ds: dict, seed: int = 7) -> contextlib.AbstractContextManager:
+    """An engine with the JSON's own optimizer, in two param groups without periods."""
+    model = net(seed)
     groups = [{key: value for key, value in group.items() if key != "sync_every"} for group in two_groups(model)]
-    with engine_for(ds, model, groups) as engine:
-        train(engine, range(steps))
+    return engine_for(ds, model, groups)
+
+
+def stock_params(engine: Any) -> dict:
+    """Only the parameters: DeepSpeed itself loses sight of stock states in param groups after the first."""
+    return {"states": {"params": replica_state(engine, ())["params"]}}
+
+
+def run_stock(ds: dict, steps: int, broken: tuple[int, int] | None = None) -> dict:
+    """``run`` of the JSON's own optimizer."""
+    with stock_engine(ds) as engine:
+        train(engine, range(steps), broken)
         meter, plan = engine.deslo.meter, engine.deslo.plan
         planned = {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes}
-        # only the parameters: DeepSpeed itself loses sight of stock states in param groups after the first
-        states = {"params": replica_state(engine, ())["params"]}
-        return {"states": states, "bytes": dict(meter.bytes), "planned": planned}
+        return stock_params(engine) | {"bytes": dict(meter.bytes), "planned": planned, "skipped": meter.skipped_steps}
+
+
+def resumed_stock(ds: dict, folder: str, before: int, after: int) -> tuple[dict, dict]:
+    """``resumed`` of the JSON's own optimizer."""
+    with stock_engine(ds) as engine:
+        train(engine, range(before))
+        engine.save_checkpoint(folder)
+        train(engine, range(before, before + after))
+        straight = stock_params(engine)
+    with stock_engine(ds, seed=8) as engine:
+        engine.load_checkpoint(folder)
+        train(engine, range(before, before + after))
+        return straight, stock_params(engine)
 
 
 def low_precision_copies(ds: dict, steps: int) -> list[dict[str, Tensor]]:

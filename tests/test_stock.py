@@ -54,15 +54,36 @@ def test_order_and_warm_up_are_those_of_the_oracle(four, wrap, more):
                                          synchronous_steps=more.get("synchronous_steps", 0)))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_adamw_of_a_deepspeed_json_trains_as_the_oracle(four, stage):
-    ds = ds_config(RULES["des-loc-adam"], stage)
+def stock_ds(stage: int, **more) -> dict:
+    ds = ds_config(RULES["des-loc-adam"], stage) | more
     ds["optimizer"] = {"type": "AdamW", "params": ADAMW | {"torch_adam": True}}
     ds["deslo"] = {"replica_size": 2, "sync_every": SYNC_EVERY}
-    results = four().run(deepspeed_jobs.run_stock, ds, 26)
-    theory = oracle_states(RULES["des-loc-adam"], 26, own_period=False)
-    assert_oracle(results, [{"params": replica["params"]} for replica in theory])
+    return ds
+
+
+def params_of_theory(steps, broken=None):
+    return [{"params": replica["params"]} for replica in oracle_states(RULES["des-loc-adam"], steps, broken, own_period=False)]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_adamw_of_a_deepspeed_json_trains_as_the_oracle(four, stage):
+    results = four().run(deepspeed_jobs.run_stock, stock_ds(stage), 26)
+    assert_oracle(results, params_of_theory(26))
     assert all(result["bytes"] == result["planned"] for result in results)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_that_deepspeed_skips_on_one_replica_still_ticks_and_averages(four, stage):
+    results = four().run(deepspeed_jobs.run_stock, stock_ds(stage), 20, (1, 6))
+    assert_oracle(results, params_of_theory(20, broken=(1, 6)))
+    assert [result["skipped"] for result in results] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_deepspeed_resume_in_the_middle_of_a_period_changes_no_bit(four, tmp_path, stage):
+    for straight, resumed in four().run(deepspeed_jobs.resumed_stock, stock_ds(stage), str(tmp_path), 5, 9):
+        for name, tensor in straight["states"]["params"].items():
+            assert torch.equal(tensor, resumed["states"]["params"][name])
 
 
 @pytest.mark.parametrize("optimizer, states", [(sgd, ["momentum_buffer"]), (muon, ["momentum_buffer"])])
