@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def schedule(averaging: StockAveraging) -> None:
 
     @functools.wraps(inner)
     @torch.no_grad()
-    def step(closure: Callable[[], Any] | None = None) -> Any:
+    def step(_: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -86,7 +87,7 @@ def schedule(averaging: StockAveraging) -> None:
         averaging.around(update)
         return loss
 
-    optimizer.step = step
+    optimizer.step = MethodType(step, optimizer)  # a method still: torch's lr schedulers ask for its __func__
     optimizer._step_supports_amp_scaling = True  # GradScaler: call ``step`` always, so that every replica's clock ticks
 
 

@@ -42,6 +42,7 @@ class Result:
     """A finished run. Bytes are one rank's; `seconds_exposed` is None where the averages were computed, not counted."""
 
     name: str
+    framework: str
     replicas: int
     replica_size: int
     tokens: int
@@ -94,7 +95,7 @@ def table(results: Sequence[Result]) -> Group:
 
     first = results[0]
     replicas = f"{first.replicas} replicas of {first.replica_size} rank{'s' * (first.replica_size != 1)}"
-    grid = Table("", *row(lambda r: r.name), title=f"[bold]{replicas}")
+    grid = Table("", *row(lambda r: r.name), title=f"[bold]{first.framework}: {replicas}")
     for column in grid.columns[1:]:
         column.justify = "right"
     grid.add_row("validation loss, nats/byte", *row(lambda r: f"[bold]{r.loss:.4f}"))

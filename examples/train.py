@@ -4,7 +4,8 @@
 
 Runs itself as --processes local processes, first with the given DeepSpeed JSON, then (unless --no-baseline) with the
 same JSON without its "deslo" block and with AdamW: same model, same data in the same order, same number of tokens.
-Under a torchrun of your own it is one rank of the given run.
+--framework takes the same JSON to DDP, FSDP2, Accelerate or plain torch. Under a launcher of your own it is one rank of
+the given run: examples/launch/.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,18 +32,29 @@ ADAMW = {  # the baseline's optimizer: what one would use at this size without t
     "params": {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "torch_adam": True},
 }
 
+FRAMEWORKS = ("deepspeed", "ddp", "fsdp", "accelerate", "torch")
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def arguments() -> Namespace:
-    """The command line, checked as far as one process can."""
+def size(text: str) -> int | str:
+    """A --replica-size: a number of ranks, or "auto"."""
+    return text if text == "auto" else int(text)
+
+
+def arguments(given: Sequence[str] | None = None) -> Namespace:
+    """The command line, or `given` in place of it, checked as far as one process can."""
     parser = ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--config", type=Path, required=True, help='DeepSpeed JSON with a "deslo" block')
     parser.add_argument("--baseline", action=BooleanOptionalAction, default=True, help="also train synchronously")
     parser.add_argument("--data", type=Path, help="text file or folder (default: Python's own standard library)")
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps (%(default)s)")
     parser.add_argument("--processes", type=int, default=4, help="ranks on this machine (%(default)s)")
-    parser.add_argument("--replica-size", type=int, help="ranks per replica, in place of the JSON's")
+    parser.add_argument(
+        "--framework", choices=FRAMEWORKS, default="deepspeed", help="%(choices)s; torch is no wrapper, each rank a replica"
+    )
+    parser.add_argument(
+        "--replica-size", type=size, help='ranks per replica, in place of the JSON\'s; "auto" is the ranks of a node'
+    )
     parser.add_argument("--zero-stage", type=int, choices=range(4), help="ZeRO stage, in place of the JSON's")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the data (%(default)s)")
     parser.add_argument("--dim", type=int, default=96, help="model width (%(default)s)")
@@ -49,7 +62,7 @@ def arguments() -> Namespace:
     parser.add_argument("--heads", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--context", type=int, default=128, help="bytes per window (%(default)s)")
     parser.add_argument("--result", type=Path, help="write the results to this JSON file")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     if not args.config.is_file():
         parser.error(f"--config: expected a DeepSpeed JSON, no file lies at {args.config}; see configs/")
     if args.data and not args.data.exists():
@@ -57,11 +70,15 @@ def arguments() -> Namespace:
     for name in ("steps", "processes"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if args.framework != "deepspeed" and args.zero_stage is not None:
+        parser.error(f"--zero-stage: expected --framework deepspeed, got {args.framework}; remove one of the two")
+    if args.framework == "torch" and args.replica_size not in (None, 1):
+        parser.error(f"--replica-size: expected 1 with --framework torch, got {args.replica_size}; take ddp for more")
     return args
 
 
 def synchronous(config: dict[str, Any]) -> dict[str, Any]:
-    """The same DeepSpeed JSON for training with a gradient average at every step."""
+    """The same JSON for training with a gradient average at every step."""
     return {**{key: value for key, value in config.items() if key != "deslo"}, "optimizer": ADAMW}
 
 
@@ -131,10 +148,6 @@ def compare(args: Namespace) -> None:
 def work(args: Namespace) -> None:
     """Be one rank of one run."""
     import torch
-
-    # Ranks cannot share a GPU under NCCL. DeepSpeed reads the variable as it is imported.
-    if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from worker import train
 
     result = train(args)

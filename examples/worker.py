@@ -1,4 +1,4 @@
-"""One rank of one run: an ordinary DeepSpeed training loop, and the validation of the replicas' mean."""
+"""One rank of one run: the training loop that all frameworks share, and the validation of the replicas' mean."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import contextlib
 import json
 import os
 import time
-import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.dataloader import DeepSpeedDataLoader
-from deepspeed.utils import logger
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-import deslo_plugin
 from corpus import Windows, load_bytes, split
+from frameworks import start
+from frameworks.blocks import refuse_unread
+from frameworks.job import Batch, local_ranks
 from gpt import GPT, GPTConfig
 from report import Result, Status, display
 
@@ -31,73 +29,71 @@ VALIDATION_WINDOWS = 2048  # at most: enough for the third digit of the loss, a 
 
 def train(args: Namespace) -> Result:
     """Train one model as the JSON at `args.config` says, on this rank of a launch, and validate it."""
-    quieten()
-    # Else DeepSpeed compiles an all-reduce for inference on CPUs: half a minute, a compiler, and, where a process is
-    # killed meanwhile, a stale lock for which every later process waits in silence.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
     config = load_config(args)
+    share = replica_size(config, args)
+    micro, accumulation = config["train_micro_batch_size_per_gpu"], config.get("gradient_accumulation_steps", 1)
     shape = GPTConfig(dim=args.dim, layers=args.layers, heads=args.heads, context=args.context)
     corpus, held_out = split(load_bytes(args.data), VALIDATION_FRACTION)
     torch.manual_seed(args.seed)
     model = GPT(shape)
     parameters = sum(weight.numel() for weight in model.parameters())
-    engine, _, loader, _ = deepspeed.initialize(
-        model=model, config=config, training_data=Windows(corpus, shape.context, args.seed)
-    )
-    deslo = getattr(engine, "deslo", None)
-    share = deslo.topology.replica_size if deslo else args.replica_size or 1
-    gradient_bytes = parameters * engine.communication_data_type.itemsize // share
+    job = start(args.framework, model, config, share)
+    gradient_bytes = parameters * job.gradient_dtype.itemsize // share
 
     def traffic(step: int) -> tuple[dict[str, int], tuple[int, tuple[str, ...]] | None]:
         """Bytes so far by state and what moves next; a synchronous run's are computed, as no one counts them there."""
-        if deslo is None:
+        if job.deslo is None:
             return {"gradients": step * gradient_bytes}, (1, ("gradients",))
-        return dict(deslo.meter.bytes), deslo.plan.next_sync(step)
+        return dict(job.deslo.meter.bytes), job.deslo.plan.next_sync(step)
 
-    data = batches(loader)
-    step_tokens = engine.train_batch_size() * shape.context
+    data = batches(Windows(corpus, shape.context, args.seed), micro, job.device)
+    step_tokens = micro * accumulation * dist.get_world_size() * shape.context
     loss_mean = None
     dist.barrier()
-    start = time.perf_counter()
+    begin = time.perf_counter()
     with display(args.steps) if dist.get_rank() == 0 else contextlib.nullcontext() as show:
         for step in range(1, args.steps + 1):
-            for _ in range(engine.gradient_accumulation_steps()):
-                tokens, targets = (part.to(engine.device) for part in next(data))
-                loss = engine(tokens, targets)
-                engine.backward(loss)
-                engine.step()
+            loss = job.step([next(data) for _ in range(accumulation)])
             if show:
                 loss_mean = loss.item() if loss_mean is None else 0.9 * loss_mean + 0.1 * loss.item()
-                speed = step * step_tokens / (time.perf_counter() - start)
+                speed = step * step_tokens / (time.perf_counter() - begin)
                 show(Status(step, loss_mean, speed, *traffic(step)))
     dist.barrier()
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - begin
 
     moved, _ = traffic(args.steps)
     return Result(
         name=args.config.stem,
+        framework=args.framework,
         replicas=dist.get_world_size() // share,
         replica_size=share,
         tokens=args.steps * step_tokens,
-        loss=validate(deslo_plugin.averaged_state_dict(engine), shape, held_out, engine.device),
+        loss=validate(job.weights(), shape, held_out, job.device),
         bytes=moved,
         synchronous_bytes=args.steps * gradient_bytes,
-        gradient_dtype=str(engine.communication_data_type).removeprefix("torch."),
-        seconds_exposed=deslo.meter.seconds_exposed if deslo else None,
+        gradient_dtype=str(job.gradient_dtype).removeprefix("torch."),
+        seconds_exposed=job.deslo.meter.seconds_exposed if job.deslo else None,
         seconds=seconds,
     )
 
 
 def load_config(args: Namespace) -> dict[str, Any]:
-    """The DeepSpeed JSON with the command line's replica size, and with the scheduler's "auto" values filled in."""
+    """The JSON with the command line's replica size and ZeRO stage, and with the scheduler's "auto" values filled in.
+
+    Raises ValueError for what cannot be filled in, or has a meaning under DeepSpeed alone.
+    """
     config = json.loads(args.config.read_text())
-    if "deslo" in config and args.replica_size is not None:
-        config["deslo"]["replica_size"] = args.replica_size
+    if "train_micro_batch_size_per_gpu" not in config:
+        raise ValueError(f"{args.config}: expected train_micro_batch_size_per_gpu, which every framework needs; write one")
+    if args.framework != "deepspeed":
+        refuse_unread(config)
+    if "deslo" in config:
+        if args.framework == "torch":
+            config["deslo"]["replica_size"] = 1  # nobody reduces gradients: whatever the JSON says for other frameworks
+        elif args.replica_size is not None:
+            config["deslo"]["replica_size"] = args.replica_size
     if args.zero_stage is not None:
         config.setdefault("zero_optimization", {})["stage"] = args.zero_stage
-    # Every step of every run then carries the same number of tokens.
-    config.setdefault("dataloader_drop_last", True)
     automatic = {
         "total_num_steps": args.steps,
         "warmup_num_steps": max(1, args.steps // 20),
@@ -114,31 +110,36 @@ def load_config(args: Namespace) -> dict[str, Any]:
     return config
 
 
-def quieten() -> None:
-    """Leave the screen to the run: DeepSpeed's errors and rank 0's warnings stay, its greetings go."""
-    rank = int(os.environ["RANK"])
-    logger.setLevel("WARNING" if rank == 0 else "ERROR")
-    # Every scheduler warns of this while it is being built.
-    logger.addFilter(lambda record: "learning rate from scheduler before it has started" not in record.getMessage())
-    # About torch's own functions, which DeepSpeed calls: pinned memory without a GPU, names that will go.
-    warnings.filterwarnings("ignore", module=r"torch\.")
+def replica_size(config: Mapping[str, Any], args: Namespace) -> int:
+    """Ranks per replica; "auto" is a node. Of a synchronous run, which has none, those that it is compared with.
+
+    Raises ValueError if replicas of that size do not fill the world.
+    """
+    size = config["deslo"].get("replica_size", "auto") if "deslo" in config else args.replica_size or 1
+    size = local_ranks() if size == "auto" else size
+    world = int(os.environ["WORLD_SIZE"])
+    if world % size:
+        raise ValueError(f"--replica-size: expected a divisor of the {world} ranks, got {size}; use one of those")
+    return size
 
 
-def batches(loader: DeepSpeedDataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, targets), (micro batch, context) int64 each, without end; every epoch in an order of its own."""
+def batches(data: Windows, micro: int, device: torch.device) -> Iterator[Batch]:
+    """This rank's micro batches without end; every epoch in an order of its own, the same under every framework."""
+    sampler = DistributedSampler(data)
+    loader = DataLoader(data, micro, sampler=sampler, drop_last=True)
     if not len(loader):
         raise ValueError(
-            f"--data: expected at least {loader.batch_size} windows for each rank, got {len(loader.data_sampler)}; "
+            f"--data: expected at least {micro} windows for each rank, got {len(sampler)}; "
             "give a longer text, a shorter --context or a smaller micro batch"
         )
-    loader.num_local_io_workers = 0  # slicing a tensor is no work; the default is two more processes per rank
     for epoch in count():
-        loader.data_sampler.set_epoch(epoch)  # DeepSpeed itself never does
-        yield from loader
+        sampler.set_epoch(epoch)
+        for tokens, targets in loader:
+            yield tokens.to(device), targets.to(device)
 
 
 @torch.no_grad()
-def validate(weights: dict[str, Tensor], shape: GPTConfig, held_out: Tensor, device: torch.device) -> float:
+def validate(weights: Mapping[str, Tensor], shape: GPTConfig, held_out: Tensor, device: torch.device) -> float:
     """Mean cross-entropy in nats per byte of the fp32 model with `weights`; each rank reads its share; collective."""
     model = GPT(shape).to(device)
     for name, parameter in model.named_parameters():

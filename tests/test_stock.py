@@ -10,6 +10,8 @@ from theory import RULES, assert_oracle, oracle_states
 
 import jobs as deepspeed_jobs
 from deslo_plugin import ConfigError, load_config
+from deslo_plugin.collectives import Alone
+from deslo_plugin.stock import StockAveraging, schedule
 
 SYNC_EVERY = {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}
 ADAMW = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.0}
@@ -94,6 +96,23 @@ def test_whatever_states_an_optimizer_has_are_averaged(four, optimizer, states):
     for state in ("params", *states):
         assert all(torch.equal(mine, first) for one in at_4 for mine, first in zip(one[state], at_4[0][state]))
     assert not torch.equal(at_6[0][states[0]][0], at_6[1][states[0]][0])
+
+
+@pytest.mark.parametrize("first", ["scheduler", "ours"])
+def test_torchs_lr_schedulers_are_built_before_or_after(first):
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    averaging = StockAveraging(optimizer, load_config({"deslo": {"sync_every": SYNC_EVERY}}).deslo, Alone())
+    if first == "ours":
+        schedule(averaging)
+    halved = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    if first == "scheduler":
+        schedule(averaging)
+    for _ in range(3):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        halved.step()
+    assert averaging.steps == 3 and optimizer.param_groups[0]["lr"] == 0.125
 
 
 def test_two_optimizers_of_one_model_have_their_own_periods(four):
