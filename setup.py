@@ -37,7 +37,7 @@ CUDA_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "--ftz=true", "-Xcompiler=-fP
 
 
 class BuildKernels(build_ext):
-    """Compiles csrc/cpu.cpp once per instruction set, csrc/*.cu with nvcc, and links them into one module."""
+    """Compiles csrc/cpu*.cpp once per instruction set, csrc/*.cu with nvcc, and links them into one module."""
 
     def build_extension(self, extension):
         try:
@@ -67,7 +67,7 @@ class BuildKernels(build_ext):
         x86 = platform.machine() in ("x86_64", "AMD64")
         for isa, flags in {"baseline": [], **(X86 if x86 else {})}.items():
             extension.extra_objects += self.compiler.compile(
-                ["csrc/cpu.cpp"], output_dir=f"{self.build_temp}/{isa}", macros=[("DESLO_ISA", isa)],
+                ["csrc/cpu.cpp", "csrc/cpu_average.cpp"], output_dir=f"{self.build_temp}/{isa}", macros=[("DESLO_ISA", isa)],
                 extra_postargs=FLAGS + flags, depends=extension.depends,
             )
 

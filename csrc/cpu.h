@@ -10,6 +10,7 @@ namespace deslo {
   namespace isa {                                                                        \
   void update_blocks(const Task<float>& task, int64_t begin, int64_t end);               \
   void update_blocks(const Task<double>& task, int64_t begin, int64_t end);              \
+  void update_blocks(const Task<BFloat16>& task, int64_t begin, int64_t end);            \
   void drift_blocks(const DriftTask& task, int64_t begin, int64_t end, double* sums);    \
   }
 

@@ -8,6 +8,7 @@ namespace deslo {
 // Queues the task on `stream` (a cudaStream_t) of `device`. Throws std::runtime_error if the launch fails.
 void update_cuda(const Task<float>& task, int device, void* stream);
 void update_cuda(const Task<double>& task, int device, void* stream);
+void update_cuda(const Task<BFloat16>& task, int device, void* stream);
 
 // Likewise: adds to `sums`, kSums rows of drift_columns(device) numbers each. The columns add up to the result.
 int64_t drift_columns(int device);

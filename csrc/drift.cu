@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) drift_sums(const __grid_constant__ D
     const int64_t left = pair.numel - offset;
     if (left <= 0) continue;
     const int count = left < kAtOnce ? int(left) : kAtOnce;
-    const bool whole = count == kAtOnce && aligned(pair.local, is_half(pair.local_type) ? 8 : 16) && aligned(pair.mean, 16);
+    const bool whole = count == kAtOnce && aligned(pair.local, pair.local_type) && aligned(pair.mean, pair.mean_type);
     const Elements local = read(pair.local, pair.local_type, offset, count, whole);
     const Elements mean = read(pair.mean, pair.mean_type, offset, count, whole);
     double l[kAtOnce], m[kAtOnce];

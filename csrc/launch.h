@@ -1,41 +1,12 @@
-// From a call of an operator to tasks: checks that name the argument, then plain pointers. No kernel runs on bad input.
+// From a call of a rule to tasks: checks that name the argument, then plain pointers. No kernel runs on bad input.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <cstddef>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-#include <utility>
-#include <vector>
 
+#include "arguments.h"
 #include "task.h"
 
 namespace deslo {
-
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using ScalarType = torch::headeronly::ScalarType;
-
-// Raises ValueError in Python.
-template <typename... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream message;
-  message << "deslo: ";
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
-
-inline std::string shown(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::ostringstream text;
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "[") << sizes[i];
-  return sizes.empty() ? "[]" : text.str() + "]";
-}
-
-inline std::string at(const char* name, size_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
 
 // The arguments of one call. `u` is momentum-major: u[j * x.size() + i] is momentum j of parameter i.
 struct Call {
@@ -56,48 +27,7 @@ inline void set_momenta(Hyper& hyper, const std::vector<double>& betas, const st
   std::copy(weights.begin(), weights.end(), hyper.weight);
 }
 
-const char* const kNames[] = {"float32", "float64", "bfloat16", "float16"};  // by Dtype
-
-inline Dtype dtype_of(const Tensor& tensor, const std::string& name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: refuse(name, ": expected float32, float64, bfloat16 or float16, got another dtype");
-  }
-}
-
-inline bool same(torch::headeronly::IntHeaderOnlyArrayRef a, torch::headeronly::IntHeaderOnlyArrayRef b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end());
-}
-
-// Whether the elements fill one stretch of memory, in whatever order of dimensions.
-inline bool is_dense(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return true;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-// Whether equal offsets from the first element mean equal indices. Both tensors are dense and of one shape.
-inline bool same_layout(const Tensor& a, const Tensor& b) {
-  if (same(a.strides(), b.strides()) || (a.is_contiguous() && b.is_contiguous())) return true;
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
-  }
-  return true;
-}
-
-// Builds the tasks of one call: one for float32 states, one for float64 states.
+// Builds the tasks of one call: one for each dtype of states.
 class Launch {
  public:
   explicit Launch(const Call& call) : call_(call), device_(first(call).get_device_index()), cuda_(first(call).is_cuda()) {
@@ -116,12 +46,12 @@ class Launch {
     }
     for (size_t i = 0; i < count; ++i) {
       const Dtype state = dtype_of((*call.u)[i], at("u", i));
-      if (state == Dtype::kFloat32) {
-        add(i, single_);
-      } else if (state == Dtype::kFloat64) {
-        add(i, double_);
-      } else {
-        refuse(at("u", i), ": expected float32 or float64, got ", kNames[int(state)], "; momenta stall in 16 bits");
+      switch (state) {
+        case Dtype::kFloat32: add(i, single_); break;
+        case Dtype::kFloat64: add(i, double_); break;
+        case Dtype::kBFloat16: add(i, brief_); break;
+        case Dtype::kFloat16:
+          refuse(at("u", i), ": expected float32, float64 or bfloat16, got float16; squares of gradients vanish in it");
       }
     }
     refuse_overlap();
@@ -132,15 +62,16 @@ class Launch {
   void each(Run run) const {
     if (single_.blocks) run(task(single_));
     if (double_.blocks) run(task(double_));
+    if (brief_.blocks) run(task(brief_));
   }
 
   int32_t device() const { return device_; }
 
  private:
-  template <typename T>
+  template <typename S>
   struct Table {
-    std::vector<Slot<T>> slots;
-    std::vector<T*> u;
+    std::vector<Slot<S>> slots;
+    std::vector<S*> u;
     int64_t blocks = 0;
   };
 
@@ -192,47 +123,46 @@ class Launch {
     return data;
   }
 
-  template <typename T>
+  template <typename S>
   Dtype parameter_type(const Tensor& tensor, const std::string& name) const {
     const Dtype type = dtype_of(tensor, name);
-    if ((type == Dtype::kFloat64) != (kDtype<T> == Dtype::kFloat64)) {
-      refuse(name, kDtype<T> == Dtype::kFloat64 ? ": expected float64 with float64 momenta, got "
-                                                : ": expected float32, bfloat16 or float16 with float32 momenta, got ",
-             kNames[int(type)]);
+    if ((type == Dtype::kFloat64) != (kDtype<S> == Dtype::kFloat64)) {
+      refuse(name, kDtype<S> == Dtype::kFloat64 ? ": expected float64" : ": expected float32, bfloat16 or float16", " with ",
+             kNames[int(kDtype<S>)], " momenta, got ", kNames[int(type)]);
     }
     return type;
   }
 
-  template <typename T>
-  T* state(const char* name, size_t index, const Tensor& tensor, size_t i) {
+  template <typename S>
+  S* state(const char* name, size_t index, const Tensor& tensor, size_t i) {
     const Dtype type = dtype_of(tensor, at(name, index));
-    if (type != kDtype<T>) {
-      refuse(at(name, index), ": expected ", kNames[int(kDtype<T>)], " as u[", i, "] is, got ", kNames[int(type)]);
+    if (type != kDtype<S>) {
+      refuse(at(name, index), ": expected ", kNames[int(kDtype<S>)], " as u[", i, "] is, got ", kNames[int(type)]);
     }
-    return static_cast<T*>(checked(name, index, tensor, i, sizeof(T), true));
+    return static_cast<S*>(checked(name, index, tensor, i, sizeof(S), true));
   }
 
   static size_t width(Dtype type) {
     return type == Dtype::kFloat64 ? 8 : type == Dtype::kFloat32 ? 4 : 2;
   }
 
-  template <typename T>
-  void add(size_t i, Table<T>& table) {
+  template <typename S>
+  void add(size_t i, Table<S>& table) {
     const size_t count = call_.x->size();
-    Slot<T> slot{};
-    slot.x_type = parameter_type<T>((*call_.x)[i], at("x", i));
+    Slot<S> slot{};
+    slot.x_type = parameter_type<S>((*call_.x)[i], at("x", i));
     slot.x = checked("x", i, (*call_.x)[i], i, width(slot.x_type), true);
-    slot.g_type = parameter_type<T>((*call_.g)[i], at("g", i));
+    slot.g_type = parameter_type<S>((*call_.g)[i], at("g", i));
     slot.g = checked("g", i, (*call_.g)[i], i, width(slot.g_type), false);
-    if (call_.v) slot.v = state<T>("v", i, (*call_.v)[i], i);
+    if (call_.v) slot.v = state<S>("v", i, (*call_.v)[i], i);
     if (!call_.copy->empty()) {
-      slot.copy_type = parameter_type<T>((*call_.copy)[i], at("copy", i));
+      slot.copy_type = parameter_type<S>((*call_.copy)[i], at("copy", i));
       slot.copy = checked("copy", i, (*call_.copy)[i], i, width(slot.copy_type), true);
     }
-    std::vector<T*> momenta;
+    std::vector<S*> momenta;
     for (int j = 0; j < call_.hyper.momenta; ++j) {
       const size_t index = j * count + i;
-      momenta.push_back(state<T>("u", index, (*call_.u)[index], i));
+      momenta.push_back(state<S>("u", index, (*call_.u)[index], i));
     }
     slot.numel = (*call_.x)[i].numel();
     if (slot.numel == 0) return;
@@ -257,9 +187,9 @@ class Launch {
     }
   }
 
-  template <typename T>
-  Task<T> task(const Table<T>& table) const {
-    return {hyper_, table.slots.data(), table.u.data(), int64_t(table.slots.size()), table.blocks, grad_scale_, found_inf_};
+  template <typename S>
+  Task<S> task(const Table<S>& table) const {
+    return {recipe<S>(hyper_), hyper_, table.slots.data(), table.u.data(), int64_t(table.slots.size()), table.blocks, grad_scale_, found_inf_};
   }
 
   const Call& call_;
@@ -268,6 +198,7 @@ class Launch {
   Hyper hyper_;
   Table<float> single_;
   Table<double> double_;
+  Table<BFloat16> brief_;
   const float* grad_scale_ = nullptr;
   const float* found_inf_ = nullptr;
   std::vector<Stretch> stretches_;

@@ -21,6 +21,7 @@ struct Isa {
   bool (*supported)();
   void (*single)(const Task<float>&, int64_t, int64_t);
   void (*twice)(const Task<double>&, int64_t, int64_t);
+  void (*brief)(const Task<BFloat16>&, int64_t, int64_t);
   void (*drift)(const DriftTask&, int64_t, int64_t, double*);
 };
 
@@ -32,10 +33,12 @@ const Isa kIsas[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      },
-     avx512::update_blocks, avx512::update_blocks, avx512::drift_blocks},
-    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, avx2::update_blocks, avx2::update_blocks, avx2::drift_blocks},
+     avx512::update_blocks, avx512::update_blocks, avx512::update_blocks, avx512::drift_blocks},
+    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); },
+     avx2::update_blocks, avx2::update_blocks, avx2::update_blocks, avx2::drift_blocks},
 #endif
-    {"baseline", [] { return true; }, baseline::update_blocks, baseline::update_blocks, baseline::drift_blocks},
+    {"baseline", [] { return true; },
+     baseline::update_blocks, baseline::update_blocks, baseline::update_blocks, baseline::drift_blocks},
 };
 
 const Isa* widest() {
@@ -50,15 +53,17 @@ const Isa* chosen = widest();
 struct Cpu {
   static constexpr int64_t kGrain = 32768 / kBlock;  // below about 30 microseconds of work a second thread costs more
 
-  template <typename T>
-  static void run(const Task<T>& task, int32_t) {
+  template <typename S>
+  static void run(const Task<S>& task, int32_t) {
     if (task.found_inf && *task.found_inf != 0.0f) return;
     const Isa& isa = *chosen;
     torch::stable::parallel_for(0, task.blocks, kGrain, [&](int64_t begin, int64_t end) {
-      if constexpr (kDtype<T> == Dtype::kFloat32) {
+      if constexpr (kDtype<S> == Dtype::kFloat32) {
         isa.single(task, begin, end);
-      } else {
+      } else if constexpr (kDtype<S> == Dtype::kFloat64) {
         isa.twice(task, begin, end);
+      } else {
+        isa.brief(task, begin, end);
       }
     });
   }
@@ -81,8 +86,8 @@ STABLE_TORCH_LIBRARY_IMPL(deslo, CPU, library) { implement<Cpu>(library); }
 
 #ifdef DESLO_CUDA
 struct Cuda {
-  template <typename T>
-  static void run(const Task<T>& task, int32_t device) {
+  template <typename S>
+  static void run(const Task<S>& task, int32_t device) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     update_cuda(task, device, stream);

@@ -1,7 +1,6 @@
 // The operators of deslo_plugin/ops.py and drift.py for one backend, as the dispatcher calls them.
 //
-// A backend is a class with static functions run(Task<float>, device), run(Task<double>, device) and
-// drift(DriftTask, like), a tensor of kSums rows on the device of `like` whose columns add up to the sums.
+// A backend is a class with static functions run(Task<S>, device) for every dtype S of states and drift(DriftTask, like), a tensor of kSums rows on the device of `like` whose columns add up to the sums.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -20,6 +20,7 @@ from deslo_plugin.strict import ConfigError, Reader, shown
 
 EPS = {"adam": 1e-8, "adopt": 1e-6}
 WIRE_DTYPES = ("float32", "float64")
+STATE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class OptimizerConfig:
     """What is computed: ``optimizer.params``.
 
     ``betas`` and ``weights`` have one entry per first momentum; ``beta2`` and ``eps`` are None for sgdm.
+    ``state_dtype`` is the dtype of the momenta; float64 parameters have float64 momenta and take no other.
     ``periods`` and ``period_sources`` (why each period is what it is) run over the averaged states.
     """
 
@@ -51,6 +53,7 @@ class OptimizerConfig:
     period_sources: Mapping[str, str]
     reset_momenta: bool
     outer: Outer | None
+    state_dtype: str
 
     @property
     def momenta(self) -> tuple[str, ...]:
@@ -145,6 +148,7 @@ def read_optimizer(params: Any) -> OptimizerConfig:
         period_sources=sources,
         reset_momenta=reader.flag("reset_momenta", False),
         outer=_outer(reader),
+        state_dtype=reader.choice("state_dtype", "float32", STATE_DTYPES),
     )
     reader.finish()
     averaged = [state for state in config.moments if periods[state]]

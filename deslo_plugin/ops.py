@@ -3,8 +3,9 @@
 The schema and the meaning of each operator are here, the meaning as a reference made of ``rules.py``. The native module
 ``deslo_plugin._C``, if it was built, adds implementations for CPU and CUDA tensors. All of them
 
-- take params, gradients and copies in float32, bfloat16 or float16 with float32 momenta, mixed as the model has them, or
-  all in float64, and compute in the dtype of the momenta;
+- take params, gradients and copies in float32, bfloat16 or float16 with float32 or bfloat16 momenta, mixed as the model has
+  them, or all in float64, and compute in float32 or float64;
+- round new values of bfloat16 momenta at random (``rounding.py``), of everything else to nearest;
 - multiply gradients by ``grad_scale``, then clip them to [-clip_value, clip_value], and write nothing if ``found_inf``
   is not 0 (both 0-dim float32 on the params' device);
 - write the new params into ``copy`` too, if it is given: ZeRO's 16-bit weights;
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.log import say
+from deslo_plugin.rounding import round_
 from deslo_plugin.rules import RULES as REFERENCE
 from deslo_plugin.rules import Tensors, clipped
 
@@ -81,7 +83,7 @@ def reference(rule: str) -> Callable[..., None]:
     """The operator made of torch's own, with the same arguments: checks, casts, and the rule of ``rules.py``."""
 
     def update(
-        x: Tensors, g: Tensors, u: Tensors, *more: Tensors, betas: Sequence[float], weights: Sequence[float],
+        x: Tensors, g: Tensors, u: Tensors, *more: Tensors, t: int, betas: Sequence[float], weights: Sequence[float],
         clip_value: float | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, **numbers: Any,
     ) -> None:
         *v, copy = more
@@ -89,19 +91,28 @@ def reference(rule: str) -> Callable[..., None]:
         _say_slow(x[0].device.type)
         if found_inf is not None and found_inf.item():
             return
-        wide_x = [p.to(s.dtype) for p, s in zip(x, u)]
-        wide_g = [grad.to(s.dtype) for grad, s in zip(g, u)]
+        momenta = [u[j * len(x) : (j + 1) * len(x)] for j in range(len(betas))]
+        wide_x, wide_g, *wide_v = (_wide(tensors, u) for tensors in (x, g, *v))
+        wide_momenta = [_wide(u_j, u) for u_j in momenta]
         if grad_scale is not None:
             wide_g = [grad * grad_scale.to(grad.dtype) for grad in wide_g]
         if clip_value is not None:
             wide_g = clipped(wide_g, clip_value)
-        momenta = [u[j * len(x) : (j + 1) * len(x)] for j in range(len(betas))]
-        REFERENCE[rule](wide_x, wide_g, momenta, *v, betas=betas, weights=weights, **numbers)
+        REFERENCE[rule](wide_x, wide_g, wide_momenta, *wide_v, t=t, betas=betas, weights=weights, **numbers)
         for target, value in zip([*x, *copy], [*wide_x, *(wide_x if copy else [])]):
             if target is not value:
                 target.copy_(value)
+        for state, (targets, values) in enumerate(zip([*v, *momenta], [*wide_v, *wide_momenta]), start=1 - len(v)):
+            for target, value in zip(targets, values):
+                if target is not value:
+                    round_(target, value, t, state)
 
     return update
+
+
+def _wide(tensors: Tensors, states: Tensors) -> Tensors:
+    """Tensors in the dtypes that ``states`` are computed in; the tensors themselves where they have it."""
+    return [tensor.to(torch.float64 if s.dtype == torch.float64 else torch.float32) for tensor, s in zip(tensors, states)]
 
 
 @cache
@@ -157,14 +168,15 @@ def _check_tensor(name: str, tensor: Tensor, x: Tensor, i: int, state: torch.dty
     if tensor.layout != torch.strided:
         _refuse(f"{name}: expected a dense tensor, got {tensor.layout}")
     if name[0] in "uv":
-        if state not in (torch.float32, torch.float64):
-            _refuse(f"u[{i}]: expected float32 or float64, got {wanted}; momenta stall in 16 bits")
+        if state not in (torch.float32, torch.float64, torch.bfloat16):
+            why = "; squares of gradients vanish in it" if state == torch.float16 else ""
+            _refuse(f"u[{i}]: expected float32, float64 or bfloat16, got {wanted}{why}")
         if tensor.dtype != state:
             _refuse(f"{name}: expected {wanted} as u[{i}] is, got {dtype}")
     elif state == torch.float64 and tensor.dtype != torch.float64:
         _refuse(f"{name}: expected float64 with float64 momenta, got {dtype}")
-    elif state == torch.float32 and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        _refuse(f"{name}: expected float32, bfloat16 or float16 with float32 momenta, got {dtype}")
+    elif state != torch.float64 and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        _refuse(f"{name}: expected float32, bfloat16 or float16 with {wanted} momenta, got {dtype}")
     if tensor.device != device:
         _refuse(f"{name}: expected the device of x[0], got another")
     if tensor.shape != x.shape:

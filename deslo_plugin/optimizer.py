@@ -32,8 +32,9 @@ class DesLoc(torch.optim.Optimizer):
         armed: False defers everything until ``attach``; steps do nothing until then.
 
     State of each parameter, float32 (float64 for float64 parameters) unless said otherwise: the momenta under their
-    names, ``step`` (completed steps, 0-dim float32) and ``origin`` (0-dim float32), and with an outer optimizer
-    ``outer_params`` and ``outer_momentum``.
+    names (bfloat16 if ``state_dtype`` says so: rounded at random by the rule, to nearest where an average lands), ``step``
+    (completed steps, 0-dim float32) and ``origin`` (0-dim float32), and with an outer optimizer ``outer_params`` and
+    ``outer_momentum``.
 
     Raises ``ConfigError`` for a config that cannot be meant; from ``step``, ``NonFiniteError`` if any replica brings
     NaN or inf to an average, and ``AverageError`` if an average times out.
@@ -184,9 +185,13 @@ class DesLoc(torch.optim.Optimizer):
             raise ConfigError("deslo.wire_dtype", "'float64' for float64 parameters", "'float32'",
                               "set it: float32 averages would round their states")
         optimizer, state = self.config.optimizer, self.state[param]
+        if dtype == torch.float64 and optimizer.state_dtype == "bfloat16":
+            raise ConfigError("optimizer.params.state_dtype", "'float32' with float64 parameters", "'bfloat16'",
+                              "remove it: float64 parameters have float64 momenta")
+        moment_dtype = torch.bfloat16 if optimizer.state_dtype == "bfloat16" else dtype
         state[STEP], state[ORIGIN] = torch.zeros(()), torch.zeros(())
         for moment in optimizer.moments:
-            state[moment] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            state[moment] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
         if optimizer.outer:
             state[OUTER_PARAMS] = param.detach().to(dtype, copy=True)
             state[OUTER_MOMENTUM] = torch.zeros_like(state[OUTER_PARAMS])

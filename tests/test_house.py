@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
-    {"version", "names", "rules", "schedule", "strict"},
+    {"version", "names", "rules", "schedule", "strict", "rounding"},
     {"periods", "config", "plan"},
     {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift"},
     {"sync", "outer"},

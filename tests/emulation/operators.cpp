@@ -7,8 +7,8 @@
 namespace deslo {
 
 struct Emulated {
-  template <typename T>
-  static void run(const Task<T>& task, int32_t device) {
+  template <typename S>
+  static void run(const Task<S>& task, int32_t device) {
     update_cuda(task, device, nullptr);
   }
 
