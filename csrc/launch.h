@@ -13,6 +13,7 @@ struct Call {
   Hyper hyper;
   const Tensors *x, *g, *u, *v, *copy;  // v is null for sgdm; copy may be empty
   const std::optional<Tensor> *grad_scale, *found_inf;
+  const std::optional<Tensor> *t, *lr;  // in place of those of hyper
 };
 
 inline void set_momenta(Hyper& hyper, const std::vector<double>& betas, const std::vector<double>& weights) {
@@ -27,20 +28,26 @@ inline void set_momenta(Hyper& hyper, const std::vector<double>& betas, const st
   std::copy(weights.begin(), weights.end(), hyper.weight);
 }
 
-// Builds the tasks of one call: one for each dtype of states.
+// Builds the tasks of one call: one for each dtype of states. Where the host may read tensors, it reads t and lr.
 class Launch {
  public:
-  explicit Launch(const Call& call) : call_(call), device_(first(call).get_device_index()), cuda_(first(call).is_cuda()) {
+  Launch(const Call& call, bool host_reads) : call_(call), device_(first(call).get_device_index()), cuda_(first(call).is_cuda()) {
     const size_t count = call.x->size();
     expect_length("g", call.g->size(), count);
     if (call.v) expect_length("v", call.v->size(), count);
     expect_length("u", call.u->size(), count * call.hyper.momenta);
     if (!call.copy->empty()) expect_length("copy", call.copy->size(), count);
-    grad_scale_ = scalar("grad_scale", *call.grad_scale);
-    found_inf_ = scalar("found_inf", *call.found_inf);
+    grad_scale_ = number<float>("grad_scale", *call.grad_scale, ScalarType::Float, "float32");
+    found_inf_ = number<float>("found_inf", *call.found_inf, ScalarType::Float, "float32");
+    t_ = number<int64_t>("t", *call.t, ScalarType::Long, "int64");
+    lr_ = number<double>("lr", *call.lr, ScalarType::Double, "float64");
 
     hyper_ = call.hyper;
-    if (hyper_.rule == Rule::kAdopt && hyper_.t == 0) {
+    if (host_reads) {
+      if (t_) hyper_.t = *std::exchange(t_, nullptr);
+      if (lr_) hyper_.lr = *std::exchange(lr_, nullptr);
+    }
+    if (hyper_.rule == Rule::kAdopt && !t_ && hyper_.t == 0) {
       hyper_.rule = Rule::kAdoptStart;
       hyper_.momenta = 0;
     }
@@ -64,8 +71,6 @@ class Launch {
     if (double_.blocks) run(task(double_));
     if (brief_.blocks) run(task(brief_));
   }
-
-  int32_t device() const { return device_; }
 
  private:
   template <typename S>
@@ -97,13 +102,14 @@ class Launch {
     }
   }
 
-  const float* scalar(const char* name, const std::optional<Tensor>& tensor) const {
+  template <typename T>
+  const T* number(const char* name, const std::optional<Tensor>& tensor, ScalarType type, const char* type_name) const {
     if (!tensor) return nullptr;
     expect_device(*tensor, name);
-    if (tensor->scalar_type() != ScalarType::Float || tensor->numel() != 1) {
-      refuse(name, ": expected one float32 number, got shape ", shown(tensor->sizes()));
+    if (tensor->scalar_type() != type || tensor->numel() != 1) {
+      refuse(name, ": expected one ", type_name, " number, got shape ", shown(tensor->sizes()));
     }
-    return static_cast<const float*>(tensor->const_data_ptr());
+    return static_cast<const T*>(tensor->const_data_ptr());
   }
 
   // Checks one tensor of parameter i and returns where it lies. `element` is in bytes.
@@ -189,7 +195,7 @@ class Launch {
 
   template <typename S>
   Task<S> task(const Table<S>& table) const {
-    return {recipe<S>(hyper_), hyper_, table.slots.data(), table.u.data(), int64_t(table.slots.size()), table.blocks, grad_scale_, found_inf_};
+    return {recipe<S>(hyper_), hyper_, table.slots.data(), table.u.data(), int64_t(table.slots.size()), table.blocks, grad_scale_, found_inf_, t_, lr_};
   }
 
   const Call& call_;
@@ -201,6 +207,8 @@ class Launch {
   Table<BFloat16> brief_;
   const float* grad_scale_ = nullptr;
   const float* found_inf_ = nullptr;
+  const int64_t* t_ = nullptr;
+  const double* lr_ = nullptr;
   std::vector<Stretch> stretches_;
 };
 

@@ -7,8 +7,6 @@
 #include "cpu.h"
 #include "operators.h"
 #ifdef DESLO_CUDA
-#include "cuda.h"
-
 // Weak: a torch without CUDA has no such function, and no CUDA tensor to ask for it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
@@ -51,10 +49,11 @@ const Isa* chosen = widest();
 
 // Each thread takes a contiguous run of blocks. Elements do not depend on one another, so their number changes no bit.
 struct Cpu {
+  static constexpr bool kHostReads = true;
   static constexpr int64_t kGrain = 32768 / kBlock;  // below about 30 microseconds of work a second thread costs more
 
   template <typename S>
-  static void run(const Task<S>& task, int32_t) {
+  static void run(const Task<S>& task, const Tensor&) {
     if (task.found_inf && *task.found_inf != 0.0f) return;
     const Isa& isa = *chosen;
     torch::stable::parallel_for(0, task.blocks, kGrain, [&](int64_t begin, int64_t end) {
@@ -86,20 +85,27 @@ STABLE_TORCH_LIBRARY_IMPL(deslo, CPU, library) { implement<Cpu>(library); }
 
 #ifdef DESLO_CUDA
 struct Cuda {
+  static constexpr bool kHostReads = false;
+
   template <typename S>
-  static void run(const Task<S>& task, int32_t device) {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    update_cuda(task, device, stream);
+  static void run(const Task<S>& task, const Tensor& like) {
+    const int32_t device = like.get_device_index();
+    const Tensor prepared = room_for_prepared(task, like);
+    update_cuda(task, device, stream(device), static_cast<Prepared<S>*>(prepared.mutable_data_ptr()));
   }
 
   static Tensor drift(const DriftTask& task, const Tensor& like) {
-    void* stream = nullptr;
     const int32_t device = like.get_device_index();
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     const Tensor sums = zero_sums(like, drift_columns(device));
-    drift_cuda(task, device, stream, static_cast<double*>(sums.mutable_data_ptr()));
+    drift_cuda(task, device, stream(device), static_cast<double*>(sums.mutable_data_ptr()));
     return sums;
+  }
+
+ private:
+  static void* stream(int32_t device) {
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+    return current;
   }
 };
 

@@ -30,6 +30,8 @@ struct Task {
   int64_t blocks;
   const float* grad_scale;  // on the tensors' device; null: 1
   const float* found_inf;   // likewise; not 0: nothing is written
+  const int64_t* t;         // likewise; not null: the kernels make the recipe of *t and *lr where they run
+  const double* lr;
 };
 
 // The one of `count` slots that holds a block.

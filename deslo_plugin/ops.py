@@ -9,6 +9,10 @@ The schema and the meaning of each operator are here, the meaning as a reference
 - multiply gradients by ``grad_scale``, then clip them to [-clip_value, clip_value], and write nothing if ``found_inf``
   is not 0 (both 0-dim float32 on the params' device);
 - write the new params into ``copy`` too, if it is given: ZeRO's 16-bit weights;
+- take ``t`` and ``lr`` as numbers, or as tensors of one element (any real dtype) on the params' device. CUDA kernels read those
+  there, so that the host does not wait and a CUDA graph that captured the call uses their values at replay. Bias corrections
+  and ADOPT's t^(1/4) are formed in float64 on either side; on the CPU results are those of the numbers, on CUDA within one
+  rounding of such a factor (2^-23 of a float32 update);
 - want tensors of one position in one shape and in one dense layout, contiguous or permuted, and no two written tensors
   on the same memory. They raise ``ValueError`` naming the argument, before anything is written.
 
@@ -18,7 +22,7 @@ on the instruction set.
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate, chain
 from operator import mul
@@ -36,7 +40,8 @@ MAX_MOMENTA = 16
 
 _TENSORS = {"x": "Tensor(a!)[] x", "g": "Tensor[] g", "u": "Tensor(b!)[] u", "v": "Tensor(c!)[] v", "copy": "Tensor(d!)[] copy"}
 _NUMBERS = "int t, float lr, float weight_decay, float[] betas, float[] weights"
-_OPTIONS = "float? clip_value=None, Tensor? grad_scale=None, Tensor? found_inf=None"
+_OPTIONS = "float? clip_value=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? t_tensor=None, Tensor? lr_tensor=None"
+_SCALARS = {"t": torch.int64, "lr": torch.float64}  # numbers that may be tensors
 _SECOND_MOMENT = {"sgdm": "", "adam": "float beta2, float eps, bool bias_correction", "adopt": "float beta2, float eps"}
 
 _library = torch.library.Library("deslo", "DEF")
@@ -66,6 +71,9 @@ RULES = {"sgdm": sgdm_, "adam": adam_, "adopt": adopt_}
 
 
 def _call(name: str, x: Tensors, g: Tensors, u: Sequence[Tensors], *v: Tensors, copy: Tensors, **numbers: Any) -> None:
+    for scalar, dtype in _SCALARS.items():
+        if isinstance(numbers[scalar], Tensor):
+            numbers |= {scalar: 0, f"{scalar}_tensor": numbers[scalar].to(dtype)}
     lists = map(_local, (x, g, list(chain.from_iterable(u)), *v, copy))
     getattr(torch.ops.deslo, name)(*lists, **numbers)
     if not torch.compiler.is_compiling():
@@ -83,12 +91,15 @@ def reference(rule: str) -> Callable[..., None]:
     """The operator made of torch's own, with the same arguments: checks, casts, and the rule of ``rules.py``."""
 
     def update(
-        x: Tensors, g: Tensors, u: Tensors, *more: Tensors, t: int, betas: Sequence[float], weights: Sequence[float],
-        clip_value: float | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, **numbers: Any,
+        x: Tensors, g: Tensors, u: Tensors, *more: Tensors, t: int, lr: float, betas: Sequence[float], weights: Sequence[float],
+        clip_value: float | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+        t_tensor: Tensor | None = None, lr_tensor: Tensor | None = None, **numbers: Any,
     ) -> None:
         *v, copy = more
-        _check(x, g, u, v, copy, betas, weights, clip_value, grad_scale, found_inf)
+        scalars = {"grad_scale": grad_scale, "found_inf": found_inf, "t": t_tensor, "lr": lr_tensor}
+        _check(x, g, u, v, copy, betas, weights, clip_value, scalars)
         _say_slow(x[0].device.type)
+        t, lr = t if t_tensor is None else t_tensor.item(), lr if lr_tensor is None else lr_tensor.item()
         if found_inf is not None and found_inf.item():
             return
         momenta = [u[j * len(x) : (j + 1) * len(x)] for j in range(len(betas))]
@@ -98,7 +109,7 @@ def reference(rule: str) -> Callable[..., None]:
             wide_g = [grad * grad_scale.to(grad.dtype) for grad in wide_g]
         if clip_value is not None:
             wide_g = clipped(wide_g, clip_value)
-        REFERENCE[rule](wide_x, wide_g, wide_momenta, *wide_v, t=t, betas=betas, weights=weights, **numbers)
+        REFERENCE[rule](wide_x, wide_g, wide_momenta, *wide_v, t=t, lr=lr, betas=betas, weights=weights, **numbers)
         for target, value in zip([*x, *copy], [*wide_x, *(wide_x if copy else [])]):
             if target is not value:
                 target.copy_(value)
@@ -123,7 +134,7 @@ def _say_slow(device: str) -> None:
 
 def _check(
     x: Tensors, g: Tensors, u: Tensors, v: Sequence[Tensors], copy: Tensors, betas: Sequence[float],
-    weights: Sequence[float], clip_value: float | None, grad_scale: Tensor | None, found_inf: Tensor | None,
+    weights: Sequence[float], clip_value: float | None, scalars: Mapping[str, Tensor | None],
 ) -> None:
     """What csrc/launch.h refuses, in its words."""
     if not 1 <= len(betas) <= MAX_MOMENTA:
@@ -139,13 +150,14 @@ def _check(
         expected = len(x) * (len(betas) if name == "u" else 1)
         if len(tensors) != expected:
             _refuse(f"{name}: expected {expected} tensors, got {len(tensors)}")
-    for name, number in {"grad_scale": grad_scale, "found_inf": found_inf}.items():
+    for name, number in scalars.items():
         if number is None:
             continue
         if number.device != x[0].device:
             _refuse(f"{name}: expected the device of x[0], got another")
-        if number.dtype != torch.float32 or number.numel() != 1:
-            _refuse(f"{name}: expected one float32 number, got shape {list(number.shape)}")
+        dtype = _SCALARS.get(name, torch.float32)
+        if number.dtype != dtype or number.numel() != 1:
+            _refuse(f"{name}: expected one {str(dtype).removeprefix('torch.')} number, got shape {list(number.shape)}")
 
     stretches = []  # (first byte, last byte + 1, name, whether it is written)
     for name, tensors in {"x": x, **lists}.items():

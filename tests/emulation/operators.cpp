@@ -7,9 +7,12 @@
 namespace deslo {
 
 struct Emulated {
+  static constexpr bool kHostReads = false;
+
   template <typename S>
-  static void run(const Task<S>& task, int32_t device) {
-    update_cuda(task, device, nullptr);
+  static void run(const Task<S>& task, const Tensor& like) {
+    const Tensor prepared = room_for_prepared(task, like);
+    update_cuda(task, 0, nullptr, static_cast<Prepared<S>*>(prepared.mutable_data_ptr()));
   }
 
   static Tensor drift(const DriftTask& task, const Tensor& like) {

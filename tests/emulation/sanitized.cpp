@@ -73,7 +73,7 @@ bool agree(Rule rule, int momenta, double clip_value) {
     baseline::update_blocks(task, 0, task.blocks / 2);
     baseline::update_blocks(task, task.blocks / 2, task.blocks);
   });
-  const auto on_gpu = run<S>(rule, momenta, clip_value, [](const Task<S>& task) { update_cuda(task, 0, nullptr); });
+  const auto on_gpu = run<S>(rule, momenta, clip_value, [](const Task<S>& task) { update_cuda(task, 0, nullptr, nullptr); });
   return on_cpu == on_gpu;
 }
 
