@@ -8,13 +8,16 @@ from typing import Any
 
 from deslo_plugin.collectives import AverageError
 from deslo_plugin.config import load_config
+from deslo_plugin.frameworks.attach import attach
 from deslo_plugin.frameworks.on_import import on_import
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.sync import NonFiniteError
 from deslo_plugin.version import __version__
 
-__all__ = ["AverageError", "ConfigError", "DesLoc", "NonFiniteError", "__version__", "averaged_state_dict", "load_config"]
+__all__ = [
+    "AverageError", "ConfigError", "DesLoc", "NonFiniteError", "__version__", "attach", "averaged_state_dict", "load_config"
+]
 
 
 def averaged_state_dict(engine: Any) -> dict[str, Any]:

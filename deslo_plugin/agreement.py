@@ -8,27 +8,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deslo_plugin.collectives import gathered
 from deslo_plugin.strict import ConfigError
 
 CHUNK = 1 << 22  # words of 8 bytes hashed at a time
 
 
-def agree(what: str, mine: Mapping[str, Any], *, do: str, among: Sequence[Sequence[int]] | None = None) -> None:
+def agree(
+    what: str, mine: Mapping[str, Any], *, do: str, among: Sequence[Sequence[int]] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
     """Compares ``mine`` over all ranks, or over those of each list in ``among``; all ranks raise the same error or none.
 
     Args:
         what: where the setting comes from, the start of the message.
         mine: key -> value, compared by ``str``; keys name the difference.
         do: what the user should do about a difference.
+        group: all ranks, by default the world.
 
     Raises ``ConfigError`` with the first key that differs, the two values, and the ranks.
     """
     mine = {key: str(value) for key, value in mine.items()}
-    among = among or [range(dist.get_world_size())]
-    digest = _gathered(hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest())
+    digest = gathered(hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest(), group)
+    among = among or [list(digest)]
     if all(len({digest[rank] for rank in ranks}) == 1 for ranks in among):
         return
-    everyone = _gathered(mine)
+    everyone = gathered(mine, group)
     for first, *others in among:
         for key in dict.fromkeys(key for rank in [first, *others] for key in everyone[rank]):
             reference = everyone[first].get(key, "nothing")
@@ -55,9 +60,3 @@ def _hash(tensor: Tensor) -> int:
         position = torch.arange(start // 8, start // 8 + words.numel(), device=words.device)
         total += int((words * (2 * position * 0x9E3779B97F4A7C1 + 1)).sum())
     return total % 2**64
-
-
-def _gathered(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
-from deslo_plugin.plan import Topology
+from deslo_plugin.topology import Topology
 
 
 class AverageError(RuntimeError):
@@ -66,24 +66,28 @@ class Alone:
 
 @dataclass(frozen=True)
 class Groups:
-    """The process groups that this rank belongs to: its replica, its shard's peers in all replicas, and itself."""
+    """The process groups that this rank belongs to: all replicas, its own, its shard's peers in all of them, and itself."""
 
     topology: Topology
+    world: dist.ProcessGroup
     shard: dist.ProcessGroup
     replica: dist.ProcessGroup
     singleton: dist.ProcessGroup
 
 
 def make_groups(topology: Topology, timeout_s: float) -> Groups:
-    """Creates the groups; every rank must call it. ``timeout_s`` bounds each average, not the replica's own traffic."""
+    """Creates the groups; every rank of the topology must call it. ``timeout_s`` bounds each average, not the replica's
+    own traffic."""
 
     def group(ranks: list[int], **options: object) -> dist.ProcessGroup:
         return dist.new_group(ranks, use_local_synchronization=True, **options)
 
     # averages must also carry tensors that the optimizer keeps on the CPU (offload) beside NCCL
     backend = "cpu:gloo,cuda:nccl" if "nccl" in dist.get_backend() else None
+    everyone = topology.world_size == dist.get_world_size()
     return Groups(
         topology=topology,
+        world=dist.group.WORLD if everyone else group(sorted(topology.ranks)),
         shard=group(topology.shard_group),
         replica=group(topology.replica_group, timeout=timedelta(seconds=timeout_s), backend=backend),
         singleton=group([topology.rank]),
@@ -102,22 +106,22 @@ class _Pending:
             self.work.wait()
         if self.average.divisor > 1:
             parts = list(self.chunk.chunk(self.average.divisor))
-            dist.all_gather(parts, self.own.clone(), group=self.average.groups.shard)
+            dist.all_gather(parts, self.own.clone(), group=self.average.copies)
 
 
 class ReplicaAverage:
     """Means over ``groups.replica``.
 
-    ``split``: the ranks of a replica hold the same tensors (ZeRO stage 0, DDP), so that each averages 1/S of them
-    between replicas and gathers the rest inside its replica, over the fast links.
+    ``copies``: the group of those ranks of this replica that hold the same tensors (all of them under ZeRO stage 0 and
+    DDP). Each averages its part of them between replicas and gathers the rest inside, over the fast links.
     """
 
-    def __init__(self, groups: Groups, *, timeout_s: float, split: bool = False):
-        self.groups, self.timeout_s = groups, timeout_s
-        self.divisor = groups.topology.replica_size if split else 1
+    def __init__(self, groups: Groups, *, timeout_s: float, copies: dist.ProcessGroup | None = None):
+        self.groups, self.timeout_s, self.copies = groups, timeout_s, copies
+        self.divisor = copies.size() if copies else 1
 
     def start(self, chunk: Tensor) -> Work:
-        own = chunk.chunk(self.divisor)[self.groups.topology.shard % self.divisor]
+        own = chunk.chunk(self.divisor)[self.copies.rank() if self.copies else 0]
         with self.named_errors():
             work = dist.all_reduce(own, op=dist.ReduceOp.AVG, group=self.groups.replica, async_op=True)
         return _Pending(self, work, chunk, own)
@@ -137,11 +141,14 @@ class ReplicaAverage:
     def any(self, flag: bool) -> bool:
         if self.groups.topology.replica_size == 1:
             return flag
-        flags: list[bool | None] = [None] * self.groups.topology.replica_size
-        dist.all_gather_object(flags, flag, group=self.groups.shard)
-        return any(flags)
+        return any(gathered(flag, self.groups.shard).values())
 
     def culprits(self, flag: bool) -> list[int]:
-        flags: list[bool | None] = [None] * self.groups.topology.world_size
-        dist.all_gather_object(flags, flag)
-        return [rank for rank, bad in enumerate(flags) if bad]
+        return [rank for rank, bad in sorted(gathered(flag, self.groups.world).items()) if bad]
+
+
+def gathered(value: Any, group: dist.ProcessGroup | None = None) -> dict[int, Any]:
+    """Global rank -> its ``value``, over ``group`` or the world; any object that pickles."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return dict(zip(dist.get_process_group_ranks(group), values))

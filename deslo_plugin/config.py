@@ -73,9 +73,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DesloConfig:
-    """Who averages and how: ``deslo``. ``replica_size`` is in ranks, ``bucket_mb`` in MiB, ``timeout_s`` in seconds."""
+    """Who averages and how: ``deslo``. ``replica_size`` is in ranks, ``bucket_mb`` in MiB, ``timeout_s`` in seconds.
+
+    ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``.
+    """
 
     replica_size: int | str = "auto"
+    synchronous_steps: int = 0
+    sync_every: Periods | None = None
     when: str = "before_update"
     overlap: bool = True
     wire_dtype: str = "float32"
@@ -87,7 +92,9 @@ class DesloConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    optimizer: OptimizerConfig
+    """Both blocks; ``optimizer`` is None for a stock optimizer, which the script or DeepSpeed builds."""
+
+    optimizer: OptimizerConfig | None
     deslo: DesloConfig
 
 
@@ -99,11 +106,17 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
     if isinstance(source, Config):
         return source
     blocks = source if isinstance(source, Mapping) else read_file(Path(source))
-    optimizer = Reader("optimizer", blocks.get("optimizer", {}))
+    deslo, block = read_deslo(blocks.get("deslo", {})), blocks.get("optimizer")
+    kind = block.get("type", "DesLoc") if isinstance(block, Mapping) else "DesLoc"
+    if deslo.sync_every is not None and (block is None or kind != "DesLoc"):
+        return Config(optimizer=None, deslo=deslo)
+    optimizer = Reader("optimizer", {} if block is None else block)
     optimizer.choice("type", "DesLoc", ["DesLoc"])
     params = optimizer.take("params", {})
     optimizer.finish()
-    return Config(optimizer=read_optimizer(params), deslo=read_deslo(blocks.get("deslo", {})))
+    if deslo.sync_every is not None:
+        raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "move it to optimizer.params.sync_every")
+    return Config(optimizer=read_optimizer(params), deslo=deslo)
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
@@ -168,6 +181,8 @@ def read_deslo(block: Any) -> DesloConfig:
         reader.refuse("overlap", "false with when 'after_update'", "true", "remove one: nothing can overlap there")
     config = DesloConfig(
         replica_size=reader.whole("replica_size", "auto", also=("auto",)),
+        synchronous_steps=reader.whole("synchronous_steps", 0, also=(0,)),
+        sync_every=_stock_periods(reader),
         when=when,
         overlap=reader.flag("overlap", when == "before_update"),
         wire_dtype=reader.choice("wire_dtype", "float32", WIRE_DTYPES),
@@ -188,6 +203,17 @@ def as_dict(config: Config) -> dict[str, Any]:
         for part in [getattr(config, block.name)]
         for field in fields(part)
     }
+
+
+def _stock_periods(reader: Reader) -> Periods | None:
+    block = reader.take("sync_every")
+    if block is None:
+        return None
+    every = Reader(f"{reader.where}.sync_every", block)
+    periods = {PARAMS: every.whole(PARAMS)}
+    periods |= {state: every.whole(state, also=(None,)) for state in block if state != PARAMS}
+    every.finish()
+    return periods
 
 
 def _clip(reader: Reader) -> float | None:

@@ -7,6 +7,9 @@ The parameters are x in the papers, ``exp_avg``, ``exp_avg_2``, ... the first mo
 PARAMS = "params"
 SECOND_MOMENT = "exp_avg_sq"
 
+BUFFERS = "buffers"  # of the model, averaged with the parameters
+GRADIENTS = "gradients"  # averaged at every step of a synchronous warm-up
+
 STEP = "step"  # completed optimizer steps of this parameter: the clock of every period
 ORIGIN = "origin"  # clock value at which the rule's own count t began (skipped steps and resets move it)
 OUTER_PARAMS = "outer_params"  # parameters after the last outer step (outer optimizer only)

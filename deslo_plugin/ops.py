@@ -35,6 +35,7 @@ from deslo_plugin.log import say
 from deslo_plugin.rounding import round_
 from deslo_plugin.rules import RULES as REFERENCE
 from deslo_plugin.rules import Tensors, clipped
+from deslo_plugin.shards import local
 
 MAX_MOMENTA = 16
 
@@ -74,17 +75,10 @@ def _call(name: str, x: Tensors, g: Tensors, u: Sequence[Tensors], *v: Tensors, 
     for scalar, dtype in _SCALARS.items():
         if isinstance(numbers[scalar], Tensor):
             numbers |= {scalar: 0, f"{scalar}_tensor": numbers[scalar].to(dtype)}
-    lists = map(_local, (x, g, list(chain.from_iterable(u)), *v, copy))
+    lists = map(local, (x, g, list(chain.from_iterable(u)), *v, copy))
     getattr(torch.ops.deslo, name)(*lists, **numbers)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([*x, *copy])  # a backward through old values must notice
-
-
-def _local(tensors: Tensors) -> Tensors:
-    """This rank's shards of DTensors, other tensors as they are: the rules go element by element."""
-    if not any(hasattr(kind, "to_local") for kind in {type(tensor) for tensor in tensors}):
-        return tensors
-    return [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
 
 
 def reference(rule: str) -> Callable[..., None]:

@@ -1,21 +1,22 @@
 """``DesLoc``: one torch optimizer that takes local steps and averages each of its states on a period of its own."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deslo_plugin.averaging import Averaging
+from deslo_plugin.clock import Cohort, ParameterClock
 from deslo_plugin.collectives import Alone, Average
 from deslo_plugin.config import Config, load_config
 from deslo_plugin.names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP
 from deslo_plugin.ops import RULES
 from deslo_plugin.outer import mean_, nesterov_
 from deslo_plugin.periods import group_periods
-from deslo_plugin.schedule import due
 from deslo_plugin.strict import ConfigError
-from deslo_plugin.sync import Synchronizer, finite
+from deslo_plugin.sync import States
 from deslo_plugin.telemetry import Meter, SyncEvent
 
 
@@ -40,6 +41,8 @@ class DesLoc(torch.optim.Optimizer):
     NaN or inf to an average, and ``AverageError`` if an average times out.
     """
 
+    _step_supports_amp_scaling = True  # GradScaler: call ``step`` always, so that every replica's clock ticks
+
     def __init__(
         self,
         params: Any,
@@ -53,7 +56,10 @@ class DesLoc(torch.optim.Optimizer):
         if config is not None and options:
             raise ConfigError("DesLoc", "a config or keyword arguments", f"both ({', '.join(options)})", "keep one")
         self.config = load_config(config if config is not None else {"optimizer": {"params": options}})
-        self.meter, self._emit, self.armed = Meter(), emit, False
+        if self.config.optimizer is None:
+            raise ConfigError("DesLoc", 'a config of "type": "DesLoc"', "one for a stock optimizer (deslo.sync_every)",
+                              "move the periods to optimizer.params.sync_every")
+        self._emit, self.armed = emit, False
         optimizer = self.config.optimizer
         super().__init__(params, {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay, "sync_every": {}})
         self._rule = RULES[optimizer.rule]
@@ -67,20 +73,19 @@ class DesLoc(torch.optim.Optimizer):
         if armed:
             self.attach(average or Alone(), chain.from_iterable(group["params"] for group in self.param_groups))
 
-    def attach(self, average: Average, params: Any) -> None:
+    def attach(self, average: Average, params: Any, emit: Callable[[SyncEvent], object] | None = None) -> None:
         """Creates the state of ``params``, connects the transport and arms ``step``."""
         self.state.clear()
         for param in params:
             self._create_state(param)
-        self.average = average
-        self.skips_nonfinite = self.config.deslo.on_nonfinite == "skip"
-        self._sync = Synchronizer(
-            average,
-            wire_dtype=getattr(torch, self.config.deslo.wire_dtype),
-            bucket_bytes=self.config.deslo.bucket_mb << 20,
-            emit=self._record,
-        )
+        self._clock = ParameterClock(self, self._create_state)
+        self.averaging = Averaging(self, self.config.deslo, average, self._clock, receive=self._receive, emit=emit or self._emit)
         self.armed = True
+
+    @property
+    def meter(self) -> Meter:
+        """What averaging has cost and found so far."""
+        return self.averaging.meter
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -99,85 +104,50 @@ class DesLoc(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.armed:
-            broken = self.skips_nonfinite and self.average.any(not finite(self._gradients()))
-            self.meter.skipped_steps += broken
-            self._advance(self._tick if broken else self._update)
+            self.averaging.around(self._tick if self.averaging.broken() else self._update)
         return loss
 
     @torch.no_grad()
     def skip_step(self) -> None:
         """A step without an update, which every other replica may be taking: the clock ticks and averages land."""
         if self.armed:
-            self._advance(self._tick)
+            self.averaging.around(self._tick)
 
-    def _advance(self, update: Callable[[Mapping[str, Any], Sequence[Tensor]], None]) -> None:
-        before, overlap = self.config.deslo.when == "before_update", self.config.deslo.overlap
-        for group in self.param_groups:
-            for t, cohort in self._cohorts(group["params"]):
-                if before:
-                    self._average(t, group, cohort)  # x, u, v <- E_m[...] where t % K == 0
-                update(group, cohort)  # u, v, x <- the local rule
-                self._set_clock(cohort, t + 1)
-                if not before:
-                    self._average(t + 1, group, cohort)
-                elif overlap:
-                    self._sync.launch(t + 1, cohort, self._due(t + 1, group, cohort))
-
-    def _average(self, steps: int, group: Mapping[str, Any], cohort: Sequence[Tensor]) -> None:
-        """Replaces every state that is due by its mean over replicas; parameters through the outer optimizer."""
-        states = self._due(steps, group, cohort)
-        if not states:
-            return
-        means = self._sync.land(steps, cohort, states)
-        outer = self.config.optimizer.outer
+    def _receive(self, cohort: Cohort, states: States, means: States) -> None:
+        """Replaces every state that has landed by its mean; parameters through the outer optimizer."""
+        optimizer, outer, gather = self.config.optimizer, self.config.optimizer.outer, self.averaging.gather
         for state, mean in means.items():
             if state == PARAMS and outer:
-                anchor, momentum = self._gather(OUTER_PARAMS, cohort), self._gather(OUTER_MOMENTUM, cohort)
-                nesterov_(cohort, mean, anchor, momentum, lr=outer.lr, beta=outer.momentum)
+                anchor, momentum = (gather(each, cohort.params) for each in (OUTER_PARAMS, OUTER_MOMENTUM))
+                nesterov_(states[state], mean, anchor, momentum, lr=outer.lr, beta=outer.momentum)
             else:
                 mean_(states[state], mean)
-        if PARAMS in means and self.config.optimizer.reset_momenta:
-            for moment in self.config.optimizer.moments:
-                torch._foreach_zero_(self._gather(moment, cohort))
-            self._set_clock(cohort, steps, ORIGIN)
+        if PARAMS in means and optimizer.reset_momenta:
+            for moment in optimizer.moments:
+                torch._foreach_zero_(gather(moment, cohort.params))
+            self._clock.set(cohort, cohort.steps, ORIGIN)
 
-    def _update(self, group: Mapping[str, Any], cohort: Sequence[Tensor]) -> None:
-        """The local rule, on those parameters of the cohort that have a gradient."""
-        self._tick(group, [p for p in cohort if p.grad is None])
-        optimizer = self.config.optimizer
-        for t, params in self._cohorts([p for p in cohort if p.grad is not None], rule_count=True):
-            tensors = {"x": params, "g": [p.grad for p in params]}
-            tensors["u"] = [self._gather(state, params) for state in optimizer.momenta]
-            if optimizer.beta2 is not None:
-                tensors["v"] = self._gather(SECOND_MOMENT, params)
-            self._rule(**tensors, t=t, lr=float(group["lr"]), weight_decay=group["weight_decay"], **self._constants)
+    def _update(self, cohorts: Sequence[Cohort]) -> None:
+        """The local rule, on those parameters that have a gradient; the others only age."""
+        optimizer, gather = self.config.optimizer, self.averaging.gather
+        scale = getattr(self, "grad_scale", None)
+        options = self._constants if scale is None else self._constants | {"grad_scale": scale.float().reciprocal()}
+        for cohort in cohorts:
+            self._tick([cohort._replace(params=[p for p in cohort.params if p.grad is None])])
+            trained = [p for p in cohort.params if p.grad is not None]
+            for t, params in self._clock.by_steps(trained, since=ORIGIN):
+                tensors = {"x": params, "g": [p.grad for p in params]}
+                tensors["u"] = [gather(state, params) for state in optimizer.momenta]
+                if optimizer.beta2 is not None:
+                    tensors["v"] = gather(SECOND_MOMENT, params)
+                lr, decay = _rate(cohort.group["lr"], params[0].device), cohort.group["weight_decay"]
+                self._rule(**tensors, t=t, lr=lr, weight_decay=decay, **options)
 
-    def _tick(self, group: Mapping[str, Any], cohort: Sequence[Tensor]) -> None:
+    def _tick(self, cohorts: Sequence[Cohort]) -> None:
         """No update: the rule's own count t stays where it is while the clock goes on."""
-        for param in cohort:
-            self.state[param][ORIGIN] += 1
-
-    def _cohorts(self, params: Sequence[Tensor], rule_count: bool = False) -> Iterator[tuple[int, list[Tensor]]]:
-        """Parameters by their clock and device; with ``rule_count`` by the updates that the rule has made of them."""
-        cohorts: dict[tuple[int, torch.device], list[Tensor]] = {}
-        for param in params:
-            state = self.state[param] or self._create_state(param)
-            steps = state[STEP].item() - (state[ORIGIN].item() if rule_count else 0)
-            cohorts.setdefault((int(steps), param.device), []).append(param)
-        return ((steps, cohort) for (steps, _), cohort in cohorts.items())
-
-    def _due(self, steps: int, group: Mapping[str, Any], cohort: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-        return {state: self._gather(state, cohort) for state in due(group["sync_every"], steps)}
-
-    def _gather(self, state: str, cohort: Sequence[Tensor]) -> list[Tensor]:
-        return list(cohort) if state == PARAMS else [self.state[param][state] for param in cohort]
-
-    def _set_clock(self, cohort: Sequence[Tensor], steps: int, clock: str = STEP) -> None:
-        for param in cohort:
-            self.state[param][clock].fill_(steps)
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for cohort in cohorts:
+            for param in cohort.params:
+                self.state[param][ORIGIN] += 1
 
     def _create_state(self, param: Tensor) -> dict[str, Tensor]:
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -197,15 +167,10 @@ class DesLoc(torch.optim.Optimizer):
             state[OUTER_MOMENTUM] = torch.zeros_like(state[OUTER_PARAMS])
         return state
 
-    def _record(self, event: SyncEvent) -> None:
-        self.meter(event)
-        if self._emit is not None:
-            self._emit(event)
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads states in their own dtype and drops averages in flight; the periods stay those of the config."""
         if self.armed:
-            self._sync.abandon()
+            self.averaging.abandon()
         periods = [group["sync_every"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, periods):
@@ -217,3 +182,8 @@ class DesLoc(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 device = "cpu" if name in (STEP, ORIGIN) else param.device
                 self.state[param][name] = value.detach().to(device, copy=True)
+
+
+def _rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """A rate on the device of the parameters stays there: reading it would make the host wait."""
+    return lr if isinstance(lr, Tensor) and lr.device == device else float(lr)

@@ -3,72 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deslo_plugin.config import Config, DesloConfig
-from deslo_plugin.names import PARAMS
+from deslo_plugin.config import Config, OptimizerConfig
+from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS
 from deslo_plugin.schedule import Periods, due, vectors_per_step
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.topology import Topology
 
 BYTES = {"float32": 4, "float64": 8}
 HORIZON = 100_000  # steps that next_sync looks ahead
 
 
 @dataclass(frozen=True)
-class Topology:
-    """Rank = replica * replica_size + shard.
-
-    The *shard group* is the ranks of one replica, which reduce gradients at every step. The *replica group* is the
-    same shard of every replica, where averages run.
-    """
-
-    world_size: int
-    rank: int
-    replica_size: int
-
-    @property
-    def replicas(self) -> int:
-        return self.world_size // self.replica_size
-
-    @property
-    def replica(self) -> int:
-        return self.rank // self.replica_size
-
-    @property
-    def shard(self) -> int:
-        return self.rank % self.replica_size
-
-    @property
-    def shard_group(self) -> list[int]:
-        first = self.replica * self.replica_size
-        return list(range(first, first + self.replica_size))
-
-    @property
-    def replica_group(self) -> list[int]:
-        return list(range(self.shard, self.world_size, self.replica_size))
-
-
-def make_topology(deslo: DesloConfig, *, world_size: int, rank: int, local_world_size: int) -> Topology:
-    """Resolves ``replica_size: "auto"`` to one replica per node. Raises ``ConfigError`` if it does not fit the world."""
-    size, where = deslo.replica_size, "deslo.replica_size"
-    if size == "auto":
-        if local_world_size >= world_size > 1:
-            raise ConfigError(
-                where, "a number of ranks when all ranks are on one node", '"auto"',
-                f'write "deslo": {{"replica_size": S}} with S a divisor of {world_size}',
-            )
-        size = min(local_world_size, world_size)
-    if world_size % size:
-        divisors = ", ".join(str(s) for s in range(1, world_size + 1) if world_size % s == 0)
-        raise ConfigError(where, f"a divisor of the world size {world_size}", str(size), f"use one of {divisors}, "
-                          "or start another number of processes")
-    return Topology(world_size, rank, size)
-
-
-@dataclass(frozen=True)
 class GroupPlan:
-    """One param group: ``numel`` elements on this rank, of which an average sends ``bytes_per_event`` per state."""
+    """One param group: ``numel`` elements on this rank, of which an average sends ``bytes_per_event`` per state, and a
+    step of the synchronous warm-up ``gradient_bytes``."""
 
     numel: int
     bytes_per_event: int
+    gradient_bytes: int
     periods: Periods
 
 
@@ -77,6 +28,7 @@ class Plan:
     config: Config
     topology: Topology
     groups: tuple[GroupPlan, ...]
+    buffer_bytes: int = 0
 
     @property
     def vectors_per_step(self) -> float:
@@ -86,11 +38,13 @@ class Plan:
 
     def bytes_at(self, steps: int) -> dict[str, int]:
         """State -> bytes that this rank sends for the averages due after ``steps`` completed steps."""
+        if steps <= self.config.deslo.synchronous_steps:
+            return {GRADIENTS: sum(group.gradient_bytes for group in self.groups)} if steps > 0 else {}
         sent: dict[str, int] = {}
         for group in self.groups:
             for state in due(group.periods, steps):
                 sent[state] = sent.get(state, 0) + group.bytes_per_event
-        return sent
+        return sent | ({BUFFERS: self.buffer_bytes} if self.buffer_bytes and PARAMS in sent else {})
 
     def next_sync(self, steps: int) -> tuple[int, tuple[str, ...]] | None:
         """(steps from now, states) of the next average after ``steps`` completed steps; None if none is near."""
@@ -102,36 +56,49 @@ class Plan:
     def describe(self) -> str:
         """The banner: topology, rule, and for each state its period, why, bytes per event and per step."""
         t, opt, deslo = self.topology, self.config.optimizer, self.config.deslo
-        momenta = " + ".join(f"{w:g} u({b:g})" for w, b in zip(opt.weights, opt.betas))
-        rest = 1 - sum(opt.weights)
-        direction = momenta + (f" + {rest:.3g} g" if rest > 1e-9 else "")
         order = deslo.when + (", overlapped" if deslo.overlap else "")
-        lines = [
-            f"deslo: {t.replicas} replica(s) of {t.replica_size} rank(s); {opt.rule}, direction {direction}; {order}"
-        ]
+        lines = [f"deslo: {t.replicas} replica(s) of {t.replica_size} rank(s); {_direction(opt)}; {order}"]
         if t.replicas == 1:
             return lines[0] + "\n  one replica only: nothing to average, this is the plain optimizer"
+        if deslo.synchronous_steps:
+            each = sum(group.gradient_bytes for group in self.groups)
+            lines.append(f"  gradients: at each of the first {deslo.synchronous_steps} steps, {each:,} bytes from each rank")
         for index, group in enumerate(self.groups):
             name = f" of param group {index}" if len(self.groups) > 1 else ""
             for state, period in group.periods.items():
-                own = period != opt.periods[state]
-                source = "its own period" if own else opt.period_sources[state]
+                source = "given" if opt is None else opt.period_sources[state]
+                if opt is not None and period != opt.periods[state]:
+                    source = "its own period"
                 every = f"every {period} steps" if period else "never averaged"
                 each = f", {group.bytes_per_event:,} bytes from each rank" if period else ""
                 lines.append(f"  {state + name}: {every} ({source}){each}")
-        if opt.outer:
+        if self.buffer_bytes:
+            lines.append(f"  floating persistent buffers: with the parameters, {self.buffer_bytes:,} bytes from each rank")
+        if opt is not None and opt.outer:
             lines.append(f"  outer Nesterov step on averaged params: lr {opt.outer.lr:g}, momentum {opt.outer.momentum:g}")
-        if opt.reset_momenta:
+        if opt is not None and opt.reset_momenta:
             lines.append("  momenta are reset after each average of params")
         moved = self.vectors_per_step
         lines.append(f"  {moved:.4g} parameter vectors per step between replicas: {1 / moved:.1f} times fewer than synchronous training")
         return "\n".join(lines)
 
 
-def make_plan(config: Config, numels: Sequence[int], periods: Sequence[Periods], topology: Topology, divisor: int = 1) -> Plan:
-    """A plan for param groups of ``numels`` elements on this rank; ``divisor`` ranks split each average between them."""
-    itemsize = BYTES[config.deslo.wire_dtype]
-    groups = (
-        GroupPlan(numel, -(-numel // divisor) * itemsize, own) for numel, own in zip(numels, periods, strict=True)
-    )
-    return Plan(config, topology, tuple(groups))
+def _direction(optimizer: OptimizerConfig | None) -> str:
+    if optimizer is None:
+        return "a stock optimizer, its states by deslo.sync_every"
+    momenta = " + ".join(f"{w:g} u({b:g})" for w, b in zip(optimizer.weights, optimizer.betas))
+    rest = 1 - sum(optimizer.weights)
+    return f"{optimizer.rule}, direction {momenta}" + (f" + {rest:.3g} g" if rest > 1e-9 else "")
+
+
+def make_plan(
+    config: Config, numels: Sequence[int], periods: Sequence[Periods], topology: Topology, *, divisor: int = 1,
+    gradient_bytes: Sequence[int] | None = None, buffer_bytes: int = 0,
+) -> Plan:
+    """A plan for param groups of ``numels`` elements on this rank; ``divisor`` ranks split each average between them.
+
+    ``gradient_bytes``: what a step of the warm-up sends for each group, by default as much as an average of one state.
+    """
+    events = [-(-numel // divisor) * BYTES[config.deslo.wire_dtype] for numel in numels]
+    groups = map(GroupPlan, numels, events, gradient_bytes or events, periods)
+    return Plan(config, topology, tuple(groups), buffer_bytes)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from deslo_plugin import DesLoc, load_config
-from deslo_plugin.plan import Topology, make_plan
+from deslo_plugin.plan import make_plan
+from deslo_plugin.topology import contiguous
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
 NAMED = {
@@ -26,7 +27,7 @@ def test_a_shipped_config_explains_itself_plans_and_steps_alone(path):
     blocks = json.loads(path.read_text())
     config = load_config(path)
     assert all(isinstance(line, str) and line for line in blocks["comment"])
-    plan = make_plan(config, [1000], [config.optimizer.periods], Topology(4, 0, 2))
+    plan = make_plan(config, [1000], [config.optimizer.periods], contiguous(4, 0, 2))
     assert 1 / plan.vectors_per_step >= 8  # times fewer vectors than synchronous
     weights = torch.nn.Parameter(torch.ones(5))
     optimizer = DesLoc([weights], config)

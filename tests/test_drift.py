@@ -133,16 +133,16 @@ def test_bad_input_names_the_argument(kernels, message):
 EVERY_STEP = {"params": 1, "exp_avg": 1, "exp_avg_sq": 1}
 
 
-def optimizer_of(*weights, average, sync_every, **deslo):
+def optimizer_of(*weights, average, sync_every, emit=None, **deslo):
     settings = {"optimizer": {"params": {"lr": 1e-2, "sync_every": sync_every}}, "deslo": {"when": "after_update", **deslo}}
-    return DesLoc([torch.nn.Parameter(weight) for weight in weights], settings, average=average)
+    return DesLoc([torch.nn.Parameter(weight) for weight in weights], settings, average=average, emit=emit)
 
 
 def drifts(average, steps=1):
     """What the events of ``steps`` steps without updates say, two parameters starting at 1 + 2 rank; and the optimizer."""
     weights = (torch.full((5, 3), 1.0 + 2 * average.rank), torch.full((7,), 1.0 + 2 * average.rank))
-    optimizer, found = optimizer_of(*weights, average=average, sync_every={"params": 1}), []
-    optimizer._emit = lambda event: found.append(event.drift)
+    found = []
+    optimizer = optimizer_of(*weights, average=average, sync_every={"params": 1}, emit=lambda event: found.append(event.drift))
     for _ in range(steps):
         optimizer.skip_step()
     return found, optimizer

@@ -11,10 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict", "rounding"},
-    {"periods", "config", "plan"},
-    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift"},
-    {"sync", "outer"},
-    {"optimizer"},
+    {"periods", "config", "topology", "plan"},
+    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "shards"},
+    {"sync", "outer", "clock"},
+    {"averaging"},
+    {"optimizer", "stock"},
     {"frameworks"},
     {"", "run"},
 ]

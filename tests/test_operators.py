@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_native import BRIEF, FLOAT32, MIXED, Case, assert_same_bits
 
-from deslo_plugin import ops
+from deslo_plugin import DesLoc, ops
 
 
 def in_tensors(case, *names):
@@ -103,3 +103,16 @@ def test_tensors_that_are_no_number_are_refused(kernels, message):
     for update in (case.native, case.reference):
         with pytest.raises(ValueError, match=f"^deslo: {message}"):
             update()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_optimizer_takes_a_rate_in_a_tensor_that_a_schedule_changes(dtype):
+    numbers, tensors = (DesLoc([torch.nn.Parameter(torch.ones(10))], weight_decay=0.1) for _ in range(2))
+    tensors.param_groups[0]["lr"] = torch.tensor(0.0, dtype=dtype)
+    for rate in (0.5, 0.25, 0.0):
+        numbers.param_groups[0]["lr"] = rate
+        tensors.param_groups[0]["lr"].fill_(rate)
+        for optimizer in (numbers, tensors):
+            optimizer.param_groups[0]["params"][0].grad = torch.linspace(-1, 1, 10)
+            optimizer.step()
+    assert torch.equal(numbers.param_groups[0]["params"][0], tensors.param_groups[0]["params"][0])

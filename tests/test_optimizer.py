@@ -53,9 +53,9 @@ def test_a_group_has_its_own_rate_decay_and_periods():
     def replica(average):
         weights, bias = params_of((3,), (2,))
         groups = [{"params": [weights]}, {"params": [bias], "lr": 0.0, "sync_every": {"params": 2, "exp_avg_sq": None}}]
-        optimizer = DesLoc(groups, config(lr=1e-2, sync_every={"params": 3}), average=average)
         landed = []
-        optimizer._emit = lambda event: landed.append((event.steps, event.bytes))
+        optimizer = DesLoc(groups, config(lr=1e-2, sync_every={"params": 3}), average=average,
+                           emit=lambda event: landed.append((event.steps, event.bytes)))
         for step in range(7):
             give_gradients([weights, bias], step, average.rank)
             optimizer.step()

@@ -7,13 +7,14 @@ import torch
 
 from deslo_plugin import ConfigError, load_config
 from deslo_plugin.buckets import pack
-from deslo_plugin.plan import Topology, make_plan, make_topology
+from deslo_plugin.plan import make_plan
 from deslo_plugin.schedule import due, half_life, vectors_per_step
+from deslo_plugin.topology import contiguous, make_topology, spread
 
 
 def plan(params=None, numel=1000, replica_size=2, world=4, divisor=1):
     config = load_config({"optimizer": {"params": params or {}}, "deslo": {"replica_size": replica_size}})
-    return make_plan(config, [numel], [config.optimizer.periods], Topology(world, 0, replica_size), divisor)
+    return make_plan(config, [numel], [config.optimizer.periods], contiguous(world, 0, replica_size), divisor=divisor)
 
 
 def test_published_half_lives():
@@ -37,7 +38,7 @@ def test_nothing_is_due_before_the_first_step_and_null_is_never():
 
 
 def test_ranks_fall_into_replicas_and_columns():
-    worlds = [Topology(6, rank, 2) for rank in range(6)]
+    worlds = [contiguous(6, rank, 2) for rank in range(6)]
     assert [t.shard_group for t in worlds] == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]]
     assert [t.replica_group for t in worlds] == [[0, 2, 4], [1, 3, 5]] * 3
 

@@ -32,6 +32,7 @@ def keep_replicas_apart(engine: DeepSpeedEngine) -> None:
             tag = latest.read_text().strip()
         if tag is not None:
             _refuse_other_replicas(Path(load_dir), str(tag), topology.replicas)
+        engine.deslo.averaging.abandon()
         return load(folder(load_dir), tag, **options)
 
     def save_16bit_model(*args: Any, **options: Any) -> None:

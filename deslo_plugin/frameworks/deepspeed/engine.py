@@ -5,47 +5,33 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partition_parameters, utils as zero_utils
 from torch import Tensor
 
-from deslo_plugin.agreement import agree, digests
-from deslo_plugin.collectives import Groups, ReplicaAverage
-from deslo_plugin.config import DesloConfig, as_dict, read_deslo
+from deslo_plugin.agreement import agree
+from deslo_plugin.clock import GROUP_STEP
+from deslo_plugin.collectives import Groups, ReplicaAverage, gathered
+from deslo_plugin.config import Config, DesloConfig, read_deslo
+from deslo_plugin.frameworks.attachment import Attachment
 from deslo_plugin.frameworks.deepspeed import checkpoint, zero
 from deslo_plugin.frameworks.deepspeed.groups import ReplicaUnit, active, groups_of
 from deslo_plugin.frameworks.deepspeed.job import compared, job_of, refuse_unsupported
+from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
 from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
-from deslo_plugin.plan import Plan, Topology, make_plan
+from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
-from deslo_plugin.telemetry import Meter
 
 TESTED = "0.19."
+TakeStep = Callable[[Any], None]
 OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_checkpoint")  # ask for groups after init
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """``engine.deslo``: what this engine's replicas do."""
-
-    optimizer: DesLoc
-    plan: Plan
-    groups: Groups
-
-    @property
-    def topology(self) -> Topology:
-        return self.groups.topology
-
-    @property
-    def meter(self) -> Meter:
-        return self.optimizer.meter
 
 
 def install() -> None:
@@ -78,7 +64,8 @@ def _engine_init(original: Callable[..., None]) -> Callable[..., None]:
         _equal_replicas(given["model"], deslo, groups)
         unit = ReplicaUnit(groups)
         given |= {"optimizer": optimizer, "mpu": unit}
-        given["config_class"].zero_force_ds_cpu_optimizer = False  # DesLoc is the CPU optimizer of this offload
+        if deslo.sync_every is None:
+            given["config_class"].zero_force_ds_cpu_optimizer = False  # DesLoc is the CPU optimizer of this offload
         with active(unit):
             original(*call.args, **call.kwargs)
         _attach(self, deslo, groups, unit)
@@ -106,12 +93,8 @@ def _zero_init(original: Callable[..., None]) -> Callable[..., None]:
 
 def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
     """Same names, shapes and values of all parameters on every rank, or an error; before anything could hang."""
+    agree_on_model(model, lambda p: getattr(p, "ds_shape", p.shape))
     params = dict(model.named_parameters())
-    shapes = {
-        name: f"{tuple(getattr(p, 'ds_shape', p.shape))} {p.dtype}{'' if p.requires_grad else ' frozen'}"
-        for name, p in params.items()
-    }
-    agree("model parameter", shapes, do="build the same model on every rank")
     sharded = {name: zero.own_part(p) for name, p in params.items() if hasattr(p, "ds_tensor")}
     for name, p in params.items():
         if name in sharded and dist.get_world_size(p.ds_process_group) != groups.topology.replica_size:
@@ -119,51 +102,39 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
                               f"{dist.get_world_size(p.ds_process_group)} ranks",
                               "pass config_dict_or_path=<this DeepSpeed config> to deepspeed.zero.Init")
     whole = {name: p.data for name, p in params.items() if name not in sharded}
-    if deslo.initial_params == "broadcast":
-        for tensor in whole.values():
-            _broadcast(tensor, 0, dist.group.WORLD)
-        for tensor in sharded.values():
-            _broadcast(tensor, groups.topology.shard, groups.replica)
-    do = 'seed every rank alike, or set "deslo": {"initial_params": "broadcast"} to start from replica 0'
-    agree("initial value of parameter", digests(whole.items()), do=do)
-    columns = [range(s, groups.topology.world_size, groups.topology.replica_size) for s in range(groups.topology.replica_size)]
-    agree("initial value of parameter", digests(sharded.items()), do=do, among=columns)
-
-
-def _broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup) -> None:
-    """In place, by way of the accelerator: the model may still be on the CPU, where NCCL does not reach."""
-    staged = tensor.to(get_accelerator().current_device_name())
-    dist.broadcast(staged, src=source, group=group)
-    tensor.copy_(staged)
+    # by way of the accelerator: the model may still be on the CPU, where NCCL does not reach
+    equal_replicas(whole, sharded, deslo.initial_params, groups, lambda t: t.to(get_accelerator().current_device_name()))
 
 
 def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: ReplicaUnit) -> None:
     """Connects the built optimizer to the replica group and makes the engine keep its replicas in step."""
-    optimizer, stage = engine.basic_optimizer, engine.zero_optimization_stage()
-    groups_as_dict = {
-        f"param group {index}.{key}": group[key]
-        for index, group in enumerate(optimizer.param_groups) for key in ("lr", "weight_decay", "sync_every")
-    }
-    agree("optimizer", as_dict(optimizer.config) | groups_as_dict, do="build the same optimizer on every rank")
-    average = ReplicaAverage(groups, timeout_s=deslo.timeout_s, split=stage == 0)
+    optimizer = engine.basic_optimizer
+    stock = not isinstance(optimizer, DesLoc)
+    config = Config(optimizer=None, deslo=deslo) if stock else optimizer.config
+    copies = None if engine.zero_optimization() else groups.shard
+    average = ReplicaAverage(groups, timeout_s=deslo.timeout_s, copies=copies)
     zero.clear_padding(engine)
     partitions = list(zero.partitions(engine))
-    optimizer.attach(average, [param for params in partitions for param in params])
-    # elsewhere DeepSpeed looks at the gradients itself, before it hands them over group by group
-    optimizer.skips_nonfinite &= engine.optimizer is optimizer
-    plan = make_plan(
-        optimizer.config,
-        [sum(param.numel() for param in params) for params in partitions],
-        [group["sync_every"] for group in optimizer.param_groups],
-        groups.topology,
-        average.divisor,
-    )
-    engine.deslo = Attachment(optimizer, plan, groups)
-    engine._take_model_step = _kept_in_step(engine, engine._take_model_step)
+    if stock:
+        of_engine = [{"params": params} for params in partitions]
+        averaging = StockAveraging(
+            optimizer, deslo, average, groups=of_engine, everyone=lambda value: list(gathered(value).values())
+        )
+    else:
+        optimizer.attach(average, [param for params in partitions for param in params])
+        averaging = optimizer.averaging
+        # elsewhere DeepSpeed looks at the gradients itself, before it hands them over group by group
+        averaging.skips_nonfinite &= engine.optimizer is optimizer
+    agree_on_optimizer(averaging, config)
+    engine.deslo = Attachment(averaging, groups, config, [sum(param.numel() for param in params) for params in partitions])
+    engine._take_model_step = (_averaged if stock else _kept_in_step)(engine, engine._take_model_step)
+    if deslo.synchronous_steps:
+        engine._take_model_step = _warmed_up(engine, engine._take_model_step)
     checkpoint.keep_replicas_apart(engine)
     for name in OUTSIDE:
         setattr(engine, name, _with_groups(unit, getattr(engine, name)))
-    say(plan.describe())
+    say(engine.deslo.plan.describe())
+    say_placement(groups.topology, groups.world)
 
 
 def _with_groups(unit: ReplicaUnit, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,7 +146,41 @@ def _with_groups(unit: ReplicaUnit, method: Callable[..., Any]) -> Callable[...,
     return call
 
 
-def _kept_in_step(engine: DeepSpeedEngine, take_model_step: Callable[[Any], None]) -> Callable[[Any], None]:
+def _warmed_up(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
+    """While the synchronous warm-up lasts, a step begins with the mean of the replicas' gradients."""
+
+    @functools.wraps(take_model_step)
+    def step(lr_kwargs: Any) -> None:
+        if engine.global_steps < engine.deslo.config.deslo.synchronous_steps:
+            engine.deslo.averaging.average_gradients(zero.gradients(engine))
+        take_model_step(lr_kwargs)
+
+    return step
+
+
+def _averaged(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
+    """A stock optimizer's step, whether DeepSpeed takes or skips it, as a step of Algorithm 1."""
+    averaging = engine.deslo.averaging
+
+    @functools.wraps(take_model_step)
+    @torch.no_grad()
+    def step(lr_kwargs: Any) -> None:
+        def update(cohorts: Any) -> None:
+            take_model_step(lr_kwargs)
+            if not engine._step_applied:
+                _skipped(engine, lr_kwargs)
+            averaging.learn_states(engine._step_applied)
+
+        for group in averaging.groups:
+            group[GROUP_STEP] = engine.global_steps  # survives a resume
+        averaging.around(update)
+        if averaging.deslo.when == "after_update" or not engine._step_applied:
+            zero.publish(engine)
+
+    return step
+
+
+def _kept_in_step(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
     """A step that DeepSpeed skips on this replica alone (overflow, NaN) still ticks, averages and moves the lr."""
 
     @functools.wraps(take_model_step)
@@ -183,14 +188,19 @@ def _kept_in_step(engine: DeepSpeedEngine, take_model_step: Callable[[Any], None
         take_model_step(lr_kwargs)
         if engine._step_applied:
             return
-        attachment = engine.deslo
-        attachment.meter.skipped_steps += 1
-        say(f"deslo: step {engine.global_steps} skipped on replica {attachment.topology.replica} (gradient not finite); "
-            "it keeps its state and averages with the others", logging.WARNING)
         for _ in zero.stepwise(engine):
-            attachment.optimizer.skip_step()
+            engine.deslo.optimizer.skip_step()
         zero.publish(engine)
-        if engine.lr_scheduler is not None:
-            engine.lr_scheduler.step(**(lr_kwargs or {}))
+        _skipped(engine, lr_kwargs)
 
     return step
+
+
+def _skipped(engine: DeepSpeedEngine, lr_kwargs: Any) -> None:
+    """What a skipped step still does: it is counted and said, and moves the lr schedule."""
+    attachment = engine.deslo
+    attachment.meter.skipped_steps += 1
+    say(f"deslo: step {engine.global_steps} skipped on replica {attachment.topology.replica} (gradient not finite); "
+        "it keeps its state and averages with the others", logging.WARNING)
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.step(**(lr_kwargs or {}))

@@ -1,6 +1,5 @@
 """How DeepSpeed is told about replicas: an ``mpu`` whose data-parallel group is one replica."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
@@ -10,7 +9,8 @@ from deepspeed.utils import groups as deepspeed_groups
 
 from deslo_plugin.collectives import Groups, make_groups
 from deslo_plugin.config import DesloConfig
-from deslo_plugin.plan import make_topology
+from deslo_plugin.frameworks.equality import local_world_size
+from deslo_plugin.topology import make_topology
 
 _made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, float], Groups]]" = WeakKeyDictionary()
 
@@ -18,9 +18,7 @@ _made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, float], Groups]]" =
 def groups_of(deslo: DesloConfig) -> Groups:
     """The process groups of a job; the same ones for ``zero.Init`` and for the engine. Collective at first."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
-    topology = make_topology(deslo, world_size=world, rank=rank, local_world_size=local)
+    topology = make_topology(deslo, world_size=world, rank=rank, local_world_size=local_world_size())
     made = _made.setdefault(dist.group.WORLD, {})
     key = topology.replica_size, deslo.timeout_s
     if key not in made:

@@ -16,8 +16,8 @@ COMPARED = (  # what of a DeepSpeed JSON changes training and must be equal on a
 )
 
 
-def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, DesLoc | Build] | None:
-    """(who averages and how, the optimizer or what builds it from parameters), or None for a job that is not ours.
+def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, Any] | None:
+    """(who averages and how, the optimizer argument for the engine), or None for a job that is not ours.
 
     Args:
         ds: the DeepSpeed config.
@@ -38,9 +38,13 @@ def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, DesLoc |
         return optimizer.config.deslo, optimizer
     if block is None:
         return None
+    deslo = read_deslo(block)
+    if deslo.sync_every is not None and (kind is not None or optimizer is not None):
+        return deslo, optimizer
     if not callable(optimizer):
-        raise ConfigError('"deslo" block', '"optimizer": {"type": "DesLoc", ...} beside it',
-                          shown(kind or type(optimizer).__name__), 'set the type to "DesLoc" or remove the block')
+        raise ConfigError('"deslo" block', '"optimizer": {"type": "DesLoc", ...} beside it, or "sync_every" in it',
+                          shown(kind or type(optimizer).__name__),
+                          'set the type to "DesLoc", or schedule the states of another optimizer with "sync_every"')
 
     def build(params: Any) -> DesLoc:
         built = optimizer(params)
@@ -50,7 +54,7 @@ def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, DesLoc |
         _take_block(built, block)
         return built
 
-    return read_deslo(block), build
+    return deslo, build
 
 
 def _take_block(optimizer: DesLoc, block: Any) -> None:
@@ -59,7 +63,10 @@ def _take_block(optimizer: DesLoc, block: Any) -> None:
         if optimizer.config.deslo != DesloConfig():
             raise ConfigError("deepspeed.initialize", 'one "deslo" block', "two: the optimizer's own and the JSON's",
                               "keep one")
-        optimizer.config = replace(optimizer.config, deslo=read_deslo(block))
+        deslo = read_deslo(block)
+        if deslo.sync_every is not None:
+            raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "give the periods to DesLoc")
+        optimizer.config = replace(optimizer.config, deslo=deslo)
     optimizer.armed = False
 
 
@@ -114,6 +121,9 @@ def refuse_unsupported(ds: Mapping[str, Any], model: Any, mpu: Any, deslo: Deslo
     if _at(ds, "torch_autocast.enabled"):
         raise ConfigError("torch_autocast.enabled", "it unset with DesLoc", "True", "use bf16 or fp16: a step that the "
                           "autocast scaler skips on one replica cannot be seen")
+    if deslo.synchronous_steps and _at(ds, "zero_optimization.offload_optimizer.device") not in (None, "none"):
+        raise ConfigError("deslo.synchronous_steps", "0 with offload_optimizer", str(deslo.synchronous_steps),
+                          "remove one: gradients that DeepSpeed offloads are measured for clipping before they could be averaged")
     if deslo.on_nonfinite == "skip" and stage in (1, 2) and _at(ds, "bf16.enabled"):
         if _at(ds, "bf16.check_grad_overflow") is False:
             raise ConfigError("bf16.check_grad_overflow", 'true with "deslo": {"on_nonfinite": "skip"}', "False",

@@ -30,6 +30,16 @@ def stepwise(engine: DeepSpeedEngine) -> Iterator[None]:
         group["params"] = []
 
 
+def gradients(engine: DeepSpeedEngine) -> list[Tensor]:
+    """This rank's reduced gradients as they wait for the step, before they are clipped."""
+    wrapper = engine.optimizer
+    if not engine.zero_optimization():
+        return [param.grad for param in engine.module.parameters() if param.grad is not None]
+    if hasattr(wrapper, "averaged_gradients"):
+        return [tensor for of_group in wrapper.averaged_gradients.values() for tensor in of_group or ()]
+    return wrapper.fp32_groups_gradients_flat  # BF16_Optimizer
+
+
 @torch.no_grad()
 def publish(engine: DeepSpeedEngine) -> None:
     """Copies the stepped tensors into the model, as the engine does at the end of a step that it does not skip."""

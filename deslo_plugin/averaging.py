@@ -1,0 +1,152 @@
+"""Algorithm 1 around whatever updates the parameters: what is due lands, the update is made, the clock ticks."""
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deslo_plugin.clock import Clock, Cohort
+from deslo_plugin.collectives import Average
+from deslo_plugin.config import DesloConfig
+from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS
+from deslo_plugin.outer import mean_
+from deslo_plugin.schedule import due
+from deslo_plugin.shards import local
+from deslo_plugin.sync import States, Synchronizer, finite
+from deslo_plugin.telemetry import Meter, SyncEvent
+
+Group = MutableMapping[str, Any]
+
+
+class Averaging:
+    """The averages of one optimizer's states, each on its period (arXiv 2505.22549, Alg. 1).
+
+    Args:
+        optimizer: its param groups hold the periods under ``sync_every`` (state name -> steps or None).
+        deslo: who averages and how.
+        average: the transport.
+        clock: how many steps each parameter has completed.
+        groups: what to average, where that is not the optimizer's param groups.
+        receive: writes what landed, given (cohort, states, means); the plain mean by default.
+        emit: called with every ``SyncEvent``.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        deslo: DesloConfig,
+        average: Average,
+        clock: Clock,
+        *,
+        groups: Sequence[Group] | None = None,
+        receive: Callable[[Cohort, States, States], None] | None = None,
+        emit: Callable[[SyncEvent], object] | None = None,
+    ):
+        self.optimizer, self.deslo, self.average, self.clock = optimizer, deslo, average, clock
+        self._groups, self.meter, self._emit = groups, Meter(), emit
+        self.skips_nonfinite = deslo.on_nonfinite == "skip"
+        self._receive = receive or (lambda cohort, states, means: write_means(states, means))
+        self._sync = self._synchronizer(average)
+        self._buffers: Sequence[Tensor] = ()
+
+    def add_buffers(self, buffers: Sequence[Tensor], average: Average) -> None:
+        """Floating buffers of the model, averaged when parameters are, as they are at that moment."""
+        self._buffers, self._buffer_sync = buffers, self._synchronizer(average)
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        return self.optimizer.param_groups if self._groups is None else self._groups
+
+    def around(self, update: Callable[[list[Cohort]], object]) -> None:
+        """One step: averages what is due, calls ``update``, and ticks."""
+        cohorts = [cohort for group in self.groups for cohort in self.clock.cohorts(group)]
+        before = self.deslo.when == "before_update"
+        if before:
+            self._average(cohorts)  # x, u, v <- E_m[...] where t % K == 0
+        update(cohorts)  # u, v, x <- the local rule
+        for index, cohort in enumerate(cohorts):
+            self.clock.set(cohort, cohort.steps + 1)
+            cohorts[index] = cohort._replace(steps=cohort.steps + 1)
+        if not before:
+            self._average(cohorts)
+        elif self.deslo.overlap:
+            for cohort in cohorts:
+                self._sync.launch(cohort.steps, cohort.params, self._due(cohort))
+
+    def abandon(self) -> None:
+        """Drops averages in flight: after a load they start from the loaded values."""
+        self._sync.abandon()
+
+    def broken(self) -> bool:
+        """Whether this replica must leave out the update because its gradients are not finite.
+
+        A ``GradScaler`` says so in ``optimizer.found_inf``; with ``on_nonfinite: "skip"`` the gradients are looked at.
+        Collective over the replica's ranks where either applies.
+        """
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is None and not self.skips_nonfinite:
+            return False
+        mine = bool(found_inf) if found_inf is not None else not finite(self.gradients())
+        broken = self.average.any(mine)
+        self.meter.skipped_steps += broken
+        return broken
+
+    @property
+    def steps(self) -> int:
+        """Completed steps of the first parameter."""
+        return next(cohort.steps for group in self.groups for cohort in self.clock.cohorts(group))
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether the warm-up lasts, in which gradients are averaged at every step and states are equal anyway."""
+        return self.deslo.synchronous_steps > 0 and self.steps < self.deslo.synchronous_steps
+
+    def average_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """gradients <- E_m[gradients], at once: what a step of the warm-up does before clipping. Collective."""
+        if gradients:
+            states = {GRADIENTS: local(gradients)}
+            write_means(states, self._sync.mean(self.steps + 1, states))
+
+    def gradients(self) -> Sequence[Tensor]:
+        """This rank's part of every gradient that there is."""
+        params = (param for group in self.groups for param in group["params"])
+        return local([param.grad for param in params if param.grad is not None])
+
+    def gather(self, state: str, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """This rank's part of a state of each parameter; zeros where a stock optimizer has not created it yet."""
+        if state == PARAMS:
+            return local(params)
+        states = (self.optimizer.state[param].get(state) for param in params)
+        return local([torch.zeros_like(p) if s is None else s for p, s in zip(params, states)])
+
+    def _average(self, cohorts: Sequence[Cohort]) -> None:
+        for cohort in cohorts:
+            if states := self._due(cohort):
+                self._receive(cohort, states, self._sync.land(cohort.steps, cohort.params, states))
+        meeting = [cohort.steps for cohort in cohorts if PARAMS in self._names_due(cohort)]
+        if self._buffers and meeting:
+            buffers = {BUFFERS: self._buffers}
+            write_means(buffers, self._buffer_sync.land(meeting[0], self._buffers, buffers))
+
+    def _due(self, cohort: Cohort) -> dict[str, Sequence[Tensor]]:
+        return {state: self.gather(state, cohort.params) for state in self._names_due(cohort)}
+
+    def _names_due(self, cohort: Cohort) -> tuple[str, ...]:
+        return due(cohort.group["sync_every"], cohort.steps) if cohort.steps > self.deslo.synchronous_steps else ()
+
+    def _synchronizer(self, average: Average) -> Synchronizer:
+        wire, chunk = getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_mb << 20
+        return Synchronizer(average, wire_dtype=wire, bucket_bytes=chunk, emit=self.record)
+
+    def record(self, event: SyncEvent) -> None:
+        """Counts ``event`` and passes it on to ``emit``."""
+        self.meter(event)
+        if self._emit is not None:
+            self._emit(event)
+
+
+def write_means(states: States, means: States) -> None:
+    """states <- means, in place."""
+    for state, mean in means.items():
+        mean_(states[state], mean)

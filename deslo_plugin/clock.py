@@ -1,0 +1,64 @@
+"""How many steps a parameter has completed: the clock that periods are counted on."""
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from deslo_plugin.names import STEP
+
+GROUP_STEP = "deslo_step"  # key of a param group
+
+
+class Cohort(NamedTuple):
+    """Parameters of one param group and device that have completed the same number of steps."""
+
+    steps: int
+    group: MutableMapping[str, Any]
+    params: list[Tensor]
+
+
+class Clock(Protocol):
+    def cohorts(self, group: MutableMapping[str, Any]) -> Iterator[Cohort]:
+        """The parameters of ``group`` by their clock and device."""
+
+    def set(self, cohort: Cohort, steps: int) -> None:
+        """From now on the parameters of ``cohort`` have completed ``steps``."""
+
+
+class ParameterClock:
+    """A clock in the state of each parameter, ``state[p]["step"]``: right however a framework cuts a step into calls."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, create: Callable[[Tensor], dict[str, Any]]):
+        self._optimizer, self._create = optimizer, create
+
+    def cohorts(self, group: MutableMapping[str, Any]) -> Iterator[Cohort]:
+        for steps, params in self.by_steps(group["params"]):
+            yield Cohort(steps, group, params)
+
+    def by_steps(self, params: Sequence[Tensor], since: str | None = None) -> Iterator[tuple[int, list[Tensor]]]:
+        """Parameters by clock and device; with ``since`` by the steps since that state's value."""
+        cohorts: dict[tuple[int, torch.device], list[Tensor]] = {}
+        for param in params:
+            state = self._optimizer.state[param] or self._create(param)
+            steps = state[STEP].item() - (state[since].item() if since else 0)
+            cohorts.setdefault((int(steps), param.device), []).append(param)
+        return ((steps, cohort) for (steps, _), cohort in cohorts.items())
+
+    def set(self, cohort: Cohort, steps: int, key: str = STEP) -> None:
+        for param in cohort.params:
+            self._optimizer.state[param][key].fill_(steps)
+
+
+class GroupClock:
+    """A clock in each param group, for optimizers that create a parameter's state at its first update."""
+
+    def cohorts(self, group: MutableMapping[str, Any]) -> Iterator[Cohort]:
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for param in group["params"]:
+            by_device.setdefault(param.device, []).append(param)
+        return (Cohort(group.get(GROUP_STEP, 0), group, params) for params in by_device.values())
+
+    def set(self, cohort: Cohort, steps: int) -> None:
+        cohort.group[GROUP_STEP] = steps

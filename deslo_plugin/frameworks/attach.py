@@ -1,0 +1,154 @@
+"""``attach``: one call that connects any torch optimizer to its replicas, under DDP, under FSDP2, or without a wrapper."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from deslo_plugin.averaging import Averaging
+from deslo_plugin.collectives import Groups, ReplicaAverage, gathered, make_groups
+from deslo_plugin.config import Config, load_config
+from deslo_plugin.frameworks import ddp, fsdp
+from deslo_plugin.frameworks.attachment import Attachment
+from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
+from deslo_plugin.frameworks.warmup import GradientAveraging
+from deslo_plugin.log import say
+from deslo_plugin.optimizer import DesLoc
+from deslo_plugin.plan import BYTES
+from deslo_plugin.shards import local
+from deslo_plugin.stock import StockAveraging, schedule
+from deslo_plugin.strict import ConfigError
+from deslo_plugin.telemetry import SyncEvent
+from deslo_plugin.topology import Topology
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config | Mapping[str, Any] | str | Path | None = None,
+    *,
+    mesh: DeviceMesh | None = None,
+    replicate: str | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    emit: Callable[[SyncEvent], object] | None = None,
+) -> Attachment:
+    """Makes ``optimizer.step()`` a step of DES-LOC or MT-DAO, and gradients stay inside a replica from now on.
+
+    Call it on every rank, once model and optimizer are as they will train: after ``DDP(model)``, ``fully_shard(model)``
+    or ``accelerator.prepare(...)``, before the first step.
+
+    Args:
+        model: a ``DistributedDataParallel``, a model sharded by ``fully_shard``, or any other module, of which every
+            rank then is one replica.
+        optimizer: a ``DesLoc``, or any other optimizer whose states ``config`` schedules by ``deslo.sync_every``.
+        config: both blocks as a dict or the path of a JSON or YAML file. For a DesLoc only where it has none of its own.
+        mesh: the device mesh of all ranks, of which one dimension runs across replicas.
+        replicate: the name of that dimension; "replicate" or "dp_replicate" by default.
+        process_group: without ``mesh``, the ranks that average, each a replica of one rank; by default the world.
+        emit: called with a ``SyncEvent`` after every average.
+
+    Raises ``ConfigError`` for a setting that cannot work, on every rank and before anything is trained.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper keeps the one that steps
+    if getattr(optimizer, "deslo_attached", False):
+        raise ConfigError("attach(optimizer)", "one call for each optimizer", "a second one", "remove it")
+    config = _config_of(optimizer, config)
+    topology = _topology_of(model, config, mesh, replicate, process_group)
+    groups = make_groups(topology, config.deslo.timeout_s)
+    agree_on_model(model, lambda p: p.shape, groups.world)
+    named = dict(model.named_parameters())
+    equal_replicas({}, dict(zip(named, local(list(named.values())))), config.deslo.initial_params, groups)
+
+    copies = _copies_of(model, groups)
+    average = ReplicaAverage(groups, timeout_s=config.deslo.timeout_s, copies=copies)
+    averaging = _averaging_of(optimizer, config, average, groups, emit)
+    agree_on_optimizer(averaging, config, groups.world)
+    buffers = _floating_buffers(model)
+    if buffers and topology.replicas > 1:
+        averaging.add_buffers(buffers, ReplicaAverage(replace(groups, replica=groups.world), timeout_s=config.deslo.timeout_s))
+    if isinstance(model, DistributedDataParallel):
+        ddp.hook(model, averaging, groups)
+    elif config.deslo.synchronous_steps and topology.replicas > 1:
+        GradientAveraging(model, averaging)
+    optimizer.deslo_attached = True
+
+    wire = BYTES[config.deslo.wire_dtype]
+    # DDP reduces gradients as they are; GradientAveraging in wire dtype, with a flag for each parameter
+    cost = (lambda p: p.nbytes) if isinstance(model, DistributedDataParallel) else (lambda p: (p.numel() + 1) * wire)
+    params = [local(group["params"]) for group in optimizer.param_groups]
+    attachment = Attachment(
+        averaging, groups, config,
+        numels=[sum(param.numel() for param in each) for each in params],
+        gradient_bytes=[sum(cost(param) for param in each if param.requires_grad) for each in params],
+        buffer_bytes=sum(buffer.numel() for buffer in buffers) * wire,
+    )
+    say(attachment.plan.describe())
+    say_placement(topology, groups.world)
+    return attachment
+
+
+def _config_of(optimizer: torch.optim.Optimizer, config: Any) -> Config:
+    if isinstance(optimizer, DesLoc):
+        if config is not None:
+            raise ConfigError("attach(config=...)", "none beside a DesLoc, which has its own", "one", "give it to DesLoc")
+        return optimizer.config
+    if config is None:
+        raise ConfigError("attach(config=...)", f"a config with deslo.sync_every for {type(optimizer).__name__}", "none",
+                          "pass the file or dict, or use deslo_plugin.DesLoc")
+    config = load_config(config)
+    if config.deslo.sync_every is None:
+        raise ConfigError("attach(optimizer)", "a DesLoc for a config without deslo.sync_every", type(optimizer).__name__,
+                          "build DesLoc(params, config), or write the periods of this optimizer's states in deslo.sync_every")
+    return config
+
+
+def _topology_of(
+    model: nn.Module, config: Config, mesh: DeviceMesh | None, replicate: str | None, process_group: dist.ProcessGroup | None
+) -> Topology:
+    size = config.deslo.replica_size
+    if isinstance(model, DistributedDataParallel):
+        topology = ddp.topology_of(model, config.deslo)
+    elif fsdp.is_sharded(model):
+        topology = fsdp.topology_of(model, mesh, replicate)
+    elif mesh is not None:
+        topology = fsdp.rows_of(mesh, replicate)
+    else:
+        ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+        topology = Topology(tuple((rank,) for rank in ranks), dist.get_rank())
+    if size not in ("auto", topology.replica_size):
+        raise ConfigError("deslo.replica_size", f"{topology.replica_size}, as the model and its mesh have it", str(size),
+                          "remove it, or wrap the model in DDP or FSDP2, which reduce gradients inside a replica")
+    return topology
+
+
+def _copies_of(model: nn.Module, groups: Groups) -> dist.ProcessGroup | None:
+    if isinstance(model, DistributedDataParallel):
+        return groups.shard
+    return fsdp.copies_of(model) if fsdp.is_sharded(model) else None
+
+
+def _averaging_of(
+    optimizer: torch.optim.Optimizer, config: Config, average: ReplicaAverage, groups: Groups,
+    emit: Callable[[SyncEvent], object] | None,
+) -> Averaging:
+    if isinstance(optimizer, DesLoc):
+        optimizer.attach(average, list(chain.from_iterable(group["params"] for group in optimizer.param_groups)), emit)
+        return optimizer.averaging
+    averaging = StockAveraging(
+        optimizer, config.deslo, average, everyone=lambda value: list(gathered(value, groups.world).values()), emit=emit
+    )
+    schedule(averaging)
+    return averaging
+
+
+def _floating_buffers(model: nn.Module) -> list[torch.Tensor]:
+    """What would be saved and is no whole number: running statistics, not tables or counters."""
+    saved = model.state_dict(keep_vars=True)
+    return [buffer for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()]

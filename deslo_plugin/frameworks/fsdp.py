@@ -1,0 +1,130 @@
+"""FSDP2 (``fully_shard``): each replica sharded on its own ranks, averages between equal shards.
+
+Two ways lead there. A model sharded on the shard dimension alone, ``fully_shard(m, mesh=mesh["shard"])``, is used as it is.
+A model sharded on the 2-D mesh is HSDP, which all-reduces every gradient across replicas; it is pointed at the shard
+dimension instead, through attributes of torch that are not public, and a small model proves on every start that this works.
+(``set_requires_all_reduce(False)`` would not: torch takes it for gradient accumulation, and nothing would ever train.)
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from deslo_plugin.collectives import gathered
+from deslo_plugin.strict import ConfigError
+from deslo_plugin.topology import Topology
+
+REPLICATE = ("replicate", "dp_replicate")  # names under which the dimension across replicas is looked for
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def topology_of(model: nn.Module, mesh: DeviceMesh | None, replicate: str | None) -> Topology:
+    """Replicas along ``replicate`` of ``mesh``, or of the model's own mesh; a model sharded in one dimension alone shows
+    by itself which ranks are one replica. Points an HSDP model at its shard dimension. Collective.
+
+    Raises ``ConfigError`` if there is no such dimension, no second replica, or if torch has changed.
+    """
+    own = _mesh_of(model)
+    if (own.mesh_dim_names or ()) and _dimension(own, replicate) is not None:
+        name = _dimension(own, replicate)
+        _prove(own, name)
+        _point_at_shards(model, own, name)
+        return rows_of(own if mesh is None else mesh, name)
+    if mesh is not None:
+        return rows_of(mesh, replicate)
+    rows = sorted({tuple(ranks) for ranks in gathered(own.mesh.flatten().tolist()).values()})
+    if len(rows) == 1 < len(rows[0]):
+        raise ConfigError(
+            "attach(model)", "a model sharded over the ranks of one replica", f"one sharded over all {len(rows[0])} ranks",
+            'shard it on one dimension of a 2-D mesh: mesh = init_device_mesh(device, (replicas, ranks of a replica), '
+            'mesh_dim_names=("replicate", "shard")); fully_shard(model, mesh=mesh["shard"])',
+        )
+    return Topology(tuple(rows), dist.get_rank())
+
+
+def rows_of(mesh: DeviceMesh, replicate: str | None) -> Topology:
+    """The topology of a mesh over all ranks whose dimension ``replicate`` runs across replicas."""
+    name = _dimension(mesh, replicate)
+    if name is None:
+        raise ConfigError(
+            "attach(mesh=...)", f"a dimension named {replicate or ' or '.join(REPLICATE)}", f"{mesh.mesh_dim_names}",
+            "name the dimension across replicas in init_device_mesh(..., mesh_dim_names=...), or pass replicate=its name",
+        )
+    if mesh.size() != dist.get_world_size():
+        raise ConfigError("attach(mesh=...)", f"a mesh over all {dist.get_world_size()} ranks", f"one over {mesh.size()}",
+                          "pass the mesh that init_device_mesh returned")
+    across = mesh.mesh.movedim(mesh.mesh_dim_names.index(name), 0)
+    return Topology(tuple(map(tuple, across.reshape(len(across), -1).tolist())), dist.get_rank())
+
+
+def copies_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks of a replica that hold the same shard: those that HSDP inside the replica replicates over."""
+    groups = [group.mesh_info for group in _param_groups(model)]
+    return getattr(groups[0], "replicate_process_group", None)
+
+
+def _mesh_of(model: nn.Module) -> DeviceMesh:
+    try:
+        meshes = {id(info.mesh): info.mesh for info in (group.mesh_info for group in _param_groups(model))}
+    except AttributeError as error:
+        raise _moved(error) from error
+    shapes = {(mesh.mesh_dim_names, tuple(mesh.mesh.flatten().tolist())) for mesh in meshes.values()}
+    if len(shapes) != 1:
+        raise ConfigError("attach(model)", "one mesh for all modules that are sharded", f"{len(shapes)} meshes",
+                          "give every fully_shard the same mesh")
+    return next(iter(meshes.values()))
+
+
+def _point_at_shards(model: nn.Module, mesh: DeviceMesh, replicate: str) -> None:
+    """From HSDP to FSDP on the dimension that is left: gradients are reduced inside the replica and nowhere else."""
+    from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
+
+    (shard,) = (name for name in mesh.mesh_dim_names if name != replicate)
+    inside = FSDPMeshInfo(mesh[shard], shard_mesh_dim=0)
+    for group in _param_groups(model):
+        across = group.mesh_info
+        for holder in (group, *group.fsdp_params):
+            if holder.post_forward_mesh_info is across:  # else None, or a smaller group inside a replica
+                holder.post_forward_mesh_info = inside
+            holder.mesh_info = inside
+
+
+def _prove(mesh: DeviceMesh, replicate: str) -> None:
+    """One backward of a small model that is pointed likewise: its gradient must be the replica's own. Collective."""
+    own = 1.0 + rows_of(mesh, replicate).replica
+    model = nn.Linear(4, 4, bias=False, device=mesh.device_type)
+    fully_shard(model, mesh=mesh)
+    try:
+        _point_at_shards(model, mesh, replicate)
+        model(torch.full((1, 4), own, device=mesh.device_type)).sum().backward()
+        gradient = model.weight.grad.to_local()
+    except (AttributeError, ImportError) as error:
+        raise _moved(error) from error
+    if not torch.equal(gradient, torch.full_like(gradient, own)):
+        raise _moved("a gradient still crosses replicas")
+
+
+def _dimension(mesh: DeviceMesh, replicate: str | None) -> str | None:
+    names = mesh.mesh_dim_names or ()
+    return next((name for name in ([replicate] if replicate else REPLICATE) if name in names), None)
+
+
+def _param_groups(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            yield from module._get_fsdp_state()._fsdp_param_groups
+
+
+def _moved(what: object) -> ConfigError:
+    return ConfigError(
+        "attach(model)", "FSDP2 as in torch 2.13", f"torch {torch.__version__} ({what})",
+        'shard on the shard dimension alone, which needs nothing private: fully_shard(model, mesh=mesh["shard"])',
+    )
