@@ -78,7 +78,7 @@ class BuildKernels(build_ext):
         try:
             if not nvcc:
                 raise FileNotFoundError("DESLO_NATIVE=cuda: expected nvcc on PATH or in CUDA_HOME/bin, found none")
-            targets = {f"csrc/{name}.cu": Path(self.build_temp) / f"{name}.cu.o" for name in ("cuda", "drift")}
+            targets = {f"csrc/{name}.cu": Path(self.build_temp) / f"{name}.cu.o" for name in ("cuda", "drift", "land")}
             for source, target in targets.items():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 subprocess.run([nvcc, *CUDA_FLAGS, "-c", source, "-o", target], check=True)

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: the size of a launch, and elements to and from memory in whole accesses of 16 or 8 bytes.
+// What the CUDA kernels share: elements to and from memory in whole accesses of 16 or 8 bytes, and how they are launched.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -111,6 +111,38 @@ __device__ __forceinline__ void store(
   }
 }
 
+// kAtOnce elements as they came; float64 takes both halves.
+constexpr int kAtOnce = 4;
+
+struct Elements {
+  Raw raw[2];
+};
+
+// Those of the elements offset .. offset + kAtOnce that are among the first `count`; the others are 0.
+__device__ __forceinline__ Elements read(const void* data, Dtype type, int64_t offset, int count, bool whole) {
+  Elements elements{};
+  if (type == Dtype::kFloat64) {
+    elements.raw[0] = load<double>(data, type, offset, count, whole);
+    elements.raw[1] = load<double>(data, type, offset + 2, count - 2, whole);
+  } else {
+    elements.raw[0] = load<float>(data, type, offset, count, whole);
+  }
+  return elements;
+}
+
+template <typename T>
+__device__ __forceinline__ void widen(const Elements& elements, Dtype type, T (&to)[kAtOnce]) {
+  if (type == Dtype::kFloat64) {
+    double some[kAtOnce];
+    memcpy(some, &elements, sizeof some);
+    for (int e = 0; e < kAtOnce; ++e) to[e] = T(some[e]);
+    return;
+  }
+  float some[kAtOnce];
+  widen(elements.raw[0], type, some);
+  for (int e = 0; e < kAtOnce; ++e) to[e] = T(some[e]);
+}
+
 // Whether whole accesses may begin at `data`.
 __device__ __forceinline__ bool aligned(const void* data, Dtype type) {
   return reinterpret_cast<uintptr_t>(data) % (is_half(type) ? 8 : 16) == 0;
@@ -132,6 +164,24 @@ class OnDevice {
  private:
   int before_ = 0;
 };
+
+// Thread blocks of `kernel` that the device, which is current, holds at once.
+template <typename Kernel>
+int64_t resident_blocks(Kernel kernel, int device) {
+  int processors = 0, resident = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0));
+  return int64_t(processors) * resident;
+}
+
+template <typename... Parameters, typename... Arguments>
+void queue(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
 
 }  // namespace
 }  // namespace deslo

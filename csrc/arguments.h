@@ -77,4 +77,33 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+inline size_t width(Dtype type) { return type == Dtype::kFloat64 ? 8 : type == Dtype::kFloat32 ? 4 : 2; }
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+// The memory of one argument.
+struct Stretch {
+  const char *begin, *end;
+  const char* name;
+  size_t index;
+  bool written;
+};
+
+inline void refuse_overlap(std::vector<Stretch>& stretches) {
+  const auto before = [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; };
+  std::sort(stretches.begin(), stretches.end(), before);
+  const Stretch* reaching = nullptr;  // of those so far, the one that ends last
+  const Stretch* writing = nullptr;   // of the written ones, the one that ends last
+  for (const Stretch& next : stretches) {
+    const Stretch* const other = next.written ? reaching : writing;
+    if (other && other->end > next.begin) {
+      refuse(at(next.name, next.index), ": expected memory of its own, but it overlaps ", at(other->name, other->index));
+    }
+    if (!reaching || next.end > reaching->end) reaching = &next;
+    if (next.written && (!writing || next.end > writing->end)) writing = &next;
+  }
+}
+
 }  // namespace deslo

@@ -78,7 +78,46 @@ void drift_block(const Pair& pair, int64_t offset, int64_t count, double* to) {
   drift_block<float, M>(pair, offset, count, to);
 }
 
+// `count` elements from `offset`.
+template <typename X, typename T>
+void land_run(T factor, const Landing& landing, int64_t offset, int64_t count) {
+  const T* const local = static_cast<T*>(landing.local) + offset;
+  const T* const mean = static_cast<T*>(landing.mean) + offset;
+  if (landing.x_type == kDtype<X>) {
+    X* const x = static_cast<X*>(landing.x) + offset;
+#pragma omp simd
+    for (int64_t e = 0; e < count; ++e) land(factor, x[e], local[e], mean[e]);
+    return;
+  }
+  Block<X> block{};
+  for (int64_t at = 0; at < count; at += kBlock) {
+    const int64_t left = count - at < kBlock ? count - at : kBlock;
+    X* const x = load(landing.x, landing.x_type, offset + at, left, block);
+#pragma omp simd
+    for (int64_t e = 0; e < left; ++e) land(factor, x[e], local[at + e], mean[at + e]);
+    store(x, landing.x, landing.x_type, offset + at, left);
+  }
+}
+
 }  // namespace
+
+void land_blocks(const LandTask& task, int64_t begin, int64_t end) {
+  const FlushSubnormals flush;
+  int64_t index = slot_of(task.landings, task.count, begin);
+  for (int64_t block = begin; block < end; ++index) {
+    const Landing& landing = task.landings[index];
+    const int64_t offset = (block - landing.first_block) * kBlock, room = (end - block) * kBlock;
+    const int64_t left = landing.numel - offset, count = left < room ? left : room;
+    if (landing.mean_type == Dtype::kFloat32) {
+      land_run<float>(float(task.factor), landing, offset, count);
+    } else if (landing.x_type == Dtype::kFloat64) {
+      land_run<double>(task.factor, landing, offset, count);
+    } else {
+      land_run<float>(task.factor, landing, offset, count);
+    }
+    block += (count + kBlock - 1) / kBlock;
+  }
+}
 
 void drift_blocks(const DriftTask& task, int64_t begin, int64_t end, double* sums) {
   const FlushSubnormals flush;

@@ -125,25 +125,12 @@ __global__ void prepare(const __grid_constant__ Task<S> task, Prepared<S>* prepa
   prepared->skip = other || (task.found_inf && *task.found_inf != 0.0f);
 }
 
-template <typename... Parameters, typename... Arguments>
-void queue(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...));
-}
-
 // As many launches as the arguments need, each with as many thread blocks as the device holds at once.
 template <class Law, int N, typename S, typename Source>
 void launch(const Task<S>& task, Source recipe, int device, cudaStream_t stream) {
   using One = Batch<N, S, Source>;
-  int processors = 0, resident = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, update<Law, N, S, Source>, kThreads, 0));
-
   constexpr int64_t chunk = kThreads * kWidth<Arithmetic<S>>;
-  const int64_t room = int64_t(processors) * resident;
+  const int64_t room = resident_blocks(update<Law, N, S, Source>, device);
   const int momenta = task.hyper.momenta;
   One batch{};
   batch.recipe = recipe;
@@ -159,7 +146,7 @@ void launch(const Task<S>& task, Source recipe, int device, cudaStream_t stream)
       batch.chunks += (batch.slots[i].numel + chunk - 1) / chunk;
       for (int j = 0; j < momenta; ++j) batch.u[i * momenta + j] = task.u[(begin + i) * momenta + j];
     }
-    queue(update<Law, N, S, Source>, unsigned(batch.chunks < room ? batch.chunks : room), kThreads, stream, batch);
+    queue(update<Law, N, S, Source>, batch.chunks < room ? batch.chunks : room, kThreads, stream, batch);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "drift.h"
+#include "land.h"
 
 namespace deslo {
 
@@ -21,5 +22,7 @@ void update_cuda(const Task<BFloat16>& task, int device, void* stream, Prepared<
 // Likewise: adds to `sums`, kSums rows of drift_columns(device) numbers each. The columns add up to the result.
 int64_t drift_columns(int device);
 void drift_cuda(const DriftTask& task, int device, void* stream, double* sums);
+
+void land_cuda(const LandTask& task, int device, void* stream);
 
 }  // namespace deslo

@@ -61,7 +61,7 @@ class Launch {
           refuse(at("u", i), ": expected float32, float64 or bfloat16, got float16; squares of gradients vanish in it");
       }
     }
-    refuse_overlap();
+    refuse_overlap(stretches_);
   }
 
   // Calls run(task) for every task that has an element.
@@ -78,13 +78,6 @@ class Launch {
     std::vector<Slot<S>> slots;
     std::vector<S*> u;
     int64_t blocks = 0;
-  };
-
-  struct Stretch {
-    const char *begin, *end;
-    const char* name;
-    size_t index;
-    bool written;
   };
 
   static const Tensor& first(const Call& call) {
@@ -148,10 +141,6 @@ class Launch {
     return static_cast<S*>(checked(name, index, tensor, i, sizeof(S), true));
   }
 
-  static size_t width(Dtype type) {
-    return type == Dtype::kFloat64 ? 8 : type == Dtype::kFloat32 ? 4 : 2;
-  }
-
   template <typename S>
   void add(size_t i, Table<S>& table) {
     const size_t count = call_.x->size();
@@ -176,21 +165,6 @@ class Launch {
     table.blocks += (slot.numel + kBlock - 1) / kBlock;
     table.slots.push_back(slot);
     table.u.insert(table.u.end(), momenta.begin(), momenta.begin() + hyper_.momenta);
-  }
-
-  void refuse_overlap() {
-    const auto before = [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; };
-    std::sort(stretches_.begin(), stretches_.end(), before);
-    const Stretch* reaching = nullptr;  // of those so far, the one that ends last
-    const Stretch* writing = nullptr;   // of the written ones, the one that ends last
-    for (const Stretch& next : stretches_) {
-      const Stretch* const other = next.written ? reaching : writing;
-      if (other && other->end > next.begin) {
-        refuse(at(next.name, next.index), ": expected memory of its own, but it overlaps ", at(other->name, other->index));
-      }
-      if (!reaching || next.end > reaching->end) reaching = &next;
-      if (next.written && (!writing || next.end > writing->end)) writing = &next;
-    }
   }
 
   template <typename S>

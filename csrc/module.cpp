@@ -21,7 +21,10 @@ struct Isa {
   void (*twice)(const Task<double>&, int64_t, int64_t);
   void (*brief)(const Task<BFloat16>&, int64_t, int64_t);
   void (*drift)(const DriftTask&, int64_t, int64_t, double*);
+  void (*land)(const LandTask&, int64_t, int64_t);
 };
+
+#define DESLO_KERNELS(isa) isa::update_blocks, isa::update_blocks, isa::update_blocks, isa::drift_blocks, isa::land_blocks
 
 // From the widest to the one that every machine of the architecture has.
 const Isa kIsas[] = {
@@ -31,12 +34,10 @@ const Isa kIsas[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      },
-     avx512::update_blocks, avx512::update_blocks, avx512::update_blocks, avx512::drift_blocks},
-    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); },
-     avx2::update_blocks, avx2::update_blocks, avx2::update_blocks, avx2::drift_blocks},
+     DESLO_KERNELS(avx512)},
+    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, DESLO_KERNELS(avx2)},
 #endif
-    {"baseline", [] { return true; },
-     baseline::update_blocks, baseline::update_blocks, baseline::update_blocks, baseline::drift_blocks},
+    {"baseline", [] { return true; }, DESLO_KERNELS(baseline)},
 };
 
 const Isa* widest() {
@@ -79,6 +80,11 @@ struct Cpu {
     for (size_t i = 0; i < blocks.size(); ++i) to[i % kSums] += blocks[i];
     return sums;
   }
+
+  static void land(const LandTask& task, const Tensor&) {
+    const Isa& isa = *chosen;
+    torch::stable::parallel_for(0, task.blocks, kGrain, [&](int64_t begin, int64_t end) { isa.land(task, begin, end); });
+  }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(deslo, CPU, library) { implement<Cpu>(library); }
@@ -99,6 +105,10 @@ struct Cuda {
     const Tensor sums = zero_sums(like, drift_columns(device));
     drift_cuda(task, device, stream(device), static_cast<double*>(sums.mutable_data_ptr()));
     return sums;
+  }
+
+  static void land(const LandTask& task, const Tensor& like) {
+    land_cuda(task, like.get_device_index(), stream(like.get_device_index()));
   }
 
  private:

@@ -1,14 +1,15 @@
-// The operators of deslo_plugin/ops.py and drift.py for one backend, as the dispatcher calls them.
+// The operators of deslo_plugin/ops.py, drift.py and landing.py for one backend, as the dispatcher calls them.
 //
 // A backend is a class with kHostReads, whether the host may read its tensors without waiting, and with static functions
-// run(Task<S>, like) for every dtype S of states, like being a tensor on their device, and drift(DriftTask, like): a tensor
-// of kSums rows on the device of `like` whose columns add up to the sums.
+// run(Task<S>, like) for every dtype S of states, like being a tensor on their device; drift(DriftTask, like): a tensor of
+// kSums rows on the device of `like` whose columns add up to the sums; and land(LandTask, like).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
 #include "cuda.h"
 #include "drift_launch.h"
+#include "land_launch.h"
 #include "launch.h"
 
 namespace deslo {
@@ -71,11 +72,18 @@ Tensor drift(const Tensors& local, const Tensors& mean) {
 }
 
 template <class Backend>
+void land_(const Tensors& x, const Tensors& local, const Tensors& mean, double factor) {
+  const LandLaunch launch(x, local, mean, factor);
+  if (launch.task.blocks) Backend::land(launch.task, x[0]);
+}
+
+template <class Backend>
 void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("sgdm_", TORCH_BOX(&sgdm_<Backend>));
   library.impl("adam_", TORCH_BOX(&adam_<Backend>));
   library.impl("adopt_", TORCH_BOX(&adopt_<Backend>));
   library.impl("drift", TORCH_BOX(&drift<Backend>));
+  library.impl("land_", TORCH_BOX(&land_<Backend>));
 }
 
 }  // namespace deslo

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deslo_plugin.arguments import refuse, refuse_overlap
 from deslo_plugin.log import say
 from deslo_plugin.rounding import round_
 from deslo_plugin.rules import RULES as REFERENCE
@@ -132,65 +133,56 @@ def _check(
 ) -> None:
     """What csrc/launch.h refuses, in its words."""
     if not 1 <= len(betas) <= MAX_MOMENTA:
-        _refuse(f"betas: expected 1 to {MAX_MOMENTA} momenta, got {len(betas)}")
+        refuse(f"betas: expected 1 to {MAX_MOMENTA} momenta, got {len(betas)}")
     if len(weights) != len(betas):
-        _refuse(f"weights: expected {len(betas)} as there are betas, got {len(weights)}")
+        refuse(f"weights: expected {len(betas)} as there are betas, got {len(weights)}")
     if clip_value is not None and not clip_value > 0:
-        _refuse(f"clip_value: expected a number > 0, got {clip_value:g}")
+        refuse(f"clip_value: expected a number > 0, got {clip_value:g}")
     if not x:
-        _refuse("x: expected one tensor or more, got an empty list")
+        refuse("x: expected one tensor or more, got an empty list")
     lists = {"g": g, **({"v": v[0]} if v else {}), "u": u, **({"copy": copy} if copy else {})}
     for name, tensors in lists.items():
         expected = len(x) * (len(betas) if name == "u" else 1)
         if len(tensors) != expected:
-            _refuse(f"{name}: expected {expected} tensors, got {len(tensors)}")
+            refuse(f"{name}: expected {expected} tensors, got {len(tensors)}")
     for name, number in scalars.items():
         if number is None:
             continue
         if number.device != x[0].device:
-            _refuse(f"{name}: expected the device of x[0], got another")
+            refuse(f"{name}: expected the device of x[0], got another")
         dtype = _SCALARS.get(name, torch.float32)
         if number.dtype != dtype or number.numel() != 1:
-            _refuse(f"{name}: expected one {str(dtype).removeprefix('torch.')} number, got shape {list(number.shape)}")
+            refuse(f"{name}: expected one {str(dtype).removeprefix('torch.')} number, got shape {list(number.shape)}")
 
-    stretches = []  # (first byte, last byte + 1, name, whether it is written)
-    for name, tensors in {"x": x, **lists}.items():
+    lists = {"x": x, **lists}
+    for name, tensors in lists.items():
         for index, tensor in enumerate(tensors):
             _check_tensor(f"{name}[{index}]", tensor, x[index % len(x)], index % len(x), u[index % len(x)].dtype, x[0].device)
-            if tensor.numel():
-                start = tensor.data_ptr()
-                stretches.append((start, start + tensor.nbytes, f"{name}[{index}]", name != "g"))
-    reaching, writing = (0, 0, "", True), (0, 0, "", True)  # those so far that end last
-    for stretch in sorted(stretches):
-        other = reaching if stretch[3] else writing
-        if other[1] > stretch[0]:
-            _refuse(f"{stretch[2]}: expected memory of its own, but it overlaps {other[2]}")
-        reaching = max(reaching, stretch, key=lambda s: s[1])
-        writing = max(writing, stretch, key=lambda s: s[1]) if stretch[3] else writing
+    refuse_overlap(lists, written=lists.keys() - {"g"})
 
 
 def _check_tensor(name: str, tensor: Tensor, x: Tensor, i: int, state: torch.dtype, device: torch.device) -> None:
     dtype, wanted = (str(each).removeprefix("torch.") for each in (tensor.dtype, state))
     if tensor.layout != torch.strided:
-        _refuse(f"{name}: expected a dense tensor, got {tensor.layout}")
+        refuse(f"{name}: expected a dense tensor, got {tensor.layout}")
     if name[0] in "uv":
         if state not in (torch.float32, torch.float64, torch.bfloat16):
             why = "; squares of gradients vanish in it" if state == torch.float16 else ""
-            _refuse(f"u[{i}]: expected float32, float64 or bfloat16, got {wanted}{why}")
+            refuse(f"u[{i}]: expected float32, float64 or bfloat16, got {wanted}{why}")
         if tensor.dtype != state:
-            _refuse(f"{name}: expected {wanted} as u[{i}] is, got {dtype}")
+            refuse(f"{name}: expected {wanted} as u[{i}] is, got {dtype}")
     elif state == torch.float64 and tensor.dtype != torch.float64:
-        _refuse(f"{name}: expected float64 with float64 momenta, got {dtype}")
+        refuse(f"{name}: expected float64 with float64 momenta, got {dtype}")
     elif state != torch.float64 and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        _refuse(f"{name}: expected float32, bfloat16 or float16 with {wanted} momenta, got {dtype}")
+        refuse(f"{name}: expected float32, bfloat16 or float16 with {wanted} momenta, got {dtype}")
     if tensor.device != device:
-        _refuse(f"{name}: expected the device of x[0], got another")
+        refuse(f"{name}: expected the device of x[0], got another")
     if tensor.shape != x.shape:
-        _refuse(f"{name}: expected shape {list(x.shape)} of x[{i}], got {list(tensor.shape)}")
+        refuse(f"{name}: expected shape {list(x.shape)} of x[{i}], got {list(tensor.shape)}")
     if not _is_dense(tensor):
-        _refuse(f"{name}: expected a contiguous (or densely strided) tensor")
+        refuse(f"{name}: expected a contiguous (or densely strided) tensor")
     if any(a != b for a, b, size in zip(tensor.stride(), x.stride(), x.shape) if size > 1):
-        _refuse(f"{name}: expected strides {list(x.stride())} of x[{i}], got {list(tensor.stride())}")
+        refuse(f"{name}: expected strides {list(x.stride())} of x[{i}], got {list(tensor.stride())}")
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -198,10 +190,6 @@ def _is_dense(tensor: Tensor) -> bool:
     dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)
     ends = accumulate((size for _, size in dims), mul, initial=1)
     return tensor.numel() == 0 or all(stride == end for (stride, _), end in zip(dims, ends))
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(f"deslo: {message}")
 
 
 def _define() -> None:

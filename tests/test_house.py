@@ -12,7 +12,7 @@ PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict", "rounding"},
     {"periods", "config", "topology", "plan"},
-    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "shards"},
+    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "landing", "arguments", "shards"},
     {"sync", "outer", "clock"},
     {"averaging"},
     {"optimizer", "stock"},

@@ -3,6 +3,7 @@
 
 #include "../../csrc/cuda.cu"
 #include "../../csrc/drift.cu"
+#include "../../csrc/land.cu"
 
 namespace deslo {
 
@@ -20,6 +21,8 @@ struct Emulated {
     drift_cuda(task, 0, nullptr, static_cast<double*>(sums.mutable_data_ptr()));
     return sums;
   }
+
+  static void land(const LandTask& task, const Tensor&) { land_cuda(task, 0, nullptr); }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(deslo_emulated, CPU, library) { implement<Emulated>(library); }

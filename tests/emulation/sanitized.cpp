@@ -9,6 +9,7 @@
 #include "../../csrc/cpu.h"
 #include "../../csrc/cuda.cu"
 #include "../../csrc/drift.cu"
+#include "../../csrc/land.cu"
 
 using namespace deslo;
 
@@ -74,7 +75,16 @@ bool agree(Rule rule, int momenta, double clip_value) {
     baseline::update_blocks(task, task.blocks / 2, task.blocks);
   });
   const auto on_gpu = run<S>(rule, momenta, clip_value, [](const Task<S>& task) { update_cuda(task, 0, nullptr, nullptr); });
-  return on_cpu == on_gpu;
+  const auto prepared = run<S>(rule, momenta, clip_value, [](Task<S> task) {
+    const int64_t t = task.hyper.t;
+    const double lr = task.hyper.lr;
+    Prepared<S> room{};
+    task.lr = &lr;
+    task.hyper.lr = 7;
+    if (task.hyper.rule != Rule::kAdoptStart) task.t = &t, task.hyper.t = 77;  // a first step is known by its t
+    update_cuda(task, 0, nullptr, &room);
+  });
+  return on_cpu == on_gpu && on_cpu == prepared;
 }
 
 bool agree_on_drift() {
@@ -107,9 +117,48 @@ bool agree_on_drift() {
   return true;
 }
 
+// What x is after a landing by `land`.
+template <typename Land>
+std::vector<unsigned char> landed(Land land) {
+  std::vector<Buffer> buffers;
+  std::vector<Landing> landings;
+  LandTask task{0.7, nullptr, 0, 0};
+  const auto made = [&](int64_t numel, Dtype type) {
+    buffers.emplace_back(numel, type, unsigned(buffers.size()));
+    return static_cast<void*>(buffers.back().data.get());
+  };
+  for (const int64_t numel : {1, 3, 63, 64, 65, 1023, 1025, 5000}) {
+    for (const Dtype x : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+      for (const Dtype mean : {Dtype::kFloat32, Dtype::kFloat64}) {
+        if (x == Dtype::kFloat64 && mean == Dtype::kFloat32) continue;
+        landings.push_back({made(numel, x), made(numel, mean), made(numel, mean), numel, task.blocks, x, mean});
+        task.blocks += (numel + kBlock - 1) / kBlock;
+      }
+    }
+  }
+  task.landings = landings.data();
+  task.count = int64_t(landings.size());
+  land(task);
+  std::vector<unsigned char> written;
+  for (const Buffer& buffer : buffers) written.insert(written.end(), buffer.data.get(), buffer.data.get() + buffer.bytes);
+  return written;
+}
+
+bool agree_on_landing() {
+  const auto on_cpu = landed([](const LandTask& task) {
+    baseline::land_blocks(task, 0, task.blocks / 3);
+    baseline::land_blocks(task, task.blocks / 3, task.blocks);
+  });
+  return on_cpu == landed([](const LandTask& task) { land_cuda(task, 0, nullptr); });
+}
+
 }  // namespace
 
 int main() {
+  if (!agree_on_landing()) {
+    std::printf("landing: CPU and CUDA differ\n");
+    return 1;
+  }
   if (!agree_on_drift()) {
     std::printf("drift: CPU and CUDA differ\n");
     return 1;
