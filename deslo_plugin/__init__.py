@@ -9,6 +9,7 @@ from typing import Any
 from deslo_plugin.collectives import AverageError
 from deslo_plugin.config import load_config
 from deslo_plugin.frameworks.attach import attach
+from deslo_plugin.frameworks.export import averaged_state_dict
 from deslo_plugin.frameworks.on_import import on_import
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.strict import ConfigError
@@ -16,15 +17,16 @@ from deslo_plugin.sync import NonFiniteError
 from deslo_plugin.version import __version__
 
 __all__ = [
-    "AverageError", "ConfigError", "DesLoc", "NonFiniteError", "__version__", "attach", "averaged_state_dict", "load_config"
+    "AverageError", "ConfigError", "DesLoc", "NonFiniteError", "__version__", "attach", "attach_accelerator",
+    "averaged_state_dict", "load_config",
 ]
 
 
-def averaged_state_dict(engine: Any) -> dict[str, Any]:
-    """The mean of all replicas' parameters as a float32 CPU state dict; see ``frameworks.deepspeed.export``."""
-    from deslo_plugin.frameworks.deepspeed import averaged_state_dict
+def attach_accelerator(accelerator: Any, config: Any = None, **options: Any) -> None:
+    """``attach`` for what an Accelerator has prepared or will prepare; see ``frameworks.accelerate``."""
+    from deslo_plugin.frameworks.accelerate import attach_accelerator
 
-    return averaged_state_dict(engine)
+    attach_accelerator(accelerator, config, **options)
 
 
 def _teach_deepspeed() -> None:

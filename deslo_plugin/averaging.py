@@ -78,6 +78,17 @@ class Averaging:
         """Drops averages in flight: after a load they start from the loaded values."""
         self._sync.abandon()
 
+    @torch.no_grad()
+    def meet(self) -> None:
+        """Averages every floating state and the buffers now, whatever is due: replicas are equal afterwards. Collective."""
+        self._sync.abandon()
+        for cohort in (cohort for group in self.groups for cohort in self.clock.cohorts(group)):
+            states = {state: self.gather(state, cohort.params) for state in cohort.group["sync_every"]}
+            states = {state: tensors for state, tensors in states.items() if tensors[0].is_floating_point()}
+            write_means(states, self._sync.mean(cohort.steps, states))
+        if self._buffers:
+            write_means({BUFFERS: self._buffers}, self._buffer_sync.mean(self.steps, {BUFFERS: self._buffers}))
+
     def broken(self) -> bool:
         """Whether this replica must leave out the update because its gradients are not finite.
 

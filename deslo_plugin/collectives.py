@@ -64,6 +64,11 @@ class Alone:
         return [0] if flag else []
 
 
+def left_alone() -> bool:
+    """Whether other processes train beside this one, which no transport connects with."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 @dataclass(frozen=True)
 class Groups:
     """The process groups that this rank belongs to: all replicas, its own, its shard's peers in all of them, and itself."""

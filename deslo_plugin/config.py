@@ -200,7 +200,7 @@ def as_dict(config: Config) -> dict[str, Any]:
     return {
         f"{block.name}.{field.name}": str(getattr(part, field.name))
         for block in fields(config)
-        for part in [getattr(config, block.name)]
+        for part in [getattr(config, block.name)] if part is not None
         for field in fields(part)
     }
 

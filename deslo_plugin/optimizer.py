@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.clock import Cohort, ParameterClock
-from deslo_plugin.collectives import Alone, Average
+from deslo_plugin.collectives import Alone, Average, left_alone
 from deslo_plugin.config import Config, load_config
 from deslo_plugin.names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP
 from deslo_plugin.ops import RULES
@@ -70,6 +70,7 @@ class DesLoc(torch.optim.Optimizer):
             self._constants |= {"beta2": optimizer.beta2, "eps": optimizer.eps}
         if optimizer.rule == "adam":
             self._constants["bias_correction"] = optimizer.bias_correction
+        self._unattached = average is None
         if armed:
             self.attach(average or Alone(), chain.from_iterable(group["params"] for group in self.param_groups))
 
@@ -78,6 +79,7 @@ class DesLoc(torch.optim.Optimizer):
         self.state.clear()
         for param in params:
             self._create_state(param)
+        self._unattached = self._unattached and isinstance(average, Alone)
         self._clock = ParameterClock(self, self._create_state)
         self.averaging = Averaging(self, self.config.deslo, average, self._clock, receive=self._receive, emit=emit or self._emit)
         self.armed = True
@@ -99,6 +101,9 @@ class DesLoc(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every replica's own, after or before the averages that are due: Algorithm 1."""
+        if self.armed and self._unattached and left_alone():
+            raise ConfigError("DesLoc.step", "deslo_plugin.attach(model, optimizer) before the first step", "none in a world of "
+                              "several ranks", "attach it, or say average=Alone() for an optimizer that averages nothing")
         loss = None
         if closure is not None:
             with torch.enable_grad():

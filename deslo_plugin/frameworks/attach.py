@@ -16,7 +16,7 @@ from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import Groups, ReplicaAverage, gathered, make_groups
 from deslo_plugin.config import Config, load_config
 from deslo_plugin.frameworks import ddp, fsdp
-from deslo_plugin.frameworks.attachment import Attachment
+from deslo_plugin.frameworks.attachment import Attachment, attached
 from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
 from deslo_plugin.frameworks.warmup import GradientAveraging
 from deslo_plugin.log import say
@@ -57,7 +57,7 @@ def attach(
     Raises ``ConfigError`` for a setting that cannot work, on every rank and before anything is trained.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper keeps the one that steps
-    if getattr(optimizer, "deslo_attached", False):
+    if hasattr(optimizer, "deslo"):
         raise ConfigError("attach(optimizer)", "one call for each optimizer", "a second one", "remove it")
     config = _config_of(optimizer, config)
     topology = _topology_of(model, config, mesh, replicate, process_group)
@@ -77,8 +77,6 @@ def attach(
         ddp.hook(model, averaging, groups)
     elif config.deslo.synchronous_steps and topology.replicas > 1:
         GradientAveraging(model, averaging)
-    optimizer.deslo_attached = True
-
     wire = BYTES[config.deslo.wire_dtype]
     # DDP reduces gradients as they are; GradientAveraging in wire dtype, with a flag for each parameter
     cost = (lambda p: p.nbytes) if isinstance(model, DistributedDataParallel) else (lambda p: (p.numel() + 1) * wire)
@@ -89,6 +87,7 @@ def attach(
         gradient_bytes=[sum(cost(param) for param in each if param.requires_grad) for each in params],
         buffer_bytes=sum(buffer.numel() for buffer in buffers) * wire,
     )
+    attached[model] = optimizer.deslo = attachment
     say(attachment.plan.describe())
     say_placement(topology, groups.world)
     return attachment

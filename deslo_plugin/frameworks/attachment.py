@@ -1,7 +1,8 @@
 """What an optimizer that is connected to its replicas can be asked: ``attach(...)`` returns it, ``engine.deslo`` is it."""
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -46,3 +47,7 @@ class Attachment:
             self.config, self.numels, [group["sync_every"] for group in self.averaging.groups], self.topology,
             divisor=self.averaging.average.divisor, gradient_bytes=self.gradient_bytes, buffer_bytes=self.buffer_bytes,
         )
+
+
+attached: MutableMapping[torch.nn.Module, Attachment] = WeakKeyDictionary()
+"""By model: kept beside it, so that models can still be copied and pickled."""

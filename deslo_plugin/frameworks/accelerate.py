@@ -1,0 +1,121 @@
+"""Accelerate: one line on either side of ``accelerator.prepare``, for DDP, FSDP2 and DeepSpeed."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.utils import DistributedType
+from torch import nn
+
+from deslo_plugin.config import read_file
+from deslo_plugin.frameworks.attach import attach
+from deslo_plugin.log import say
+from deslo_plugin.optimizer import DesLoc
+from deslo_plugin.strict import ConfigError
+from deslo_plugin.telemetry import SyncEvent
+
+Source = Mapping[str, Any] | str | Path
+
+
+def attach_accelerator(
+    accelerator: Accelerator, config: Source | None = None, *, model: nn.Module | None = None,
+    emit: Callable[[SyncEvent], object] | None = None,
+) -> None:
+    """Connects what ``accelerator.prepare`` has prepared, or will prepare, to its replicas: ``attach`` for Accelerate.
+
+    Under DeepSpeed the blocks of ``config`` join those of its JSON. ``accelerator.deslo`` is the ``Attachment`` then.
+    ``save_state`` averages the replicas before it saves, and ``load_state`` gives all of them what was saved; DeepSpeed's
+    checkpoints keep every replica's own state instead.
+
+    Args:
+        accelerator: before or after ``prepare`` of one model and one optimizer.
+        config: as for ``attach``; not needed for a ``DesLoc``, which has its own.
+        model: after ``prepare``, the model that it returned.
+        emit: called with a ``SyncEvent`` after every average; under DeepSpeed there is ``accelerator.deslo.meter``.
+
+    Raises ``ConfigError`` for what would send something over the slow link at every step, or could not be told apart.
+    """
+    if accelerator.dataloader_config.dispatch_batches:
+        raise _dispatches("True")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _into_deepspeed(accelerator, config)
+    if model is not None:
+        _connect(accelerator, model, config, emit)
+    elif accelerator._models:
+        raise ConfigError("attach_accelerator(model=...)", "the model that prepare returned, since it was called", "none",
+                          "pass it, or call attach_accelerator before prepare")
+    else:
+        accelerator.prepare = _preparing(accelerator, config, emit)
+
+
+def _preparing(accelerator: Accelerator, config: Source | None, emit: Any) -> Callable[..., Any]:
+    prepare = accelerator.prepare
+
+    @functools.wraps(prepare)
+    def prepare_and_attach(*args: Any, **kwargs: Any) -> Any:
+        prepared = prepare(*args, **kwargs)
+        several = prepared if isinstance(prepared, tuple | list) else [prepared]
+        models = [each for each in several if isinstance(each, nn.Module)]
+        if models:
+            accelerator.prepare = prepare
+            _connect(accelerator, models[0], config, emit)
+        return prepared
+
+    return prepare_and_attach
+
+
+def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, emit: Any) -> None:
+    for kind, found in (("model", accelerator._models), ("optimizer", accelerator._optimizers)):
+        if len(found) != 1:
+            raise ConfigError("attach_accelerator", f"one prepared {kind}", str(len(found)),
+                              "prepare model and optimizer in one call; for several, call deslo_plugin.attach for each pair")
+    if any(isinstance(loader, DataLoaderDispatcher) for loader in accelerator._dataloaders):
+        raise _dispatches("its default for an IterableDataset")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if not hasattr(model, "deslo"):
+            raise ConfigError("attach_accelerator", 'a DeepSpeed JSON with a "deslo" block', "none", "pass config=, or add it")
+        accelerator.deslo = model.deslo
+        return
+    optimizer = accelerator._optimizers[0]
+    accelerator.deslo = attach(model, optimizer, None if isinstance(optimizer.optimizer, DesLoc) else config, emit=emit)
+    _save_one_model(accelerator)
+
+
+def _save_one_model(accelerator: Accelerator) -> None:
+    save_state, load_state, averaging = accelerator.save_state, accelerator.load_state, accelerator.deslo.averaging
+
+    @functools.wraps(save_state)
+    def save(*args: Any, **kwargs: Any) -> Any:
+        say("deslo: save_state averages parameters and momenta over replicas first, and training goes on from the average")
+        averaging.meet()
+        return save_state(*args, **kwargs)
+
+    @functools.wraps(load_state)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        averaging.abandon()
+        return load_state(*args, **kwargs)
+
+    accelerator.save_state, accelerator.load_state = save, load
+
+
+def _into_deepspeed(accelerator: Accelerator, config: Source | None) -> None:
+    if config is None:
+        return
+    blocks = config if isinstance(config, Mapping) else read_file(Path(config))
+    json = accelerator.state.deepspeed_plugin.deepspeed_config
+    for name in ("optimizer", "deslo"):
+        if name in blocks:
+            if name in json and json[name] != blocks[name]:
+                raise ConfigError(f'"{name}" block', "one", "two: in the DeepSpeed JSON and in config=", "keep one")
+            json[name] = blocks[name]
+
+
+def _dispatches(got: str) -> ConfigError:
+    return ConfigError(
+        "Accelerator(dataloader_config.dispatch_batches)", "False", got,
+        "pass DataLoaderConfiguration(dispatch_batches=False): a batch read on one rank and sent to all crosses the slow "
+        "link at every step",
+    )

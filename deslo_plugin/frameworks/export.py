@@ -1,0 +1,50 @@
+"""One model out of many replicas."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from deslo_plugin.frameworks.attachment import attached
+from deslo_plugin.strict import ConfigError
+
+
+@torch.no_grad()
+def averaged_state_dict(model: Any) -> dict[str, Tensor]:
+    """The model's state dict with the mean of all replicas' parameters, float32 on the CPU; training is not touched.
+
+    Args:
+        model: a DeepSpeed engine, or a model that ``attach`` was called with. An engine without replicas has one model.
+
+    Collective over all ranks; needs room for one whole parameter more on each device. Floating buffers are averaged as well.
+    """
+    if not isinstance(model, nn.Module) or hasattr(model, "basic_optimizer"):
+        from deslo_plugin.frameworks.deepspeed.export import full_params
+
+        module, params, world = model.module, full_params(model), dist.group.WORLD
+    else:
+        if model not in attached:
+            raise ConfigError("averaged_state_dict", "a model that attach was called with", type(model).__name__,
+                              "call deslo_plugin.attach(model, optimizer), or save the model as it is")
+        module = model.module if isinstance(model, DistributedDataParallel) else model
+        params, world = _whole(module), attached[model].groups.world
+    saved = set(module.state_dict(keep_vars=True))
+    state = {}
+    for name, buffer in module.named_buffers():
+        if name in saved:
+            state[name] = _mean(buffer, world) if buffer.is_floating_point() else buffer.detach().cpu()
+    return state | {name: _mean(param, world) for name, param in params}
+
+
+def _whole(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, param in module.named_parameters():
+        yield name, param.full_tensor() if hasattr(param, "full_tensor") else param
+
+
+def _mean(tensor: Tensor, world: dist.ProcessGroup) -> Tensor:
+    mean = tensor.detach().to(torch.float32, copy=True)
+    dist.all_reduce(mean, op=dist.ReduceOp.AVG, group=world)  # the ranks of a replica hold the same: the replicas' mean
+    return mean.cpu()
