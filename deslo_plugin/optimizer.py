@@ -10,7 +10,7 @@ from torch import Tensor
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.clock import Cohort, ParameterClock
 from deslo_plugin.collectives import Alone, Average, left_alone
-from deslo_plugin.config import Config, load_config
+from deslo_plugin.config import Config, expect_landing, load_config
 from deslo_plugin.names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP
 from deslo_plugin.ops import RULES
 from deslo_plugin.outer import mean_, nesterov_
@@ -94,6 +94,7 @@ class DesLoc(torch.optim.Optimizer):
         group, optimizer = self.param_groups[-1], self.config.optimizer
         where = f"param group {len(self.param_groups) - 1}"
         group["sync_every"] = group_periods(group["sync_every"], optimizer.periods, optimizer.beta_of, where)
+        expect_landing(self.config.deslo.delay, group["sync_every"], f" of {where}")
         if self.armed:
             for param in group["params"]:
                 self._create_state(param)
@@ -147,6 +148,14 @@ class DesLoc(torch.optim.Optimizer):
                     tensors["v"] = gather(SECOND_MOMENT, params)
                 lr, decay = _rate(cohort.group["lr"], params[0].device), cohort.group["weight_decay"]
                 self._rule(**tensors, t=t, lr=lr, weight_decay=decay, **options)
+                if self.averaging.late:
+                    self.averaging.late.fade(params, self._left(t, lr, decay))
+
+    def _left(self, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
+        """What the update of count ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""
+        if self.config.optimizer.rule == "adopt" and t == 0:
+            return {SECOND_MOMENT: 0.0}  # the first step of ADOPT sets v and moves nothing else
+        return {PARAMS: 1 - float(lr) * weight_decay if weight_decay else 1.0, **self.config.optimizer.beta_of}
 
     def _tick(self, cohorts: Sequence[Cohort]) -> None:
         """No update: the rule's own count t stays where it is while the clock goes on."""

@@ -13,7 +13,7 @@ FLOORS = [
     {"version", "names", "rules", "schedule", "strict", "rounding"},
     {"periods", "config", "topology", "plan"},
     {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "landing", "arguments", "shards"},
-    {"sync", "outer", "clock"},
+    {"sync", "outer", "clock", "late"},
     {"averaging"},
     {"optimizer", "stock"},
     {"frameworks"},
