@@ -17,9 +17,9 @@ DESLO_INLINE Arithmetic<S> second_moment(const S* v, int64_t e) {
 template <class Law, int N, typename S, typename T>
 DESLO_INLINE void update_run(
     const Recipe<S>& c, int64_t length, uint32_t first, T* x, const T* g, S* const* u, S* v) {
-#pragma omp simd
+  uint32_t index = first;
+#pragma omp simd linear(index)
   for (int64_t e = 0; e < length; ++e) {
-    const uint32_t index = first + uint32_t(e);
     T v_e = second_moment<Law>(v, e);
     const T z = Law::direction(c, g[e], &v_e);
     T d = c.rest * z;
@@ -30,6 +30,7 @@ DESLO_INLINE void update_run(
     }
     Law::apply(c, x[e], d, g[e], &v_e);
     if constexpr (Law::kSecondMoment) v[e] = c.stored(v_e, 0, index);
+    ++index;
   }
 }
 
