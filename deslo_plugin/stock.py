@@ -1,7 +1,8 @@
 """Any optimizer's own states on periods of their own: torch's AdamW, Lion, Muon, whatever keeps tensors in ``state[p]``."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,11 +70,10 @@ def schedule(averaging: StockAveraging) -> None:
     inner, scales = optimizer.step, getattr(optimizer, "_step_supports_amp_scaling", False)
 
     def update(cohorts: Any) -> None:
-        broken, scale = averaging.broken(), getattr(optimizer, "grad_scale", None)
+        broken = averaging.broken()
         if not broken:
-            if scale is not None and not scales:
-                torch._foreach_div_(averaging.gradients(), scale)
-            inner()
+            with contextlib.nullcontext() if scales else _unscaled(averaging):
+                inner()
         averaging.learn_states(not broken)
 
     @functools.wraps(inner)
@@ -88,6 +88,16 @@ def schedule(averaging: StockAveraging) -> None:
 
     optimizer.step = step
     optimizer._step_supports_amp_scaling = True  # GradScaler: call ``step`` always, so that every replica's clock ticks
+
+
+@contextlib.contextmanager
+def _unscaled(averaging: StockAveraging) -> Iterator[None]:
+    """What a GradScaler has left on an optimizer that knows nothing of it, out of its sight; gradients divided by the scale."""
+    left = {name: vars(averaging.optimizer).pop(name) for name in ("grad_scale", "found_inf") if hasattr(averaging.optimizer, name)}
+    if left.get("grad_scale") is not None:
+        torch._foreach_div_(averaging.gradients(), left["grad_scale"])
+    yield
+    vars(averaging.optimizer).update(left)
 
 
 def _kinds(params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, str]:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,11 +74,12 @@ def train(engine: Any, steps: range, broken: tuple[int, int] | None = None) -> l
     return losses
 
 
-def replica_state(engine: Any) -> dict[str, dict[str, Tensor]]:
+def replica_state(engine: Any, moments: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
     """state -> parameter name -> full tensor of this rank's replica, in float32."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     optimizer, out = engine.deslo.optimizer, {"params": {}}
+    moments = optimizer.config.optimizer.moments if moments is None else moments
     masters = dict(engine.module.named_parameters())
     if not engine.zero_optimization() and engine.bfloat16_enabled():
         flat = [high for group in engine.optimizer.fp32_groups for high in group]
@@ -87,7 +88,7 @@ def replica_state(engine: Any) -> dict[str, dict[str, Tensor]]:
     for name, param in engine.module.named_parameters():
         whole = safe_get_full_fp32_param(param) if engine.zero_optimization() else masters[name]
         out["params"][name] = whole.detach().float().clone().cpu().view(-1)
-        for moment in optimizer.config.optimizer.moments:
+        for moment in moments:
             whole = (
                 safe_get_full_optimizer_state(param, moment)
                 if engine.zero_optimization()
@@ -112,6 +113,19 @@ def run(ds: dict, steps: int, broken: tuple[int, int] | None = None) -> dict:
             "vectors_per_step": plan.vectors_per_step,
             "lr": engine.get_lr(),
         }
+
+
+def run_stock(ds: dict, steps: int) -> dict:
+    """``run`` with the JSON's own optimizer, in two param groups without periods."""
+    model = net()
+    groups = [{key: value for key, value in group.items() if key != "sync_every"} for group in two_groups(model)]
+    with engine_for(ds, model, groups) as engine:
+        train(engine, range(steps))
+        meter, plan = engine.deslo.meter, engine.deslo.plan
+        planned = {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes}
+        # only the parameters: DeepSpeed itself loses sight of stock states in param groups after the first
+        states = {"params": replica_state(engine, ())["params"]}
+        return {"states": states, "bytes": dict(meter.bytes), "planned": planned}
 
 
 def low_precision_copies(ds: dict, steps: int) -> list[dict[str, Tensor]]:

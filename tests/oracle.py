@@ -59,25 +59,33 @@ class Launched:
 
 def train(
     settings: list[Setting], starts: list[Tensor], replicas: int, steps: int, gradient: Gradient,
-    norm_clip: float | None = None,
+    norm_clip: float | None = None, synchronous_steps: int = 0,
 ) -> list[list[Group]]:
-    """Runs Algorithm 1; returns world[replica][group]. A gradient of None is a step that this replica skips."""
+    """Runs Algorithm 1; returns world[replica][group]. A gradient of None is a step that this replica skips.
+
+    In the first ``synchronous_steps`` all replicas step by their mean gradient, and there is nothing to average.
+    """
     world = [[_start(s, x.double()) for s, x in zip(settings, starts)] for _ in range(replicas)]
     for t in range(steps):
         # gradients are taken at the parameters as they are before the average of this step
         gradients = [gradient(m, t, [group.x for group in groups]) for m, groups in enumerate(world)]
+        if t < synchronous_steps:
+            mean = [torch.stack(parts).mean(0) for parts in zip(*gradients)]
+            gradients = [mean for _ in gradients]
         for index, s in enumerate(settings):
             column = [groups[index] for groups in world]
+            averages = t > synchronous_steps
             if s.delay > 1:
-                _launch(column, s, t)
+                if averages:
+                    _launch(column, s, t)
                 for group in column:
                     _land(group, s, t)
-            elif not s.after_update:
+            elif averages and not s.after_update:
                 _average(column, s, t)
             for group, g in zip(column, gradients):
                 if g is not None:
                     _update(group, s, _clip([each.double() for each in g], norm_clip)[index])
-            if s.after_update:
+            if s.after_update and t + 1 > synchronous_steps:
                 _average(column, s, t + 1)
     return world
 

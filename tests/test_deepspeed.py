@@ -3,16 +3,10 @@
 import jobs
 import pytest
 import torch
-from oracle import Setting, blocks, states, train
+from oracle import Setting, blocks
+from theory import ACCUMULATION, CLIP, RULES, assert_oracle, oracle_states
 
-REPLICAS, SHARDS, STEPS, ACCUMULATION, CLIP = 2, 2, 42, 2, 0.3
-PERIODS = {"x": 3, "u1": 6, "u2": 4, "v": 12}
-RULES = {
-    "des-loc-adam": Setting("adam", PERIODS, [0.9], [1.0], eps=1e-3),
-    "mt-dao-adam-n2": Setting("adam", PERIODS, [0.9, 0.99], [0.5, 0.3], eps=1e-3),
-    "mt-dao-adopt-qh": Setting("adopt", PERIODS, [0.99], [0.7], eps=1e-3, lr=1e-3),
-    "des-loc-sgdm": Setting("sgdm", PERIODS, [0.9], [1.0]),
-}
+SHARDS, STEPS = 2, 42
 
 
 def ds_config(s: Setting, stage: int, **more) -> dict:
@@ -24,73 +18,38 @@ def ds_config(s: Setting, stage: int, **more) -> dict:
     } | more
 
 
-def oracle_states(s: Setting, steps: int = STEPS, broken: tuple[int, int] | None = None) -> list[dict]:
-    """replica -> state -> parameter name -> flat tensor, for the job in jobs.py."""
-    model = jobs.net().double()
-    groups = jobs.two_groups(model)
-    names = {id(p): name for name, p in model.named_parameters()}
-    settings = [
-        Setting(**vars(s) | {"weight_decay": 0.1}),
-        Setting(**vars(s) | {"lr": 5e-3, "periods": s.periods | {"x": 2}}),
-    ]
-
-    def gradient(replica, step, vectors):
-        if broken == (replica, step):
-            return None
-        for group, vector in zip(groups, vectors):
-            torch.nn.utils.vector_to_parameters(vector, group["params"])
-        model.zero_grad()
-        for rank in range(replica * SHARDS, (replica + 1) * SHARDS):
-            for micro in range(ACCUMULATION):
-                inputs, targets = (each.double() for each in jobs.batch(rank, step, micro))
-                ((model(inputs) - targets).square().mean() / (SHARDS * ACCUMULATION)).backward()
-        return [torch.cat([p.grad.flatten() for p in group["params"]]) for group in groups]
-
-    starts = [torch.cat([p.detach().flatten() for p in group["params"]]) for group in groups]
-    world = train(settings, [x.clone() for x in starts], REPLICAS, steps, gradient, norm_clip=CLIP)
-    out = []
-    for replica in world:
-        by_state: dict = {}
-        for s_g, group, params in zip(settings, replica, groups):
-            for state, vector in states(s_g, group).items():
-                for param, part in zip(params["params"], vector.split([p.numel() for p in params["params"]])):
-                    by_state.setdefault(state, {})[names[id(param)]] = part
-        out.append(by_state)
-    return out
-
-
-def assert_oracle(results: list[dict], theory: list[dict], tolerance: float = 1e-5) -> None:
-    for rank, result in enumerate(results):
-        for state, tensors in theory[rank // SHARDS].items():
-            for name, expected in tensors.items():
-                error = (result["states"][state][name].double() - expected).abs().max()
-                assert error <= tolerance, f"rank {rank}, {state} of {name}: {error:.3g}"
-
-
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", RULES)
 def test_every_stage_trains_as_the_oracle(four, stage, name):
     s = RULES[name]
-    assert_oracle(four().run(jobs.run, ds_config(s, stage), STEPS), oracle_states(s))
+    assert_oracle(four().run(jobs.run, ds_config(s, stage), STEPS), oracle_states(s, STEPS))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_after_update_trains_as_the_oracle(four, stage):
     s = Setting(**vars(RULES["mt-dao-adam-n2"]) | {"after_update": True})
-    assert_oracle(four().run(jobs.run, ds_config(s, stage), STEPS), oracle_states(s))
+    assert_oracle(four().run(jobs.run, ds_config(s, stage), STEPS), oracle_states(s, STEPS))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_synchronous_warm_up_trains_as_the_oracle(four, stage):
+    s = RULES["mt-dao-adam-n2"]
+    results = four().run(jobs.run, ds_config(s, stage, deslo={"synchronous_steps": 12}), 26)
+    assert_oracle(results, oracle_states(s, 26, synchronous_steps=12))
+    assert all(result["bytes"] == result["planned"] for result in results)
 
 
 def test_many_sub_groups_of_zero_3_train_as_the_oracle(four):
     s = RULES["mt-dao-adam-n2"]
     ds = ds_config(s, 3, zero_optimization={"stage": 3, "sub_group_size": 20})
-    assert_oracle(four().run(jobs.run, ds, STEPS), oracle_states(s))
+    assert_oracle(four().run(jobs.run, ds, STEPS), oracle_states(s, STEPS))
     assert_oracle(four().run(jobs.run, ds, 20, (1, 6)), oracle_states(s, 20, broken=(1, 6)))
 
 
 @pytest.mark.parametrize("outer", [(0.7, 0.9), (1.0, 0.9)], ids=["diloco", "outer lr 1"])
 def test_outer_nesterov_trains_as_the_oracle(four, outer):
     s = Setting(**vars(RULES["des-loc-adam"]) | {"outer": outer})
-    assert_oracle(four().run(jobs.run, ds_config(s, 2), STEPS), oracle_states(s))
+    assert_oracle(four().run(jobs.run, ds_config(s, 2), STEPS), oracle_states(s, STEPS))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

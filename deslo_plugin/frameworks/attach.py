@@ -1,6 +1,6 @@
 """``attach``: one call that connects any torch optimizer to its replicas, under DDP, under FSDP2, or without a wrapper."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -42,7 +42,7 @@ def attach(
     """Makes ``optimizer.step()`` a step of DES-LOC or MT-DAO, and gradients stay inside a replica from now on.
 
     Call it on every rank, once model and optimizer are as they will train: after ``DDP(model)``, ``fully_shard(model)``
-    or ``accelerator.prepare(...)``, before the first step.
+    or ``accelerator.prepare(...)``, before the first step. Where several optimizers step one model, once for each of them.
 
     Args:
         model: a ``DistributedDataParallel``, a model sharded by ``fully_shard``, or any other module, of which every
@@ -70,22 +70,15 @@ def attach(
     average = ReplicaAverage(groups, timeout_s=config.deslo.timeout_s, copies=copies)
     averaging = _averaging_of(optimizer, config, average, groups, emit)
     agree_on_optimizer(averaging, config, groups.world)
-    buffers = _floating_buffers(model)
-    if buffers and topology.replicas > 1:
-        averaging.add_buffers(buffers, ReplicaAverage(replace(groups, replica=groups.world), timeout_s=config.deslo.timeout_s))
-    if isinstance(model, DistributedDataParallel):
-        ddp.hook(model, averaging, groups)
-    elif config.deslo.synchronous_steps and topology.replicas > 1:
-        GradientAveraging(model, averaging)
-    wire = BYTES[config.deslo.wire_dtype]
-    # DDP reduces gradients as they are; GradientAveraging in wire dtype, with a flag for each parameter
-    cost = (lambda p: p.nbytes) if isinstance(model, DistributedDataParallel) else (lambda p: (p.numel() + 1) * wire)
+    buffers = [] if model in attached else _floating_buffers(model)
+    if model not in attached and topology.replicas > 1:
+        _keep_inside_replicas(model, buffers, averaging, groups)
     params = [local(group["params"]) for group in optimizer.param_groups]
     attachment = Attachment(
         averaging, groups, config,
         numels=[sum(param.numel() for param in each) for each in params],
-        gradient_bytes=[sum(cost(param) for param in each if param.requires_grad) for each in params],
-        buffer_bytes=sum(buffer.numel() for buffer in buffers) * wire,
+        gradient_bytes=[_gradient_bytes(model, each, config, average.divisor) for each in params],
+        buffer_bytes=sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype],
     )
     attached[model] = optimizer.deslo = attachment
     say(attachment.plan.describe())
@@ -145,6 +138,25 @@ def _averaging_of(
     )
     schedule(averaging)
     return averaging
+
+
+def _keep_inside_replicas(model: nn.Module, buffers: list[torch.Tensor], averaging: Averaging, groups: Groups) -> None:
+    """Whatever wrapped the model reduces gradients inside replicas only; buffers follow the parameters' averages."""
+    if buffers:
+        everyone = replace(groups, replica=groups.world)
+        averaging.add_buffers(buffers, ReplicaAverage(everyone, timeout_s=averaging.deslo.timeout_s))
+    if isinstance(model, DistributedDataParallel):
+        ddp.hook(model, averaging, groups)
+    elif averaging.deslo.synchronous_steps:
+        GradientAveraging(model, averaging)
+
+
+def _gradient_bytes(model: nn.Module, params: Sequence[torch.Tensor], config: Config, divisor: int) -> int:
+    """What a step of the warm-up sends: under DDP gradients as they are, else in wire dtype with a flag for each."""
+    trained = [param for param in params if param.requires_grad]
+    if isinstance(model, DistributedDataParallel):
+        return sum(param.nbytes for param in trained)
+    return -(-sum(param.numel() + 1 for param in trained) // divisor) * BYTES[config.deslo.wire_dtype]
 
 
 def _floating_buffers(model: nn.Module) -> list[torch.Tensor]:

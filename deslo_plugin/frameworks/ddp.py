@@ -6,7 +6,7 @@ from torch.futures import Future, collect_all
 from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.averaging import Averaging
-from deslo_plugin.collectives import Groups
+from deslo_plugin.collectives import Groups, gathered
 from deslo_plugin.config import DesloConfig
 from deslo_plugin.frameworks.equality import local_world_size
 from deslo_plugin.names import GRADIENTS
@@ -16,13 +16,21 @@ from deslo_plugin.topology import Topology, make_topology
 
 
 def topology_of(model: DistributedDataParallel, deslo: DesloConfig) -> Topology:
-    """Replicas of ``deslo.replica_size`` ranks; 1 is the flat form, more the hierarchical one."""
-    if model.process_group.size() != dist.get_world_size():
-        raise ConfigError("attach(model)", "DDP over the whole world", f"DDP over {model.process_group.size()} ranks",
-                          'build DDP without process_group; "deslo": {"replica_size": S} says which ranks are one replica')
-    return make_topology(
+    """Replicas of ``deslo.replica_size`` ranks: 1 is the flat form, more the hierarchical one. DDP over a smaller process
+    group than the world says by itself which ranks are one replica. Collective."""
+    if model.process_group.size() < dist.get_world_size():
+        own = tuple(dist.get_process_group_ranks(model.process_group))
+        return Topology(tuple(sorted(set(gathered(own).values()))), dist.get_rank())
+    topology = make_topology(
         deslo, world_size=dist.get_world_size(), rank=dist.get_rank(), local_world_size=local_world_size()
     )
+    if model.find_unused_parameters and topology.replica_size > 1:
+        raise ConfigError(
+            "DDP(find_unused_parameters=True)", "DDP over the ranks of one replica, since every backward sends a bitmap over "
+            "its process group", "DDP over the world",
+            f"group, _ = torch.distributed.new_subgroups(group_size={topology.replica_size}); DDP(model, process_group=group, ...)",
+        )
+    return topology
 
 
 def hook(model: DistributedDataParallel, averaging: Averaging, groups: Groups) -> None:
@@ -50,13 +58,14 @@ def hook(model: DistributedDataParallel, averaging: Averaging, groups: Groups) -
         raise ConfigError("attach(model)", "a DDP model without a communication hook", f"{str(error).splitlines()[0]!r}",
                           "attach once, and register no other hook: the average replaces the reduction that it compresses") from error
     model.broadcast_buffers = False
-    if groups.topology.replica_size == 1:
+    if groups.topology.replica_size > 1:
+        return
+
+    def finish(*_: object) -> None:
         if not averaging.synchronous:
             model.require_backward_grad_sync = False
-            return
-        after = averaging.optimizer.register_step_post_hook(lambda *_: finish())
+            model._static_graph_delay_allreduce_enqueued = True  # else static_graph sends one bitmap in its first backward
+            after.remove()
 
-        def finish() -> None:
-            if not averaging.synchronous:
-                model.require_backward_grad_sync = False
-                after.remove()
+    after = averaging.optimizer.register_step_post_hook(finish)
+    finish()
