@@ -47,7 +47,10 @@ def test_importing_the_package_imports_no_framework():
     assert printed.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("order", ["import deepspeed, deslo_plugin", "import deslo_plugin, deepspeed"])
+@pytest.mark.parametrize("order", [
+    "import deepspeed, deslo_plugin", "import deslo_plugin, deepspeed",
+    "import deslo_plugin, importlib.util; importlib.util.find_spec('deepspeed'); import deepspeed",  # as accelerate looks
+])
 def test_deepspeed_knows_desloc_in_either_order_of_imports(order):
     code = f"{order}\nfrom deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS as known\n" \
            "print(known.count(deslo_plugin.DesLoc))"

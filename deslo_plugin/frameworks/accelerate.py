@@ -68,10 +68,6 @@ def _preparing(accelerator: Accelerator, config: Source | None, emit: Any) -> Ca
 
 
 def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, emit: Any) -> None:
-    for kind, found in (("model", accelerator._models), ("optimizer", accelerator._optimizers)):
-        if len(found) != 1:
-            raise ConfigError("attach_accelerator", f"one prepared {kind}", str(len(found)),
-                              "prepare model and optimizer in one call; for several, call deslo_plugin.attach for each pair")
     if any(isinstance(loader, DataLoaderDispatcher) for loader in accelerator._dataloaders):
         raise _dispatches("its default for an IterableDataset")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -79,6 +75,10 @@ def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, 
             raise ConfigError("attach_accelerator", 'a DeepSpeed JSON with a "deslo" block', "none", "pass config=, or add it")
         accelerator.deslo = model.deslo
         return
+    for kind, found in (("model", accelerator._models), ("optimizer", accelerator._optimizers)):
+        if len(found) != 1:
+            raise ConfigError("attach_accelerator", f"one prepared {kind}", str(len(found)),
+                              "prepare model and optimizer in one call; for several, call deslo_plugin.attach for each pair")
     optimizer = accelerator._optimizers[0]
     accelerator.deslo = attach(model, optimizer, None if isinstance(optimizer.optimizer, DesLoc) else config, emit=emit)
     _save_one_model(accelerator)

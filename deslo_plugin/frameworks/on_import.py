@@ -18,26 +18,30 @@ def on_import(name: str, then: Callable[[], None]) -> None:
 
 class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, then: Callable[[], None]):
-        self.name, self.then = name, then
+        self.name, self.then, self.asking = name, then, False
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.asking:
             return None
-        sys.meta_path.remove(self)  # the remaining finders now find the package itself
-        spec = importlib.util.find_spec(fullname)
+        self.asking = True  # the other finders find the package itself
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.then)
+            spec.loader = _Loader(spec.loader, self)  # only asked for so far: many look whether a package is there
         return spec
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader, then: Callable[[], None]):
-        self.loader, self.then = loader, then
+    def __init__(self, loader: importlib.abc.Loader, finder: _Finder):
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__.loader = module.__loader__ = self.loader
+        sys.meta_path.remove(self.finder)
         self.loader.exec_module(module)
-        self.then()
+        self.finder.then()

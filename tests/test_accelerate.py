@@ -1,0 +1,59 @@
+"""Accelerate in 4 processes: our one line on either side of ``prepare``, over DDP, FSDP2 and DeepSpeed."""
+
+import accelerate_jobs as jobs
+import pytest
+import torch
+from oracle import blocks
+from test_deepspeed import ds_config
+from theory import RULES, assert_oracle, oracle_states
+
+S = RULES["des-loc-adam"]
+SYNC_EVERY = {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}
+STOCK = {"deslo": {"replica_size": 2, "sync_every": SYNC_EVERY}}
+
+
+def theory(steps, own_period=True):
+    return [{"params": replica["params"]} for replica in oracle_states(S, steps, own_period=own_period)]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_desloc_trains_as_the_oracle(four, kind, side):
+    assert_oracle(four().run(jobs.run, kind, side, "DesLoc", blocks(S, replica_size=2), 14), theory(14))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_scripts_own_adamw_trains_as_the_oracle(four, kind):
+    assert_oracle(four().run(jobs.run, kind, "before", "AdamW", STOCK, 14), theory(14, own_period=False))
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_deepspeed_json_trains_as_the_oracle(four, side, stage):
+    ds = ds_config(S, stage, train_micro_batch_size_per_gpu=2, steps_per_print=10**9)
+    results = four().run(jobs.run, "deepspeed", side, "DummyOptim", None, 14, ds)
+    assert_oracle(results, theory(14))
+    assert results[0]["replicas"] == 2
+
+
+def test_our_blocks_can_be_given_beside_a_deepspeed_json(four):
+    ds = ds_config(S, 2, train_micro_batch_size_per_gpu=2, steps_per_print=10**9)
+    own = {key: ds.pop(key) for key in ("optimizer", "deslo")}
+    assert_oracle(four().run(jobs.run, "deepspeed", "before", "DummyOptim", own, 14, ds), theory(14))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("optimizer", ["DesLoc", "AdamW"])
+def test_what_save_state_saved_is_one_model_and_training_repeats_from_it(four, tmp_path, kind, optimizer):
+    results = four().run(jobs.resumed, kind, optimizer, blocks(S, replica_size=2) if optimizer == "DesLoc" else STOCK,
+                         str(tmp_path))
+    for result in results:
+        for name, saved in result["saved"].items():
+            assert torch.equal(saved, results[0]["saved"][name]) and torch.equal(saved, result["back"][name])
+            assert torch.equal(result["once"][name], result["again"][name])
+
+
+@pytest.mark.parametrize("how", ["asked for", "by default"])
+def test_batches_that_one_rank_reads_for_all_are_refused(four, how):
+    for error in four().run(jobs.dispatching, how):
+        assert "dispatch_batches" in error and "DataLoaderConfiguration(dispatch_batches=False)" in error
