@@ -199,8 +199,8 @@ def deepspeed_cpu_adam(g: Tensor, momenta: int) -> Step | None:
 
 
 CONTESTANTS = {
-    "stream": stream, "deslo kernels": kernels, "bfloat16 states": bfloat16_states, "DesLoc.step": optimizer, "torch AdamW fused": adamw(fused=True),
-    "DeepSpeedCPUAdam": deepspeed_cpu_adam, "torch.compile": compiled, "torch AdamW foreach": adamw(foreach=True),
+    "stream": stream, "deslo kernels": kernels, "bfloat16 states": bfloat16_states, "DesLoc.step": optimizer,
+    "torch AdamW fused": adamw(fused=True), "DeepSpeedCPUAdam": deepspeed_cpu_adam, "torch.compile": compiled, "torch AdamW foreach": adamw(foreach=True),
     "deslo without kernels": python_rules,
 }
 ONE_MOMENTUM = {"torch AdamW fused", "torch AdamW foreach", "DeepSpeedCPUAdam"}
@@ -221,7 +221,8 @@ def _show(title: str, nbytes: int, seconds: dict[str, list[float]], ours: str, c
 def _in_own_process(threads: int, options: argparse.Namespace) -> dict:
     out = options.out.with_suffix(f".{threads}.json")
     subprocess.run([sys.executable, __file__, "--threads", str(threads), "--millions", *map(str, options.millions), "--momenta",
-                    *map(str, options.momenta), "--rounds", str(options.rounds), "--out", out, *["--averages"] * options.averages], check=True)
+                    *map(str, options.momenta), "--rounds", str(options.rounds), "--out", out,
+                    *["--averages"] * options.averages], check=True)
     part = json.loads(out.read_text())
     out.unlink()
     return part

@@ -169,7 +169,8 @@ class Launch {
 
   template <typename S>
   Task<S> task(const Table<S>& table) const {
-    return {recipe<S>(hyper_), hyper_, table.slots.data(), table.u.data(), int64_t(table.slots.size()), table.blocks, grad_scale_, found_inf_, t_, lr_};
+    return {recipe<S>(hyper_), hyper_, table.slots.data(), table.u.data(), int64_t(table.slots.size()), table.blocks,
+            grad_scale_, found_inf_, t_, lr_};
   }
 
   const Call& call_;

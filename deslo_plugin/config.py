@@ -204,16 +204,19 @@ def expect_landing(delay: int, periods: Periods, of: str = "") -> None:
     """Refuses a period that is shorter than ``deslo.delay``: its next average would start before this one has landed."""
     for state, period in periods.items():
         if period and period < delay:
-            raise ConfigError("deslo.delay", f"at most {period}, the period of {state}{of}", str(delay), "lower it, or raise that period")
+            raise ConfigError("deslo.delay", f"at most {period}, the period of {state}{of}", str(delay),
+                              "lower it, or raise that period")
 
 
 def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
     """Both blocks, if they go together."""
     if deslo.delay > 1:
-        others = {"outer": optimizer.outer, "reset_momenta": optimizer.reset_momenta} if optimizer else {"a stock optimizer": True}
+        others = {"a stock optimizer": True}
+        if optimizer is not None:
+            others = {"outer": optimizer.outer, "reset_momenta": optimizer.reset_momenta}
         for other in (name for name, given in others.items() if given):
-            raise ConfigError("deslo.delay", f"1 with {other}", str(deslo.delay), "remove one: only DesLoc's own states can take in "
-                              "an average that is some updates old")
+            raise ConfigError("deslo.delay", f"1 with {other}", str(deslo.delay),
+                              "remove one: it cannot take in an average that is some updates old")
         expect_landing(deslo.delay, optimizer.periods)
     return Config(optimizer=optimizer, deslo=deslo)
 

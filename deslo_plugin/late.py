@@ -2,8 +2,8 @@
 
 An average is launched when t0 steps are complete and lands in ``step()`` when t0 + d - 1 are, before the update: it has
 travelled under d forwards and backwards, and d - 1 updates were made in between, of the local values. d = 1 is the papers'
-order, with no update in between. Momenta are linear recurrences, u <- beta u + (1 - beta) g, so that the mean of the values at t0
-can be put in after n updates exactly as if it had been there:
+order, with no update in between. Momenta are linear recurrences, u <- beta u + (1 - beta) g, so that the mean of the values at
+t0 can be put in after n updates exactly as if it had been there:
 
     u_j <- u_j + beta_j^n (E_m[u_j(t0)] - u_j(t0))          n = d - 1, less the steps that were skipped
     v   <- v + beta2^n (E_m[v(t0)] - v(t0))

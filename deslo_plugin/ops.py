@@ -42,7 +42,8 @@ MAX_MOMENTA = 16
 
 _TENSORS = {"x": "Tensor(a!)[] x", "g": "Tensor[] g", "u": "Tensor(b!)[] u", "v": "Tensor(c!)[] v", "copy": "Tensor(d!)[] copy"}
 _NUMBERS = "int t, float lr, float weight_decay, float[] betas, float[] weights"
-_OPTIONS = "float? clip_value=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? t_tensor=None, Tensor? lr_tensor=None"
+_OPTIONS = ("float? clip_value=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? t_tensor=None, "
+            "Tensor? lr_tensor=None")
 _SCALARS = {"t": torch.int64, "lr": torch.float64}  # numbers that may be tensors
 _SECOND_MOMENT = {"sgdm": "", "adam": "float beta2, float eps, bool bias_correction", "adopt": "float beta2, float eps"}
 

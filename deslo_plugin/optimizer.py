@@ -152,7 +152,7 @@ class DesLoc(torch.optim.Optimizer):
                     self.averaging.late.fade(params, self._left(t, lr, decay))
 
     def _left(self, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
-        """What the update of count ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""
+        """What update ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""
         if self.config.optimizer.rule == "adopt" and t == 0:
             return {SECOND_MOMENT: 0.0}  # the first step of ADOPT sets v and moves nothing else
         return {PARAMS: 1 - float(lr) * weight_decay if weight_decay else 1.0, **self.config.optimizer.beta_of}

@@ -200,7 +200,7 @@ def test_after_a_load_what_flew_is_averaged_as_it_is_when_it_should_land():
         ({"delay": 5}, {"sync_every": {"params": 4}}, "deslo.delay: expected at most 4, the period of params, got 5; lower it"),
         ({"delay": 5}, {"sync_every": {"exp_avg": 3}}, "expected at most 3, the period of exp_avg, got 5"),
         ({"delay": 2}, {"outer": {}}, "deslo.delay: expected 1 with outer, got 2; remove one"),
-        ({"delay": 2}, {"reset_momenta": True, "sync_every": {"exp_avg": None, "exp_avg_sq": None}}, "expected 1 with reset_momenta"),
+        ({"delay": 2}, {"reset_momenta": True, "sync_every": {"exp_avg": None, "exp_avg_sq": None}}, "1 with reset_momenta"),
     ],
 )
 def test_what_cannot_land_late_is_refused(deslo, params, expected):

@@ -63,7 +63,8 @@ def test_step_and_rate_may_be_tensors(kernels, emulated, rule, t, names):
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_the_functions_take_tensors_of_any_real_dtype(shape):
     updated = []
-    for t, lr in ((3, 0.25), (torch.full(shape, 3.0), torch.full(shape, 0.25)), (torch.full(shape, 3), torch.full(shape, 0.25).double())):
+    step, rate = torch.full(shape, 3), torch.full(shape, 0.25)
+    for t, lr in ((3, 0.25), (step.float(), rate), (step, rate.double())):
         case = Case("adopt", 1, [(10,)], [FLOAT32])
         ops.adopt_(case.x, case.g, [case.u], *case.v, **case.numbers | {"t": t, "lr": lr})
         updated.append([*case.x, *case.u, *case.v[0]])

@@ -103,7 +103,8 @@ def give_gradients(params, step, rank=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_optimizer_keeps_its_moments_in_bfloat16(dtype):
-    settings = {"lr": 1e-2, "state_dtype": "bfloat16", "outer": {"lr": 0.7}, "sync_every": {"params": 3, "exp_avg": 2, "exp_avg_sq": 4}}
+    settings = {"lr": 1e-2, "state_dtype": "bfloat16", "outer": {"lr": 0.7},
+                "sync_every": {"params": 3, "exp_avg": 2, "exp_avg_sq": 4}}
 
     def replica(average):
         params = [torch.nn.Parameter(torch.ones(70, dtype=dtype)), torch.nn.Parameter(torch.ones(3, 5, dtype=dtype))]
@@ -124,8 +125,9 @@ def test_the_optimizer_keeps_its_moments_in_bfloat16(dtype):
 def test_a_mean_lands_rounded_to_nearest():
     def replica(average):
         p = torch.nn.Parameter(torch.zeros(1000))
-        optimizer = DesLoc([p], {"optimizer": {"params": {"state_dtype": "bfloat16", "sync_every": {"params": 1, "exp_avg": 1}}},
-                                 "deslo": {"when": "after_update"}}, average=average)
+        params = {"state_dtype": "bfloat16", "sync_every": {"params": 1, "exp_avg": 1}}
+        settings = {"optimizer": {"params": params}, "deslo": {"when": "after_update"}}
+        optimizer = DesLoc([p], settings, average=average)
         optimizer.state[p]["exp_avg"].fill_(1 if average.rank == 0 else 1 + 2**-7)
         optimizer.skip_step()
         return optimizer.state[p]["exp_avg"]
@@ -159,5 +161,5 @@ def test_equal_replicas_stay_equal_and_a_resumed_run_is_the_straight_one():
 
 def test_bfloat16_momenta_of_float64_parameters_are_refused():
     settings = {"optimizer": {"params": {"state_dtype": "bfloat16"}}, "deslo": {"wire_dtype": "float64"}}
-    with pytest.raises(ConfigError, match="optimizer.params.state_dtype: expected 'float32' with float64 parameters, got 'bfloat16'"):
+    with pytest.raises(ConfigError, match="params.state_dtype: expected 'float32' with float64 parameters, got 'bfloat16'"):
         DesLoc([torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))], settings)
