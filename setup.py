@@ -37,7 +37,7 @@ CUDA_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "--ftz=true", "-Xcompiler=-fP
 
 
 class BuildKernels(build_ext):
-    """Compiles csrc/cpu.cpp once per instruction set, csrc/*.cu with nvcc, and links them into one module."""
+    """Compiles csrc/cpu*.cpp once per instruction set, csrc/*.cu with nvcc, and links them into one module."""
 
     def build_extension(self, extension):
         try:
@@ -67,7 +67,7 @@ class BuildKernels(build_ext):
         x86 = platform.machine() in ("x86_64", "AMD64")
         for isa, flags in {"baseline": [], **(X86 if x86 else {})}.items():
             extension.extra_objects += self.compiler.compile(
-                ["csrc/cpu.cpp"], output_dir=f"{self.build_temp}/{isa}", macros=[("DESLO_ISA", isa)],
+                ["csrc/cpu.cpp", "csrc/cpu_average.cpp"], output_dir=f"{self.build_temp}/{isa}", macros=[("DESLO_ISA", isa)],
                 extra_postargs=FLAGS + flags, depends=extension.depends,
             )
 
@@ -78,7 +78,7 @@ class BuildKernels(build_ext):
         try:
             if not nvcc:
                 raise FileNotFoundError("DESLO_NATIVE=cuda: expected nvcc on PATH or in CUDA_HOME/bin, found none")
-            targets = {f"csrc/{name}.cu": Path(self.build_temp) / f"{name}.cu.o" for name in ("cuda", "drift")}
+            targets = {f"csrc/{name}.cu": Path(self.build_temp) / f"{name}.cu.o" for name in ("cuda", "drift", "land")}
             for source, target in targets.items():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 subprocess.run([nvcc, *CUDA_FLAGS, "-c", source, "-o", target], check=True)

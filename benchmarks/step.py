@@ -1,10 +1,12 @@
 """How long one optimizer step takes on the CPU, against its peers and against the memory traffic that it cannot avoid.
 
     python benchmarks/step.py [--threads 1 2] [--millions 1 16 128] [--momenta 1 2 3] [--rounds 15]
+    python benchmarks/step.py --averages [--threads 1 2] [--millions 1 16 128] [--rounds 15]
 
 Every contestant has buffers of its own and steps once per round, in an order that changes; the table shows medians over
 rounds, the median of each round's ratio to the kernels, and the share of the speed of ``stream``: the same bytes in one
 pass of reads and writes without arithmetic (20 + 8 N bytes per parameter). The raw times go to benchmarks/results/.
+``--averages`` measures the operators of the averages instead, ``deslo::drift`` and ``deslo::land_``, against torch's.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -26,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from deslo_plugin import DesLoc, ops, rules
+from deslo_plugin import DesLoc, landing, ops, rules
 
 HERE = Path(__file__).resolve().parent
 BETAS, BETA2, LR, EPS, WEIGHT_DECAY = [0.9, 0.99, 0.999], 0.95, 1e-4, 1e-8, 0.1
@@ -39,17 +42,17 @@ def main() -> None:
     parser.add_argument("--millions", type=int, nargs="+", default=[1, 16, 128])
     parser.add_argument("--momenta", type=int, nargs="+", default=[1, 2, 3], choices=[1, 2, 3])
     parser.add_argument("--rounds", type=int, default=15, help="at 128M parameters; smaller sizes take more")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "step.json")
+    parser.add_argument("--averages", action="store_true", help="drift and landing in place of the step")
+    parser.add_argument("--out", type=Path, help="by default results/step.json, with --averages results/averages.json")
     options = parser.parse_args()
+    options.out = options.out or HERE / "results" / ("averages.json" if options.averages else "step.json")
     if len(options.threads) > 1:  # torch.compile bakes the number of threads in: one process for each
         parts = [_in_own_process(threads, options) for threads in options.threads]
         save(options.out, [run for part in parts for run in part["runs"]])
         return
     torch.set_num_threads(options.threads[0])
-    runs = [
-        measure(millions << 20, momenta, options.rounds * min(20, 128 // millions))
-        for millions in options.millions for momenta in options.momenta
-    ]
+    measured = [measure_averages] if options.averages else [partial(measure, momenta) for momenta in options.momenta]
+    runs = [each(millions << 20, options.rounds * min(20, 128 // millions)) for millions in options.millions for each in measured]
     save(options.out, runs)
 
 
@@ -61,12 +64,38 @@ def save(out: Path, runs: list[dict]) -> None:
     out.write_text(f"{json.dumps(about)[:-1]}, \"runs\": [\n{lines}\n]}}\n")
 
 
-def measure(size: int, momenta: int, rounds: int) -> dict:
+def measure(momenta: int, size: int, rounds: int) -> dict:
     """Seconds per step of every contestant, one list entry per round."""
     torch.manual_seed(0)
     g = torch.randn(size).mul_(1e-3)
     contestants = {name: build(g, momenta) for name, build in CONTESTANTS.items() if momenta == 1 or name not in ONE_MOMENTUM}
-    steps = {name: step for name, step in contestants.items() if step is not None}
+    seconds = timed({name: step for name, step in contestants.items() if step is not None}, rounds)
+    title = f"{size >> 20}M parameters, N = {momenta}, {torch.get_num_threads()} thread(s)"
+    _show(title, size * (20 + 8 * momenta), seconds, "deslo kernels", "stream")
+    return {"parameters": size, "momenta": momenta, "threads": torch.get_num_threads(), "seconds": seconds}
+
+
+def measure_averages(size: int, rounds: int) -> dict:
+    """Seconds of drift and of landing, by the kernels and by torch's operators."""
+    torch.manual_seed(0)
+    x, local, mean = (torch.randn(size) for _ in range(3))
+
+    def composed_drift() -> Tensor:
+        return torch.stack([(local - mean).square().sum(), local @ mean, mean @ mean])
+
+    def composed_landing() -> None:
+        x.add_(mean - local, alpha=0.9)
+
+    drift = timed({"deslo::drift": lambda: torch.ops.deslo.drift([local], [mean]), "torch, drift": composed_drift}, rounds)
+    land = timed({"deslo::land_": lambda: landing.land_([x], [local], [mean], 0.9), "torch, landing": composed_landing}, rounds)
+    for seconds, passes in ((drift, 2), (land, 4)):
+        ours = next(iter(seconds))
+        _show(f"{size >> 20}M elements, {torch.get_num_threads()} thread(s)", 4 * size * passes, seconds, ours)
+    return {"elements": size, "threads": torch.get_num_threads(), "seconds": drift | land}
+
+
+def timed(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, once per round, in an order that changes."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -75,8 +104,7 @@ def measure(size: int, momenta: int, rounds: int) -> dict:
             start = time.perf_counter()
             steps[name]()
             seconds[name].append(round(time.perf_counter() - start, 7))
-    _show(size, momenta, seconds)
-    return {"parameters": size, "momenta": momenta, "threads": torch.get_num_threads(), "seconds": seconds}
+    return seconds
 
 
 def states(g: Tensor, momenta: int) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -115,6 +143,12 @@ def numbers(momenta: int) -> dict:
 
 def kernels(g: Tensor, momenta: int) -> Step:
     x, u, v = states(g, momenta)
+    return lambda: ops.adam_([x], [g], [[u_j] for u_j in u], [v], **numbers(momenta))
+
+
+def bfloat16_states(g: Tensor, momenta: int) -> Step:
+    x, u, v = states(g, momenta)
+    u, v = [u_j.bfloat16() for u_j in u], v.bfloat16()
     return lambda: ops.adam_([x], [g], [[u_j] for u_j in u], [v], **numbers(momenta))
 
 
@@ -165,28 +199,30 @@ def deepspeed_cpu_adam(g: Tensor, momenta: int) -> Step | None:
 
 
 CONTESTANTS = {
-    "stream": stream, "deslo kernels": kernels, "DesLoc.step": optimizer, "torch AdamW fused": adamw(fused=True),
-    "DeepSpeedCPUAdam": deepspeed_cpu_adam, "torch.compile": compiled, "torch AdamW foreach": adamw(foreach=True),
+    "stream": stream, "deslo kernels": kernels, "bfloat16 states": bfloat16_states, "DesLoc.step": optimizer,
+    "torch AdamW fused": adamw(fused=True), "DeepSpeedCPUAdam": deepspeed_cpu_adam, "torch.compile": compiled, "torch AdamW foreach": adamw(foreach=True),
     "deslo without kernels": python_rules,
 }
 ONE_MOMENTUM = {"torch AdamW fused", "torch AdamW foreach", "DeepSpeedCPUAdam"}
 
 
-def _show(size: int, momenta: int, seconds: dict[str, list[float]]) -> None:
-    table = Table("", "ms", "time / kernels", "GB/s", "share of stream",
-                  title=f"{size >> 20}M parameters, N = {momenta}, {torch.get_num_threads()} thread(s)")
-    ours, ceiling = seconds["deslo kernels"], seconds["stream"]
+def _show(title: str, nbytes: int, seconds: dict[str, list[float]], ours: str, ceiling: str | None = None) -> None:
+    """``nbytes``: what one pass of the kernel must move."""
+    table = Table("", "ms", "time / kernel", "GB/s", *(["share of stream"] if ceiling else []), title=title)
     for name, each in seconds.items():
-        share = median(c / e for c, e in zip(ceiling, each))
-        table.add_row(name, f"{median(each) * 1e3:.2f}", f"{median(e / o for e, o in zip(each, ours)):.2f}",
-                      f"{size * (20 + 8 * momenta) / median(each) / 1e9:.1f}", f"{share:.2f}")
+        row = [name, f"{median(each) * 1e3:.2f}", f"{median(e / o for e, o in zip(each, seconds[ours])):.2f}",
+               f"{nbytes / median(each) / 1e9:.1f}"]
+        if ceiling:
+            row.append(f"{median(c / e for c, e in zip(seconds[ceiling], each)):.2f}")
+        table.add_row(*row)
     Console(width=100).print(table)
 
 
 def _in_own_process(threads: int, options: argparse.Namespace) -> dict:
     out = options.out.with_suffix(f".{threads}.json")
     subprocess.run([sys.executable, __file__, "--threads", str(threads), "--millions", *map(str, options.millions), "--momenta",
-                    *map(str, options.momenta), "--rounds", str(options.rounds), "--out", out], check=True)
+                    *map(str, options.momenta), "--rounds", str(options.rounds), "--out", out,
+                    *["--averages"] * options.averages], check=True)
     part = json.loads(out.read_text())
     out.unlink()
     return part

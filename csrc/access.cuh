@@ -1,4 +1,4 @@
-// What the CUDA kernels share: the size of a launch, and elements to and from memory in whole accesses of 16 or 8 bytes.
+// What the CUDA kernels share: elements to and from memory in whole accesses of 16 or 8 bytes, and how they are launched.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,8 +32,8 @@ __device__ __forceinline__ void write_whole(const double* from, double* to) {
   __stcs(reinterpret_cast<double2*>(to), make_double2(from[0], from[1]));
 }
 
-__device__ __forceinline__ void write_whole(const uint16_t* from, uint16_t* to) {
-  __stcs(reinterpret_cast<ushort4*>(to), make_ushort4(from[0], from[1], from[2], from[3]));
+__device__ __forceinline__ void write_whole(const BFloat16* from, BFloat16* to) {
+  __stcs(reinterpret_cast<ushort4*>(to), make_ushort4(from[0].bits, from[1].bits, from[2].bits, from[3].bits));
 }
 
 template <typename V>
@@ -84,36 +84,68 @@ __device__ __forceinline__ void widen(const Raw& raw, Dtype type, T* to) {
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void store(const T* from, void* data, Dtype type, int64_t offset, int count, bool whole) {
-  if (is_half(type)) {
-    uint16_t* const to = static_cast<uint16_t*>(data) + offset;
-    uint16_t bits[4] = {};
-    for (int e = 0; e < kWidth<T>; ++e) {
-      const float a = float(from[e]);
-      bits[e] = type == Dtype::kBFloat16 ? BFloat16::of_float(a).bits : Float16::of_float(a).bits;
-    }
-    if (whole) {
-      write_whole(bits, to);
-    } else {
-      for (int e = 0; e < kWidth<T>; ++e) {
-        if (e < count) to[e] = bits[e];
-      }
-    }
+// kWidth elements of the format that memory has.
+template <typename S, int W>
+__device__ __forceinline__ void store(const S (&from)[W], S* data, int64_t offset, int count, bool whole) {
+  if (whole) {
+    write_whole(from, data + offset);
   } else {
-    T* const to = static_cast<T*>(data) + offset;
-    if (whole) {
-      write_whole(from, to);
-    } else {
-      for (int e = 0; e < kWidth<T>; ++e) {
-        if (e < count) to[e] = from[e];
-      }
+    for (int e = 0; e < W; ++e) {
+      if (e < count) data[offset + e] = from[e];
     }
   }
 }
 
-__device__ __forceinline__ bool aligned(const void* data, int bytes) {
-  return reinterpret_cast<uintptr_t>(data) % bytes == 0;
+template <typename T, int W>
+__device__ __forceinline__ void store(
+    const T (&from)[W], void* data, Dtype type, int64_t offset, int count, bool whole) {
+  if (is_half(type)) {
+    BFloat16 some[4] = {};  // Float16 too is 16 bits
+    for (int e = 0; e < W; ++e) {
+      const float a = float(from[e]);
+      some[e].bits = type == Dtype::kBFloat16 ? BFloat16::of_float(a).bits : Float16::of_float(a).bits;
+    }
+    store(some, static_cast<BFloat16*>(data), offset, count, whole);
+  } else {
+    store(from, static_cast<T*>(data), offset, count, whole);
+  }
+}
+
+// kAtOnce elements as they came; float64 takes both halves.
+constexpr int kAtOnce = 4;
+
+struct Elements {
+  Raw raw[2];
+};
+
+// Those of the elements offset .. offset + kAtOnce that are among the first `count`; the others are 0.
+__device__ __forceinline__ Elements read(const void* data, Dtype type, int64_t offset, int count, bool whole) {
+  Elements elements{};
+  if (type == Dtype::kFloat64) {
+    elements.raw[0] = load<double>(data, type, offset, count, whole);
+    elements.raw[1] = load<double>(data, type, offset + 2, count - 2, whole);
+  } else {
+    elements.raw[0] = load<float>(data, type, offset, count, whole);
+  }
+  return elements;
+}
+
+template <typename T>
+__device__ __forceinline__ void widen(const Elements& elements, Dtype type, T (&to)[kAtOnce]) {
+  if (type == Dtype::kFloat64) {
+    double some[kAtOnce];
+    memcpy(some, &elements, sizeof some);
+    for (int e = 0; e < kAtOnce; ++e) to[e] = T(some[e]);
+    return;
+  }
+  float some[kAtOnce];
+  widen(elements.raw[0], type, some);
+  for (int e = 0; e < kAtOnce; ++e) to[e] = T(some[e]);
+}
+
+// Whether whole accesses may begin at `data`.
+__device__ __forceinline__ bool aligned(const void* data, Dtype type) {
+  return reinterpret_cast<uintptr_t>(data) % (is_half(type) ? 8 : 16) == 0;
 }
 
 void check(cudaError_t error) {
@@ -132,6 +164,24 @@ class OnDevice {
  private:
   int before_ = 0;
 };
+
+// Thread blocks of `kernel` that the device, which is current, holds at once.
+template <typename Kernel>
+int64_t resident_blocks(Kernel kernel, int device) {
+  int processors = 0, resident = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0));
+  return int64_t(processors) * resident;
+}
+
+template <typename... Parameters, typename... Arguments>
+void queue(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
 
 }  // namespace
 }  // namespace deslo

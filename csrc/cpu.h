@@ -2,6 +2,7 @@
 #pragma once
 
 #include "drift.h"
+#include "land.h"
 
 namespace deslo {
 
@@ -10,7 +11,9 @@ namespace deslo {
   namespace isa {                                                                        \
   void update_blocks(const Task<float>& task, int64_t begin, int64_t end);               \
   void update_blocks(const Task<double>& task, int64_t begin, int64_t end);              \
+  void update_blocks(const Task<BFloat16>& task, int64_t begin, int64_t end);            \
   void drift_blocks(const DriftTask& task, int64_t begin, int64_t end, double* sums);    \
+  void land_blocks(const LandTask& task, int64_t begin, int64_t end);                    \
   }
 
 DESLO_DECLARE_ISA(baseline)

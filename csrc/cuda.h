@@ -2,15 +2,27 @@
 #pragma once
 
 #include "drift.h"
+#include "land.h"
 
 namespace deslo {
 
-// Queues the task on `stream` (a cudaStream_t) of `device`. Throws std::runtime_error if the launch fails.
-void update_cuda(const Task<float>& task, int device, void* stream);
-void update_cuda(const Task<double>& task, int device, void* stream);
+// What a kernel makes on the device where t or lr lie there.
+template <typename S>
+struct Prepared {
+  Recipe<S> recipe;
+  float skip;  // not 0: nothing is written
+};
+
+// Queues the task on `stream` (a cudaStream_t) of `device`. `prepared` is memory of the device, to be kept until the stream has
+// come by; it is not looked at if task.t and task.lr are null. Throws std::runtime_error if the launch fails.
+void update_cuda(const Task<float>& task, int device, void* stream, Prepared<float>* prepared);
+void update_cuda(const Task<double>& task, int device, void* stream, Prepared<double>* prepared);
+void update_cuda(const Task<BFloat16>& task, int device, void* stream, Prepared<BFloat16>* prepared);
 
 // Likewise: adds to `sums`, kSums rows of drift_columns(device) numbers each. The columns add up to the result.
 int64_t drift_columns(int device);
 void drift_cuda(const DriftTask& task, int device, void* stream, double* sums);
+
+void land_cuda(const LandTask& task, int device, void* stream);
 
 }  // namespace deslo

@@ -7,8 +7,6 @@
 namespace deslo {
 namespace {
 
-constexpr int kAtOnce = 4;  // elements
-
 // first_block of a pair counts chunks here: kThreads accesses of kAtOnce elements.
 struct DriftBatch {
   static constexpr int kPairs = (kArguments - 64) / int(sizeof(Pair));
@@ -18,33 +16,6 @@ struct DriftBatch {
   int pair_count;
   Pair pairs[kPairs];
 };
-
-// kAtOnce elements as they came; float64 takes both halves.
-struct Elements {
-  Raw raw[2];
-};
-
-// Those of the elements offset .. offset + kAtOnce that are among the first `count`; the others are 0.
-__device__ __forceinline__ Elements read(const void* data, Dtype type, int64_t offset, int count, bool whole) {
-  Elements elements{};
-  if (type == Dtype::kFloat64) {
-    elements.raw[0] = load<double>(data, type, offset, count, whole);
-    elements.raw[1] = load<double>(data, type, offset + 2, count - 2, whole);
-  } else {
-    elements.raw[0] = load<float>(data, type, offset, count, whole);
-  }
-  return elements;
-}
-
-__device__ __forceinline__ void to_double(const Elements& elements, Dtype type, double* to) {
-  if (type == Dtype::kFloat64) {
-    memcpy(to, &elements, kAtOnce * sizeof(double));
-    return;
-  }
-  float some[kAtOnce];
-  widen(elements.raw[0], type, some);
-  for (int e = 0; e < kAtOnce; ++e) to[e] = double(some[e]);
-}
 
 __global__ void __launch_bounds__(kThreads) drift_sums(const __grid_constant__ DriftBatch batch) {
   const int64_t columns = int64_t(gridDim.x) * kThreads;
@@ -56,12 +27,12 @@ __global__ void __launch_bounds__(kThreads) drift_sums(const __grid_constant__ D
     const int64_t left = pair.numel - offset;
     if (left <= 0) continue;
     const int count = left < kAtOnce ? int(left) : kAtOnce;
-    const bool whole = count == kAtOnce && aligned(pair.local, is_half(pair.local_type) ? 8 : 16) && aligned(pair.mean, 16);
+    const bool whole = count == kAtOnce && aligned(pair.local, pair.local_type) && aligned(pair.mean, pair.mean_type);
     const Elements local = read(pair.local, pair.local_type, offset, count, whole);
     const Elements mean = read(pair.mean, pair.mean_type, offset, count, whole);
     double l[kAtOnce], m[kAtOnce];
-    to_double(local, pair.local_type, l);
-    to_double(mean, pair.mean_type, m);
+    widen(local, pair.local_type, l);
+    widen(mean, pair.mean_type, m);
     for (int e = 0; e < kAtOnce; ++e) add_drift(l[e], m[e], distance, product, square);
   }
   mine[0] += distance;
@@ -69,19 +40,11 @@ __global__ void __launch_bounds__(kThreads) drift_sums(const __grid_constant__ D
   mine[2 * columns] += square;
 }
 
-// Thread blocks that the device holds at once.
-int64_t drift_room(int device) {
-  int processors = 0, resident = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, drift_sums, kThreads, 0));
-  return int64_t(processors) * resident;
-}
-
 }  // namespace
 
 int64_t drift_columns(int device) {
   const OnDevice guard(device);
-  return drift_room(device) * kThreads;
+  return resident_blocks(drift_sums, device) * kThreads;
 }
 
 void drift_cuda(const DriftTask& task, int device, void* stream, double* sums) {
@@ -98,11 +61,8 @@ void drift_cuda(const DriftTask& task, int device, void* stream, double* sums) {
       batch.pairs[i].first_block = batch.chunks;
       batch.chunks += (batch.pairs[i].numel + chunk - 1) / chunk;
     }
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(drift_room(device)));  // every launch adds to the same columns
-    config.blockDim = dim3(kThreads);
-    config.stream = static_cast<cudaStream_t>(stream);
-    check(cudaLaunchKernelEx(&config, drift_sums, batch));
+    // every launch adds to the same columns, and so is of one size
+    queue(drift_sums, resident_blocks(drift_sums, device), kThreads, static_cast<cudaStream_t>(stream), batch);
   }
 }
 

@@ -3,8 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "arguments.h"
 #include "drift.h"
-#include "launch.h"
 
 namespace deslo {
 
@@ -35,10 +35,7 @@ class DriftLaunch {
 
  private:
   static Dtype checked(const std::string& name, const Tensor& tensor, const Tensor& first) {
-    if (tensor.is_cuda() != first.is_cuda() || tensor.is_cpu() != first.is_cpu() ||
-        tensor.get_device_index() != first.get_device_index()) {
-      refuse(name, ": expected the device of local[0], got another");
-    }
+    if (!same_device(tensor, first)) refuse(name, ": expected the device of local[0], got another");
     if (!tensor.is_contiguous()) refuse(name, ": expected a contiguous tensor");
     return dtype_of(tensor, name);
   }

@@ -1,47 +1,19 @@
-// From a call of an operator to tasks: checks that name the argument, then plain pointers. No kernel runs on bad input.
+// From a call of a rule to tasks: checks that name the argument, then plain pointers. No kernel runs on bad input.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <cstddef>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-#include <utility>
-#include <vector>
 
+#include "arguments.h"
 #include "task.h"
 
 namespace deslo {
-
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using ScalarType = torch::headeronly::ScalarType;
-
-// Raises ValueError in Python.
-template <typename... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream message;
-  message << "deslo: ";
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
-
-inline std::string shown(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::ostringstream text;
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "[") << sizes[i];
-  return sizes.empty() ? "[]" : text.str() + "]";
-}
-
-inline std::string at(const char* name, size_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
 
 // The arguments of one call. `u` is momentum-major: u[j * x.size() + i] is momentum j of parameter i.
 struct Call {
   Hyper hyper;
   const Tensors *x, *g, *u, *v, *copy;  // v is null for sgdm; copy may be empty
   const std::optional<Tensor> *grad_scale, *found_inf;
+  const std::optional<Tensor> *t, *lr;  // in place of those of hyper
 };
 
 inline void set_momenta(Hyper& hyper, const std::vector<double>& betas, const std::vector<double>& weights) {
@@ -56,75 +28,40 @@ inline void set_momenta(Hyper& hyper, const std::vector<double>& betas, const st
   std::copy(weights.begin(), weights.end(), hyper.weight);
 }
 
-const char* const kNames[] = {"float32", "float64", "bfloat16", "float16"};  // by Dtype
-
-inline Dtype dtype_of(const Tensor& tensor, const std::string& name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: refuse(name, ": expected float32, float64, bfloat16 or float16, got another dtype");
-  }
-}
-
-inline bool same(torch::headeronly::IntHeaderOnlyArrayRef a, torch::headeronly::IntHeaderOnlyArrayRef b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end());
-}
-
-// Whether the elements fill one stretch of memory, in whatever order of dimensions.
-inline bool is_dense(const Tensor& tensor) {
-  if (tensor.is_contiguous()) return true;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-// Whether equal offsets from the first element mean equal indices. Both tensors are dense and of one shape.
-inline bool same_layout(const Tensor& a, const Tensor& b) {
-  if (same(a.strides(), b.strides()) || (a.is_contiguous() && b.is_contiguous())) return true;
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
-  }
-  return true;
-}
-
-// Builds the tasks of one call: one for float32 states, one for float64 states.
+// Builds the tasks of one call: one for each dtype of states. Where the host may read tensors, it reads t and lr.
 class Launch {
  public:
-  explicit Launch(const Call& call) : call_(call), device_(first(call).get_device_index()), cuda_(first(call).is_cuda()) {
+  Launch(const Call& call, bool host_reads) : call_(call), device_(first(call).get_device_index()), cuda_(first(call).is_cuda()) {
     const size_t count = call.x->size();
     expect_length("g", call.g->size(), count);
     if (call.v) expect_length("v", call.v->size(), count);
     expect_length("u", call.u->size(), count * call.hyper.momenta);
     if (!call.copy->empty()) expect_length("copy", call.copy->size(), count);
-    grad_scale_ = scalar("grad_scale", *call.grad_scale);
-    found_inf_ = scalar("found_inf", *call.found_inf);
+    grad_scale_ = number<float>("grad_scale", *call.grad_scale, ScalarType::Float, "float32");
+    found_inf_ = number<float>("found_inf", *call.found_inf, ScalarType::Float, "float32");
+    t_ = number<int64_t>("t", *call.t, ScalarType::Long, "int64");
+    lr_ = number<double>("lr", *call.lr, ScalarType::Double, "float64");
 
     hyper_ = call.hyper;
-    if (hyper_.rule == Rule::kAdopt && hyper_.t == 0) {
+    if (host_reads) {
+      if (t_) hyper_.t = *std::exchange(t_, nullptr);
+      if (lr_) hyper_.lr = *std::exchange(lr_, nullptr);
+    }
+    if (hyper_.rule == Rule::kAdopt && !t_ && hyper_.t == 0) {
       hyper_.rule = Rule::kAdoptStart;
       hyper_.momenta = 0;
     }
     for (size_t i = 0; i < count; ++i) {
       const Dtype state = dtype_of((*call.u)[i], at("u", i));
-      if (state == Dtype::kFloat32) {
-        add(i, single_);
-      } else if (state == Dtype::kFloat64) {
-        add(i, double_);
-      } else {
-        refuse(at("u", i), ": expected float32 or float64, got ", kNames[int(state)], "; momenta stall in 16 bits");
+      switch (state) {
+        case Dtype::kFloat32: add(i, single_); break;
+        case Dtype::kFloat64: add(i, double_); break;
+        case Dtype::kBFloat16: add(i, brief_); break;
+        case Dtype::kFloat16:
+          refuse(at("u", i), ": expected float32, float64 or bfloat16, got float16; squares of gradients vanish in it");
       }
     }
-    refuse_overlap();
+    refuse_overlap(stretches_);
   }
 
   // Calls run(task) for every task that has an element.
@@ -132,23 +69,15 @@ class Launch {
   void each(Run run) const {
     if (single_.blocks) run(task(single_));
     if (double_.blocks) run(task(double_));
+    if (brief_.blocks) run(task(brief_));
   }
 
-  int32_t device() const { return device_; }
-
  private:
-  template <typename T>
+  template <typename S>
   struct Table {
-    std::vector<Slot<T>> slots;
-    std::vector<T*> u;
+    std::vector<Slot<S>> slots;
+    std::vector<S*> u;
     int64_t blocks = 0;
-  };
-
-  struct Stretch {
-    const char *begin, *end;
-    const char* name;
-    size_t index;
-    bool written;
   };
 
   static const Tensor& first(const Call& call) {
@@ -166,13 +95,14 @@ class Launch {
     }
   }
 
-  const float* scalar(const char* name, const std::optional<Tensor>& tensor) const {
+  template <typename T>
+  const T* number(const char* name, const std::optional<Tensor>& tensor, ScalarType type, const char* type_name) const {
     if (!tensor) return nullptr;
     expect_device(*tensor, name);
-    if (tensor->scalar_type() != ScalarType::Float || tensor->numel() != 1) {
-      refuse(name, ": expected one float32 number, got shape ", shown(tensor->sizes()));
+    if (tensor->scalar_type() != type || tensor->numel() != 1) {
+      refuse(name, ": expected one ", type_name, " number, got shape ", shown(tensor->sizes()));
     }
-    return static_cast<const float*>(tensor->const_data_ptr());
+    return static_cast<const T*>(tensor->const_data_ptr());
   }
 
   // Checks one tensor of parameter i and returns where it lies. `element` is in bytes.
@@ -192,47 +122,42 @@ class Launch {
     return data;
   }
 
-  template <typename T>
+  template <typename S>
   Dtype parameter_type(const Tensor& tensor, const std::string& name) const {
     const Dtype type = dtype_of(tensor, name);
-    if ((type == Dtype::kFloat64) != (kDtype<T> == Dtype::kFloat64)) {
-      refuse(name, kDtype<T> == Dtype::kFloat64 ? ": expected float64 with float64 momenta, got "
-                                                : ": expected float32, bfloat16 or float16 with float32 momenta, got ",
-             kNames[int(type)]);
+    if ((type == Dtype::kFloat64) != (kDtype<S> == Dtype::kFloat64)) {
+      refuse(name, kDtype<S> == Dtype::kFloat64 ? ": expected float64" : ": expected float32, bfloat16 or float16", " with ",
+             kNames[int(kDtype<S>)], " momenta, got ", kNames[int(type)]);
     }
     return type;
   }
 
-  template <typename T>
-  T* state(const char* name, size_t index, const Tensor& tensor, size_t i) {
+  template <typename S>
+  S* state(const char* name, size_t index, const Tensor& tensor, size_t i) {
     const Dtype type = dtype_of(tensor, at(name, index));
-    if (type != kDtype<T>) {
-      refuse(at(name, index), ": expected ", kNames[int(kDtype<T>)], " as u[", i, "] is, got ", kNames[int(type)]);
+    if (type != kDtype<S>) {
+      refuse(at(name, index), ": expected ", kNames[int(kDtype<S>)], " as u[", i, "] is, got ", kNames[int(type)]);
     }
-    return static_cast<T*>(checked(name, index, tensor, i, sizeof(T), true));
+    return static_cast<S*>(checked(name, index, tensor, i, sizeof(S), true));
   }
 
-  static size_t width(Dtype type) {
-    return type == Dtype::kFloat64 ? 8 : type == Dtype::kFloat32 ? 4 : 2;
-  }
-
-  template <typename T>
-  void add(size_t i, Table<T>& table) {
+  template <typename S>
+  void add(size_t i, Table<S>& table) {
     const size_t count = call_.x->size();
-    Slot<T> slot{};
-    slot.x_type = parameter_type<T>((*call_.x)[i], at("x", i));
+    Slot<S> slot{};
+    slot.x_type = parameter_type<S>((*call_.x)[i], at("x", i));
     slot.x = checked("x", i, (*call_.x)[i], i, width(slot.x_type), true);
-    slot.g_type = parameter_type<T>((*call_.g)[i], at("g", i));
+    slot.g_type = parameter_type<S>((*call_.g)[i], at("g", i));
     slot.g = checked("g", i, (*call_.g)[i], i, width(slot.g_type), false);
-    if (call_.v) slot.v = state<T>("v", i, (*call_.v)[i], i);
+    if (call_.v) slot.v = state<S>("v", i, (*call_.v)[i], i);
     if (!call_.copy->empty()) {
-      slot.copy_type = parameter_type<T>((*call_.copy)[i], at("copy", i));
+      slot.copy_type = parameter_type<S>((*call_.copy)[i], at("copy", i));
       slot.copy = checked("copy", i, (*call_.copy)[i], i, width(slot.copy_type), true);
     }
-    std::vector<T*> momenta;
+    std::vector<S*> momenta;
     for (int j = 0; j < call_.hyper.momenta; ++j) {
       const size_t index = j * count + i;
-      momenta.push_back(state<T>("u", index, (*call_.u)[index], i));
+      momenta.push_back(state<S>("u", index, (*call_.u)[index], i));
     }
     slot.numel = (*call_.x)[i].numel();
     if (slot.numel == 0) return;
@@ -242,24 +167,10 @@ class Launch {
     table.u.insert(table.u.end(), momenta.begin(), momenta.begin() + hyper_.momenta);
   }
 
-  void refuse_overlap() {
-    const auto before = [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; };
-    std::sort(stretches_.begin(), stretches_.end(), before);
-    const Stretch* reaching = nullptr;  // of those so far, the one that ends last
-    const Stretch* writing = nullptr;   // of the written ones, the one that ends last
-    for (const Stretch& next : stretches_) {
-      const Stretch* const other = next.written ? reaching : writing;
-      if (other && other->end > next.begin) {
-        refuse(at(next.name, next.index), ": expected memory of its own, but it overlaps ", at(other->name, other->index));
-      }
-      if (!reaching || next.end > reaching->end) reaching = &next;
-      if (next.written && (!writing || next.end > writing->end)) writing = &next;
-    }
-  }
-
-  template <typename T>
-  Task<T> task(const Table<T>& table) const {
-    return {hyper_, table.slots.data(), table.u.data(), int64_t(table.slots.size()), table.blocks, grad_scale_, found_inf_};
+  template <typename S>
+  Task<S> task(const Table<S>& table) const {
+    return {recipe<S>(hyper_), hyper_, table.slots.data(), table.u.data(), int64_t(table.slots.size()), table.blocks,
+            grad_scale_, found_inf_, t_, lr_};
   }
 
   const Call& call_;
@@ -268,8 +179,11 @@ class Launch {
   Hyper hyper_;
   Table<float> single_;
   Table<double> double_;
+  Table<BFloat16> brief_;
   const float* grad_scale_ = nullptr;
   const float* found_inf_ = nullptr;
+  const int64_t* t_ = nullptr;
+  const double* lr_ = nullptr;
   std::vector<Stretch> stretches_;
 };
 

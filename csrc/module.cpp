@@ -7,8 +7,6 @@
 #include "cpu.h"
 #include "operators.h"
 #ifdef DESLO_CUDA
-#include "cuda.h"
-
 // Weak: a torch without CUDA has no such function, and no CUDA tensor to ask for it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
@@ -21,8 +19,12 @@ struct Isa {
   bool (*supported)();
   void (*single)(const Task<float>&, int64_t, int64_t);
   void (*twice)(const Task<double>&, int64_t, int64_t);
+  void (*brief)(const Task<BFloat16>&, int64_t, int64_t);
   void (*drift)(const DriftTask&, int64_t, int64_t, double*);
+  void (*land)(const LandTask&, int64_t, int64_t);
 };
+
+#define DESLO_KERNELS(isa) isa::update_blocks, isa::update_blocks, isa::update_blocks, isa::drift_blocks, isa::land_blocks
 
 // From the widest to the one that every machine of the architecture has.
 const Isa kIsas[] = {
@@ -32,10 +34,10 @@ const Isa kIsas[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      },
-     avx512::update_blocks, avx512::update_blocks, avx512::drift_blocks},
-    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, avx2::update_blocks, avx2::update_blocks, avx2::drift_blocks},
+     DESLO_KERNELS(avx512)},
+    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")); }, DESLO_KERNELS(avx2)},
 #endif
-    {"baseline", [] { return true; }, baseline::update_blocks, baseline::update_blocks, baseline::drift_blocks},
+    {"baseline", [] { return true; }, DESLO_KERNELS(baseline)},
 };
 
 const Isa* widest() {
@@ -48,17 +50,20 @@ const Isa* chosen = widest();
 
 // Each thread takes a contiguous run of blocks. Elements do not depend on one another, so their number changes no bit.
 struct Cpu {
+  static constexpr bool kHostReads = true;
   static constexpr int64_t kGrain = 32768 / kBlock;  // below about 30 microseconds of work a second thread costs more
 
-  template <typename T>
-  static void run(const Task<T>& task, int32_t) {
+  template <typename S>
+  static void run(const Task<S>& task, const Tensor&) {
     if (task.found_inf && *task.found_inf != 0.0f) return;
     const Isa& isa = *chosen;
     torch::stable::parallel_for(0, task.blocks, kGrain, [&](int64_t begin, int64_t end) {
-      if constexpr (kDtype<T> == Dtype::kFloat32) {
+      if constexpr (kDtype<S> == Dtype::kFloat32) {
         isa.single(task, begin, end);
-      } else {
+      } else if constexpr (kDtype<S> == Dtype::kFloat64) {
         isa.twice(task, begin, end);
+      } else {
+        isa.brief(task, begin, end);
       }
     });
   }
@@ -75,26 +80,42 @@ struct Cpu {
     for (size_t i = 0; i < blocks.size(); ++i) to[i % kSums] += blocks[i];
     return sums;
   }
+
+  static void land(const LandTask& task, const Tensor&) {
+    const Isa& isa = *chosen;
+    torch::stable::parallel_for(0, task.blocks, kGrain, [&](int64_t begin, int64_t end) { isa.land(task, begin, end); });
+  }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(deslo, CPU, library) { implement<Cpu>(library); }
 
 #ifdef DESLO_CUDA
 struct Cuda {
-  template <typename T>
-  static void run(const Task<T>& task, int32_t device) {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    update_cuda(task, device, stream);
+  static constexpr bool kHostReads = false;
+
+  template <typename S>
+  static void run(const Task<S>& task, const Tensor& like) {
+    const int32_t device = like.get_device_index();
+    const Tensor prepared = room_for_prepared(task, like);
+    update_cuda(task, device, stream(device), static_cast<Prepared<S>*>(prepared.mutable_data_ptr()));
   }
 
   static Tensor drift(const DriftTask& task, const Tensor& like) {
-    void* stream = nullptr;
     const int32_t device = like.get_device_index();
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     const Tensor sums = zero_sums(like, drift_columns(device));
-    drift_cuda(task, device, stream, static_cast<double*>(sums.mutable_data_ptr()));
+    drift_cuda(task, device, stream(device), static_cast<double*>(sums.mutable_data_ptr()));
     return sums;
+  }
+
+  static void land(const LandTask& task, const Tensor& like) {
+    land_cuda(task, like.get_device_index(), stream(like.get_device_index()));
+  }
+
+ private:
+  static void* stream(int32_t device) {
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+    return current;
   }
 };
 

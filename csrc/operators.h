@@ -1,20 +1,30 @@
-// The operators of deslo_plugin/ops.py and drift.py for one backend, as the dispatcher calls them.
+// The operators of deslo_plugin/ops.py, drift.py and landing.py for one backend, as the dispatcher calls them.
 //
-// A backend is a class with static functions run(Task<float>, device), run(Task<double>, device) and
-// drift(DriftTask, like), a tensor of kSums rows on the device of `like` whose columns add up to the sums.
+// A backend is a class with kHostReads, whether the host may read its tensors without waiting, and with static functions
+// run(Task<S>, like) for every dtype S of states, like being a tensor on their device; drift(DriftTask, like): a tensor of
+// kSums rows on the device of `like` whose columns add up to the sums; and land(LandTask, like).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
+#include "cuda.h"
 #include "drift_launch.h"
+#include "land_launch.h"
 #include "launch.h"
 
 namespace deslo {
 
+// Bytes on the device of `like` for what a CUDA launch prepares there; none if it need not.
+template <typename S>
+Tensor room_for_prepared(const Task<S>& task, const Tensor& like) {
+  const int64_t bytes = task.t || task.lr ? sizeof(Prepared<S>) : 0;
+  return torch::stable::new_zeros(like, {&bytes, 1}, ScalarType::Byte);
+}
+
 template <class Backend>
 void update(const Call& call) {
-  const Launch launch(call);
-  launch.each([&](const auto& task) { Backend::run(task, launch.device()); });
+  const Launch launch(call, Backend::kHostReads);
+  launch.each([&](const auto& task) { Backend::run(task, call.x->front()); });
 }
 
 inline double checked_clip(const std::optional<double>& clip_value) {
@@ -26,10 +36,11 @@ template <class Backend>
 void sgdm_(
     const Tensors& x, const Tensors& g, const Tensors& u, const Tensors& copy, int64_t t, double lr, double weight_decay,
     const std::vector<double>& betas, const std::vector<double>& weights, const std::optional<double>& clip_value,
-    const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
+    const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+    const std::optional<Tensor>& t_tensor, const std::optional<Tensor>& lr_tensor) {
   Hyper hyper{Rule::kSgdm, false, 0, t, lr, weight_decay, 0.0, 0.0, checked_clip(clip_value), {}, {}};
   set_momenta(hyper, betas, weights);
-  update<Backend>({hyper, &x, &g, &u, nullptr, &copy, &grad_scale, &found_inf});
+  update<Backend>({hyper, &x, &g, &u, nullptr, &copy, &grad_scale, &found_inf, &t_tensor, &lr_tensor});
 }
 
 template <class Backend>
@@ -37,10 +48,10 @@ void adam_(
     const Tensors& x, const Tensors& g, const Tensors& u, const Tensors& v, const Tensors& copy, int64_t t, double lr,
     double weight_decay, const std::vector<double>& betas, const std::vector<double>& weights, double beta2, double eps,
     bool bias_correction, const std::optional<double>& clip_value, const std::optional<Tensor>& grad_scale,
-    const std::optional<Tensor>& found_inf) {
+    const std::optional<Tensor>& found_inf, const std::optional<Tensor>& t_tensor, const std::optional<Tensor>& lr_tensor) {
   Hyper hyper{Rule::kAdam, bias_correction, 0, t, lr, weight_decay, beta2, eps, checked_clip(clip_value), {}, {}};
   set_momenta(hyper, betas, weights);
-  update<Backend>({hyper, &x, &g, &u, &v, &copy, &grad_scale, &found_inf});
+  update<Backend>({hyper, &x, &g, &u, &v, &copy, &grad_scale, &found_inf, &t_tensor, &lr_tensor});
 }
 
 template <class Backend>
@@ -48,10 +59,10 @@ void adopt_(
     const Tensors& x, const Tensors& g, const Tensors& u, const Tensors& v, const Tensors& copy, int64_t t, double lr,
     double weight_decay, const std::vector<double>& betas, const std::vector<double>& weights, double beta2, double eps,
     const std::optional<double>& clip_value, const std::optional<Tensor>& grad_scale,
-    const std::optional<Tensor>& found_inf) {
+    const std::optional<Tensor>& found_inf, const std::optional<Tensor>& t_tensor, const std::optional<Tensor>& lr_tensor) {
   Hyper hyper{Rule::kAdopt, false, 0, t, lr, weight_decay, beta2, eps, checked_clip(clip_value), {}, {}};
   set_momenta(hyper, betas, weights);
-  update<Backend>({hyper, &x, &g, &u, &v, &copy, &grad_scale, &found_inf});
+  update<Backend>({hyper, &x, &g, &u, &v, &copy, &grad_scale, &found_inf, &t_tensor, &lr_tensor});
 }
 
 template <class Backend>
@@ -61,11 +72,18 @@ Tensor drift(const Tensors& local, const Tensors& mean) {
 }
 
 template <class Backend>
+void land_(const Tensors& x, const Tensors& local, const Tensors& mean, double factor) {
+  const LandLaunch launch(x, local, mean, factor);
+  if (launch.task.blocks) Backend::land(launch.task, x[0]);
+}
+
+template <class Backend>
 void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("sgdm_", TORCH_BOX(&sgdm_<Backend>));
   library.impl("adam_", TORCH_BOX(&adam_<Backend>));
   library.impl("adopt_", TORCH_BOX(&adopt_<Backend>));
   library.impl("drift", TORCH_BOX(&drift<Backend>));
+  library.impl("land_", TORCH_BOX(&land_<Backend>));
 }
 
 }  // namespace deslo

@@ -11,17 +11,10 @@
 #pragma once
 
 #include <math.h>
-#include <stdint.h>
 
-#ifdef __CUDACC__
-#define DESLO_INLINE __host__ __device__ __forceinline__
-#else
-#define DESLO_INLINE inline __attribute__((always_inline))
-#endif
+#include "numbers.h"
 
 namespace deslo {
-
-constexpr int kMaxMomenta = 16;
 
 enum class Rule : uint8_t { kSgdm, kAdam, kAdopt, kAdoptStart };
 
@@ -70,6 +63,20 @@ DESLO_INLINE Constants<T> constants(const Hyper& h) {
   }
   c.rest = T(fabs(rest) > 1e-12 ? rest : 0.0);
   return c;
+}
+
+// All that a call with states of type S needs. The rounding takes no space where there is none.
+template <typename S>
+struct Recipe : Constants<Arithmetic<S>>, Rounding<S> {};
+
+template <typename S>
+DESLO_INLINE Recipe<S> recipe(const Hyper& h) {
+  Recipe<S> r{};
+  static_cast<Constants<Arithmetic<S>>&>(r) = constants<Arithmetic<S>>(h);
+  if constexpr (kDtype<S> == Dtype::kBFloat16) {
+    for (int state = 0; state <= h.momenta; ++state) r.keys[state] = Rounding<S>::key(h.t, state);
+  }
+  return r;
 }
 
 DESLO_INLINE float root(float a) { return sqrtf(a); }

@@ -9,6 +9,7 @@ from torch import Tensor
 from deslo_plugin.clock import Clock, Cohort
 from deslo_plugin.collectives import Average
 from deslo_plugin.config import DesloConfig
+from deslo_plugin.late import Late
 from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS
 from deslo_plugin.outer import mean_
 from deslo_plugin.schedule import due
@@ -47,7 +48,7 @@ class Averaging:
         self._groups, self.meter, self._emit = groups, Meter(), emit
         self.skips_nonfinite = deslo.on_nonfinite == "skip"
         self._receive = receive or (lambda cohort, states, means: write_means(states, means))
-        self._sync = self._synchronizer(average)
+        self._sync, self.late = self._synchronizer(average), Late(getattr(torch, deslo.wire_dtype))
         self._buffers: Sequence[Tensor] = ()
 
     def add_buffers(self, buffers: Sequence[Tensor], average: Average) -> None:
@@ -72,16 +73,20 @@ class Averaging:
             self._average(cohorts)
         elif self.deslo.overlap:
             for cohort in cohorts:
-                self._sync.launch(cohort.steps, cohort.params, self._due(cohort))
+                states = self._due(cohort)
+                self._sync.launch(cohort.steps, cohort.params, states)
+                if self.deslo.delay > 1:
+                    self.late.keep(cohort.params, states)
 
     def abandon(self) -> None:
-        """Drops averages in flight: after a load they start from the loaded values."""
+        """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
         self._sync.abandon()
+        self.late.clear()
 
     @torch.no_grad()
     def meet(self) -> None:
         """Averages every floating state and the buffers now, whatever is due: replicas are equal afterwards. Collective."""
-        self._sync.abandon()
+        self.abandon()
         for cohort in (cohort for group in self.groups for cohort in self.clock.cohorts(group)):
             states = {state: self.gather(state, cohort.params) for state in cohort.group["sync_every"]}
             states = {state: tensors for state, tensors in states.items() if tensors[0].is_floating_point()}
@@ -132,9 +137,14 @@ class Averaging:
         return local([torch.zeros_like(p) if s is None else s for p, s in zip(params, states)])
 
     def _average(self, cohorts: Sequence[Cohort]) -> None:
+        cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.delay) for cohort in cohorts]  # as they were launched
         for cohort in cohorts:
-            if states := self._due(cohort):
+            states = self._due(cohort)
+            if states and self.deslo.delay == 1:
                 self._receive(cohort, states, self._sync.land(cohort.steps, cohort.params, states))
+            elif states:
+                launched = self.late.launched(cohort.params, states)
+                self.late.land(cohort.params, states, self._sync.land(cohort.steps, cohort.params, launched))
         meeting = [cohort.steps for cohort in cohorts if PARAMS in self._names_due(cohort)]
         if self._buffers and meeting:
             buffers = {BUFFERS: self._buffers}

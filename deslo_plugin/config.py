@@ -20,6 +20,7 @@ from deslo_plugin.strict import ConfigError, Reader, shown
 
 EPS = {"adam": 1e-8, "adopt": 1e-6}
 WIRE_DTYPES = ("float32", "float64")
+STATE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class OptimizerConfig:
     """What is computed: ``optimizer.params``.
 
     ``betas`` and ``weights`` have one entry per first momentum; ``beta2`` and ``eps`` are None for sgdm.
+    ``state_dtype`` is the dtype of the momenta; float64 parameters have float64 momenta and take no other.
     ``periods`` and ``period_sources`` (why each period is what it is) run over the averaged states.
     """
 
@@ -51,6 +53,7 @@ class OptimizerConfig:
     period_sources: Mapping[str, str]
     reset_momenta: bool
     outer: Outer | None
+    state_dtype: str
 
     @property
     def momenta(self) -> tuple[str, ...]:
@@ -72,7 +75,8 @@ class OptimizerConfig:
 class DesloConfig:
     """Who averages and how: ``deslo``. ``replica_size`` is in ranks, ``bucket_mb`` in MiB, ``timeout_s`` in seconds.
 
-    ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``.
+    ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``delay`` is the
+    number of forwards and backwards that an average travels under.
     """
 
     replica_size: int | str = "auto"
@@ -80,6 +84,7 @@ class DesloConfig:
     sync_every: Periods | None = None
     when: str = "before_update"
     overlap: bool = True
+    delay: int = 1
     wire_dtype: str = "float32"
     bucket_mb: int = 64
     initial_params: str = "check"
@@ -106,14 +111,14 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
     deslo, block = read_deslo(blocks.get("deslo", {})), blocks.get("optimizer")
     kind = block.get("type", "DesLoc") if isinstance(block, Mapping) else "DesLoc"
     if deslo.sync_every is not None and (block is None or kind != "DesLoc"):
-        return Config(optimizer=None, deslo=deslo)
+        return _whole(None, deslo)
     optimizer = Reader("optimizer", {} if block is None else block)
     optimizer.choice("type", "DesLoc", ["DesLoc"])
     params = optimizer.take("params", {})
     optimizer.finish()
     if deslo.sync_every is not None:
         raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "move it to optimizer.params.sync_every")
-    return Config(optimizer=read_optimizer(params), deslo=deslo)
+    return _whole(read_optimizer(params), deslo)
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
@@ -158,6 +163,7 @@ def read_optimizer(params: Any) -> OptimizerConfig:
         period_sources=sources,
         reset_momenta=reader.flag("reset_momenta", False),
         outer=_outer(reader),
+        state_dtype=reader.choice("state_dtype", "float32", STATE_DTYPES),
     )
     reader.finish()
     averaged = [state for state in config.moments if periods[state]]
@@ -181,6 +187,7 @@ def read_deslo(block: Any) -> DesloConfig:
         sync_every=_stock_periods(reader),
         when=when,
         overlap=reader.flag("overlap", when == "before_update"),
+        delay=reader.whole("delay", 1),
         wire_dtype=reader.choice("wire_dtype", "float32", WIRE_DTYPES),
         bucket_mb=reader.whole("bucket_mb", 64),
         initial_params=reader.choice("initial_params", "check", ["check", "broadcast"]),
@@ -188,7 +195,30 @@ def read_deslo(block: Any) -> DesloConfig:
         timeout_s=reader.number("timeout_s", 600.0, low=1.0),
     )
     reader.finish()
+    if config.delay > 1 and not config.overlap:
+        reader.refuse("delay", "1 without overlap", str(config.delay), "remove it, or take when 'before_update' with overlap")
     return config
+
+
+def expect_landing(delay: int, periods: Periods, of: str = "") -> None:
+    """Refuses a period that is shorter than ``deslo.delay``: its next average would start before this one has landed."""
+    for state, period in periods.items():
+        if period and period < delay:
+            raise ConfigError("deslo.delay", f"at most {period}, the period of {state}{of}", str(delay),
+                              "lower it, or raise that period")
+
+
+def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
+    """Both blocks, if they go together."""
+    if deslo.delay > 1:
+        others = {"a stock optimizer": True}
+        if optimizer is not None:
+            others = {"outer": optimizer.outer, "reset_momenta": optimizer.reset_momenta}
+        for other in (name for name, given in others.items() if given):
+            raise ConfigError("deslo.delay", f"1 with {other}", str(deslo.delay),
+                              "remove one: it cannot take in an average that is some updates old")
+        expect_landing(deslo.delay, optimizer.periods)
+    return Config(optimizer=optimizer, deslo=deslo)
 
 
 def as_dict(config: Config) -> dict[str, Any]:

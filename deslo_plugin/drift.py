@@ -17,6 +17,8 @@ from math import inf, sqrt
 import torch
 from torch import Tensor
 
+from deslo_plugin.arguments import refuse
+
 ROW = 1024  # elements that the reference sums as one
 CACHED, QUEUED = 64, 1 << 14  # rows that it widens at a time: few for the caches of a CPU, many for the queue of a GPU
 
@@ -70,25 +72,21 @@ def reference(local: Sequence[Tensor], mean: Sequence[Tensor]) -> Tensor:
 def _check(local: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
     """What csrc/drift_launch.h refuses, in its words."""
     if not local:
-        _refuse("local: expected one tensor or more, got an empty list")
+        refuse("local: expected one tensor or more, got an empty list")
     if len(mean) != len(local):
-        _refuse(f"mean: expected {len(local)} tensors, got {len(mean)}")
+        refuse(f"mean: expected {len(local)} tensors, got {len(mean)}")
     for i, (x, m) in enumerate(zip(local, mean)):
         for name, tensor in ((f"local[{i}]", x), (f"mean[{i}]", m)):
             if tensor.device != local[0].device:
-                _refuse(f"{name}: expected the device of local[0], got another")
+                refuse(f"{name}: expected the device of local[0], got another")
             if tensor.layout != torch.strided or not tensor.is_contiguous():
-                _refuse(f"{name}: expected a contiguous tensor")
+                refuse(f"{name}: expected a contiguous tensor")
             if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-                _refuse(f"{name}: expected float32, float64, bfloat16 or float16, got another dtype")
+                refuse(f"{name}: expected float32, float64, bfloat16 or float16, got another dtype")
         if m.dtype not in (torch.float32, torch.float64):
-            _refuse(f"mean[{i}]: expected float32 or float64, got {str(m.dtype).removeprefix('torch.')}")
+            refuse(f"mean[{i}]: expected float32 or float64, got {str(m.dtype).removeprefix('torch.')}")
         if m.shape != x.shape:
-            _refuse(f"mean[{i}]: expected shape {list(x.shape)} of local[{i}], got {list(m.shape)}")
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(f"deslo: {message}")
+            refuse(f"mean[{i}]: expected shape {list(x.shape)} of local[{i}], got {list(m.shape)}")
 
 
 _library.define("drift(Tensor[] local, Tensor[] mean) -> Tensor")

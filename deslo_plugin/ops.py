@@ -3,11 +3,16 @@
 The schema and the meaning of each operator are here, the meaning as a reference made of ``rules.py``. The native module
 ``deslo_plugin._C``, if it was built, adds implementations for CPU and CUDA tensors. All of them
 
-- take params, gradients and copies in float32, bfloat16 or float16 with float32 momenta, mixed as the model has them, or
-  all in float64, and compute in the dtype of the momenta;
+- take params, gradients and copies in float32, bfloat16 or float16 with float32 or bfloat16 momenta, mixed as the model has
+  them, or all in float64, and compute in float32 or float64;
+- round new values of bfloat16 momenta at random (``rounding.py``), of everything else to nearest;
 - multiply gradients by ``grad_scale``, then clip them to [-clip_value, clip_value], and write nothing if ``found_inf``
   is not 0 (both 0-dim float32 on the params' device);
 - write the new params into ``copy`` too, if it is given: ZeRO's 16-bit weights;
+- take ``t`` and ``lr`` as numbers, or as tensors of one element (any real dtype) on the params' device. CUDA kernels read those
+  there, so that the host does not wait and a CUDA graph that captured the call uses their values at replay. Bias corrections
+  and ADOPT's t^(1/4) are formed in float64 on either side; on the CPU results are those of the numbers, on CUDA within one
+  rounding of such a factor (2^-23 of a float32 update);
 - want tensors of one position in one shape and in one dense layout, contiguous or permuted, and no two written tensors
   on the same memory. They raise ``ValueError`` naming the argument, before anything is written.
 
@@ -17,7 +22,7 @@ on the instruction set.
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate, chain
 from operator import mul
@@ -26,7 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deslo_plugin.arguments import refuse, refuse_overlap
 from deslo_plugin.log import say
+from deslo_plugin.rounding import round_
 from deslo_plugin.rules import RULES as REFERENCE
 from deslo_plugin.rules import Tensors, clipped
 from deslo_plugin.shards import local
@@ -35,7 +42,9 @@ MAX_MOMENTA = 16
 
 _TENSORS = {"x": "Tensor(a!)[] x", "g": "Tensor[] g", "u": "Tensor(b!)[] u", "v": "Tensor(c!)[] v", "copy": "Tensor(d!)[] copy"}
 _NUMBERS = "int t, float lr, float weight_decay, float[] betas, float[] weights"
-_OPTIONS = "float? clip_value=None, Tensor? grad_scale=None, Tensor? found_inf=None"
+_OPTIONS = ("float? clip_value=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? t_tensor=None, "
+            "Tensor? lr_tensor=None")
+_SCALARS = {"t": torch.int64, "lr": torch.float64}  # numbers that may be tensors
 _SECOND_MOMENT = {"sgdm": "", "adam": "float beta2, float eps, bool bias_correction", "adopt": "float beta2, float eps"}
 
 _library = torch.library.Library("deslo", "DEF")
@@ -65,6 +74,9 @@ RULES = {"sgdm": sgdm_, "adam": adam_, "adopt": adopt_}
 
 
 def _call(name: str, x: Tensors, g: Tensors, u: Sequence[Tensors], *v: Tensors, copy: Tensors, **numbers: Any) -> None:
+    for scalar, dtype in _SCALARS.items():
+        if isinstance(numbers[scalar], Tensor):
+            numbers |= {scalar: 0, f"{scalar}_tensor": numbers[scalar].to(dtype)}
     lists = map(local, (x, g, list(chain.from_iterable(u)), *v, copy))
     getattr(torch.ops.deslo, name)(*lists, **numbers)
     if not torch.compiler.is_compiling():
@@ -75,27 +87,39 @@ def reference(rule: str) -> Callable[..., None]:
     """The operator made of torch's own, with the same arguments: checks, casts, and the rule of ``rules.py``."""
 
     def update(
-        x: Tensors, g: Tensors, u: Tensors, *more: Tensors, betas: Sequence[float], weights: Sequence[float],
-        clip_value: float | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None, **numbers: Any,
+        x: Tensors, g: Tensors, u: Tensors, *more: Tensors, t: int, lr: float, betas: Sequence[float], weights: Sequence[float],
+        clip_value: float | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+        t_tensor: Tensor | None = None, lr_tensor: Tensor | None = None, **numbers: Any,
     ) -> None:
         *v, copy = more
-        _check(x, g, u, v, copy, betas, weights, clip_value, grad_scale, found_inf)
+        scalars = {"grad_scale": grad_scale, "found_inf": found_inf, "t": t_tensor, "lr": lr_tensor}
+        _check(x, g, u, v, copy, betas, weights, clip_value, scalars)
         _say_slow(x[0].device.type)
+        t, lr = t if t_tensor is None else t_tensor.item(), lr if lr_tensor is None else lr_tensor.item()
         if found_inf is not None and found_inf.item():
             return
-        wide_x = [p.to(s.dtype) for p, s in zip(x, u)]
-        wide_g = [grad.to(s.dtype) for grad, s in zip(g, u)]
+        momenta = [u[j * len(x) : (j + 1) * len(x)] for j in range(len(betas))]
+        wide_x, wide_g, *wide_v = (_wide(tensors, u) for tensors in (x, g, *v))
+        wide_momenta = [_wide(u_j, u) for u_j in momenta]
         if grad_scale is not None:
             wide_g = [grad * grad_scale.to(grad.dtype) for grad in wide_g]
         if clip_value is not None:
             wide_g = clipped(wide_g, clip_value)
-        momenta = [u[j * len(x) : (j + 1) * len(x)] for j in range(len(betas))]
-        REFERENCE[rule](wide_x, wide_g, momenta, *v, betas=betas, weights=weights, **numbers)
+        REFERENCE[rule](wide_x, wide_g, wide_momenta, *wide_v, t=t, lr=lr, betas=betas, weights=weights, **numbers)
         for target, value in zip([*x, *copy], [*wide_x, *(wide_x if copy else [])]):
             if target is not value:
                 target.copy_(value)
+        for state, (targets, values) in enumerate(zip([*v, *momenta], [*wide_v, *wide_momenta]), start=1 - len(v)):
+            for target, value in zip(targets, values):
+                if target is not value:
+                    round_(target, value, t, state)
 
     return update
+
+
+def _wide(tensors: Tensors, states: Tensors) -> Tensors:
+    """Tensors in the dtypes that ``states`` are computed in; the tensors themselves where they have it."""
+    return [tensor.to(torch.float64 if s.dtype == torch.float64 else torch.float32) for tensor, s in zip(tensors, states)]
 
 
 @cache
@@ -106,67 +130,60 @@ def _say_slow(device: str) -> None:
 
 def _check(
     x: Tensors, g: Tensors, u: Tensors, v: Sequence[Tensors], copy: Tensors, betas: Sequence[float],
-    weights: Sequence[float], clip_value: float | None, grad_scale: Tensor | None, found_inf: Tensor | None,
+    weights: Sequence[float], clip_value: float | None, scalars: Mapping[str, Tensor | None],
 ) -> None:
     """What csrc/launch.h refuses, in its words."""
     if not 1 <= len(betas) <= MAX_MOMENTA:
-        _refuse(f"betas: expected 1 to {MAX_MOMENTA} momenta, got {len(betas)}")
+        refuse(f"betas: expected 1 to {MAX_MOMENTA} momenta, got {len(betas)}")
     if len(weights) != len(betas):
-        _refuse(f"weights: expected {len(betas)} as there are betas, got {len(weights)}")
+        refuse(f"weights: expected {len(betas)} as there are betas, got {len(weights)}")
     if clip_value is not None and not clip_value > 0:
-        _refuse(f"clip_value: expected a number > 0, got {clip_value:g}")
+        refuse(f"clip_value: expected a number > 0, got {clip_value:g}")
     if not x:
-        _refuse("x: expected one tensor or more, got an empty list")
+        refuse("x: expected one tensor or more, got an empty list")
     lists = {"g": g, **({"v": v[0]} if v else {}), "u": u, **({"copy": copy} if copy else {})}
     for name, tensors in lists.items():
         expected = len(x) * (len(betas) if name == "u" else 1)
         if len(tensors) != expected:
-            _refuse(f"{name}: expected {expected} tensors, got {len(tensors)}")
-    for name, number in {"grad_scale": grad_scale, "found_inf": found_inf}.items():
+            refuse(f"{name}: expected {expected} tensors, got {len(tensors)}")
+    for name, number in scalars.items():
         if number is None:
             continue
         if number.device != x[0].device:
-            _refuse(f"{name}: expected the device of x[0], got another")
-        if number.dtype != torch.float32 or number.numel() != 1:
-            _refuse(f"{name}: expected one float32 number, got shape {list(number.shape)}")
+            refuse(f"{name}: expected the device of x[0], got another")
+        dtype = _SCALARS.get(name, torch.float32)
+        if number.dtype != dtype or number.numel() != 1:
+            refuse(f"{name}: expected one {str(dtype).removeprefix('torch.')} number, got shape {list(number.shape)}")
 
-    stretches = []  # (first byte, last byte + 1, name, whether it is written)
-    for name, tensors in {"x": x, **lists}.items():
+    lists = {"x": x, **lists}
+    for name, tensors in lists.items():
         for index, tensor in enumerate(tensors):
             _check_tensor(f"{name}[{index}]", tensor, x[index % len(x)], index % len(x), u[index % len(x)].dtype, x[0].device)
-            if tensor.numel():
-                start = tensor.data_ptr()
-                stretches.append((start, start + tensor.nbytes, f"{name}[{index}]", name != "g"))
-    reaching, writing = (0, 0, "", True), (0, 0, "", True)  # those so far that end last
-    for stretch in sorted(stretches):
-        other = reaching if stretch[3] else writing
-        if other[1] > stretch[0]:
-            _refuse(f"{stretch[2]}: expected memory of its own, but it overlaps {other[2]}")
-        reaching = max(reaching, stretch, key=lambda s: s[1])
-        writing = max(writing, stretch, key=lambda s: s[1]) if stretch[3] else writing
+    refuse_overlap(lists, written=lists.keys() - {"g"})
 
 
 def _check_tensor(name: str, tensor: Tensor, x: Tensor, i: int, state: torch.dtype, device: torch.device) -> None:
     dtype, wanted = (str(each).removeprefix("torch.") for each in (tensor.dtype, state))
     if tensor.layout != torch.strided:
-        _refuse(f"{name}: expected a dense tensor, got {tensor.layout}")
+        refuse(f"{name}: expected a dense tensor, got {tensor.layout}")
     if name[0] in "uv":
-        if state not in (torch.float32, torch.float64):
-            _refuse(f"u[{i}]: expected float32 or float64, got {wanted}; momenta stall in 16 bits")
+        if state not in (torch.float32, torch.float64, torch.bfloat16):
+            why = "; squares of gradients vanish in it" if state == torch.float16 else ""
+            refuse(f"u[{i}]: expected float32, float64 or bfloat16, got {wanted}{why}")
         if tensor.dtype != state:
-            _refuse(f"{name}: expected {wanted} as u[{i}] is, got {dtype}")
+            refuse(f"{name}: expected {wanted} as u[{i}] is, got {dtype}")
     elif state == torch.float64 and tensor.dtype != torch.float64:
-        _refuse(f"{name}: expected float64 with float64 momenta, got {dtype}")
-    elif state == torch.float32 and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        _refuse(f"{name}: expected float32, bfloat16 or float16 with float32 momenta, got {dtype}")
+        refuse(f"{name}: expected float64 with float64 momenta, got {dtype}")
+    elif state != torch.float64 and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        refuse(f"{name}: expected float32, bfloat16 or float16 with {wanted} momenta, got {dtype}")
     if tensor.device != device:
-        _refuse(f"{name}: expected the device of x[0], got another")
+        refuse(f"{name}: expected the device of x[0], got another")
     if tensor.shape != x.shape:
-        _refuse(f"{name}: expected shape {list(x.shape)} of x[{i}], got {list(tensor.shape)}")
+        refuse(f"{name}: expected shape {list(x.shape)} of x[{i}], got {list(tensor.shape)}")
     if not _is_dense(tensor):
-        _refuse(f"{name}: expected a contiguous (or densely strided) tensor")
+        refuse(f"{name}: expected a contiguous (or densely strided) tensor")
     if any(a != b for a, b, size in zip(tensor.stride(), x.stride(), x.shape) if size > 1):
-        _refuse(f"{name}: expected strides {list(x.stride())} of x[{i}], got {list(tensor.stride())}")
+        refuse(f"{name}: expected strides {list(x.stride())} of x[{i}], got {list(tensor.stride())}")
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -174,10 +191,6 @@ def _is_dense(tensor: Tensor) -> bool:
     dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)
     ends = accumulate((size for _, size in dims), mul, initial=1)
     return tensor.numel() == 0 or all(stride == end for (stride, _), end in zip(dims, ends))
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(f"deslo: {message}")
 
 
 def _define() -> None:

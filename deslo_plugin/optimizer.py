@@ -10,7 +10,7 @@ from torch import Tensor
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.clock import Cohort, ParameterClock
 from deslo_plugin.collectives import Alone, Average, left_alone
-from deslo_plugin.config import Config, load_config
+from deslo_plugin.config import Config, expect_landing, load_config
 from deslo_plugin.names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP
 from deslo_plugin.ops import RULES
 from deslo_plugin.outer import mean_, nesterov_
@@ -33,8 +33,9 @@ class DesLoc(torch.optim.Optimizer):
         armed: False defers everything until ``attach``; steps do nothing until then.
 
     State of each parameter, float32 (float64 for float64 parameters) unless said otherwise: the momenta under their
-    names, ``step`` (completed steps, 0-dim float32) and ``origin`` (0-dim float32), and with an outer optimizer
-    ``outer_params`` and ``outer_momentum``.
+    names (bfloat16 if ``state_dtype`` says so: rounded at random by the rule, to nearest where an average lands), ``step``
+    (completed steps, 0-dim float32) and ``origin`` (0-dim float32), and with an outer optimizer ``outer_params`` and
+    ``outer_momentum``.
 
     Raises ``ConfigError`` for a config that cannot be meant; from ``step``, ``NonFiniteError`` if any replica brings
     NaN or inf to an average, and ``AverageError`` if an average times out.
@@ -93,6 +94,7 @@ class DesLoc(torch.optim.Optimizer):
         group, optimizer = self.param_groups[-1], self.config.optimizer
         where = f"param group {len(self.param_groups) - 1}"
         group["sync_every"] = group_periods(group["sync_every"], optimizer.periods, optimizer.beta_of, where)
+        expect_landing(self.config.deslo.delay, group["sync_every"], f" of {where}")
         if self.armed:
             for param in group["params"]:
                 self._create_state(param)
@@ -144,8 +146,16 @@ class DesLoc(torch.optim.Optimizer):
                 tensors["u"] = [gather(state, params) for state in optimizer.momenta]
                 if optimizer.beta2 is not None:
                     tensors["v"] = gather(SECOND_MOMENT, params)
-                group = cohort.group
-                self._rule(**tensors, t=t, lr=float(group["lr"]), weight_decay=group["weight_decay"], **options)
+                lr, decay = _rate(cohort.group["lr"], params[0].device), cohort.group["weight_decay"]
+                self._rule(**tensors, t=t, lr=lr, weight_decay=decay, **options)
+                if self.averaging.late:
+                    self.averaging.late.fade(params, self._left(t, lr, decay))
+
+    def _left(self, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
+        """What update ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""
+        if self.config.optimizer.rule == "adopt" and t == 0:
+            return {SECOND_MOMENT: 0.0}  # the first step of ADOPT sets v and moves nothing else
+        return {PARAMS: 1 - float(lr) * weight_decay if weight_decay else 1.0, **self.config.optimizer.beta_of}
 
     def _tick(self, cohorts: Sequence[Cohort]) -> None:
         """No update: the rule's own count t stays where it is while the clock goes on."""
@@ -159,9 +169,13 @@ class DesLoc(torch.optim.Optimizer):
             raise ConfigError("deslo.wire_dtype", "'float64' for float64 parameters", "'float32'",
                               "set it: float32 averages would round their states")
         optimizer, state = self.config.optimizer, self.state[param]
+        if dtype == torch.float64 and optimizer.state_dtype == "bfloat16":
+            raise ConfigError("optimizer.params.state_dtype", "'float32' with float64 parameters", "'bfloat16'",
+                              "remove it: float64 parameters have float64 momenta")
+        moment_dtype = torch.bfloat16 if optimizer.state_dtype == "bfloat16" else dtype
         state[STEP], state[ORIGIN] = torch.zeros(()), torch.zeros(())
         for moment in optimizer.moments:
-            state[moment] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            state[moment] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
         if optimizer.outer:
             state[OUTER_PARAMS] = param.detach().to(dtype, copy=True)
             state[OUTER_MOMENTUM] = torch.zeros_like(state[OUTER_PARAMS])
@@ -182,3 +196,8 @@ class DesLoc(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 device = "cpu" if name in (STEP, ORIGIN) else param.device
                 self.state[param][name] = value.detach().to(device, copy=True)
+
+
+def _rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """A rate on the device of the parameters stays there: reading it would make the host wait."""
+    return lr if isinstance(lr, Tensor) and lr.device == device else float(lr)

@@ -57,6 +57,7 @@ class Plan:
         """The banner: topology, rule, and for each state its period, why, bytes per event and per step."""
         t, opt, deslo = self.topology, self.config.optimizer, self.config.deslo
         order = deslo.when + (", overlapped" if deslo.overlap else "")
+        order += f" with {deslo.delay} steps" if deslo.delay > 1 else ""
         lines = [f"deslo: {t.replicas} replica(s) of {t.replica_size} rank(s); {_direction(opt)}; {order}"]
         if t.replicas == 1:
             return lines[0] + "\n  one replica only: nothing to average, this is the plain optimizer"

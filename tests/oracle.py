@@ -5,7 +5,7 @@ of (replica, step, vectors). Equation numbers: DES-LOC, arXiv 2505.22549; MT-DAO
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Setting:
     after_update: bool = False
     reset: bool = False
     outer: tuple[float, float] | None = None  # (outer lr, momentum)
+    delay: int = 1  # steps from the launch of an average to the one at whose start it lands, counting that one
 
 
 @dataclass
@@ -42,6 +43,18 @@ class Group:
     anchor: Tensor
     momentum: Tensor
     updates: int = 0
+    launched: "list[Launched]" = field(default_factory=list)
+
+
+@dataclass
+class Launched:
+    """One state when step ``t`` began: of one replica, and the mean over all. ``updates`` were made of it before."""
+
+    key: str
+    t: int
+    updates: int
+    own: Tensor
+    mean: Tensor
 
 
 def train(
@@ -61,7 +74,13 @@ def train(
             gradients = [mean for _ in gradients]
         for index, s in enumerate(settings):
             column = [groups[index] for groups in world]
-            if not s.after_update and t > synchronous_steps:
+            averages = t > synchronous_steps
+            if s.delay > 1:
+                if averages:
+                    _launch(column, s, t)
+                for group in column:
+                    _land(group, s, t)
+            elif averages and not s.after_update:
                 _average(column, s, t)
             for group, g in zip(column, gradients):
                 if g is not None:
@@ -101,6 +120,39 @@ def _average(column: list[Group], s: Setting, t: int) -> None:
             if s.reset:
                 group.u = [torch.zeros_like(each) for each in group.u]
                 group.v, group.updates = torch.zeros_like(group.v), 0
+
+
+def _state(group: Group, key: str) -> Tensor:
+    return group.u[int(key[1:]) - 1] if key[0] == "u" else getattr(group, key)
+
+
+def _launch(column: list[Group], s: Setting, t: int) -> None:
+    for key in ["x", *(f"u{j + 1}" for j in range(len(s.betas))), "v"]:
+        period = s.periods.get(key)
+        if t > 0 and period and t % period == 0:
+            mean = torch.stack([_state(group, key) for group in column]).mean(0)
+            for group in column:
+                group.launched.append(Launched(key, t, group.updates, _state(group, key).clone(), mean))
+
+
+def _land(group: Group, s: Setting, t: int) -> None:
+    """Adds to each state what would be there if the mean had been there when it was launched, with the same gradients since."""
+    for flight in [each for each in group.launched if each.t == t - s.delay + 1]:
+        group.launched.remove(flight)
+        made = range(flight.updates, group.updates)
+        remaining = flight.mean - flight.own
+        for update in made:
+            if s.rule == "adopt" and update == 0:
+                remaining = remaining * (0 if flight.key == "v" else 1)
+            elif flight.key == "x":
+                remaining = remaining * (1 - s.lr * s.weight_decay)
+            else:
+                remaining = remaining * (s.beta2 if flight.key == "v" else s.betas[int(flight.key[1:]) - 1])
+        landed = _state(group, flight.key) + remaining
+        if flight.key[0] == "u":
+            group.u[int(flight.key[1:]) - 1] = landed
+        else:
+            setattr(group, flight.key, landed)
 
 
 def _server(group: Group, s: Setting, average: Tensor) -> Tensor:
@@ -155,6 +207,8 @@ def blocks(s: Setting, **deslo: object) -> dict:
         params["reset_momenta"] = True
     if s.outer is not None:
         params["outer"] = {"lr": s.outer[0], "momentum": s.outer[1]}
+    if s.delay > 1:
+        deslo["delay"] = s.delay
     when = "after_update" if s.after_update else "before_update"
     return {"optimizer": {"type": "DesLoc", "params": params}, "deslo": {"when": when, **deslo}}
 

@@ -77,6 +77,7 @@ def test_dict_json_and_yaml_mean_the_same(tmp_path):
         ({"rule": "adopt", "bias_correction": True}, "bias_correction: expected no such key for rule adopt"),
         ({"clip": {"value": 0}}, "clip.value: expected a number > 0"),
         ({"clip": 1.0}, "clip: expected a mapping"),
+        ({"state_dtype": "float16"}, "state_dtype: expected one of float32, bfloat16, got 'float16'"),
         ({"outer": {"lr": 1.0, "nesterov": True}}, "outer.nesterov: expected a known key (lr, momentum)"),
         ({"reset_momenta": True}, "expected every momentum's sync_every to be null (here exp_avg, exp_avg_sq is averaged)"),
         ([], "optimizer.params: expected a mapping of keys to values, got [] (list)"),

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from worlds import threads
 
 from deslo_plugin import DesLoc, NonFiniteError, drift
@@ -36,14 +38,19 @@ def assert_sums(got, local, mean):
         assert abs(mine - math.fsum(term.tolist())) <= BOUND * math.fsum(term.abs().tolist())
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("mean", WIRE)
-@pytest.mark.parametrize("local", LOCAL)
-def test_the_sums_are_those_of_float64(kernels, emulated, local, mean, offset):
-    for sizes in (*([n] for n in SIZES), SIZES):
-        case = tensors(sizes, local, mean, offset)
-        for compute in (torch.ops.deslo.drift, emulated.drift, drift.reference):
-            assert_sums(compute(*case), *case)
+@st.composite
+def cases(draw):
+    sizes = draw(st.lists(st.sampled_from(SIZES), min_size=1, max_size=5))
+    types = draw(st.lists(st.tuples(st.sampled_from(LOCAL), st.sampled_from(WIRE)), min_size=len(sizes), max_size=len(sizes)))
+    offset, seed = draw(st.integers(0, 3)), draw(st.integers(0, 9))
+    return tuple([randn(n, kind[k], seed + 50 * k + i, offset) for i, (n, kind) in enumerate(zip(sizes, types))] for k in (0, 1))
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=cases())
+def test_the_sums_are_those_of_float64(kernels, emulated, case):
+    for compute in (torch.ops.deslo.drift, emulated.drift, drift.reference):
+        assert_sums(compute(*case), *case)
 
 
 def test_a_large_tensor(kernels, emulated):

@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
-    {"version", "names", "rules", "schedule", "strict"},
+    {"version", "names", "rules", "schedule", "strict", "rounding"},
     {"periods", "config", "topology", "plan"},
-    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "shards"},
-    {"sync", "outer", "clock"},
+    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "landing", "arguments", "shards"},
+    {"sync", "outer", "clock", "late"},
     {"averaging"},
     {"optimizer", "stock"},
     {"frameworks"},

@@ -3,13 +3,17 @@
 
 #include "../../csrc/cuda.cu"
 #include "../../csrc/drift.cu"
+#include "../../csrc/land.cu"
 
 namespace deslo {
 
 struct Emulated {
-  template <typename T>
-  static void run(const Task<T>& task, int32_t device) {
-    update_cuda(task, device, nullptr);
+  static constexpr bool kHostReads = false;
+
+  template <typename S>
+  static void run(const Task<S>& task, const Tensor& like) {
+    const Tensor prepared = room_for_prepared(task, like);
+    update_cuda(task, 0, nullptr, static_cast<Prepared<S>*>(prepared.mutable_data_ptr()));
   }
 
   static Tensor drift(const DriftTask& task, const Tensor& like) {
@@ -17,6 +21,8 @@ struct Emulated {
     drift_cuda(task, 0, nullptr, static_cast<double*>(sums.mutable_data_ptr()));
     return sums;
   }
+
+  static void land(const LandTask& task, const Tensor&) { land_cuda(task, 0, nullptr); }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(deslo_emulated, CPU, library) { implement<Emulated>(library); }

@@ -9,6 +9,7 @@
 #include "../../csrc/cpu.h"
 #include "../../csrc/cuda.cu"
 #include "../../csrc/drift.cu"
+#include "../../csrc/land.cu"
 
 using namespace deslo;
 
@@ -34,29 +35,30 @@ struct Buffer {
 };
 
 // Everything that a call has written.
-template <typename T, typename Update>
+template <typename S, typename Update>
 std::vector<unsigned char> run(Rule rule, int momenta, double clip_value, Update update) {
   std::vector<Buffer> buffers;
-  std::vector<Slot<T>> slots;
-  std::vector<T*> u;
-  Task<T> task{};
+  std::vector<Slot<S>> slots;
+  std::vector<S*> u;
+  Task<S> task{};
   const auto made = [&](int64_t numel, Dtype type) {
     buffers.emplace_back(numel, type, unsigned(buffers.size()));
     return static_cast<void*>(buffers.back().data.get());
   };
-  const Dtype halves[] = {kDtype<T>, Dtype::kBFloat16, Dtype::kFloat16};
+  const Dtype types[] = {kDtype<Arithmetic<S>>, Dtype::kBFloat16, Dtype::kFloat16};
   int kind = 0;
   for (const int64_t numel : {1, 3, 63, 64, 65, 1023, 1025, 5000}) {
-    const Dtype type = sizeof(T) == 4 ? halves[kind++ % 3] : kDtype<T>;
-    Slot<T> slot{made(numel, type), made(numel, type), nullptr, nullptr, numel, task.blocks, type, type, type};
-    if (rule != Rule::kSgdm) slot.v = static_cast<T*>(made(numel, kDtype<T>));
+    const Dtype type = sizeof(S) == 8 ? kDtype<S> : types[kind++ % 3];
+    Slot<S> slot{made(numel, type), made(numel, type), nullptr, nullptr, numel, task.blocks, type, type, type};
+    if (rule != Rule::kSgdm) slot.v = static_cast<S*>(made(numel, kDtype<S>));
     if (kind % 2) slot.copy = made(numel, type);
     slots.push_back(slot);
-    for (int j = 0; j < momenta; ++j) u.push_back(static_cast<T*>(made(numel, kDtype<T>)));
+    for (int j = 0; j < momenta; ++j) u.push_back(static_cast<S*>(made(numel, kDtype<S>)));
     task.blocks += (numel + kBlock - 1) / kBlock;
   }
   task.hyper = {rule, true, momenta, 3, 0.01, 0.1, 0.99, 1e-8, clip_value, {}, {}};
   for (int j = 0; j < momenta; ++j) task.hyper.beta[j] = 0.9, task.hyper.weight[j] = 0.5 / momenta;
+  task.recipe = recipe<S>(task.hyper);
   task.slots = slots.data();
   task.u = u.data();
   task.slot_count = int64_t(slots.size());
@@ -66,14 +68,23 @@ std::vector<unsigned char> run(Rule rule, int momenta, double clip_value, Update
   return written;
 }
 
-template <typename T>
+template <typename S>
 bool agree(Rule rule, int momenta, double clip_value) {
-  const auto on_cpu = run<T>(rule, momenta, clip_value, [](const Task<T>& task) {
+  const auto on_cpu = run<S>(rule, momenta, clip_value, [](const Task<S>& task) {
     baseline::update_blocks(task, 0, task.blocks / 2);
     baseline::update_blocks(task, task.blocks / 2, task.blocks);
   });
-  const auto on_gpu = run<T>(rule, momenta, clip_value, [](const Task<T>& task) { update_cuda(task, 0, nullptr); });
-  return on_cpu == on_gpu;
+  const auto on_gpu = run<S>(rule, momenta, clip_value, [](const Task<S>& task) { update_cuda(task, 0, nullptr, nullptr); });
+  const auto prepared = run<S>(rule, momenta, clip_value, [](Task<S> task) {
+    const int64_t t = task.hyper.t;
+    const double lr = task.hyper.lr;
+    Prepared<S> room{};
+    task.lr = &lr;
+    task.hyper.lr = 7;
+    if (task.hyper.rule != Rule::kAdoptStart) task.t = &t, task.hyper.t = 77;  // a first step is known by its t
+    update_cuda(task, 0, nullptr, &room);
+  });
+  return on_cpu == on_gpu && on_cpu == prepared;
 }
 
 bool agree_on_drift() {
@@ -106,9 +117,48 @@ bool agree_on_drift() {
   return true;
 }
 
+// What x is after a landing by `land`.
+template <typename Land>
+std::vector<unsigned char> landed(Land land) {
+  std::vector<Buffer> buffers;
+  std::vector<Landing> landings;
+  LandTask task{0.7, nullptr, 0, 0};
+  const auto made = [&](int64_t numel, Dtype type) {
+    buffers.emplace_back(numel, type, unsigned(buffers.size()));
+    return static_cast<void*>(buffers.back().data.get());
+  };
+  for (const int64_t numel : {1, 3, 63, 64, 65, 1023, 1025, 5000}) {
+    for (const Dtype x : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+      for (const Dtype mean : {Dtype::kFloat32, Dtype::kFloat64}) {
+        if (x == Dtype::kFloat64 && mean == Dtype::kFloat32) continue;
+        landings.push_back({made(numel, x), made(numel, mean), made(numel, mean), numel, task.blocks, x, mean});
+        task.blocks += (numel + kBlock - 1) / kBlock;
+      }
+    }
+  }
+  task.landings = landings.data();
+  task.count = int64_t(landings.size());
+  land(task);
+  std::vector<unsigned char> written;
+  for (const Buffer& buffer : buffers) written.insert(written.end(), buffer.data.get(), buffer.data.get() + buffer.bytes);
+  return written;
+}
+
+bool agree_on_landing() {
+  const auto on_cpu = landed([](const LandTask& task) {
+    baseline::land_blocks(task, 0, task.blocks / 3);
+    baseline::land_blocks(task, task.blocks / 3, task.blocks);
+  });
+  return on_cpu == landed([](const LandTask& task) { land_cuda(task, 0, nullptr); });
+}
+
 }  // namespace
 
 int main() {
+  if (!agree_on_landing()) {
+    std::printf("landing: CPU and CUDA differ\n");
+    return 1;
+  }
   if (!agree_on_drift()) {
     std::printf("drift: CPU and CUDA differ\n");
     return 1;
@@ -116,7 +166,8 @@ int main() {
   for (const Rule rule : {Rule::kSgdm, Rule::kAdam, Rule::kAdopt, Rule::kAdoptStart}) {
     for (int momenta = rule == Rule::kAdoptStart ? 0 : 1; momenta <= (rule == Rule::kAdoptStart ? 0 : 6); ++momenta) {
       for (const double clip_value : {0.0, 0.5}) {
-        if (!agree<float>(rule, momenta, clip_value) || !agree<double>(rule, momenta, clip_value)) {
+        if (!agree<float>(rule, momenta, clip_value) || !agree<double>(rule, momenta, clip_value) ||
+            !agree<BFloat16>(rule, momenta, clip_value)) {
           std::printf("rule %d with %d momenta: CPU and CUDA differ\n", int(rule), momenta);
           return 1;
         }

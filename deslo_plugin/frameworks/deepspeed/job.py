@@ -103,7 +103,7 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("sparse_gradients", bool, "remove it: the update needs dense gradients"),
     ("amp.enabled", bool, "use bf16 or fp16: apex is not supported"),
     ("bf16.bf16_master_weights_and_grads", bool, "remove it: momenta and masters are float32"),
-    ("bf16.bf16_optimizer_states", bool, "remove it: momenta are float32, slow ones stall in bfloat16"),
+    ("bf16.bf16_optimizer_states", bool, 'remove it: "state_dtype": "bfloat16" in optimizer.params does that'),
     ("fp16.fp16_master_weights_and_grads", bool, "remove it: momenta and masters are float32"),
 )
 

@@ -1,0 +1,109 @@
+// What every operator asks of its arguments, and how it refuses them: in errors that name the argument.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "numbers.h"
+
+namespace deslo {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using ScalarType = torch::headeronly::ScalarType;
+
+// Raises ValueError in Python.
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  message << "deslo: ";
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+inline std::string shown(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::ostringstream text;
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "[") << sizes[i];
+  return sizes.empty() ? "[]" : text.str() + "]";
+}
+
+inline std::string at(const char* name, size_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
+
+const char* const kNames[] = {"float32", "float64", "bfloat16", "float16"};  // by Dtype
+
+inline Dtype dtype_of(const Tensor& tensor, const std::string& name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: refuse(name, ": expected float32, float64, bfloat16 or float16, got another dtype");
+  }
+}
+
+inline bool same(torch::headeronly::IntHeaderOnlyArrayRef a, torch::headeronly::IntHeaderOnlyArrayRef b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());
+}
+
+// Whether the elements fill one stretch of memory, in whatever order of dimensions.
+inline bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Whether equal offsets from the first element mean equal indices. Both tensors are dense and of one shape.
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  if (same(a.strides(), b.strides()) || (a.is_contiguous() && b.is_contiguous())) return true;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+inline size_t width(Dtype type) { return type == Dtype::kFloat64 ? 8 : type == Dtype::kFloat32 ? 4 : 2; }
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+// The memory of one argument.
+struct Stretch {
+  const char *begin, *end;
+  const char* name;
+  size_t index;
+  bool written;
+};
+
+inline void refuse_overlap(std::vector<Stretch>& stretches) {
+  const auto before = [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; };
+  std::sort(stretches.begin(), stretches.end(), before);
+  const Stretch* reaching = nullptr;  // of those so far, the one that ends last
+  const Stretch* writing = nullptr;   // of the written ones, the one that ends last
+  for (const Stretch& next : stretches) {
+    const Stretch* const other = next.written ? reaching : writing;
+    if (other && other->end > next.begin) {
+      refuse(at(next.name, next.index), ": expected memory of its own, but it overlaps ", at(other->name, other->index));
+    }
+    if (!reaching || next.end > reaching->end) reaching = &next;
+    if (next.written && (!writing || next.end > writing->end)) writing = &next;
+  }
+}
+
+}  // namespace deslo
