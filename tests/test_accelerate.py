@@ -36,6 +36,12 @@ def test_a_deepspeed_json_trains_as_the_oracle(four, side, stage):
     assert results[0]["replicas"] == 2
 
 
+def test_auto_values_are_filled_from_the_dummy_optimizer(four):
+    ds = ds_config(S, 2, train_micro_batch_size_per_gpu=2, steps_per_print=10**9)
+    ds["optimizer"]["params"]["lr"] = "auto"
+    assert_oracle(four().run(jobs.run, "deepspeed", "before", "DummyOptim", None, 14, ds), theory(14))
+
+
 def test_our_blocks_can_be_given_beside_a_deepspeed_json(four):
     ds = ds_config(S, 2, train_micro_batch_size_per_gpu=2, steps_per_print=10**9)
     own = {key: ds.pop(key) for key in ("optimizer", "deslo")}

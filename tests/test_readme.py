@@ -16,10 +16,11 @@ def code(language: str) -> list[str]:
 
 
 def test_the_json_is_a_config():
-    (block,) = code("json")
+    block, stock = code("json")
     config = load_config(json.loads(block))
     assert config.optimizer.periods == {"params": 32, "exp_avg": 96, "exp_avg_sq": 192}
-    assert config.deslo.replica_size == 8
+    assert config.deslo.replica_size == load_config(json.loads(stock)).deslo.replica_size == 8
+    assert load_config(json.loads(stock)).deslo.sync_every == config.optimizer.periods
 
 
 def test_the_make_targets_and_named_files_exist():
