@@ -118,11 +118,11 @@ class Averaging:
         """Whether the warm-up lasts, in which gradients are averaged at every step and states are equal anyway."""
         return self.deslo.synchronous_steps > 0 and self.steps < self.deslo.synchronous_steps
 
-    def average_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """gradients <- E_m[gradients], at once: what a step of the warm-up does before clipping. Collective."""
+    def average_gradients(self, steps: int, gradients: Sequence[Tensor]) -> None:
+        """gradients <- E_m[gradients], at once: what step number ``steps`` of the warm-up does before clipping. Collective."""
         if gradients:
             states = {GRADIENTS: local(gradients)}
-            write_means(states, self._sync.mean(self.steps + 1, states))
+            write_means(states, self._sync.mean(steps, states))
 
     def gradients(self) -> Sequence[Tensor]:
         """This rank's part of every gradient that there is."""

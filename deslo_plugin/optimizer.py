@@ -182,20 +182,22 @@ class DesLoc(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads states in their own dtype and drops averages in flight; the periods stay those of the config."""
+        """Loads states and drops averages in flight; the periods, and the dtypes of states, stay those of the config."""
         if self.armed:
             self.averaging.abandon()
         periods = [group["sync_every"] for group in self.param_groups]
+        dtypes = {param: {name: value.dtype for name, value in state.items()} for param, state in self.state.items()}
         super().load_state_dict(state_dict)
         for group, own in zip(self.param_groups, periods):
             group["sync_every"] = own
-        # torch casts floating states to the parameter's dtype: take float32 momenta of bfloat16 parameters as saved
+        # torch casts floating states to the parameter's dtype, and would round the float32 momenta of bfloat16 parameters
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, param in zip(saved, params):
             for name, value in state_dict["state"].get(index, {}).items():
                 device = "cpu" if name in (STEP, ORIGIN) else param.device
-                self.state[param][name] = value.detach().to(device, copy=True)
+                dtype = dtypes.get(param, {}).get(name, value.dtype)
+                self.state[param][name] = value.detach().to(device, dtype, copy=True)
 
 
 def _rate(lr: float | Tensor, device: torch.device) -> float | Tensor:

@@ -36,6 +36,8 @@ def test_torch_that_moved_its_internals_is_named(four):
     ("config twice", "none beside a DesLoc, which has its own"),
     ("no schedule", "a config with deslo.sync_every for AdamW"),
     ("DesLoc config", "build DesLoc.params, config."),
+    ("different config", "attach's deslo.when: expected before_update on every rank.*got after_update on rank.s. .3."),
+    ("config of one rank", "attach's error: expected .* on every rank, as on rank 0.*none beside a DesLoc.*on rank.s. .3."),
     ("different lr", "optimizer param group 0.lr: expected 0.01 on every rank.*got 0.02 on rank.s. .3."),
     ("different model", "model parameter 2.weight: expected .3, 8."),
 ])

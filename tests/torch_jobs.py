@@ -346,13 +346,16 @@ def misused(mistake: str, blocks: dict) -> str:
     if mistake == "different model" and rank == 3:
         model[2] = nn.Linear(8, 4)
     lr = 2e-2 if mistake == "different lr" and rank == 3 else 1e-2
+    if mistake == "different config" and rank == 3:
+        blocks = blocks | {"deslo": {"when": "after_update"}}
     stock = mistake in ("no schedule", "DesLoc config")
     optimizer = torch.optim.AdamW(model.parameters()) if stock else deslo_plugin.DesLoc(
         [{"params": list(model.parameters()), "lr": lr}], blocks)
     try:
         if mistake == "not attached":
             optimizer.step()
-        config = blocks if mistake in ("config twice", "DesLoc config") else None
+        given = mistake in ("config twice", "DesLoc config") or mistake == "config of one rank" and rank == 3
+        config = blocks if given else None
         for _ in range(2):
             deslo_plugin.attach(model, optimizer, config)
     except Exception as error:

@@ -12,9 +12,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from deslo_plugin.agreement import agree
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import Alone, Average, Groups, ReplicaAverage, gathered, make_groups
-from deslo_plugin.config import Config, load_config
+from deslo_plugin.config import Config, as_dict, load_config
 from deslo_plugin.frameworks import ddp, fsdp
 from deslo_plugin.frameworks.attachment import Attachment, attached
 from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
@@ -59,9 +60,9 @@ def attach(
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper keeps the one that steps
     if hasattr(optimizer, "deslo"):
         raise ConfigError("attach(optimizer)", "one call for each optimizer", "a second one", "remove it")
-    config = _config_of(optimizer, config)
     if not dist.is_initialized():
-        return _alone(model, optimizer, config, emit)
+        return _alone(model, optimizer, _config_of(optimizer, config), emit)
+    config = _agreed_config(model, optimizer, config, mesh, process_group)
     topology = _topology_of(model, config, mesh, replicate, process_group)
     groups = make_groups(topology, config.deslo.timeout_s)
     agree_on_model(model, lambda p: p.shape, groups.world)
@@ -97,6 +98,23 @@ def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, e
     attached[model] = optimizer.deslo = Attachment(averaging, groups, config, numels)
     say(optimizer.deslo.plan.describe())
     return optimizer.deslo
+
+
+def _agreed_config(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: Any, mesh: DeviceMesh | None, group: dist.ProcessGroup | None
+) -> Config:
+    """The same config on every rank, or an error on every rank: a mistake of one must not leave the others waiting."""
+    problem = ""
+    try:
+        config = _config_of(optimizer, config)
+    except ConfigError as error:
+        problem = error
+    shape = None if mesh is None else mesh.mesh.tolist()
+    mine = {"model": type(model).__name__, "optimizer": type(optimizer).__name__, "mesh": shape, "error": problem}
+    agree("attach's", mine | ({} if problem else as_dict(config)), do="call attach alike on every rank", group=group)
+    if problem:
+        raise problem
+    return config
 
 
 def _config_of(optimizer: torch.optim.Optimizer, config: Any) -> Config:

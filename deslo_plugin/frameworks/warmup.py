@@ -32,6 +32,6 @@ class GradientAveraging:
         self._queued = False
         used = torch.tensor([float(param.grad is not None) for param in self._params], device=self._params[0].device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
-        self._averaging.average_gradients([*gradients, used])
+        self._averaging.average_gradients(self._averaging.steps + 1, [*gradients, used])
         for param, gradient, share in zip(self._params, gradients, used.tolist()):
             param.grad = gradient if share else None

@@ -152,7 +152,7 @@ def _warmed_up(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
     @functools.wraps(take_model_step)
     def step(lr_kwargs: Any) -> None:
         if engine.global_steps < engine.deslo.config.deslo.synchronous_steps:
-            engine.deslo.averaging.average_gradients(zero.gradients(engine))
+            engine.deslo.averaging.average_gradients(engine.global_steps + 1, zero.gradients(engine))
         take_model_step(lr_kwargs)
 
     return step
