@@ -1,6 +1,6 @@
 """What moves, when, between whom, and how many bytes: known before the first step, without a process group."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deslo_plugin.config import Config, OptimizerConfig
@@ -14,11 +14,11 @@ HORIZON = 100_000  # steps that next_sync looks ahead
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """One param group: ``numel`` elements on this rank, of which an average sends ``bytes_per_event`` per state, and a
+    """One param group: ``numel`` elements on this rank. An average of a state sends ``bytes_per_event[state]`` from it, a
     step of the synchronous warm-up ``gradient_bytes``."""
 
     numel: int
-    bytes_per_event: int
+    bytes_per_event: Mapping[str, int]
     gradient_bytes: int
     periods: Periods
 
@@ -43,7 +43,7 @@ class Plan:
         sent: dict[str, int] = {}
         for group in self.groups:
             for state in due(group.periods, steps):
-                sent[state] = sent.get(state, 0) + group.bytes_per_event
+                sent[state] = sent.get(state, 0) + group.bytes_per_event[state]
         return sent | ({BUFFERS: self.buffer_bytes} if self.buffer_bytes and PARAMS in sent else {})
 
     def next_sync(self, steps: int) -> tuple[int, tuple[str, ...]] | None:
@@ -71,7 +71,7 @@ class Plan:
                 if opt is not None and period != opt.periods[state]:
                     source = "its own period"
                 every = f"every {period} steps" if period else "never averaged"
-                each = f", {group.bytes_per_event:,} bytes from each rank" if period else ""
+                each = f", {group.bytes_per_event[state]:,} bytes from each rank" if period else ""
                 lines.append(f"  {state + name}: {every} ({source}){each}")
         if self.buffer_bytes:
             lines.append(f"  floating persistent buffers: with the parameters, {self.buffer_bytes:,} bytes from each rank")
@@ -94,12 +94,25 @@ def _direction(optimizer: OptimizerConfig | None) -> str:
 
 def make_plan(
     config: Config, numels: Sequence[int], periods: Sequence[Periods], topology: Topology, *, divisor: int = 1,
-    gradient_bytes: Sequence[int] | None = None, buffer_bytes: int = 0,
+    gradient_bytes: Sequence[int] | None = None, buffer_bytes: int = 0, others: Sequence[Mapping[str, int]] | None = None,
 ) -> Plan:
     """A plan for param groups of ``numels`` elements on this rank; ``divisor`` ranks split each average between them.
 
-    ``gradient_bytes``: what a step of the warm-up sends for each group, by default as much as an average of one state.
+    Args:
+        gradient_bytes: what a step of the warm-up sends for each group, by default as much as an average of one state.
+        others: for each group, the elements of those states that are not of the parameters' sizes.
     """
-    events = [-(-numel // divisor) * BYTES[config.deslo.wire_dtype] for numel in numels]
-    groups = map(GroupPlan, numels, events, gradient_bytes or events, periods)
-    return Plan(config, topology, tuple(groups), buffer_bytes)
+
+    def sent(numel: int) -> int:
+        return -(-numel // divisor) * BYTES[config.deslo.wire_dtype]
+
+    groups = tuple(
+        GroupPlan(
+            numel=numel,
+            bytes_per_event={state: sent((others[index] if others else {}).get(state, numel)) for state in own},
+            gradient_bytes=gradient_bytes[index] if gradient_bytes else sent(numel),
+            periods=own,
+        )
+        for index, (numel, own) in enumerate(zip(numels, periods, strict=True))
+    )
+    return Plan(config, topology, groups, buffer_bytes)

@@ -17,6 +17,7 @@ from deslo_plugin.names import PARAMS
 from deslo_plugin.strict import ConfigError, near
 from deslo_plugin.telemetry import SyncEvent
 
+NUMELS = "deslo_numels"  # key of a param group: state name -> elements on this rank
 Everyone = Callable[[Any], list[Any]]
 """Everyone's value: collective over all ranks of all replicas."""
 
@@ -62,6 +63,7 @@ class StockAveraging(Averaging):
         _check(self.deslo.sync_every, known, type(self.optimizer).__name__)
         for group, of_group in zip(self.groups, kinds):
             group["sync_every"] |= {name: self.deslo.sync_every[name] for name in sorted(of_group)}
+            group[NUMELS] = {name: sum(each.numel() for each in self.gather(name, group["params"])) for name in of_group}
         self.periods_known = True
 
 

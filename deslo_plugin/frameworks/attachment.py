@@ -10,6 +10,7 @@ from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import Groups
 from deslo_plugin.config import Config
 from deslo_plugin.plan import Plan, make_plan
+from deslo_plugin.stock import NUMELS
 from deslo_plugin.telemetry import Meter
 from deslo_plugin.topology import Topology
 
@@ -46,6 +47,7 @@ class Attachment:
         return make_plan(
             self.config, self.numels, [group["sync_every"] for group in self.averaging.groups], self.topology,
             divisor=self.averaging.average.divisor, gradient_bytes=self.gradient_bytes, buffer_bytes=self.buffer_bytes,
+            others=[group.get(NUMELS, {}) for group in self.averaging.groups],
         )
 
 
