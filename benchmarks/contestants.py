@@ -56,13 +56,15 @@ class Running:
 class Contestant:
     """``per_node`` ranks on each node; ``longest``: its longest period in units of K, 0 if it communicates at every step.
 
-    ``hides``: its averages travel while a step is computed. ``needs``: a module that must be installed.
+    ``silent``: never communicates between nodes. ``hides``: its averages travel while a step is computed. ``needs``: a
+    module that must be installed.
     """
 
     title: str
     build: Callable[[Setting], Running] = field(repr=False)
     longest: int
     per_node: int = 1
+    silent: bool = False
     hides: bool = False
     ours: bool = False
     needs: str = "torch"
@@ -92,8 +94,13 @@ def alone(setting: Setting) -> Running:
 
 
 def ddp(setting: Setting) -> Running:
-    model = DistributedDataParallel(GPT(setting.shape))
+    model = wrapped(setting)
     return Running(model, local_adam(model), every(1, model))
+
+
+def wrapped(setting: Setting) -> DistributedDataParallel:
+    """Without the broadcast of buffers before each forward: the model's are tables that never change."""
+    return DistributedDataParallel(GPT(setting.shape), broadcast_buffers=False)
 
 
 @cache
@@ -133,7 +140,7 @@ def post_local_sgd(setting: Setting) -> Running:
     from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
     from torch.distributed.optim import PostLocalSGDOptimizer
 
-    model = DistributedDataParallel(GPT(setting.shape))
+    model = wrapped(setting)
     inside, _ = dist.new_subgroups(group_size=1)
     model.register_comm_hook(PostLocalSGDState(None, inside, start_localSGD_iter=0), post_localSGD_hook)
     averages = every(setting.period, model)
@@ -183,7 +190,7 @@ def ours(periods: dict[str, int], overlap: bool, momentum: dict[str, float], sha
     """``periods`` in units of K."""
 
     def build(setting: Setting) -> Running:
-        model = sharded(setting, mesh()["shard"]) if shard else DistributedDataParallel(GPT(setting.shape))
+        model = sharded(setting, mesh()["shard"]) if shard else wrapped(setting)
         sync_every = {state: units * setting.period for state, units in periods.items()}
         params = {"lr": 1e-3, "sync_every": sync_every} | ({"momenta": [momentum]} if momentum else {})
         optimizer = DesLoc(model.parameters(), {"optimizer": {"params": params}, "deslo": {
@@ -207,7 +214,8 @@ def _ours(name: str, title: str, periods: dict[str, int], momentum: dict[str, fl
 TOGETHER = {"params": 1, "exp_avg": 1, "exp_avg_sq": 1}
 APART = {"params": 1, "exp_avg": 3, "exp_avg_sq": 6}
 CONTESTANTS: dict[str, Contestant] = {
-    "alone": Contestant("no communication", alone, 1),
+    "alone": Contestant("no communication", alone, 1, silent=True),
+    "alone-again": Contestant("the same again", alone, 1, silent=True),
     "ddp": Contestant("DDP", ddp, 0),
     "accelerate": Contestant("Accelerate LocalSGD", accelerate_local_sgd, 1, needs="accelerate"),
     "post-local-sgd": Contestant("torch PostLocalSGD", post_local_sgd, 1),
@@ -216,8 +224,9 @@ CONTESTANTS: dict[str, Contestant] = {
     **_ours("local-adam", "Local Adam", TOGETHER),
     **_ours("mt-dao", "MT-DAO", TOGETHER, {"beta": 0.97, "weight": 0.9}),
     **_ours("des-loc", "DES-LOC", APART),
-    "fsdp-alone": Contestant("no communication between nodes", fsdp_alone, 1, per_node=2),
+    "fsdp-alone": Contestant("no communication, FSDP2", fsdp_alone, 1, per_node=2, silent=True),
+    "fsdp-alone-again": Contestant("the same again", fsdp_alone, 1, per_node=2, silent=True),
     "hsdp": Contestant("FSDP2-HSDP", hsdp, 0, per_node=2),
-    **_ours("des-loc-fsdp", "DES-LOC under FSDP2", APART, shard=True),
+    **_ours("des-loc-fsdp", "DES-LOC, FSDP2", APART, shard=True),
 }
 FLOORS = {1: "alone", 2: "fsdp-alone"}  # ranks per node -> what its contestants are compared with

@@ -48,6 +48,10 @@ class World:
             theirs.close()
             self._pipes.append(ours)
 
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
     def __enter__(self) -> "World":
         return self
 
