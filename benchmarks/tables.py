@@ -1,0 +1,90 @@
+"""What a race on the cable says, for the screen and for benchmarks/results/."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from contestants import CONTESTANTS, FLOORS
+from exposure import NODES, Row
+from gpt import GPT
+from network import MTU, WIRE_PER_PAYLOAD
+from race import SEQUENCES, SHAPE
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+SYNCHRONOUS = {1: "ddp", 2: "hsdp"}  # ranks per node -> what sends every gradient
+SMALL = 0.02
+INSTALL = {"torchft": " (pip install torchft==0.2.0 into an environment to throw away)", "accelerate": " (pip install accelerate)"}
+Results = Mapping[str, Sequence[Row]]
+"""Rate -> rows."""
+
+
+def shown(results: Results, period: int) -> Group:
+    return Group(*(_table(rate, rows) for rate, rows in results.items()), Text("\n".join(_notes(results, period))))
+
+
+def save(results: Results, period: int, folder: Path) -> None:
+    """``link.txt`` and ``link.json`` in ``folder``, with the command and the kind of machine at their heads."""
+    command = shlex.join(["python", "benchmarks/link.py", *sys.argv[1:]])
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "link.txt").open("w") as file:
+        print(f"$ {command}\n# {machine}", file=file)
+        Console(file=file, width=112).print(shown(results, period))
+    facts = {"command": command, "machine": machine, "model": asdict(SHAPE), "sequences": SEQUENCES, "period": period}
+    rates = ",\n".join(
+        f"{json.dumps(rate)}: [\n" + ",\n".join(json.dumps(asdict(each)) for each in rows) + "]" for rate, rows in results.items()
+    )
+    (folder / "link.json").write_text(f'{json.dumps(facts)[:-1]}, "rates": {{\n{rates}}}}}\n')
+
+
+def _table(rate: str, rows: Sequence[Row]) -> Table:
+    grid = Table("", "median\nstep, ms", "mean\nstep, ms", "exposed\nms", "exposed\n%", "left by\nlink, %", "wire\nkB/step",
+                 "wire\n/ plan", "times less\nthan DDP", title=f"{rate} between {NODES} nodes", title_justify="left")
+    for column in grid.columns[1:]:
+        column.justify = "right"
+    by_name = {each.name: each for each in rows}
+    for each in rows:
+        contestant = CONTESTANTS[each.name]
+        peer = by_name.get(SYNCHRONOUS[contestant.per_node])
+        if each.name == FLOORS[contestant.per_node]:
+            grid.add_section()
+            grid.add_row(f"{NODES} x {contestant.per_node} rank{'s' * (contestant.per_node > 1)}", style="dim")
+        grid.add_row(
+            contestant.title, f"{each.step_ms:.1f}", f"{each.mean_ms:.1f}", f"{each.mean_ms - each.floor_ms:.2f}",
+            f"{100 * each.exposed:.1f}", "-" if each.inevitable is None else f"{100 * each.inevitable:.1f}",
+            f"{each.bytes / 1e3:.1f}", f"{each.bytes / each.planned:.3f}" if each.planned else "-",
+            f"{peer.bytes / each.bytes:.1f}" if peer and each.planned else "-", style="bold" if contestant.ours else None,
+        )
+    return grid
+
+
+def _notes(results: Results, period: int) -> Iterator[str]:
+    size = sum(param.numel() for param in GPT(SHAPE).parameters())
+    yield (f"A GPT of {size:,} float32 parameters, {SEQUENCES} sequences of {SHAPE.context} tokens for each node and step, "
+           f"K = {period}. Every rank has one thread, for computing and for its share of TCP and reductions alike.")
+    yield ("exposed: mean step above that without communication, over whole longest periods; the same again: how far two that "
+           "do not communicate seem apart. left by link: payload at the link's rate, less one step for each average that "
+           "overlaps, as a share of a step.")
+    yield ("wire: bytes that a node sends, by its interface's counter; plan: bytes of the averages (or gradients) x "
+           f"2 (M - 1) / M, as a ring of M = 2 nodes has it, x {WIRE_PER_PAYLOAD:.4f} for Ethernet, IP and TCP headers in "
+           f"frames of {MTU} bytes.")
+    yield ("Local Adam and MT-DAO average three vectors every K steps; DES-LOC one every K, 3 K and 6 K; the other local "
+           "methods one, the parameters, every K.")
+    for rate, rows in results.items():
+        exposed = {each.name: each.exposed for each in rows}
+        lost = [f"{CONTESTANTS[each].title} exposes {exposed[each]:.0%}" for each in SYNCHRONOUS.values() if each in exposed]
+        small = [CONTESTANTS[each].title for each, value in exposed.items() if CONTESTANTS[each].ours and value <= SMALL]
+        disturbed = sum(each.disturbed for each in rows) / len(rows)
+        yield (f"{rate}: {', '.join(lost)}; of ours at most {SMALL:.0%}: {', '.join(small) or 'none'}. Somebody else used the "
+               f"machine in {disturbed:.0%} of laps.")
+    for module in sorted({each.needs for each in CONTESTANTS.values() if not each.installed}):
+        absent = ", ".join(each.title for each in CONTESTANTS.values() if each.needs == module)
+        yield f"Left out: {absent}; {module} is not installed here{INSTALL[module]}."
