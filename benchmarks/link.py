@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tables import save, shown
 
-LIFETIME = 1500.0  # seconds after which a rank ends by itself, whatever became of the rest
+LIFETIME = 1500.0  # seconds after which a rank ends by itself, whatever became of the rest; beside patience
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def measure(args: Namespace) -> dict[str, list[Row]]:
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         cable = stack.enter_context(Cable())
-        worlds = {per_node: stack.enter_context(World(cable.nodes, per_node, logs, lifetime_s=LIFETIME)) for per_node in FLOORS}
+        worlds = {per_node: stack.enter_context(World(cable.nodes, per_node, logs, lifetime_s=LIFETIME + args.patience)) for per_node in FLOORS}
         total = len(chosen) + len(args.rates) * sum(map(laps_of, chosen.values()))
         race = Race(chosen, args.period, cable, worlds, stack.enter_context(progress(total)), args.patience)
         race.build()

@@ -12,7 +12,7 @@ from others import QUIET, Others
 from ranks import World
 
 SHAPE = GPTConfig(dim=128, layers=3, context=160)
-SEQUENCES = 4  # of each node and step
+SEQUENCES = {1: 4, 2: 1}  # ranks per node -> of each rank and step; four ranks share the machine that two have
 ROUNDS = 12  # laps in a whole longest period: 6 K steps in halves of K
 SOME = 4  # laps of those whose costs are large: 2 K steps, or K of those that communicate at every step
 CYCLES = 3  # at most, of contestants that somebody else disturbed
@@ -32,7 +32,7 @@ class Race:
     def build(self) -> None:
         for name, contestant in self.contestants.items():
             self.advance("building", contestant.title)
-            setting = Setting(SHAPE, SEQUENCES // contestant.per_node, self.period)
+            setting = Setting(SHAPE, SEQUENCES[contestant.per_node], self.period)
             self.worlds[contestant.per_node].ask("build", name, setting, self.period // 4)
 
     def run(self, mbit: float | None) -> list[Row]:
@@ -75,7 +75,7 @@ def laps_of(contestant: Contestant) -> int:
     """Of ``ROUNDS`` rounds, in how many it takes part: a whole number of its longest periods."""
     if contestant.longest > 1 or contestant.silent:
         return ROUNDS
-    return ROUNDS // 2 if contestant.ours else SOME
+    return ROUNDS // 2 if contestant.hides else SOME
 
 
 def called(mbit: float | None) -> str:

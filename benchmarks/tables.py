@@ -68,8 +68,8 @@ def _table(rate: str, rows: Sequence[Row]) -> Table:
 
 def _notes(results: Results, period: int) -> Iterator[str]:
     size = sum(param.numel() for param in GPT(SHAPE).parameters())
-    yield (f"A GPT of {size:,} float32 parameters, {SEQUENCES} sequences of {SHAPE.context} tokens for each node and step, "
-           f"K = {period}. Every rank has one thread, for computing and for its share of TCP and reductions alike.")
+    yield (f"A GPT of {size:,} float32 parameters, {SEQUENCES[1]} sequences of {SHAPE.context} tokens for each node and step "
+           f"({2 * SEQUENCES[2]} with 2 ranks), K = {period}. Every rank has one thread, for computing and for its share of TCP and reductions alike.")
     yield ("exposed: mean step above that without communication, over whole longest periods; the same again: how far two that "
            "do not communicate seem apart. left by link: payload at the link's rate, less one step for each average that "
            "overlaps, as a share of a step.")
