@@ -202,11 +202,15 @@ def ours(periods: dict[str, int], overlap: bool, momentum: dict[str, float], sha
     return build
 
 
-def _ours(name: str, title: str, periods: dict[str, int], momentum: dict[str, float] | None = None, shard: bool = False) -> dict:
+def _ours(
+    name: str, title: str, periods: dict[str, int], momentum: dict[str, float] | None = None, *, shard: bool = False
+) -> dict[str, Contestant]:
+    """With overlap, and in turn: computing, then communicating."""
     return {
         name + ("" if overlap else "-in-turn"): Contestant(
-            title + ("" if overlap else ", overlap off"), ours(periods, overlap, momentum or {}, shard),
-            max(periods.values()), 1 + shard, hides=overlap, ours=True)
+            title + ("" if overlap else ", in turn"), ours(periods, overlap, momentum or {}, shard),
+            longest=max(periods.values()), per_node=1 + shard, hides=overlap, ours=True,
+        )
         for overlap in (True, False)
     }
 

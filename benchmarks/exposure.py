@@ -1,10 +1,10 @@
 """What communication costs: laps of contestants, held against laps without communication and against the plan.
 
-A *lap* is half a period K of steps, from one barrier to the next, and begins a quarter of a period after an average, so that
-each average is launched and landed within one lap. Laps of all contestants take turns; each is compared with the lap of its
-floor in the same round. Laps that move the same bytes are alike: of these the median counts, once for each of them, so that
-the sum over a whole longest period is that of a mean. Laps in which somebody else used the machine count only where a
-contestant has none alike without.
+A *lap* is half a period K of steps, from one barrier to the next, and begins a quarter of a period after an average, so
+that each average is launched and landed within one lap. Laps of all contestants take turns; each is compared with laps of
+its floor in the rounds around it. Laps that move the same bytes are alike: of these the median counts, once for each of
+them, so that the sum over a whole longest period is that of a mean. Laps in which somebody else used the machine count only
+where a contestant has none alike without.
 """
 
 from collections import defaultdict
@@ -103,11 +103,10 @@ class Row:
 
 
 def row(name: str, laps: Sequence[Lap], floor: Sequence[Lap], *, hides: bool, mbit: float | None) -> Row:
-    """``laps`` over whole longest periods, against the ``floor`` laps of the same rounds."""
-    beside = {each.round: each for each in floor}
-    pairs = [(each, beside[each.round]) for each in laps]
-    excess = [_per_step(each) / _per_step(rest) - 1 for each, rest in pairs]
-    disturbed = [each.disturbed or rest.disturbed for each, rest in pairs]
+    """``laps`` over whole longest periods, against the ``floor`` laps of the rounds around them."""
+    beside = [_around(each.round, floor) for each in laps]
+    excess = [_per_step(each) / median(map(_per_step, rest)) - 1 for each, rest in zip(laps, beside)]
+    disturbed = [each.disturbed or all(other.disturbed for other in rest) for each, rest in zip(laps, beside)]
     step = median(map(_per_step, _quiet(floor)))
     steps = sum(len(each.payload) for each in laps)
     return Row(
@@ -116,7 +115,7 @@ def row(name: str, laps: Sequence[Lap], floor: Sequence[Lap], *, hides: bool, mb
         floor_ms=1e3 * step,
         exposed=_mean_of_medians(laps, excess, disturbed),
         inevitable=None if mbit is None else sum(_left(each, mbit, step if hides else 0) for each in laps) / steps / step,
-        waited=sum(each.waited for each in laps) / steps / step,
+        waited=_mean_of_medians(laps, [each.waited / len(each.payload) / step for each in laps], disturbed),
         bytes=sum(each.sent for each in laps) / steps,
         planned=sum(each.wire for each in laps) / steps,
         disturbed=sum(disturbed) / len(laps),
@@ -124,20 +123,24 @@ def row(name: str, laps: Sequence[Lap], floor: Sequence[Lap], *, hides: bool, mb
     )
 
 
-def unsettled(laps: Sequence[Lap], floor: Sequence[Lap]) -> bool:
-    """Whether somebody else used the machine in all laps that move some number of bytes, or in those beside them."""
-    busy = {each.round for each in (*laps, *floor) if each.disturbed}
-    return {each.moved for each in laps} != {each.moved for each in laps if each.round not in busy}
+def unsettled(laps: Sequence[Lap]) -> bool:
+    """Whether somebody else used the machine in all laps that move some number of bytes."""
+    return {each.moved for each in laps} != {each.moved for each in laps if not each.disturbed}
 
 
-def _mean_of_medians(laps: Sequence[Lap], excess: Sequence[float], disturbed: Sequence[bool]) -> float:
+def _around(index: int, floor: Sequence[Lap]) -> Sequence[Lap]:
+    """The five laps nearest in time, without the disturbed if that leaves any: the machine's speed drifts, and laps scatter."""
+    return sorted(_quiet(floor), key=lambda each: abs(each.round - index))[:5]
+
+
+def _mean_of_medians(laps: Sequence[Lap], values: Sequence[float], disturbed: Sequence[bool]) -> float:
     alike: Mapping[int, list[tuple[bool, float]]] = defaultdict(list)
-    for each, busy, value in zip(laps, disturbed, excess):
+    for each, busy, value in zip(laps, disturbed, values):
         alike[each.moved].append((busy, value))
     total = 0.0
-    for values in alike.values():
-        quiet = [value for busy, value in values if not busy]
-        total += len(values) * median(quiet or [value for _, value in values])
+    for pairs in alike.values():
+        quiet = [value for busy, value in pairs if not busy]
+        total += len(pairs) * median(quiet or [value for _, value in pairs])
     return total / len(laps)
 
 

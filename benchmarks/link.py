@@ -1,6 +1,6 @@
 """What a slow link between two nodes costs: DDP, FSDP2-HSDP and local methods against training without communication.
 
-    python benchmarks/link.py [--rates 100 400 1000 unshaped] [--period 32] [--only NAME ...] [--quick]
+    python benchmarks/link.py [--rates 100 500 1000 unshaped] [--period 32] [--only NAME ...] [--quick]
 
 Two network namespaces are the nodes; a token bucket shapes the cable between them. Needs Linux, root and iproute2; removes
 what it makes. How a cost is measured: ``exposure.py``. Writes benchmarks/results/link.json and link.txt.
@@ -24,9 +24,9 @@ from race import Race, called, laps_of
 from ranks import RankError, World
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tables import save, shown
+from tables import WIDTH, save, shown
 
-LIFETIME = 1500.0  # seconds after which a rank ends by itself, whatever became of the rest; beside patience
+LIFETIME = 1500.0  # seconds for each cycle, beside patience, after which a rank ends by itself whatever became of the rest
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit(f"link.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    Console(width=112).print(shown(results, args.period))
+    Console(width=WIDTH).print(shown(results, args.period))
     if not args.quick:
         save(results, args.period, HERE / "results")
 
@@ -48,10 +48,11 @@ def arguments() -> Namespace:
     parser.add_argument("--rates", type=rate, nargs="+", help='Mbit/s, or "unshaped"')
     parser.add_argument("--period", type=int, help="K: steps between averages of parameters, a multiple of 4; 32 by default")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="NAME", help=", ".join(CONTESTANTS))
+    parser.add_argument("--cycles", type=int, default=1, help="longest periods (6 K steps) at each rate")
     parser.add_argument("--patience", type=float, default=120, help="seconds to wait in all while others use the machine")
     parser.add_argument("--quick", action="store_true", help="a smoke test: one rate, K = 8, nothing is written")
     args = parser.parse_args()
-    args.rates = args.rates or ([400.0] if args.quick else [100.0, 400.0, 1000.0, None])
+    args.rates = args.rates or ([500.0] if args.quick else [100.0, 500.0, 1000.0, None])
     args.period = args.period or (8 if args.quick else 32)
     if args.period <= 0 or args.period % 4:
         parser.error(f"--period: expected a multiple of 4 (laps are half a period, and begin at a quarter), got {args.period}")
@@ -75,9 +76,13 @@ def measure(args: Namespace) -> dict[str, list[Row]]:
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         cable = stack.enter_context(Cable())
-        worlds = {per_node: stack.enter_context(World(cable.nodes, per_node, logs, lifetime_s=LIFETIME + args.patience)) for per_node in FLOORS}
-        total = len(chosen) + len(args.rates) * sum(map(laps_of, chosen.values()))
-        race = Race(chosen, args.period, cable, worlds, stack.enter_context(progress(total)), args.patience)
+        lifetime = LIFETIME * args.cycles + args.patience
+        worlds = {
+            per_node: stack.enter_context(World(cable.nodes, per_node, logs, lifetime_s=lifetime)) for per_node in FLOORS
+        }
+        total = len(chosen) + len(args.rates) * args.cycles * sum(map(laps_of, chosen.values()))
+        advance = stack.enter_context(progress(total))
+        race = Race(chosen, args.period, cable, worlds, advance, args.patience, args.cycles)
         race.build()
         return {called(mbit): race.run(mbit) for mbit in args.rates}
 

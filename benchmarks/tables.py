@@ -21,7 +21,8 @@ from rich.text import Text
 
 SYNCHRONOUS = {1: "ddp", 2: "hsdp"}  # ranks per node -> what sends every gradient
 SMALL = 0.02
-INSTALL = {"torchft": " (pip install torchft==0.2.0 into an environment to throw away)", "accelerate": " (pip install accelerate)"}
+WIDTH = 120
+INSTALL = {"torchft": "torchft==0.2.0, into an environment to throw away", "accelerate": "accelerate"}
 Results = Mapping[str, Sequence[Row]]
 """Rate -> rows."""
 
@@ -37,17 +38,16 @@ def save(results: Results, period: int, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     with (folder / "link.txt").open("w") as file:
         print(f"$ {command}\n# {machine}", file=file)
-        Console(file=file, width=112).print(shown(results, period))
+        Console(file=file, width=WIDTH).print(shown(results, period))
     facts = {"command": command, "machine": machine, "model": asdict(SHAPE), "sequences": SEQUENCES, "period": period}
-    rates = ",\n".join(
-        f"{json.dumps(rate)}: [\n" + ",\n".join(json.dumps(asdict(each)) for each in rows) + "]" for rate, rows in results.items()
-    )
+    lines = {rate: ",\n".join(json.dumps(asdict(each)) for each in rows) for rate, rows in results.items()}
+    rates = ",\n".join(f"{json.dumps(rate)}: [\n{rows}]" for rate, rows in lines.items())
     (folder / "link.json").write_text(f'{json.dumps(facts)[:-1]}, "rates": {{\n{rates}}}}}\n')
 
 
 def _table(rate: str, rows: Sequence[Row]) -> Table:
-    grid = Table("", "median\nstep, ms", "mean\nstep, ms", "exposed\nms", "exposed\n%", "left by\nlink, %", "wire\nkB/step",
-                 "wire\n/ plan", "times less\nthan DDP", title=f"{rate} between {NODES} nodes", title_justify="left")
+    grid = Table("", "median\nstep, ms", "mean\nstep, ms", "exposed\nms", "exposed\n%", "waited\n%", "left by\nlink, %",
+                 "wire\nkB/step", "wire\n/ plan", "times less\nthan DDP", title=f"{rate} between {NODES} nodes", title_justify="left")
     for column in grid.columns[1:]:
         column.justify = "right"
     by_name = {each.name: each for each in rows}
@@ -59,7 +59,8 @@ def _table(rate: str, rows: Sequence[Row]) -> Table:
             grid.add_row(f"{NODES} x {contestant.per_node} rank{'s' * (contestant.per_node > 1)}", style="dim")
         grid.add_row(
             contestant.title, f"{each.step_ms:.1f}", f"{each.mean_ms:.1f}", f"{each.mean_ms - each.floor_ms:.2f}",
-            f"{100 * each.exposed:.1f}", "-" if each.inevitable is None else f"{100 * each.inevitable:.1f}",
+            f"{100 * each.exposed:.1f}", f"{100 * each.waited:.1f}" if contestant.ours else "-",
+            "-" if each.inevitable is None else f"{100 * each.inevitable:.1f}",
             f"{each.bytes / 1e3:.1f}", f"{each.bytes / each.planned:.3f}" if each.planned else "-",
             f"{peer.bytes / each.bytes:.1f}" if peer and each.planned else "-", style="bold" if contestant.ours else None,
         )
@@ -69,15 +70,16 @@ def _table(rate: str, rows: Sequence[Row]) -> Table:
 def _notes(results: Results, period: int) -> Iterator[str]:
     size = sum(param.numel() for param in GPT(SHAPE).parameters())
     yield (f"A GPT of {size:,} float32 parameters, {SEQUENCES[1]} sequences of {SHAPE.context} tokens for each node and step "
-           f"({2 * SEQUENCES[2]} with 2 ranks), K = {period}. Every rank has one thread, for computing and for its share of TCP and reductions alike.")
+           f"({2 * SEQUENCES[2]} where it has 2 ranks), K = {period}. Every rank computes on one thread; gloo's threads share "
+           "the cores with it.")
     yield ("exposed: mean step above that without communication, over whole longest periods; the same again: how far two that "
-           "do not communicate seem apart. left by link: payload at the link's rate, less one step for each average that "
-           "overlaps, as a share of a step.")
+           "do not communicate seem apart. waited: for averages, by the library's own meter. left by link: payload at the "
+           "link's rate, less one step for each average that overlaps. All in shares of a step.")
     yield ("wire: bytes that a node sends, by its interface's counter; plan: bytes of the averages (or gradients) x "
-           f"2 (M - 1) / M, as a ring of M = 2 nodes has it, x {WIRE_PER_PAYLOAD:.4f} for Ethernet, IP and TCP headers in "
-           f"frames of {MTU} bytes.")
+           f"2 (M - 1) / M, as a ring of M = {NODES} nodes has it, x {WIRE_PER_PAYLOAD:.4f} for Ethernet, IP and TCP headers "
+           f"in frames of {MTU} bytes.")
     yield ("Local Adam and MT-DAO average three vectors every K steps; DES-LOC one every K, 3 K and 6 K; the other local "
-           "methods one, the parameters, every K.")
+           "methods one, the parameters, every K. In turn: overlap is off.")
     for rate, rows in results.items():
         exposed = {each.name: each.exposed for each in rows}
         lost = [f"{CONTESTANTS[each].title} exposes {exposed[each]:.0%}" for each in SYNCHRONOUS.values() if each in exposed]
@@ -87,4 +89,4 @@ def _notes(results: Results, period: int) -> Iterator[str]:
                f"machine in {disturbed:.0%} of laps.")
     for module in sorted({each.needs for each in CONTESTANTS.values() if not each.installed}):
         absent = ", ".join(each.title for each in CONTESTANTS.values() if each.needs == module)
-        yield f"Left out: {absent}; {module} is not installed here{INSTALL[module]}."
+        yield f"Left out: {absent}; {module} is not installed here (pip install {INSTALL[module]})."
