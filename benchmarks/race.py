@@ -76,7 +76,7 @@ def laps_of(contestant: Contestant) -> int:
     """Of ``ROUNDS`` rounds, in how many it takes part: a whole number of its longest periods."""
     if contestant.longest > 1 or contestant in map(CONTESTANTS.get, FLOORS.values()):
         return ROUNDS
-    return ROUNDS // 2 if contestant.hides or contestant.silent else SOME
+    return ROUNDS // 2 if contestant.hides else SOME
 
 
 def called(mbit: float | None) -> str:

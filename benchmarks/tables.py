@@ -46,8 +46,9 @@ def save(results: Results, period: int, folder: Path) -> None:
 
 
 def _table(rate: str, rows: Sequence[Row]) -> Table:
-    grid = Table("", "median\nstep, ms", "mean\nstep, ms", "exposed\nms", "exposed\n%", "waited\n%", "left by\nlink, %",
-                 "wire\nkB/step", "wire\n/ plan", "times less\nthan DDP", title=f"{rate} between {NODES} nodes", title_justify="left")
+    headings = ("", "median\nstep, ms", "mean\nstep, ms", "exposed\nms", "exposed\n%", "waited\n%", "left by\nlink, %",
+                "wire\nkB/step", "wire\n/ plan", "times less\nthan DDP")
+    grid = Table(*headings, title=f"{rate} between {NODES} nodes", title_justify="left")
     for column in grid.columns[1:]:
         column.justify = "right"
     by_name = {each.name: each for each in rows}
@@ -81,12 +82,13 @@ def _notes(results: Results, period: int) -> Iterator[str]:
     yield ("Local Adam and MT-DAO average three vectors every K steps; DES-LOC one every K, 3 K and 6 K; the other local "
            "methods one, the parameters, every K. In turn: overlap is off.")
     for rate, rows in results.items():
-        exposed = {each.name: each.exposed for each in rows}
-        lost = [f"{CONTESTANTS[each].title} exposes {exposed[each]:.0%}" for each in SYNCHRONOUS.values() if each in exposed]
-        small = [CONTESTANTS[each].title for each, value in exposed.items() if CONTESTANTS[each].ours and value <= SMALL]
+        by_name = {each.name: each for each in rows}
+        lost = [f"{CONTESTANTS[name].title} exposes {by_name[name].exposed:.0%}" for name in SYNCHRONOUS.values() if name in by_name]
+        small = [CONTESTANTS[each.name].title for each in rows
+                 if CONTESTANTS[each.name].ours and max(each.exposed, each.waited) <= SMALL]
         disturbed = sum(each.disturbed for each in rows) / len(rows)
-        yield (f"{rate}: {', '.join(lost)}; of ours at most {SMALL:.0%}: {', '.join(small) or 'none'}. Somebody else used the "
-               f"machine in {disturbed:.0%} of laps.")
+        yield (f"{rate}: {', '.join(lost) or 'no peer'}. Of ours {'; '.join(small) or 'none'}: at most {SMALL:.0%} exposed, and "
+               f"waited. Somebody else used the machine in {disturbed:.0%} of laps.")
     for module in sorted({each.needs for each in CONTESTANTS.values() if not each.installed}):
         absent = ", ".join(each.title for each in CONTESTANTS.values() if each.needs == module)
         yield f"Left out: {absent}; {module} is not installed here (pip install {INSTALL[module]})."
