@@ -69,8 +69,11 @@ class World:
 
     def ask(self, what: str, *args: Any, timeout: float = 120) -> list[Any]:
         """The answer of every rank, in order, to a request that ``rank.py`` knows."""
-        for pipe in self._pipes:
-            pipe.send((what, args))
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                pipe.send((what, args))
+            except ConnectionError as gone:
+                raise self._died(rank, what) from gone
         deadline = time.monotonic() + timeout
         return [self._answer(rank, what, deadline) for rank in range(self.size)]
 
@@ -80,10 +83,13 @@ class World:
                 raise RankError(f"rank {rank} of {self.size}: no answer to {what!r} in time\n{self._tail(rank)}")
             answer, error = self._pipes[rank].recv()
         except (EOFError, ConnectionError) as gone:
-            raise RankError(f"rank {rank} of {self.size} died at {what!r}\n{self._tail(rank)}") from gone
+            raise self._died(rank, what) from gone
         if error is not None:
             raise RankError(f"rank {rank} of {self.size} at {what!r}:\n{error}")
         return answer
+
+    def _died(self, rank: int, what: str) -> RankError:
+        return RankError(f"rank {rank} of {self.size} died at {what!r}\n{self._tail(rank)}")
 
     def _tail(self, rank: int) -> str:
         return "\n".join(self._logs[rank].read_text(errors="replace").splitlines()[-20:])
