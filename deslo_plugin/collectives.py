@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor
@@ -83,9 +84,19 @@ class Groups:
     singleton: dist.ProcessGroup | None
 
 
+_made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Topology, float], Groups]]" = WeakKeyDictionary()
+
+
 def make_groups(topology: Topology, timeout_s: float) -> Groups:
-    """Creates the groups; every rank of the topology must call it. ``timeout_s`` bounds each average, not the replica's
-    own traffic."""
+    """The groups, created once in a world, since each keeps threads and sockets; every rank of the topology must call it.
+    ``timeout_s`` bounds each average, not the replica's own traffic."""
+    made = _made.setdefault(dist.group.WORLD, {})
+    if (topology, timeout_s) not in made:
+        made[topology, timeout_s] = _create_groups(topology, timeout_s)
+    return made[topology, timeout_s]
+
+
+def _create_groups(topology: Topology, timeout_s: float) -> Groups:
 
     def group(ranks: list[int], **options: object) -> dist.ProcessGroup:
         return dist.new_group(ranks, use_local_synchronization=True, **options)

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from jobs import batch, loss_of, net, two_groups
 from theory import ACCUMULATION, CLIP
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,9 +28,15 @@ def ddp(model: nn.Module, **options: Any) -> tuple[nn.Module, dict]:
     return DistributedDataParallel(model, **options), {}
 
 
+@cache
+def mesh_of(shape: tuple, names: tuple) -> DeviceMesh:
+    """One for all jobs of a process: every group keeps threads and sockets."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
 def fsdp(model: nn.Module, shape: tuple = (2, 2), names: tuple = ("replicate", "shard"), on: Any = "shard", **options: Any):
     """Every layer and the whole sharded on dimension(s) ``on`` of a mesh of all ranks."""
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = mesh_of(shape, names)
     for layer in model:
         if list(layer.parameters()):
             fully_shard(layer, mesh=mesh[on], **options)

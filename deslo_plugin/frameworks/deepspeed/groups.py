@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
@@ -12,18 +11,12 @@ from deslo_plugin.config import DesloConfig
 from deslo_plugin.frameworks.equality import local_world_size
 from deslo_plugin.topology import make_topology
 
-_made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, float], Groups]]" = WeakKeyDictionary()
-
 
 def groups_of(deslo: DesloConfig) -> Groups:
     """The process groups of a job; the same ones for ``zero.Init`` and for the engine. Collective at first."""
     world, rank = dist.get_world_size(), dist.get_rank()
     topology = make_topology(deslo, world_size=world, rank=rank, local_world_size=local_world_size())
-    made = _made.setdefault(dist.group.WORLD, {})
-    key = topology.replica_size, deslo.timeout_s
-    if key not in made:
-        made[key] = make_groups(topology, deslo.timeout_s)
-    return made[key]
+    return make_groups(topology, deslo.timeout_s)
 
 
 class ReplicaUnit:
