@@ -9,6 +9,7 @@ from typing import Any
 from deslo_plugin.collectives import AverageError
 from deslo_plugin.config import load_config
 from deslo_plugin.frameworks.attach import attach
+from deslo_plugin.frameworks.checkpoint import load, save
 from deslo_plugin.frameworks.export import averaged_state_dict
 from deslo_plugin.frameworks.on_import import on_import
 from deslo_plugin.optimizer import DesLoc
@@ -18,7 +19,7 @@ from deslo_plugin.version import __version__
 
 __all__ = [
     "AverageError", "ConfigError", "DesLoc", "NonFiniteError", "__version__", "attach", "attach_accelerator",
-    "averaged_state_dict", "load_config",
+    "averaged_state_dict", "load", "load_config", "save",
 ]
 
 

@@ -94,6 +94,10 @@ class Averaging:
         if self._buffers:
             write_means({BUFFERS: self._buffers}, self._buffer_sync.mean(self.steps, {BUFFERS: self._buffers}))
 
+    def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The means of any tensors, counted under ``name``; nothing of the optimizer is touched. Collective."""
+        return self._sync.mean(self.steps, {name: tensors})[name] if tensors else []
+
     def broken(self) -> bool:
         """Whether this replica must leave out the update because its gradients are not finite.
 

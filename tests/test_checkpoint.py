@@ -1,0 +1,147 @@
+"""Checkpoints of replicas that differ: averaged, synchronised or exact; reshaped, torn, altered."""
+
+import json
+import shutil
+
+import checkpoint_jobs as jobs
+import pytest
+import torch
+import torch_jobs
+from oracle import blocks
+from test_deepspeed import ds_config
+from theory import RULES
+
+import deslo_plugin
+
+S = RULES["mt-dao-adam-n2"]
+STOCK = {"deslo": {"sync_every": {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}}}
+KINDS = ["plain", "ddp", "fsdp", "hsdp", "zero 0", "zero 1", "zero 2", "zero 3"]
+
+
+def config_for(kind: str, **deslo) -> dict:
+    if kind.startswith("zero"):
+        return ds_config(S, int(kind[-1]), deslo=deslo)
+    return blocks(S, **({"replica_size": 2} if kind == "ddp" else {}), **deslo)
+
+
+def same(a: dict, b: dict, tolerance: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for state, tensors in a.items():
+        for name, tensor in tensors.items():
+            error = (tensor.double() - b[state][name].double()).abs().max()
+            assert error <= tolerance, f"{state} of {name}: {error:.3g}"
+
+
+@pytest.mark.parametrize("before", [3, 4, 5])  # an average in flight, one step after it, in the middle of a period
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exact_resume_changes_no_bit(four, tmp_path, kind, before):
+    for rank, result in enumerate(four().run(jobs.resumed, kind, config_for(kind), str(tmp_path / "c"), "exact", before, 6)):
+        same(result["straight"], result["loaded"])
+        assert result["losses"] and result["random"] and result["extra"] == {"rank": rank, "batch": before}
+
+
+@pytest.mark.parametrize("kind", ["plain", "hsdp"])
+def test_an_exact_resume_of_a_stock_optimizer_changes_no_bit(four, tmp_path, kind):
+    for result in four().run(jobs.resumed, kind, STOCK, str(tmp_path / "c"), "exact", 4, 6, jobs.torch_jobs_adamw):
+        same(result["straight"], result["loaded"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_average_is_saved_and_training_does_not_notice(four, tmp_path, kind):
+    config = config_for(kind)
+    results = four().run(jobs.saved, kind, config, str(tmp_path / "c"), "average", 5, 4)
+    for result, alone in zip(results, four().run(jobs.unsaved, kind, config, 9)):
+        same(result["before"], result["at save"])
+        same(result["later"], alone)
+    for result in four().run(jobs.loaded, kind, config, str(tmp_path / "c")):
+        mean = {state: {name: torch.stack([r["before"][state][name].double() for r in results]).mean(0) for name in tensors}
+                for state, tensors in result["states"].items()}
+        same(result["states"], mean, tolerance=2e-7)
+        assert result["steps"] == 5
+
+
+@pytest.mark.parametrize("kind", ["plain", "ddp", "hsdp", "zero 2"])
+def test_sync_averages_in_place(four, tmp_path, kind):
+    results = four().run(jobs.saved, kind, config_for(kind), str(tmp_path / "c"), "sync", 5)
+    for result in results:
+        same(result["at save"], results[0]["at save"])
+    for result in four().run(jobs.loaded, kind, config_for(kind), str(tmp_path / "c")):
+        same(result["states"], results[0]["at save"])
+
+
+@pytest.mark.parametrize("saver, loader", [
+    ("hsdp", "plain"), ("plain", "hsdp"), ("zero 2", "hsdp"), ("hsdp", "zero 3"), ("zero 3", "ddp"), ("zero 1", "zero 3"),
+    ("ddp", "zero 0"),
+])
+def test_an_average_loads_in_other_frameworks_on_other_replicas_and_shards(four, tmp_path, saver, loader):
+    four().run(jobs.saved, saver, config_for(saver), str(tmp_path / "c"), "average", 5)
+    there = four().run(jobs.loaded, saver, config_for(saver), str(tmp_path / "c"))[0]["states"]
+    for result in four().run(jobs.loaded, loader, config_for(loader), str(tmp_path / "c")):
+        same(result["states"], there)
+
+
+def test_one_process_alone_loads_what_four_saved(four, tmp_path):
+    four().run(jobs.saved, "hsdp", blocks(S), str(tmp_path / "c"), "average", 5)
+    there = four().run(jobs.loaded, "hsdp", blocks(S), str(tmp_path / "c"))[0]["states"]
+    model = torch_jobs.net(seed=9)
+    optimizer = deslo_plugin.DesLoc(torch_jobs.two_groups(model), blocks(S))
+    deslo_plugin.attach(model, optimizer)
+    deslo_plugin.load(tmp_path / "c", model)
+    same(torch_jobs.states_of(model, optimizer, ["exp_avg", "exp_avg_2", "exp_avg_sq"]), there)
+
+
+def test_an_exact_checkpoint_of_other_shards_is_refused(four, tmp_path):
+    four().run(jobs.saved, "hsdp", blocks(S), str(tmp_path / "c"), "exact", 2)
+    for error in four().run(jobs.refused, "plain", blocks(S), str(tmp_path / "c")):
+        assert "the 2 replica(s) of 2 rank(s) that saved it, got 4 of 1" in error and 'mode "average"' in error
+
+
+def truncated(folder):
+    file = next(folder.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def bit_flipped(folder):
+    file = next(folder.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def without_a_file(folder):
+    next(folder.glob("*.distcp")).unlink()
+
+
+def foreign(folder):
+    (folder / "deslo.json").unlink()
+
+
+def of_a_later_format(folder):
+    text = json.loads((folder / "deslo.json").read_text())
+    (folder / "deslo.json").write_text(json.dumps(text | {"format": 99}))
+
+
+@pytest.mark.parametrize("harm, message", [
+    (truncated, "distcp: other bytes than were saved"), (bit_flipped, "distcp: other bytes than were saved"),
+    (without_a_file, "distcp: missing"), (foreign, "a folder with deslo.json, got none"), (of_a_later_format, "format 1, got 99"),
+])
+def test_a_harmed_checkpoint_is_named_and_refused_on_every_rank(four, tmp_path, harm, message):
+    four().run(jobs.saved, "plain", blocks(S), str(tmp_path / "c"), "average", 2)
+    harm(tmp_path / "c")
+    for error in four().run(jobs.refused, "plain", blocks(S), str(tmp_path / "c")):
+        assert message in error and str(tmp_path / "c") in error
+
+
+def test_a_save_that_was_cut_off_leaves_the_one_before(four, tmp_path):
+    four().run(jobs.saved, "plain", blocks(S), str(tmp_path / "c"), "average", 2)
+    shutil.copytree(tmp_path / "c", tmp_path / "c.part")
+    (tmp_path / "c.part" / "deslo.json").unlink()  # killed before the last file
+    assert four().run(jobs.refused, "plain", blocks(S), str(tmp_path / "c")) == ["no error"] * 4
+    four().run(jobs.saved, "plain", blocks(S), str(tmp_path / "c"), "average", 3)
+    assert not (tmp_path / "c.part").exists()
+
+
+def test_other_models_and_optimizers_are_refused_by_name(four, tmp_path):
+    four().run(jobs.saved, "plain", blocks(S), str(tmp_path / "c"), "average", 2)
+    for error in four().run(jobs.refused, "plain", blocks(RULES["des-loc-sgdm"]), str(tmp_path / "c")):
+        assert "states of 0.weight: expected exp_avg, origin, step, got exp_avg, exp_avg_2, exp_avg_sq, origin, step" in error
