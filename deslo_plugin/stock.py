@@ -99,8 +99,10 @@ def _unscaled(averaging: StockAveraging) -> Iterator[None]:
     left = {name: vars(averaging.optimizer).pop(name) for name in ("grad_scale", "found_inf") if hasattr(averaging.optimizer, name)}
     if left.get("grad_scale") is not None:
         torch._foreach_div_(averaging.gradients(), left["grad_scale"])
-    yield
-    vars(averaging.optimizer).update(left)
+    try:
+        yield
+    finally:
+        vars(averaging.optimizer).update(left)
 
 
 def _kinds(params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, str]:

@@ -31,7 +31,7 @@ def kernels():
     """The native module; its absence is a failure unless it was asked for."""
     if ops.native() == "python":
         if os.environ.get("DESLO_NATIVE") == "off":
-            pytest.skip("DESLO_NATIVE=off")
+            pytest.skip("deslo_plugin._C is missing because DESLO_NATIVE=off asked for none")
         pytest.fail("deslo_plugin._C is not built: run pip install -v --no-build-isolation -e . and read what it says")
     import deslo_plugin._C
 

@@ -1,6 +1,7 @@
 """Topology, traffic and half-lives: figures that need no process group."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -41,6 +42,16 @@ def test_ranks_fall_into_replicas_and_columns():
     worlds = [contiguous(6, rank, 2) for rank in range(6)]
     assert [t.shard_group for t in worlds] == [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]]
     assert [t.replica_group for t in worlds] == [[0, 2, 4], [1, 3, 5]] * 3
+
+
+@pytest.mark.parametrize("replica_size, hosts, complaint", [
+    (2, "aabb", None), (4, "aabb", None), (1, "abab", None),
+    (2, "abab", "replica 0 .ranks .0, 1.. lies on 2 nodes .a, b. where 1 would do"),
+    (2, "aaabbb", "replica 1 .ranks .2, 3.. lies on 2 nodes"),
+])
+def test_a_replica_that_lies_on_more_nodes_than_it_needs_is_said(replica_size, hosts, complaint):
+    found = spread(contiguous(len(hosts), 0, replica_size), list(hosts))
+    assert re.search(complaint, found) if complaint else found is None
 
 
 def test_auto_is_a_replica_per_node():

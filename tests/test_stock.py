@@ -74,6 +74,13 @@ def test_adamw_of_a_deepspeed_json_trains_as_the_oracle(four, stage):
     assert all(result["bytes"] == result["planned"] for result in results)
 
 
+def test_a_skip_that_nobody_would_take_is_refused(four):
+    ds = stock_ds(0)
+    ds["deslo"]["on_nonfinite"] = "skip"
+    for error in four().run(deepspeed_jobs.raises, ds):
+        assert "deslo.on_nonfinite: expected \"stop\"" in error
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_step_that_deepspeed_skips_on_one_replica_still_ticks_and_averages(four, stage):
     results = four().run(deepspeed_jobs.run_stock, stock_ds(stage), 20, (1, 6))

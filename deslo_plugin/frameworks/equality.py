@@ -1,5 +1,6 @@
 """Replicas must start equal: the same model, the same values, the same optimizer on every rank, or an error before step 1."""
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ def say_placement(topology: Topology, world: dist.ProcessGroup) -> None:
     """Warns if a replica lies on more nodes than it needs. Collective."""
     hosts = gathered(socket.gethostname(), world)
     if complaint := spread(topology, [hosts[rank] for rank in topology.ranks]):
-        say(complaint)
+        say(complaint, logging.WARNING)
 
 
 def agree_on_model(model: nn.Module, shape_of: Callable[[Tensor], object], group: dist.ProcessGroup | None = None) -> None:

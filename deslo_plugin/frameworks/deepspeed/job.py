@@ -124,6 +124,9 @@ def refuse_unsupported(ds: Mapping[str, Any], model: Any, mpu: Any, deslo: Deslo
     if deslo.synchronous_steps and _at(ds, "zero_optimization.offload_optimizer.device") not in (None, "none"):
         raise ConfigError("deslo.synchronous_steps", "0 with offload_optimizer", str(deslo.synchronous_steps),
                           "remove one: gradients that DeepSpeed offloads are measured for clipping before they could be averaged")
+    if deslo.on_nonfinite == "skip" and deslo.sync_every is not None and stage == 0:
+        raise ConfigError("deslo.on_nonfinite", '"stop" with an optimizer of DeepSpeed\'s own at stage 0', '"skip"',
+                          "remove it, or use a ZeRO stage, where DeepSpeed looks at the gradients, or DesLoc")
     if deslo.on_nonfinite == "skip" and stage in (1, 2) and _at(ds, "bf16.enabled"):
         if _at(ds, "bf16.check_grad_overflow") is False:
             raise ConfigError("bf16.check_grad_overflow", 'true with "deslo": {"on_nonfinite": "skip"}', "False",
