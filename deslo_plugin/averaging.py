@@ -1,5 +1,6 @@
 """Algorithm 1 around whatever updates the parameters: what is due lands, the update is made, the clock ticks."""
 
+import functools
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -95,8 +96,11 @@ class Averaging:
             write_means({BUFFERS: self._buffers}, self._buffer_sync.mean(self.steps, {BUFFERS: self._buffers}))
 
     def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The means of any tensors, counted under ``name``; nothing of the optimizer is touched. Collective."""
-        return self._sync.mean(self.steps, {name: tensors})[name] if tensors else []
+        """The means of any floating tensors in at least float32, counted under ``name``; they stay as they are. Collective."""
+        if not tensors:
+            return []
+        wire = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
+        return self._synchronizer(self.average, wire).mean(self.steps, {name: tensors})[name]
 
     def broken(self) -> bool:
         """Whether this replica must leave out the update because its gradients are not finite.
@@ -115,7 +119,7 @@ class Averaging:
     @property
     def steps(self) -> int:
         """Completed steps of the first parameter."""
-        return next(cohort.steps for group in self.groups for cohort in self.clock.cohorts(group))
+        return self.clock.steps(self.groups)
 
     @property
     def synchronous(self) -> bool:
@@ -160,8 +164,8 @@ class Averaging:
     def _names_due(self, cohort: Cohort) -> tuple[str, ...]:
         return due(cohort.group["sync_every"], cohort.steps) if cohort.steps > self.deslo.synchronous_steps else ()
 
-    def _synchronizer(self, average: Average) -> Synchronizer:
-        wire, chunk = getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_mb << 20
+    def _synchronizer(self, average: Average, wire_dtype: torch.dtype | None = None) -> Synchronizer:
+        wire, chunk = wire_dtype or getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_mb << 20
         return Synchronizer(average, wire_dtype=wire, bucket_bytes=chunk, emit=self.record)
 
     def record(self, event: SyncEvent) -> None:

@@ -144,4 +144,4 @@ def test_a_save_that_was_cut_off_leaves_the_one_before(four, tmp_path):
 def test_other_models_and_optimizers_are_refused_by_name(four, tmp_path):
     four().run(jobs.saved, "plain", blocks(S), str(tmp_path / "c"), "average", 2)
     for error in four().run(jobs.refused, "plain", blocks(RULES["des-loc-sgdm"]), str(tmp_path / "c")):
-        assert "states of 0.weight: expected exp_avg, origin, step, got exp_avg, exp_avg_2, exp_avg_sq, origin, step" in error
+        assert "0.weight: expected exp_avg [8, 6], origin [], params [8, 6], step [], got exp_avg [8, 6], exp_avg_2 [8, 6]" in error
