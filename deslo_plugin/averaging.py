@@ -51,6 +51,7 @@ class Averaging:
         self._receive = receive or (lambda cohort, states, means: write_means(states, means))
         self._sync, self.late = self._synchronizer(average), Late(getattr(torch, deslo.wire_dtype))
         self._buffers: Sequence[Tensor] = ()
+        self._met = 0
 
     def add_buffers(self, buffers: Sequence[Tensor], average: Average) -> None:
         """Floating buffers of the model, averaged when parameters are, as they are at that moment."""
@@ -79,6 +80,15 @@ class Averaging:
                 if self.deslo.delay > 1:
                     self.late.keep(cohort.params, states)
 
+    @property
+    def diverged(self) -> bool:
+        """Whether this replica has taken steps of its own since all were equal. What averages since then is not looked at."""
+        return self.steps > max(self._met, self.deslo.synchronous_steps)
+
+    def met(self) -> None:
+        """Says that all replicas are equal now."""
+        self._met = self.steps
+
     def abandon(self) -> None:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
         self._sync.abandon()
@@ -94,6 +104,7 @@ class Averaging:
             write_means(states, self._sync.mean(cohort.steps, states))
         if self._buffers:
             write_means({BUFFERS: self._buffers}, self._buffer_sync.mean(self.steps, {BUFFERS: self._buffers}))
+        self.met()
 
     def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The means of any floating tensors in at least float32, counted under ``name``; they stay as they are. Collective."""

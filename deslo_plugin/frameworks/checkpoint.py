@@ -31,6 +31,7 @@ from deslo_plugin.frameworks.fragment import Fragment, LoadFragments, SaveFragme
 from deslo_plugin.frameworks.proof import OLD, PART, Proof, prove, read_proof, write_proof
 from deslo_plugin.frameworks.state_tree import KEPT, Tree, holder_of, refuse_others
 from deslo_plugin.log import say
+from deslo_plugin.names import PARAMS
 from deslo_plugin.strict import ConfigError
 
 
@@ -75,6 +76,7 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
         _write(tree, holder.tree())
         holder.put(tree)
         attachment.averaging.abandon()
+        attachment.averaging.met()
     own = pickle.dumps({"random": _random_state(), "aside": holder.aside(), "extra": dict(extra or {})})
     where, name, group = _place(part, mode, attachment)
     dcp.save(tree | {name: own}, checkpoint_id=where, process_group=group, planner=SaveFragments(flatten_state_dict=False))
@@ -122,7 +124,26 @@ def load(path: str | Path, model: Any) -> dict[str, Any]:
             group.update({key: type(group.get(key, value))(value) for key, value in saved.items()})
     holder.put(content)
     holder.put_aside(own["aside"], proof.steps)
+    if proof.mode != "exact":
+        attachment.averaging.met()
     return own["extra"]
+
+
+def saved_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The model's parameters and buffers out of a checkpoint, on the CPU: in one process, without the model or replicas.
+
+    Raises ``ConfigError`` for a folder that is torn, altered or foreign, and for the replicas of an "exact" checkpoint.
+    """
+    folder = _found(Path(path))
+    if read_proof(folder).mode == "exact":
+        raise ConfigError(f"saved_state_dict({str(folder)!r})", "one model", "every replica's own, saved with mode \"exact\"",
+                          'load it and save with mode "average"')
+    prove(folder, None)
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    names = [name for name in stored if name.startswith((f"{PARAMS}/", "buffers/"))]
+    state = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+    dcp.load(state, checkpoint_id=folder, no_dist=True, planner=LoadFragments(flatten_state_dict=False))
+    return {name.split("/", 1)[1]: tensor for name, tensor in state.items()}
 
 
 def attachment_of(model: Any) -> Attachment:

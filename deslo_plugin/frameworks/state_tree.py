@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from deslo_plugin.frameworks.attachment import Attachment
 from deslo_plugin.frameworks.fragment import Fragment, of_dtensor
+from deslo_plugin.frameworks.one_model import one_replica
 from deslo_plugin.names import PARAMS
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
@@ -129,7 +130,8 @@ def fresh_states(saved: Mapping[str, Sequence[int] | None], param: Tensor, whole
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Name -> buffer, of those that belong to the model's state."""
-    saved = model.state_dict(keep_vars=True)
+    with one_replica():
+        saved = model.state_dict(keep_vars=True)
     return {plain_name(name): buffer for name, buffer in model.named_buffers() if name in saved}
 
 

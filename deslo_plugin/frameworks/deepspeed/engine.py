@@ -130,7 +130,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     engine._take_model_step = (_averaged if stock else _kept_in_step)(engine, engine._take_model_step)
     if deslo.synchronous_steps:
         engine._take_model_step = _warmed_up(engine, engine._take_model_step)
-    checkpoint.keep_replicas_apart(engine)
+    checkpoint.save_the_truth(engine)
     for name in OUTSIDE:
         setattr(engine, name, _with_groups(unit, getattr(engine, name)))
     say(engine.deslo.plan.describe())
