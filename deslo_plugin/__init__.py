@@ -13,6 +13,7 @@ from deslo_plugin.frameworks.checkpoint import load, save, saved_state_dict
 from deslo_plugin.frameworks.export import averaged_state_dict
 from deslo_plugin.frameworks.on_import import on_import
 from deslo_plugin.frameworks.one_model import one_replica
+from deslo_plugin.frameworks.preemption import Preemption
 from deslo_plugin.frameworks.proof import latest
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.strict import ConfigError
@@ -20,7 +21,7 @@ from deslo_plugin.sync import NonFiniteError
 from deslo_plugin.version import __version__
 
 __all__ = [
-    "AverageError", "ConfigError", "DesLoc", "NonFiniteError", "__version__", "attach", "attach_accelerator",
+    "AverageError", "ConfigError", "DesLoc", "NonFiniteError", "Preemption", "__version__", "attach", "attach_accelerator",
     "averaged_state_dict", "latest", "load", "load_config", "one_replica", "save", "saved_state_dict",
 ]
 

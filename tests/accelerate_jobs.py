@@ -130,6 +130,70 @@ def state_dict_of(kind: str, optimizer: str, blocks: dict | None, ds: dict | Non
     return given, deslo_plugin.averaged_state_dict(model), own
 
 
+def state_dict_of(kind: str, optimizer: str, blocks: dict | None, ds: dict | None) -> tuple[Any, dict, dict]:
+    """After three steps: what ``get_state_dict`` gives or raises, the mean of the replicas, and this replica's own."""
+    import deslo_plugin
+
+    accelerator, model, made = prepared(kind, "before", optimizer, blocks, ds)
+    steps(accelerator, model, made, range(3))
+    try:
+        given = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(model).items()}
+    except ValueError as error:
+        given = str(error)
+    with deslo_plugin.one_replica():
+        own = {name: tensor.clone() for name, tensor in accelerator.unwrap_model(model).state_dict().items()}
+        own = {name: whole(tensor) for name, tensor in own.items()}
+    return given, deslo_plugin.averaged_state_dict(model), own
+
+
+def state_dict_of(kind: str, optimizer: str, blocks: dict | None, ds: dict | None) -> tuple[Any, dict, dict]:
+    """After three steps: what ``get_state_dict`` gives or raises, the mean of the replicas, and this replica's own."""
+    import deslo_plugin
+
+    accelerator, model, made = prepared(kind, "before", optimizer, blocks, ds)
+    steps(accelerator, model, made, range(3))
+    try:
+        given = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(model).items()}
+    except ValueError as error:
+        given = str(error)
+    with deslo_plugin.one_replica():
+        own = {name: tensor.clone() for name, tensor in accelerator.unwrap_model(model).state_dict().items()}
+        own = {name: whole(tensor) for name, tensor in own.items()}
+    return given, deslo_plugin.averaged_state_dict(model), own
+
+
+def state_dict_of(kind: str, optimizer: str, blocks: dict | None, ds: dict | None) -> tuple[Any, dict, dict]:
+    """After three steps: what ``get_state_dict`` gives or raises, the mean of the replicas, and this replica's own."""
+    import deslo_plugin
+
+    accelerator, model, made = prepared(kind, "before", optimizer, blocks, ds)
+    steps(accelerator, model, made, range(3))
+    try:
+        given = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(model).items()}
+    except ValueError as error:
+        given = str(error)
+    with deslo_plugin.one_replica():
+        own = {name: tensor.clone() for name, tensor in accelerator.unwrap_model(model).state_dict().items()}
+        own = {name: whole(tensor) for name, tensor in own.items()}
+    return given, deslo_plugin.averaged_state_dict(model), own
+
+
+def state_dict_of(kind: str, optimizer: str, blocks: dict | None, ds: dict | None) -> tuple[Any, dict, dict]:
+    """After three steps: what ``get_state_dict`` gives or raises, the mean of the replicas, and this replica's own."""
+    import deslo_plugin
+
+    accelerator, model, made = prepared(kind, "before", optimizer, blocks, ds)
+    steps(accelerator, model, made, range(3))
+    try:
+        given = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(model).items()}
+    except ValueError as error:
+        given = str(error)
+    with deslo_plugin.one_replica():
+        own = {name: tensor.clone() for name, tensor in accelerator.unwrap_model(model).state_dict().items()}
+        own = {name: whole(tensor) for name, tensor in own.items()}
+    return given, deslo_plugin.averaged_state_dict(model), own
+
+
 def dispatching(how: str) -> str:
     """The error of a loader that would send every batch from rank 0."""
     from accelerate import DataLoaderConfiguration
