@@ -65,7 +65,7 @@ def main(args: Namespace) -> None:
     else:
         ours = deslo_plugin.DesLoc, {"config": {key: blocks[key] for key in ("optimizer", "deslo")}}
         trainer = Trainer(model, training, train_dataset=Counting(), optimizer_cls_and_kwargs=ours,
-                          callbacks=[AverageBeforeSave()])  # under DeepSpeed, engine.save_checkpoint sees to that
+                          callbacks=[AverageBeforeSave()] if args.save else [])  # DeepSpeed's engine needs no such thing
         deslo_plugin.attach_accelerator(trainer.accelerator)
     trainer.train(resume_from_checkpoint=args.resume)
 
