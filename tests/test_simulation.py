@@ -97,6 +97,23 @@ def test_a_joiner_without_momenta_steps_as_a_new_replica_does(rule):
         assert torch.equal(world.state(name)[3], fresh.state(name)[0])
 
 
+def test_everyone_keeps_their_own_row_however_they_came():
+    world = last(Bowls(), double(ADAM), replicas=3, steps=10).replicas
+
+    def rows():
+        return {name: dict(zip(world.ids, world.state(name))) for name in ("params", "exp_avg", "exp_avg_sq")}
+
+    before, counts = rows(), []
+    for change in (lambda: world.join([3], momenta=False), lambda: world.join([4]), lambda: world.leave([0, 3])):
+        change()
+        counts.append(len(world.ids))
+        now = rows()
+        for name, owned in now.items():
+            assert all(torch.equal(row, before[name][replica]) for replica, row in owned.items() if replica in before[name])
+        before = now
+    assert counts == [4, 5, 3] and sorted(world.ids) == [1, 2, 4] and world.away == {0: 10, 3: 10}
+
+
 @pytest.mark.parametrize("when", ["before_update", "after_update"])
 def test_averages_are_over_those_that_are_there(when):
     # two that train on after a third has left are two that never knew it, once they have met the same start
