@@ -1,5 +1,7 @@
 """Simulated replicas are the optimizer's own: against the float64 oracle, and as they come and go."""
 
+import gc
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -95,6 +97,25 @@ def test_a_joiner_without_momenta_steps_as_a_new_replica_does(rule):
         world.step(slopes)
     for name in ("params", "exp_avg", "exp_avg_sq"):
         assert torch.equal(world.state(name)[3], fresh.state(name)[0])
+
+
+@pytest.mark.parametrize("rule", ["adam", "adopt"])
+def test_a_joiner_with_everything_goes_on_as_the_one_it_joined(rule):
+    params = {"rule": rule, "sync_every": {"params": 1000}}
+    world = last(Bowls(), double({"optimizer": {"params": params}}), replicas=1, steps=3).replicas
+    world.join([1])
+    for step in range(3, 6):
+        world.step(noisy_quadratic(0, step, world.state("params")[0]).expand(2, -1).clone())
+    for name in ("params", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(*world.state(name))
+
+
+def test_what_left_is_freed_with_the_averages_that_it_flew_in():
+    world = last(Bowls(), double(ADAM), replicas=3, steps=4).replicas  # the average of params is in flight
+    old = weakref.ref(world.optimizer.param_groups[0]["params"][0])
+    world.leave([1])
+    gc.collect()
+    assert old() is None
 
 
 def test_everyone_keeps_their_own_row_however_they_came():

@@ -47,6 +47,6 @@ class Failures:
         if healed and replicas.meets(steps):
             replicas.join(healed, momenta=self.momenta)
         if steps and steps % self.every == 0:
-            here = sorted(replicas.ids)
-            order = torch.randperm(len(here), generator=torch.Generator().manual_seed(1_000_003 * self.seed + steps)).tolist()
-            replicas.leave(here[index] for index in order[: max(1, round(self.share * len(here)))])
+            here, generator = replicas.ids, torch.Generator().manual_seed(1_000_003 * self.seed + steps)
+            failing = torch.randperm(len(here), generator=generator)[: max(1, round(self.share * len(here)))]
+            replicas.leave(here[index] for index in failing)
