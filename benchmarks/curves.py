@@ -1,9 +1,5 @@
-"""The figures of docs/robustness.md, from benchmarks/results/robustness.json.
+"""The figures of docs/robustness.md."""
 
-    python benchmarks/curves.py
-"""
-
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +13,6 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-HERE = Path(__file__).resolve().parent
 COLOURS = {
     "DES-LOC": "#0072b2", "Local Adam": "#e69f00", "FAVG+OPT": "#d55e00", "FAVG-OPT": "#cc79a7", "synchronous": "#555555",
     "DES-LOC, joiners without momenta": "#56b4e9", "DES-LOC, nobody joins": "#009e73", "DES-LOC, nobody fails": "#009e73",
@@ -49,7 +44,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
                 _band(right, steps[late:], (losses - first)[:, late:], style)
         left.set_ylim(top=np.quantile(first, 0.96))
         for axes, label in zip((left, right), LABELS):
-            if growth := next(iter(runs.values()))["run"]["scene"]["growth"]:
+            if growth := max(each["run"]["scene"]["growth"] or 0 for each in runs.values()):
                 axes.axvline(growth, color="black", linewidth=0.8, linestyle=":")
                 axes.annotate(" they join", (growth, 0.02), xycoords=("data", "axes fraction"), fontsize="small")
             axes.set(xlabel="steps", ylabel=label)
@@ -64,7 +59,3 @@ def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
 def _band(axes: Axes, steps: np.ndarray, curves: np.ndarray, style: Mapping[str, Any]) -> None:
     axes.plot(steps, curves.mean(0), linewidth=1.4, **style)
     axes.fill_between(steps, curves.min(0), curves.max(0), color=style["color"], alpha=0.15, linewidth=0)
-
-
-if __name__ == "__main__":
-    draw(json.loads((HERE / "results" / "robustness.json").read_text())["experiments"], HERE.parent / "docs" / "figures")

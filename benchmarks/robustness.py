@@ -13,7 +13,7 @@ import platform
 import shlex
 import statistics
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +24,6 @@ import torch
 from curves import draw
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from small_gpt import GPTConfig, small_gpt, warmup_cosine
 
 from deslo_plugin.config import read_file
@@ -131,30 +130,29 @@ def train(run: Run, seed: int) -> dict[str, Any]:
     return {"seed": seed, "steps": steps, "held_out": held_out, "seen": seen, "replicas": there, "bytes_per_replica": sent}
 
 
-def table(title: str, runs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Final losses, mean and range over seeds, and their paired distance to DES-LOC's."""
-    shown = Table(title=title)
-    for column in ("", "held-out nats", "over seeds", "perplexity against the first, %", "MB sent by a replica"):
-        shown.add_column(column, justify="left" if not column else "right")
+def table(title: str, runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Held-out losses at the end, and perplexities against the first run's, mean and range over seeds: as in the document."""
     first = next(iter(runs.values()))
+    growth = max(each["run"]["scene"]["growth"] or 0 for each in runs.values())
+    looks = {"a round after they join, %": growth // LOOK} if growth else {}
+    columns = [title, "nats at the end", *(looks | {"perplexity at the end, %": -1}), "MB sent by a replica"]
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
     for name, each in runs.items():
-        ends = [curve["held_out"][-1] for curve in each["curves"]]
-        against = [math.expm1(end - base["held_out"][-1]) * 100 for end, base in zip(ends, first["curves"])]
+        end = statistics.mean(curve["held_out"][-1] for curve in each["curves"])
         sent = max(curve["bytes_per_replica"] for curve in each["curves"]) / 1e6
-        shown.add_row(name, f"{statistics.mean(ends):.4f}", f"{min(ends):.4f} to {max(ends):.4f}",
-                      f"{statistics.mean(against):+.2f} ({min(against):+.2f} to {max(against):+.2f})", f"{sent:.1f}")
-    return shown
+        lines.append([name, f"{end:.3f}", *(_against(each, first, look) for look in [*looks.values(), -1]), f"{sent:.1f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
-    parser = ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time (%(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="(%(default)s)")
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="experiments (all)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="(%(default)s)")
-    parser.add_argument("--figures", type=Path, default=HERE.parent / "docs" / "figures", help="folder (%(default)s)")
-    args = parser.parse_args()
+def _against(each: Mapping[str, Any], first: Mapping[str, Any], look: int) -> str:
+    """Perplexity at a look against the first run's, of the same seed: one look after the replicas joined is a round, K = 8."""
+    pairs = zip(each["curves"], first["curves"])
+    percent = [math.expm1(curve["held_out"][look] - base["held_out"][look]) * 100 for curve, base in pairs]
+    return f"{statistics.mean(percent):+.1f} ({min(percent):+.1f} to {max(percent):+.1f})" if each is not first else ""
 
+
+def run_all(args: Namespace) -> dict[str, Any]:
+    """Every chosen experiment with every seed, as it is written to ``args.out``."""
     chosen = {title: EXPERIMENTS[title] for title in args.only}
     results = {
         title: {name: {"run": asdict(run), "curves": []} for name, run in runs.items()} for title, runs in chosen.items()
@@ -176,10 +174,25 @@ def main() -> None:
     model = asdict(SHAPE) | {"parameters": small_gpt(SHAPE, sequences=1, replicas=1, seed=0).start.numel()}
     head = {"command": command, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
             "model": model, "sequences": SEQUENCES, "betas": BETAS, "periods": f"those of configs/ / {SHORTER}"}
-    args.out.write_text(json.dumps(head | {"experiments": results}) + "\n")
+    return head | {"experiments": results}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="(%(default)s)")
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="experiments (all)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="(%(default)s)")
+    parser.add_argument("--show", action="store_true", help="run nothing: tables and figures of what --out holds")
+    parser.add_argument("--figures", type=Path, default=HERE.parent / "docs" / "figures", help="folder (%(default)s)")
+    args = parser.parse_args()
+
+    if not args.show:
+        args.out.write_text(json.dumps(run_all(args)) + "\n")
+    results = json.loads(args.out.read_text())["experiments"]
     draw(results, args.figures)
     for title, runs in results.items():
-        Console(width=130).print(table(title, runs))
+        print(table(title, runs), end="\n\n")
 
 
 if __name__ == "__main__":
