@@ -267,6 +267,12 @@ def test_a_network_gives_each_replica_the_gradient_of_its_own_batch():
     assert torch.allclose(objective.evaluate(x.detach())[0], model(*(each[0] for each in data)))
 
 
+def test_a_network_of_several_dtypes_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
+    with pytest.raises(ValueError, match="one dtype"):
+        Network(model, lambda replicas, step: (), [])
+
+
 def test_logistic_regression_learns_the_weights_of_all():
     objective = Logistic(torch.ones(5), batch=16, replicas=8, apart=0.5)
     start = float(objective.evaluate(objective.start[None]))

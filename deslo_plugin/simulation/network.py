@@ -15,6 +15,8 @@ class Network:
             buffers are constants. It must draw nothing at random and change nothing in place, as ``torch.func.vmap`` asks.
         batches: (replicas, step) -> the tensors of a batch, each with a leading dimension of len(replicas).
         held_out: tensors of one batch that losses are judged on, or several such batches of one size.
+
+    Raises ``ValueError`` for parameters of several dtypes, which one matrix cannot hold.
     """
 
     def __init__(
@@ -22,6 +24,8 @@ class Network:
         held_out: Sequence[Sequence[Tensor]],
     ):
         self._model, self._batches, self._held_out = model, batches, held_out
+        if len(dtypes := {str(param.dtype) for param in model.parameters()}) != 1:
+            raise ValueError(f"Network: expected parameters of one dtype, got {sorted(dtypes)}; convert the model")
         self._shapes = {name: param.shape for name, param in model.named_parameters()}
         self.start = torch.cat([param.detach().flatten() for param in model.parameters()])
 
