@@ -28,6 +28,7 @@ from small_gpt import GPTConfig, small_gpt, warmup_cosine
 
 from deslo_plugin.config import read_file
 from deslo_plugin.simulation import Failures, Growth, simulate
+from deslo_plugin.simulation.membership import Membership, constant
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "robustness.json"
@@ -110,15 +111,15 @@ def train(run: Run, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     scene, (config, norm_clip) = run.scene, config_of(run)
     objective = small_gpt(SHAPE, sequences=SEQUENCES, replicas=scene.capacity, seed=seed, held_out=2)
-    membership = {}
+    membership: Membership = constant
     if scene.growth:
-        membership["membership"] = Growth(scene.growth, scene.capacity - scene.replicas, run.momenta)
-    if scene.failures:
-        membership["membership"] = Failures(*scene.failures, momenta=run.momenta, seed=seed)
+        membership = Growth(scene.growth, scene.capacity - scene.replicas, run.momenta)
+    elif scene.failures:
+        membership = Failures(*scene.failures, momenta=run.momenta, seed=seed)
     steps, held_out, there = [], [], []
     for moment in simulate(
-        objective, config, replicas=scene.replicas, steps=scene.steps, rate=warmup_cosine(scene.steps), norm_clip=norm_clip,
-        **membership,
+        objective, config, replicas=scene.replicas, steps=scene.steps, membership=membership, rate=warmup_cosine(scene.steps),
+        norm_clip=norm_clip,
     ):
         if moment.steps % LOOK == 0:
             steps.append(moment.steps)
