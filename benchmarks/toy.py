@@ -29,11 +29,12 @@ HERE = Path(__file__).resolve().parent
 RESULTS, FIGURE = HERE / "results" / "toy.json", HERE.parent / "docs" / "figures" / "toy.png"
 REPLICAS, STEPS, LOOK, SEEDS = 256, 7680, 16, [0, 1, 2]
 START, BETAS = [-1.2, 1.0], [0.9964, 0.999]  # half-lives 192 and 693
+PERIOD = 192
 ALGORITHMS = {
-    "DES-LOC": {"sync_every": {"params": 192, "exp_avg": 192, "exp_avg_sq": 692}},
-    "Local Adam": {"sync_every": {"params": 192, "exp_avg": 192, "exp_avg_sq": 192}},
-    "FAVG+OPT": {"sync_every": {"params": 192, "exp_avg": None, "exp_avg_sq": None}},
-    "FAVG-OPT": {"sync_every": {"params": 192, "exp_avg": None, "exp_avg_sq": None}, "reset_momenta": True},
+    "DES-LOC": {"sync_every": {"params": PERIOD, "exp_avg": PERIOD, "exp_avg_sq": 692}},
+    "Local Adam": {"sync_every": {"params": PERIOD, "exp_avg": PERIOD, "exp_avg_sq": PERIOD}},
+    "FAVG+OPT": {"sync_every": {"params": PERIOD, "exp_avg": None, "exp_avg_sq": None}},
+    "FAVG-OPT": {"sync_every": {"params": PERIOD, "exp_avg": None, "exp_avg_sq": None}, "reset_momenta": True},
 }
 SCENES = {  # -> rate, deviation of the noise, whether it is every replica's own
     "rate 0.03, noise of deviation 1.5": (0.03, 1.5, False),
@@ -67,11 +68,12 @@ def table(scene: str, algorithms: dict[str, list[list[float]]]) -> str:
 
 
 def draw(results: dict[str, Any]) -> None:
-    """One panel for each scene, f of the first seed on a logarithmic axis."""
+    """One panel for each scene: geometric means of f over seeds and over one period of the parameters."""
     figure, panels = plt.subplots(1, len(SCENES), figsize=(11, 3.6), layout="constrained", sharey=True)
     for axes, (scene, algorithms) in zip(panels, results.items()):
         for name, curves in algorithms.items():
-            axes.semilogy(range(LOOK, STEPS + 1, LOOK), curves[0], color=COLOURS[name], label=name, linewidth=1.0,
+            smooth = torch.tensor(curves).log().mean(0).unfold(0, PERIOD // LOOK, 1).mean(1).exp()
+            axes.semilogy(range(PERIOD, STEPS + 1, LOOK), smooth, color=COLOURS[name], label=name, linewidth=1.4,
                           linestyle="--" if name == "Local Adam" else "-")
         axes.set_title(scene, fontsize="medium")
         axes.set_xlabel("steps")
