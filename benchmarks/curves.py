@@ -18,7 +18,7 @@ COLOURS = {
     "DES-LOC, joiners without momenta": "#56b4e9", "DES-LOC, nobody joins": "#009e73", "DES-LOC, nobody fails": "#009e73",
     "DES-LOC, 4 from the start": "#0072b2", "DES-LOC, 1 until step 128": "#d55e00",
 }
-LABELS = ("held-out loss, nats per byte", "the same minus DES-LOC's, seed by seed")
+LABELS = ("held-out loss, nats per byte", "difference from DES-LOC, nats per byte")
 
 
 def file_name(title: str) -> str:
