@@ -36,6 +36,7 @@ def test_results_are_of_the_experiments_that_the_benchmark_runs():
     assert all(len(each["curves"]) == len(robustness.SEEDS) for runs in EXPERIMENTS.values() for each in runs.values())
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_a_run_of_the_benchmark_learns_and_sees_who_joined():
     scene = robustness.Scene(replicas=1, capacity=2, steps=16, growth=8)
     out = robustness.train(robustness.Run("des-loc-adam", scene), seed=0)
