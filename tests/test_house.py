@@ -16,6 +16,7 @@ FLOORS = [
     {"sync", "outer", "clock", "late"},
     {"averaging"},
     {"optimizer", "stock"},
+    {"simulation"},
     {"frameworks"},
     {"", "run"},
 ]
