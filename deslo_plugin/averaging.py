@@ -163,6 +163,8 @@ class Averaging:
     def record(self, event: SyncEvent) -> None:
         """Counts ``event`` and passes it on to ``emit``."""
         self.meter(event)
+        if self.average.progress:
+            self.average.progress.waited(event.seconds_exposed)
         if self._emit is not None:
             self._emit(event)
 

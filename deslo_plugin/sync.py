@@ -43,6 +43,7 @@ class Synchronizer:
 
     def launch(self, steps: int, params: Sequence[Tensor], states: States) -> None:
         """Packs copies of ``states`` and starts their averages, to land once ``steps`` steps are complete."""
+        self._tell(steps, states)
         for state, tensors in states.items():
             bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.average.divisor)
             works = [self.average.start(chunk) for chunk in bucket.chunks]
@@ -79,6 +80,7 @@ class Synchronizer:
 
     def mean(self, steps: int, states: States) -> dict[str, list[Tensor]]:
         """The means of ``states`` in wire dtype, launched and waited for, whatever they hold."""
+        self._tell(steps, states)
         start, means, sent = time.perf_counter(), {}, {}
         for state, tensors in states.items():
             bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.average.divisor)
@@ -95,6 +97,10 @@ class Synchronizer:
             for work in flight.works:
                 work.wait()
         self._flights.clear()
+
+    def _tell(self, steps: int, states: States) -> None:
+        if states and self.average.progress:
+            self.average.progress.launching(steps)
 
     def _launch_absent(self, steps: int, params: Sequence[Tensor], states: States) -> None:
         for state, tensors in states.items():

@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import os
+import signal
 import time
 from collections.abc import Callable
 from functools import cache
@@ -413,3 +415,21 @@ def unused(wrap: str, blocks: dict) -> tuple[bool, list[Tensor]]:
         optimizer.zero_grad()
     now = [whole(p) for p in model.parameters()]
     return not torch.equal(now[-2], start[-2]), now
+
+
+def missing(blocks: dict, fate: str, culprit: int, step: int) -> str:
+    """What stops this rank when ``culprit`` does not come to ``step``, or dies there; other attachments are about too."""
+    others = [attached("plain", blocks) for _ in range(2)]
+    model, optimizer, _ = attached("plain", blocks)
+    train(*others[0][:2], range(2))
+    for now in range(20):
+        if dist.get_rank() == culprit and now == step:
+            if fate == "dead":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(8)  # its process lives on, as one that saves or evaluates would
+            return "left"
+        try:
+            train(model, optimizer, range(now, now + 1))
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {error}"
+    return "no error"

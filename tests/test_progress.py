@@ -1,0 +1,61 @@
+"""Who is late or dead, named by those that wait for it; how fast each replica steps, and which slows the others down."""
+
+import logging
+import re
+import socket
+
+import pytest
+import torch_jobs as jobs
+from oracle import blocks
+from theory import RULES
+from worlds import Processes
+
+from deslo_plugin.pace import Pace, Stragglers
+
+S = RULES["des-loc-adam"]  # params every 3 steps, biases every 2
+
+
+FILE_AND_TCP = pytest.mark.parametrize("world", ["file", "tcp"], indirect=True)
+
+
+@pytest.fixture
+def world(request, tmp_path):
+    """Three ranks; by tcp rank 0 hosts the store."""
+    rendezvous = None
+    if request.param == "tcp":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            rendezvous = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    world = Processes(3, tmp_path, rendezvous)
+    yield world
+    world.close()
+
+
+@pytest.mark.parametrize("world, overlap", [("file", True), ("tcp", False)], indirect=["world"])
+def test_a_late_rank_is_named_with_its_last_step_by_all_that_wait_for_it(world, overlap):
+    """Rank 1 stops coming before step 5; the average after step 4 has landed, that after step 6 is missed."""
+    outcomes = world.outcomes(jobs.missing, blocks(S, timeout_s=2.0, overlap=overlap), "late", 1, 5)
+    for error in outcomes[:1] + outcomes[2:]:
+        assert re.search(r"AverageError: .*; rank 1 has not come to it \(its last average was after step 4, \d+\.\d s ago\);", error)
+        assert "rank 0 " not in error and "rank 2 " not in error
+
+
+@FILE_AND_TCP
+def test_a_rank_that_died_while_an_average_travelled_is_named(world):
+    """Rank 1 is killed under the forward of step 4, when the average after step 4 is on its way."""
+    outcomes = world.outcomes(jobs.missing, blocks(S, timeout_s=30.0), "dead", 1, 4)
+    assert outcomes[1] == "the process died"
+    for error in outcomes[:1] + outcomes[2:]:
+        assert re.search(r"AverageError: .*; rank 1 came to it and has said nothing since \(its last average was after step 4", error)
+        assert "rank 0 " not in error and "rank 2 " not in error
+
+
+def test_a_store_that_died_with_its_host_is_said(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = Processes(3, tmp_path, f"tcp://127.0.0.1:{free.getsockname()[1]}")
+    try:
+        for error in world.outcomes(jobs.missing, blocks(S, timeout_s=30.0), "dead", 0, 4)[1:]:
+            assert re.search("AverageError: .*the store that knows who is late gave no answer in 5 s: its host, rank 0 or", error)
+    finally:
+        world.close()
