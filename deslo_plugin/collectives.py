@@ -47,6 +47,9 @@ class Average(Protocol):
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` holds on any rank of this replica. Collective over the replica's ranks."""
 
+    def total(self, value: float) -> float:
+        """Sum of ``value`` over the ranks of this replica. Collective over them."""
+
     def culprits(self, flag: bool) -> list[int]:
         """The ranks for which ``flag`` holds. Collective over all ranks of all replicas."""
 
@@ -66,6 +69,9 @@ class Alone:
 
     def any(self, flag: bool) -> bool:
         return flag
+
+    def total(self, value: float) -> float:
+        return value
 
     def culprits(self, flag: bool) -> list[int]:
         return [0] if flag else []
@@ -192,6 +198,9 @@ class ReplicaAverage:
         if self.groups.topology.replica_size == 1:
             return flag
         return any(gathered(flag, self.groups.shard).values())
+
+    def total(self, value: float) -> float:
+        return value if self.groups.topology.replica_size == 1 else sum(gathered(value, self.groups.shard).values())
 
     def culprits(self, flag: bool) -> list[int]:
         return [rank for rank, bad in sorted(gathered(flag, self.groups.world).items()) if bad]

@@ -76,7 +76,8 @@ class DesloConfig:
     """Who averages and how: ``deslo``. ``replica_size`` is in ranks, ``bucket_mb`` in MiB, ``timeout_s`` in seconds.
 
     ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``delay`` is the
-    number of forwards and backwards that an average travels under.
+    number of forwards and backwards that an average travels under. ``weights`` is what a replica counts in an average: as much
+    as any other, or what it has seen.
     """
 
     replica_size: int | str = "auto"
@@ -90,6 +91,7 @@ class DesloConfig:
     initial_params: str = "check"
     on_nonfinite: str = "stop"
     timeout_s: float = 600.0
+    weights: str = "equal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +195,7 @@ def read_deslo(block: Any) -> DesloConfig:
         initial_params=reader.choice("initial_params", "check", ["check", "broadcast"]),
         on_nonfinite=reader.choice("on_nonfinite", "stop", ["stop", "skip"]),
         timeout_s=reader.number("timeout_s", 600.0, low=1.0),
+        weights=reader.choice("weights", "equal", ["equal", "samples"]),
     )
     reader.finish()
     if config.delay > 1 and not config.overlap:

@@ -71,13 +71,16 @@ class Progress:
         self._look_around(self._seen.update)
         return [rank for rank in ranks if rank in self._seen and self._seen[rank].given_up >= launch]
 
-    def rates(self) -> dict[int, float] | None:
+    def rates(self) -> dict[int, float]:
         """Replica -> steps per second of its slowest rank between its last two averages, without what it waited for others.
 
-        A replica that has not come to two averages yet is absent. Not collective. None if the store does not answer.
+        A replica that has not come to two averages yet is absent. Not collective. Raises ``TimeoutError`` if the store's host
+        does not answer.
         """
         notes = self._read(self.topology.ranks)
-        return None if notes is None else self._by_replica(notes)
+        if notes is None:
+            raise TimeoutError(f"step rates: expected an answer of the world's store within {MOMENT:g} s, got none; its host is gone")
+        return self._by_replica(notes)
 
     def missing(self, ranks: Iterable[int], launch: int, *, timed_out: bool) -> str:
         """A sentence on which of ``ranks`` an average that has failed is missing, ``launch`` being its number.

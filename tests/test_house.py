@@ -12,7 +12,7 @@ PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict", "rounding"},
     {"periods", "config", "topology", "plan"},
-    {"buckets", "collectives", "progress", "pace", "telemetry", "agreement", "log", "ops", "drift", "landing", "arguments", "shards"},
+    {"buckets", "collectives", "progress", "pace", "telemetry", "agreement", "log", "ops", "drift", "landing", "arguments", "shards", "weights"},
     {"sync", "outer", "clock", "late"},
     {"averaging"},
     {"optimizer", "stock"},
