@@ -128,3 +128,74 @@ def test_telling_where_nobody_asks_is_refused():
         DesLoc([torch.nn.Parameter(torch.ones(2))]).averaging.saw(8)
     with pytest.raises(ConfigError, match="deslo.weights: expected one of equal, samples, got 'tokens'"):
         DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"weights": "tokens"}})
+
+
+def adamw(model):
+    return torch.optim.AdamW(jobs.stock_groups(model), lr=1e-2, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0)
+
+
+def theory_of(rank_of: list[list[int]], steps: int, rests: bool, own_period: bool = True) -> list[dict]:
+    """replica -> name -> parameter, replicas of ``rank_of`` ranks on the batches of ``torch_jobs.batch_of``."""
+    model = jobs.net().double()
+    groups = deepspeed_jobs.two_groups(model)
+    base = dict(vars(RULES["des-loc-adam"]))
+    settings = [Setting(**base | {"weight_decay": 0.1}),
+                Setting(**base | {"lr": 5e-3, "periods": base["periods"] | ({"x": 2} if own_period else {})})]
+
+    def gradient(replica, step, vectors):
+        for group, vector in zip(groups, vectors):
+            torch.nn.utils.vector_to_parameters(vector, group["params"])
+        model.zero_grad()
+        for rank in rank_of[replica]:
+            if not jobs.batch_of(rank, step, rests):
+                return None
+            inputs, targets = (each.double() for each in jobs.batch(rank, step, 0))
+            ((model(inputs) - targets).square().mean() / len(rank_of[replica])).backward()
+        return [torch.cat([p.grad.flatten() for p in group["params"]]) for group in groups]
+
+    starts = [torch.cat([p.detach().flatten() for p in group["params"]]) for group in groups]
+    samples = lambda replica, step: sum(jobs.batch_of(rank, step, rests) for rank in rank_of[replica])  # noqa: E731
+    names = {id(p): name for name, p in model.named_parameters()}
+    out = []
+    for replica in train(settings, starts, len(rank_of), steps, gradient, samples=samples):
+        out.append({names[id(p)]: part for group, of in zip(replica, groups)
+                    for p, part in zip(of["params"], group.x.split([p.numel() for p in of["params"]]))})
+    return out
+
+
+def assert_trained(results: list[dict], theory: list[dict]) -> None:
+    for result, replica in zip(results, theory, strict=True):
+        assert result["bytes"] == result["planned"]
+        for name, expected in replica.items():
+            assert (result["states"]["params"][name].double() - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("optimizer", [None, adamw], ids=["DesLoc", "AdamW"])
+@pytest.mark.parametrize("wrap", ["plain", "ddp"])
+def test_real_replicas_weigh_what_they_saw_and_leave_steps_out(four, wrap, optimizer):
+    config = blocks(RULES["des-loc-adam"], weights="samples", **({"replica_size": 1} if wrap == "ddp" else {}))
+    if optimizer:
+        config = {"deslo": config["deslo"] | {"sync_every": {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}}}
+    results = four().run(jobs.weighted, wrap, config, 14, True, optimizer)
+    assert_trained(results, theory_of([[0], [1], [2], [3]], 14, True, own_period=optimizer is None))
+    assert all("replicas weighted by samples" in result["banner"] for result in results)
+
+
+def test_a_replica_of_several_ranks_counts_what_all_of_them_saw(four):
+    results = four().run(jobs.weighted, "fsdp", blocks(RULES["des-loc-adam"], weights="samples"), 14, False)
+    theory = theory_of([[0, 1], [2, 3]], 14, False)
+    assert_trained(results, [theory[0], theory[0], theory[1], theory[1]])
+
+
+def test_running_statistics_have_the_weights_of_the_parameters(four):
+    results = four().run(jobs.weighted, "ddp", blocks(RULES["des-loc-adam"], weights="samples", replica_size=1), 8, True, None, True)
+    assert all(result["bytes"] == result["planned"] and result["bytes"]["buffers"] == 4 * 4 * (2 * 4 + 1) for result in results)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_deepspeed_replicas_send_what_was_planned(four, stage):
+    ds = ds_config(RULES["des-loc-adam"], stage)
+    ds["deslo"] |= {"weights": "samples"}
+    for result in four().run(deepspeed_jobs.weighted, ds, 13):
+        assert result["bytes"] == result["planned"]
+        assert "skip_step(): expected engine.step() at every step under DeepSpeed" in result["skip"]

@@ -433,3 +433,30 @@ def missing(blocks: dict, fate: str, culprit: int, step: int) -> str:
         except RuntimeError as error:
             return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def batch_of(rank: int, step: int, rests: bool) -> int:
+    """Different on every rank; where it ``rests``, rank 3 sees nothing in the third of every four steps."""
+    return 0 if rests and rank == 3 and step % 4 == 2 else 4 * (rank + 1)
+
+
+def weighted(wrap: str, blocks: dict, steps: int, rests: bool, optimizer: Any = None, batch_norm: bool = False) -> dict:
+    """Trains on batches of ``batch_of`` and tells them; states, bytes and the plan's figures of this rank."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)) if batch_norm else net()
+    model, optimizer, attachment = attached(wrap, blocks, model, optimizer)
+    rank = dist.get_rank()
+    for step in range(steps):
+        if not (size := batch_of(rank, step, rests)):
+            attachment.skip_step()
+            continue
+        attachment.saw(size)
+        loss_of(model, tuple(torch.cat([part] * (size // 2)) for part in batch(rank, step, 0))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    meter, plan = attachment.meter, attachment.plan
+    return {
+        "states": states_of(model, optimizer, []),
+        "bytes": dict(meter.bytes),
+        "planned": {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes},
+        "banner": plan.describe(),
+    }
