@@ -1,6 +1,5 @@
 """Who is late or dead, named by those that wait for it; how fast each replica steps, and which slows the others down."""
 
-import logging
 import re
 import socket
 
@@ -10,6 +9,7 @@ from oracle import blocks
 from theory import RULES
 from worlds import Processes
 
+from deslo_plugin import pace
 from deslo_plugin.pace import Pace, Stragglers
 
 S = RULES["des-loc-adam"]  # params every 3 steps, biases every 2
@@ -59,3 +59,48 @@ def test_a_store_that_died_with_its_host_is_said(tmp_path):
             assert re.search("AverageError: .*the store that knows who is late gave no answer in 5 s: its host, rank 0 or", error)
     finally:
         world.close()
+
+
+def test_a_pace_leaves_out_what_was_waited_for_others():
+    now = [0.0]
+    own = Pace(clock=lambda: now[0])
+
+    def at(seconds, steps, waited=0.0):
+        now[0] = seconds
+        own.waited(waited)
+        own.reached(steps)
+        return own.rate
+
+    assert at(5, 3) is None  # nothing is known of what came before the first average
+    assert at(20, 6, waited=9.0) == 3 / 6
+    assert at(30, 6) == 3 / 6  # another state's average after the same step
+    assert at(50, 16) == 10 / 30
+    assert at(60, 4) is None and at(62, 8) == 4 / 2  # a load went back
+
+
+@pytest.mark.parametrize("rounds, named", [
+    ([{0: 4.0, 1: 2.9, 2: 4.1}] * 9, [1]),  # once
+    ([{0: 4.0, 1: 3.1, 2: 4.1}] * 9, []),  # by less than a quarter
+    ([{0: 4.0, 1: 2.0, 2: 4.0}, {0: 4.0, 1: 2.0, 2: 4.0}, {0: 4.0, 1: 4.0, 2: 4.0}] * 3, []),  # never three times in a row
+    ([{0: 1.0, 1: 4.0}] * 3, [0]),  # of two
+    ([{0: 4.0, 1: 2.0}, {}, {1: 2.0, 0: 4.0}, {0: 4.0, 1: 2.0}], [1]),  # a look that found nothing is none
+    ([{0: 2.0}] * 5, []),
+])
+def test_a_replica_is_slow_by_a_quarter_three_times_in_a_row(monkeypatch, rounds, named):
+    said, stragglers = [], Stragglers()
+    monkeypatch.setattr(pace, "say", lambda message, level: said.append(message))
+    for rates in rounds:
+        stragglers.look(rates)
+    assert [int(re.search(r"replica (\d) is slow", message)[1]) for message in said] == named
+
+
+@FILE_AND_TCP
+def test_real_replicas_name_the_slow_one(world):
+    """Rank 2 sleeps in each of its steps; the others wait for it, which does not make them slow."""
+    results = world.run(jobs.stragglers, blocks(S), 2)
+    for result in results:
+        rates = result["rates"]
+        assert rates.keys() == {0, 1, 2} and rates[2] < 0.75 * min(rates[0], rates[1])
+        assert result["early"] == {}
+    assert re.findall(r"replica (\d) is slow", results[0]["log"]) == ["2"]
+    assert all("is slow" not in result["log"] for result in results[1:])

@@ -1,6 +1,7 @@
 """The job of jobs.py under DDP, FSDP2 and plain torch, run on every rank of a ``Processes`` world."""
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -460,3 +461,21 @@ def weighted(wrap: str, blocks: dict, steps: int, rests: bool, optimizer: Any = 
         "planned": {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes},
         "banner": plan.describe(),
     }
+
+
+def stragglers(blocks: dict, slow: int) -> dict:
+    """Step rates by replica and the log of this rank, where rank ``slow`` sleeps in each step."""
+    log = io.StringIO()
+    model, optimizer, attachment = attached("plain", blocks)
+    logger, handler = logging.getLogger("deslo_plugin"), logging.StreamHandler(log)
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    early = attachment.step_rates()
+    for step in range(16):
+        time.sleep(0.08 if dist.get_rank() == slow else 0.02)
+        train(model, optimizer, range(step, step + 1))
+    dist.barrier()
+    rates = attachment.step_rates()
+    dist.barrier()
+    logger.removeHandler(handler)
+    return {"early": early, "rates": rates, "log": log.getvalue()}
