@@ -65,7 +65,7 @@ class Averaging:
         what is no number >= 0, and where nobody asks.
         """
         if self._samples is None:
-            raise ConfigError("saw(samples)", 'deslo.weights "samples"', '"equal"', "set it, or remove the call: it has no effect")
+            raise ConfigError("saw(samples)", 'deslo.weights "samples"', '"equal"', "set it, or remove the call")
         self._samples.saw(samples)
 
     @property

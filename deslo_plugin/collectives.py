@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch import Tensor
 
-from deslo_plugin.progress import Progress
+from deslo_plugin.progress import MOMENT, Progress
 from deslo_plugin.topology import Topology
 
 
@@ -115,12 +115,14 @@ def _create_groups(topology: Topology, timeout_s: float) -> Groups:
 
     # averages must also carry tensors that the optimizer keeps on the CPU (offload) beside NCCL
     backend = "cpu:gloo,cuda:nccl" if "nccl" in dist.get_backend() else None
+    # NCCL ends the process once its time is over: not before it has been said who is late
+    bound = timeout_s + (4 * MOMENT if backend else 0)
     everyone = topology.world_size == dist.get_world_size()
     return Groups(
         topology=topology,
         world=dist.group.WORLD if everyone else group(sorted(topology.ranks)),
         shard=group(topology.shard_group),
-        replica=group(topology.replica_group, timeout=timedelta(seconds=timeout_s), backend=backend),
+        replica=group(topology.replica_group, timeout=timedelta(seconds=bound), backend=backend),
         singleton=group([topology.rank]),
     )
 
@@ -190,8 +192,8 @@ class ReplicaAverage:
         except RuntimeError as error:
             who = self.progress.missing(self.ranks, launch, timed_out=time.monotonic() - at >= 0.9 * self.timeout_s)
             raise AverageError(
-                f"average over replicas: expected ranks {self.ranks} to answer within {self.timeout_s:g} s (deslo.timeout_s), got "
-                f"{str(error).splitlines()[0]!r}; {who}; nothing of this average was written"
+                f"average over replicas: expected ranks {self.ranks} to answer within {self.timeout_s:g} s (deslo.timeout_s), "
+                f"got {str(error).splitlines()[0]!r}; {who}; nothing of this average was written"
             ) from error
 
     def any(self, flag: bool) -> bool:
@@ -200,7 +202,9 @@ class ReplicaAverage:
         return any(gathered(flag, self.groups.shard).values())
 
     def total(self, value: float) -> float:
-        return value if self.groups.topology.replica_size == 1 else sum(gathered(value, self.groups.shard).values())
+        if self.groups.topology.replica_size == 1:
+            return value
+        return sum(gathered(value, self.groups.shard).values())
 
     def culprits(self, flag: bool) -> list[int]:
         return [rank for rank, bad in sorted(gathered(flag, self.groups.world).items()) if bad]

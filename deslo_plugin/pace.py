@@ -45,5 +45,5 @@ class Stragglers:
         for replica, rate in rates.items():
             self._in_a_row[replica] = self._in_a_row[replica] + 1 if rate < (1 - SLOWER) * middle else 0
             if self._in_a_row[replica] == IN_A_ROW:
-                say(f"deslo: replica {replica} is slow: {rate:.3g} steps/s, where the median of {len(rates)} replicas is {middle:.3g}, "
-                    f"at {IN_A_ROW} averages in a row; the others wait for it", logging.WARNING)
+                say(f"deslo: replica {replica} is slow: {rate:.3g} steps/s at {IN_A_ROW} averages in a row, where the median of "
+                    f"{len(rates)} replicas is now {middle:.3g}; the others wait for it", logging.WARNING)

@@ -79,7 +79,8 @@ class Progress:
         """
         notes = self._read(self.topology.ranks)
         if notes is None:
-            raise TimeoutError(f"step rates: expected an answer of the world's store within {MOMENT:g} s, got none; its host is gone")
+            raise TimeoutError(f"step_rates(): expected an answer of the world's store within {MOMENT:g} s, got none; "
+                               "its host is gone")
         return self._by_replica(notes)
 
     def missing(self, ranks: Iterable[int], launch: int, *, timed_out: bool) -> str:
@@ -99,8 +100,8 @@ class Progress:
                 break
             time.sleep(0.05)
         if known is None:
-            return (f"the store that knows who is late gave no answer in {MOMENT:g} s: its host, rank 0 or the launcher's first "
-                    "node, may be what died")
+            return (f"the store that knows who is late gave no answer in {MOMENT:g} s: its host, rank 0 or the launcher's "
+                    "first node, may be what died")
         told = [f"rank {rank} has not come to it ({_last(known[rank])})" for rank in behind]
         told += [f"rank {rank} came to it and has said nothing since ({_last(known[rank])})" for rank in silent]
         return ", ".join(told) or "every rank came to it and lives: the link between them is broken or too slow"

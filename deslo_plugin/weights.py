@@ -1,9 +1,9 @@
 """What a replica counts in an average: E_m[s] = sum_m w_m s_m / sum_m w_m, with w_m the samples that it has seen.
 
-Ours, not in the papers, whose replicas all count alike (``deslo.weights: "equal"``). A state that is averaged every K steps is the
-work of the K steps since it was averaged last, so w_m is what replica m has seen in those: each state, on its own period, has
-weights of its own. A replica that leaves steps out or takes smaller batches counts less, and one that has seen nothing takes over
-what the others have come to.
+Ours, not in the papers, whose replicas all count alike (``deslo.weights: "equal"``). A state that is averaged every K steps is
+the work of the K steps since it was averaged last, so w_m is what replica m has seen in those: each state, on its own period,
+has weights of its own. A replica that leaves steps out or takes smaller batches counts less, and one that has seen nothing
+takes over what the others have come to. Gradients of a synchronous warm-up, exports and saves are equal means.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ class _Weight:
             raise ConfigError('deslo.weights "samples"', "every rank to call saw(samples) before each step",
                               f"nothing from rank(s) {ranks}", "call it, or remove deslo.weights")
         if mean == 0:
-            raise AverageError("average over replicas: expected samples on some replica since the last one (saw), got none on any; "
+            raise AverageError("average over replicas: expected samples (saw) on some replica since the last one, got none on any; "
                                "nothing of this average was written")
 
 
@@ -82,7 +82,9 @@ class _Weighted:
         self.chunk.div_(self.weight.mean[0])
 
 
-def start_weighted(average: Average, mine: float, chunks: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> list[Work]:
+def start_weighted(
+    average: Average, mine: float, chunks: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> list[Work]:
     """Starts ``average`` of ``chunks`` with this replica's weight: E[w s] and E[w], which is one element more to send.
 
     ``mine`` is what this rank has seen, and its replica's weight the sum of its ranks'. On landing a weight that was told on no

@@ -79,7 +79,8 @@ def train(
             averages = t > synchronous_steps
 
             def mean(key: str, now: int, of: Callable[[Group], Tensor], groups: list[Group] = column, s: Setting = s) -> Tensor:
-                seen = [sum(samples(m, i) for i in range(now - s.periods[key], now)) if samples else 1.0 for m in range(replicas)]
+                since = range(now - s.periods[key], now)
+                seen = [sum(samples(m, i) for i in since) if samples else 1.0 for m in range(replicas)]
                 return sum(w * of(group) for w, group in zip(seen, groups)) / sum(seen)
 
             if s.delay > 1:

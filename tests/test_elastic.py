@@ -13,8 +13,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 LAUNCHES = {
     "torchrun": [*TORCHRUN, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"],
     "accelerate launch": [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "3", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--max_restarts", "1", "--rdzv_backend", "c10d", "--main_process_port", "0",
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "3",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--max_restarts", "1",
+        "--rdzv_backend", "c10d", "--main_process_port", "0",
     ],
 }
 

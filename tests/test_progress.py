@@ -36,7 +36,7 @@ def test_a_late_rank_is_named_with_its_last_step_by_all_that_wait_for_it(world, 
     """Rank 1 stops coming before step 5; the average after step 4 has landed, that after step 6 is missed."""
     outcomes = world.outcomes(jobs.missing, blocks(S, timeout_s=2.0, overlap=overlap), "late", 1, 5)
     for error in outcomes[:1] + outcomes[2:]:
-        assert re.search(r"AverageError: .*; rank 1 has not come to it \(its last average was after step 4, \d+\.\d s ago\);", error)
+        assert re.search(r"AverageError: .*; rank 1 has not come to it \(its last average was after step 4, \d+\.\d s ago\)", error)
         assert "rank 0 " not in error and "rank 2 " not in error
 
 
@@ -46,7 +46,7 @@ def test_a_rank_that_died_while_an_average_travelled_is_named(world):
     outcomes = world.outcomes(jobs.missing, blocks(S, timeout_s=30.0), "dead", 1, 4)
     assert outcomes[1] == "the process died"
     for error in outcomes[:1] + outcomes[2:]:
-        assert re.search(r"AverageError: .*; rank 1 came to it and has said nothing since \(its last average was after step 4", error)
+        assert re.search(r"AverageError: .*; rank 1 came to it and has said nothing since \(.* after step 4, \d", error)
         assert "rank 0 " not in error and "rank 2 " not in error
 
 
@@ -56,7 +56,7 @@ def test_a_store_that_died_with_its_host_is_said(tmp_path):
         world = Processes(3, tmp_path, f"tcp://127.0.0.1:{free.getsockname()[1]}")
     try:
         for error in world.outcomes(jobs.missing, blocks(S, timeout_s=30.0), "dead", 0, 4)[1:]:
-            assert re.search("AverageError: .*the store that knows who is late gave no answer in 5 s: its host, rank 0 or", error)
+            assert re.search("AverageError: .*; the store that knows who is late gave no answer in 5 s: its host", error)
     finally:
         world.close()
 

@@ -51,7 +51,7 @@ class Attachment:
 
     @torch.no_grad()
     def skip_step(self) -> None:
-        """In place of ``optimizer.step()``, a step that this replica leaves out while others may take it: it averages with them.
+        """In place of ``optimizer.step()``: this replica leaves a step out that others may take, and averages with them.
 
         On every rank of the replica. Raises ``ConfigError`` under DeepSpeed, whose engine counts its steps itself.
         """
