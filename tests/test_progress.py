@@ -96,11 +96,10 @@ def test_a_replica_is_slow_by_a_quarter_three_times_in_a_row(monkeypatch, rounds
 
 @FILE_AND_TCP
 def test_real_replicas_name_the_slow_one(world):
-    """Rank 2 sleeps in each of its steps; the others wait for it, which does not make them slow."""
+    """Rank 2 needs three times as long for a step."""
     results = world.run(jobs.stragglers, blocks(S), 2)
     for result in results:
-        rates = result["rates"]
-        assert rates.keys() == {0, 1, 2} and rates[2] < 0.75 * min(rates[0], rates[1])
+        assert result["rates"] == pytest.approx({0: 1 / 100, 1: 1 / 100, 2: 1 / 300}, rel=0.2)
         assert result["early"] == {}
     assert re.findall(r"replica (\d) is slow", results[0]["log"]) == ["2"]
     assert all("is slow" not in result["log"] for result in results[1:])

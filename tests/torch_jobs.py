@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from deslo_plugin.pace import Pace
 
 Wrap = Callable[..., tuple[nn.Module, dict[str, Any]]]
 
@@ -464,15 +467,17 @@ def weighted(wrap: str, blocks: dict, steps: int, rests: bool, optimizer: Any = 
 
 
 def stragglers(blocks: dict, slow: int) -> dict:
-    """Step rates by replica and the log of this rank, where rank ``slow`` sleeps in each step."""
-    log = io.StringIO()
-    model, optimizer, attachment = attached("plain", blocks)
+    """Step rates by replica and the log of this rank, where each step takes 100 s by its clock and 300 s on rank ``slow``."""
+    log, now = io.StringIO(), [0.0]
+    with mock.patch("deslo_plugin.progress.Pace", lambda: Pace(clock=lambda: now[0])):
+        model, optimizer, attachment = attached("plain", blocks)
     logger, handler = logging.getLogger("deslo_plugin"), logging.StreamHandler(log)
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)
     early = attachment.step_rates()
-    for step in range(16):
-        time.sleep(0.08 if dist.get_rank() == slow else 0.02)
+    for step in range(40):
+        now[0] += 300 if dist.get_rank() == slow else 100
+        time.sleep(0.02)
         train(model, optimizer, range(step, step + 1))
     dist.barrier()
     rates = attachment.step_rates()
