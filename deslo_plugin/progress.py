@@ -21,7 +21,17 @@ from deslo_plugin.topology import Topology
 
 Answer = TypeVar("Answer")
 MOMENT = 5.0  # seconds in which those that still live answer
-_numbers: "WeakKeyDictionary[dist.ProcessGroup, int]" = WeakKeyDictionary()
+
+
+class _Board:
+    """Two connections with the store of a world, so that nobody who writes waits for an answer to somebody who reads."""
+
+    def __init__(self, world: dist.ProcessGroup):
+        store = world.get_group_store()
+        self.write, self.read, self.attachments = store.clone(), store.clone(), 0
+
+
+_boards: "WeakKeyDictionary[dist.ProcessGroup, _Board]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,11 @@ class Progress:
 
     def __init__(self, topology: Topology, world: dist.ProcessGroup):
         self.topology, self._note, self._pace, self._stragglers = topology, Note(at=time.time()), Pace(), Stragglers()
-        number = _numbers[world] = _numbers.get(world, 0) + 1  # of this world's attachments
-        self._prefix = f"deslo/{number}/"
-        self._store = world.get_group_store().clone()  # a connection of its own: nobody's answer is waited for on it
+        if world not in _boards:
+            _boards[world] = _Board(world)
+        self._board = _boards[world]
+        self._board.attachments += 1
+        self._prefix = f"deslo/{self._board.attachments}/"
         self._look, self._seen = Thread(), dict[int, Note]()
         self._write(self._note)
 
@@ -123,7 +135,7 @@ class Progress:
     def _write(self, note: Note) -> None:
         self._note = note
         try:
-            self._store.set(f"{self._prefix}{self.topology.rank}", json.dumps(asdict(note)))
+            self._board.write.set(f"{self._prefix}{self.topology.rank}", json.dumps(asdict(note)))
         except RuntimeError:
             pass  # the store's host is gone: training needs it no more, and ``missing`` says so if an average fails
 
@@ -131,7 +143,7 @@ class Progress:
         ranks = list(ranks)
 
         def read() -> dict[int, Note]:
-            texts = self._store.clone().multi_get([f"{self._prefix}{rank}" for rank in ranks])
+            texts = self._board.read.multi_get([f"{self._prefix}{rank}" for rank in ranks])
             return {rank: Note(**json.loads(text)) for rank, text in zip(ranks, texts)}
 
         return _within(MOMENT, read)
