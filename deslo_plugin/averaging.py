@@ -15,8 +15,10 @@ from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS
 from deslo_plugin.outer import mean_
 from deslo_plugin.schedule import due
 from deslo_plugin.shards import local
-from deslo_plugin.sync import States, Synchronizer, finite
+from deslo_plugin.sync import States, Synchronizer, Weigh, finite
+from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter, SyncEvent
+from deslo_plugin.weights import Samples
 
 Group = MutableMapping[str, Any]
 
@@ -52,10 +54,21 @@ class Averaging:
         self._sync, self.late = self._synchronizer(average), Late(getattr(torch, deslo.wire_dtype))
         self._buffers: Sequence[Tensor] = ()
         self._met = 0
+        self._samples = Samples() if deslo.weights == "samples" else None
 
     def add_buffers(self, buffers: Sequence[Tensor], average: Average) -> None:
         """Floating buffers of the model, averaged when parameters are, as they are at that moment."""
         self._buffers, self._buffer_sync = buffers, self._synchronizer(average)
+
+    def saw(self, samples: float) -> None:
+        """Tells what is in the gradients of this rank's next step, in samples, tokens, or whatever is counted on every rank.
+
+        ``deslo.weights: "samples"`` needs it before each step; calls add up, as over micro-batches. Raises ``ConfigError`` for
+        what is no number >= 0, and where nobody asks.
+        """
+        if self._samples is None:
+            raise ConfigError("saw(samples)", 'deslo.weights "samples"', '"equal"', "set it, or remove the call")
+        self._samples.saw(samples)
 
     @property
     def groups(self) -> Sequence[Group]:
@@ -71,12 +84,13 @@ class Averaging:
         for index, cohort in enumerate(cohorts):
             self.clock.set(cohort, cohort.steps + 1)
             cohorts[index] = cohort._replace(steps=cohort.steps + 1)
+            self._tick_samples(cohorts[index])
         if not before:
             self._average(cohorts)
         elif self.deslo.overlap:
             for cohort in cohorts:
                 states = self._due(cohort)
-                self._sync.launch(cohort.steps, cohort.params, states)
+                self._sync.launch(cohort.steps, cohort.params, states, self._weigh(cohort))
                 if self.deslo.delay > 1:
                     self.late.keep(cohort.params, states)
 
@@ -93,6 +107,8 @@ class Averaging:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
         self._sync.abandon()
         self.late.clear()
+        if self._samples:
+            self._samples.forget()
 
     @torch.no_grad()
     def meet(self) -> None:
@@ -158,16 +174,27 @@ class Averaging:
     def _average(self, cohorts: Sequence[Cohort]) -> None:
         cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.delay) for cohort in cohorts]  # as they were launched
         for cohort in cohorts:
-            states = self._due(cohort)
+            states, weigh = self._due(cohort), self._weigh(cohort)
             if states and self.deslo.delay == 1:
-                self._receive(cohort, states, self._sync.land(cohort.steps, cohort.params, states))
+                self._receive(cohort, states, self._sync.land(cohort.steps, cohort.params, states, weigh))
             elif states:
                 launched = self.late.launched(cohort.params, states)
-                self.late.land(cohort.params, states, self._sync.land(cohort.steps, cohort.params, launched))
-        meeting = [cohort.steps for cohort in cohorts if PARAMS in self._names_due(cohort)]
+                self.late.land(cohort.params, states, self._sync.land(cohort.steps, cohort.params, launched, weigh))
+        meeting = [cohort for cohort in cohorts if PARAMS in self._names_due(cohort)]
         if self._buffers and meeting:
             buffers = {BUFFERS: self._buffers}
-            write_means(buffers, self._buffer_sync.land(meeting[0], self._buffers, buffers))
+            weigh = self._weigh(meeting[0], PARAMS)
+            write_means(buffers, self._buffer_sync.land(meeting[0].steps, self._buffers, buffers, weigh))
+
+    def _weigh(self, cohort: Cohort, like: str | None = None) -> Weigh | None:
+        """What this rank has seen since the last average of a state of ``cohort``, or of its state ``like``."""
+        if self._samples is None:
+            return None
+        return lambda state: self._samples.seen(cohort.params, cohort.steps, cohort.group["sync_every"][like or state])
+
+    def _tick_samples(self, cohort: Cohort) -> None:
+        if self._samples:
+            self._samples.tick(cohort.params, cohort.steps, max(filter(None, cohort.group["sync_every"].values()), default=1))
 
     def _due(self, cohort: Cohort) -> dict[str, Sequence[Tensor]]:
         return {state: self.gather(state, cohort.params) for state in self._names_due(cohort)}
@@ -182,6 +209,8 @@ class Averaging:
     def record(self, event: SyncEvent) -> None:
         """Counts ``event`` and passes it on to ``emit``."""
         self.meter(event)
+        if self.average.progress:
+            self.average.progress.waited(event.seconds_exposed)
         if self._emit is not None:
             self._emit(event)
 

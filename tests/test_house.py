@@ -12,7 +12,8 @@ PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict", "rounding"},
     {"periods", "config", "topology", "plan"},
-    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "landing", "arguments", "shards", "last_step"},
+    {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
+     "landing", "arguments", "shards"},
     {"sync", "outer", "clock", "late"},
     {"averaging"},
     {"optimizer", "stock"},

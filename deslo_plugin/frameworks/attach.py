@@ -175,7 +175,8 @@ def _keep_inside_replicas(model: nn.Module, buffers: list[torch.Tensor], averagi
     """Whatever wrapped the model reduces gradients inside replicas only; buffers follow the parameters' averages."""
     if buffers:
         everyone = replace(groups, replica=groups.world)
-        averaging.add_buffers(buffers, ReplicaAverage(everyone, timeout_s=averaging.deslo.timeout_s))
+        average = ReplicaAverage(everyone, timeout_s=averaging.deslo.timeout_s, progress=averaging.average.progress)
+        averaging.add_buffers(buffers, average)
     if isinstance(model, DistributedDataParallel):
         ddp.hook(model, averaging, groups)
     elif averaging.deslo.synchronous_steps:

@@ -58,6 +58,10 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
         raise ConfigError('save(mode="exact")', "no average in flight, or one that lands at the next step", "one with delay "
                           f"{attachment.config.deslo.delay}", f"save {attachment.config.deslo.delay} steps later, or another mode")
 
+    if mode == "exact" and attachment.config.deslo.weights != "equal":
+        raise ConfigError('save(mode="exact")', 'deslo.weights "equal"', repr(attachment.config.deslo.weights),
+                          "save another mode: what the ranks have seen (saw) is not in a checkpoint")
+
     def begin() -> None:
         if first:
             shutil.rmtree(part, ignore_errors=True)

@@ -44,7 +44,7 @@ class Preemption:
         self._asked, self._over = threading.Event(), threading.Event()
         if dist.is_initialized():
             topology, timeout = attachment.topology, attachment.config.deslo.timeout_s
-            store = dist.PrefixStore(f"deslo/stop/{next(_number)}", dist.distributed_c10d._get_default_store())
+            store = dist.PrefixStore(f"deslo/stop/{next(_number)}", dist.group.WORLD.get_group_store())
             self._last, watched = (LastStep(each, topology.rank, sorted(topology.ranks), timeout) for each in (store, store.clone()))
             threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
         self._before = {number: signal.signal(number, lambda *_: self._asked.set()) for number in signals}
