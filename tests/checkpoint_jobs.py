@@ -152,6 +152,35 @@ def refused_by_torch(kind: str, config: dict) -> dict[str, str]:
     return said
 
 
+def two_optimizers(folder: str) -> dict:
+    """Muon and AdamW step one model: what comes of going on after a save, and of loading it into new ones."""
+    import deslo_plugin
+
+    def made(seed: int) -> tuple:
+        model = net(seed)
+        muon = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=1e-2)
+        adamw = torch.optim.AdamW([p for p in model.parameters() if p.ndim < 2], lr=1e-2)
+        deslo_plugin.attach(model, muon, {"deslo": {"sync_every": {"params": 2, "momentum_buffer": 3}}})
+        deslo_plugin.attach(model, adamw, {"deslo": {"sync_every": {"params": 2, "exp_avg": 4, "exp_avg_sq": 6}}})
+        return model, (muon, adamw)
+
+    def train(model: Any, optimizers: tuple, steps: range) -> list[Tensor]:
+        for step in steps:
+            torch_jobs.loss_of(model, torch_jobs.batch(dist.get_rank(), step, 0)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return [param.detach().clone() for param in model.parameters()]
+
+    model, optimizers = made(7)
+    train(model, optimizers, range(3))
+    deslo_plugin.save(folder, model, mode="exact")
+    straight = train(model, optimizers, range(3, 9))
+    model, optimizers = made(7)
+    deslo_plugin.load(folder, model)
+    return {"straight": straight, "loaded": train(model, optimizers, range(3, 9))}
+
+
 class Dies:
     """What kills a rank in the middle of a save: as it is pickled into the checkpoint."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -78,5 +79,15 @@ class Attachment:
         )
 
 
-attached: MutableMapping[torch.nn.Module, Attachment] = WeakKeyDictionary()
-"""By model: kept beside it, so that models can still be copied and pickled."""
+attached: MutableMapping[torch.nn.Module, list[Attachment]] = WeakKeyDictionary()
+"""By model, one for each optimizer that steps it: kept beside it, so that models can still be copied and pickled."""
+
+
+def attachments_of(model: Any, what: str) -> list[Attachment]:
+    """Of a model that ``attach`` was called with, or a DeepSpeed engine. Raises ``ConfigError`` for anything else."""
+    if isinstance(model, torch.nn.Module) and model in attached:
+        return attached[model]
+    if hasattr(model, "basic_optimizer") and hasattr(model, "deslo"):
+        return [model.deslo]
+    raise ConfigError(what, "a DeepSpeed engine with a deslo block, or a model that attach was called with", type(model).__name__,
+                      "call deslo_plugin.attach(model, optimizer) first")

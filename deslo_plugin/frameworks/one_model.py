@@ -34,7 +34,7 @@ def refuse_one_replica(attachment: Attachment, *owners: nn.Module | torch.optim.
     """From now on ``state_dict()`` of ``owners`` raises ``ConfigError`` while replicas differ."""
     if attachment.topology.replicas == 1:
         return
-    for owner in owners:
+    for owner in (owner for owner in owners if owner not in _owner):
         _owner[owner] = attachment
         owner.register_state_dict_pre_hook(_refuse)
 
