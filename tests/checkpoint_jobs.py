@@ -146,7 +146,7 @@ def refused_by_torch(kind: str, config: dict) -> dict[str, str]:
     with deslo_plugin.one_replica():
         own = inner.state_dict()
     assert own.keys() == before.keys() and (copy is None or copy.state_dict().keys() == before.keys())  # a copy is no replica
-    job.attachment.averaging.meet()
+    deslo_plugin.meet(job.model)
     inner.state_dict(), job.optimizer.state_dict()
     job.close()
     return said
@@ -216,7 +216,7 @@ def loaded_by_three(config: dict, folder: str) -> dict | None:
     deslo_plugin.load(folder, model)
     states = states_of(model, optimizer, ["exp_avg", "exp_avg_2", "exp_avg_sq"])
     torch_jobs.train(model, optimizer, range(attachment.averaging.steps, 9))
-    attachment.averaging.meet()
+    deslo_plugin.meet(model)
     return {"states": states, "together": states_of(model, optimizer, [])}
 
 

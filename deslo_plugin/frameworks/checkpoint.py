@@ -74,15 +74,11 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
 
     all_or_none(begin, world)
     all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
-    tree = holder.tree()
-    if mode != "exact":
-        tree |= _means(tree, attachment)
     if mode == "sync":
-        _write(tree, holder.tree())
-        holder.put(tree)
-        for each in attachments:
-            each.averaging.abandon()
-            each.averaging.met()
+        meet(model)
+    tree = holder.tree()
+    if mode == "average":
+        tree |= _means(tree, attachment)
     own = pickle.dumps({"random": _random_state(), "aside": holder.aside(), "extra": dict(extra or {})})
     where, name, group = _place(part, mode, attachment)
     dcp.save(tree | {name: own}, checkpoint_id=where, process_group=group, planner=SaveFragments(flatten_state_dict=False))
@@ -91,6 +87,25 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
     all_or_none(lambda: None, world)  # every file is there
     all_or_none(lambda: write_proof(part, proof, world), world)
     all_or_none(end, world)
+
+
+@torch.no_grad()
+def meet(model: Any) -> None:
+    """Averages parameters, states and buffers of all replicas in place, whatever is due: they are equal then. Collective.
+
+    Takes an attached model or an engine, like ``save``.
+    """
+    attachments = attachments_of(model, "meet")
+    holder = holder_of(model, attachments)
+    tree = holder.tree()
+    means = _means(tree, attachments[0])
+    for name, mean in means.items():
+        for piece, new in zip(_pieces(tree[name]), _pieces(mean)):
+            piece.copy_(new)
+    holder.put(tree)
+    for each in attachments:
+        each.averaging.abandon()
+        each.averaging.met()
 
 
 @torch.no_grad()
@@ -211,12 +226,6 @@ def _means(tree: Tree, attachment: Attachment) -> Tree:
 def _pieces(value: Any) -> list[Tensor]:
     pieces = [piece for _, piece in value.pieces] if isinstance(value, Fragment) else [value]
     return [piece for piece in pieces if isinstance(piece, Tensor) and piece.is_floating_point() and piece.ndim]
-
-
-def _write(source: Tree, target: Tree) -> None:
-    for name, value in target.items():
-        for piece, mean in zip(_pieces(value), _pieces(source[name])):
-            piece.copy_(mean)
 
 
 def _random_state() -> dict[str, Any]:

@@ -46,5 +46,5 @@ def _refuse(owner: nn.Module | torch.optim.Optimizer, *_: Any) -> None:
     raise ConfigError(
         f"{type(owner).__name__}.state_dict()", "one model", f"one of {attachment.topology.replicas} replicas, which differ "
         "between averages", "call deslo_plugin.save(path, model), or averaged_state_dict(model) for the weights alone, or "
-        "averaging.meet() first; with deslo_plugin.one_replica(): gives this replica's own",
+        "deslo_plugin.meet(model) first; with deslo_plugin.one_replica(): gives this replica's own",
     )
