@@ -77,7 +77,7 @@ def saved(kind: str, config: dict, folder: str, mode: str, steps: int, more: int
     job = Job(kind, config, optimizer=optimizer)
     job.train(range(steps))
     before = job.states()
-    deslo_plugin.save(folder, job.model, mode=mode)
+    deslo_plugin.save(folder, job.model, mode=mode, extra={"rank": dist.get_rank()})
     at_save = job.states()
     job.train(range(steps, steps + more))
     later = job.states()
@@ -98,11 +98,11 @@ def loaded(kind: str, config: dict, folder: str, optimizer: Any = None) -> dict:
     import deslo_plugin
 
     job = Job(kind, config, seed=7, optimizer=optimizer)
-    deslo_plugin.load(folder, job.model)
+    extra = deslo_plugin.load(folder, job.model)
     states, steps = job.states(), job.attachment.averaging.steps if not kind.startswith("zero") else job.model.global_steps
     job.train(range(steps, steps + 1))  # it trains
     job.close()
-    return {"states": states, "steps": steps}
+    return {"states": states, "steps": steps, "extra": extra}
 
 
 def refused(kind: str, config: dict, folder: str, change: str = "") -> str:

@@ -72,7 +72,7 @@ def test_an_average_is_saved_and_training_does_not_notice(four, tmp_path, kind):
         mean = {state: {name: torch.stack([r["before"][state][name].double() for r in results]).mean(0) for name in tensors}
                 for state, tensors in result["states"].items()}
         same(result["states"], mean, tolerance=2e-7)
-        assert result["steps"] == 5
+        assert result["steps"] == 5 and result["extra"] == {"rank": 0}
 
 
 @pytest.mark.parametrize("kind", ["plain", "ddp", "hsdp", "zero 2"])

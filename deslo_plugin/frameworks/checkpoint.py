@@ -14,7 +14,7 @@ import pickle
 import random
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from deslo_plugin.collectives import gathered
 from deslo_plugin.config import CHECKPOINTS
 from deslo_plugin.frameworks.attachment import Attachment, attachments_of
 from deslo_plugin.frameworks.fragment import Fragment, LoadFragments, SaveFragments
-from deslo_plugin.frameworks.proof import OLD, PART, Proof, prove, read_proof, write_proof
+from deslo_plugin.frameworks.proof import OLD, PART, Proof, measured, prove, read_proof, write_proof
 from deslo_plugin.frameworks.state_tree import KEPT, Tree, holder_of, refuse_others
 from deslo_plugin.log import say
 from deslo_plugin.names import PARAMS
@@ -55,38 +55,26 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
         raise ConfigError("save(mode=...)", f"one of {', '.join(CHECKPOINTS)}", repr(mode), "choose one")
     holder, topology, world = holder_of(model, attachments), attachment.topology, attachment.groups.world
     first, part = topology.rank == min(topology.ranks), final.with_name(final.name + PART)
-    if mode == "exact" and len(attachment.averaging.late):
-        raise ConfigError('save(mode="exact")', "no average in flight, or one that lands at the next step", "one with delay "
-                          f"{attachment.config.deslo.delay}", f"save {attachment.config.deslo.delay} steps later, or another mode")
-
-    if mode == "exact" and attachment.config.deslo.weights != "equal":
-        raise ConfigError('save(mode="exact")', 'deslo.weights "equal"', repr(attachment.config.deslo.weights),
-                          "save another mode: what the ranks have seen (saw) is not in a checkpoint")
-
-    def begin() -> None:
-        if first:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-
-    def end() -> None:
-        if first:
-            replace(final, part)
-
-    all_or_none(begin, world)
+    if mode == "exact":
+        _refuse_what_exact_would_lose(attachment)
+    all_or_none(lambda: _begin(part) if first else None, world)
     all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
     if mode == "sync":
         meet(model)
     tree = holder.tree()
     if mode == "average":
         tree |= _means(tree, attachment)
-    own = pickle.dumps({"random": _random_state(), "aside": holder.aside(), "extra": dict(extra or {})})
     where, name, group = _place(part, mode, attachment)
-    dcp.save(tree | {name: own}, checkpoint_id=where, process_group=group, planner=SaveFragments(flatten_state_dict=False))
+    if first or mode == "exact":
+        random_state = _random_state() if mode == "exact" else None
+        tree[name] = pickle.dumps({"random": random_state, "aside": holder.aside(), "extra": dict(extra or {})})
+    dcp.save(tree, checkpoint_id=where, process_group=group, planner=SaveFragments(flatten_state_dict=False))
     numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
     proof = Proof(mode, topology.rows, attachment.averaging.steps, holder.states, numbers)
     all_or_none(lambda: None, world)  # every file is there
-    all_or_none(lambda: write_proof(part, proof, world), world)
-    all_or_none(end, world)
+    files = measured(part, world)
+    all_or_none(lambda: write_proof(part, proof, files) if first else None, world)
+    all_or_none(lambda: replace(final, part) if first else None, world)
 
 
 @torch.no_grad()
@@ -141,10 +129,8 @@ def load(path: str | Path, model: Any) -> dict[str, Any]:
         _set_random_state(own["random"])
     elif len(proof.rows) != topology.replicas:
         say(f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all replicas "
-            "changes with them, the learning rate is as you configure it")
-    if len(proof.groups) == len(holder.groups):
-        for group, saved in zip(holder.groups, proof.groups):
-            group.update({key: type(group.get(key, value))(value) for key, value in saved.items()})
+            "changes with them, the learning rate stays as it was saved")
+    _take_over(proof.groups, holder.groups)
     holder.put(content)
     holder.put_aside(own["aside"], proof.steps)
     for each in attachments if proof.mode != "exact" else ():
@@ -167,6 +153,34 @@ def saved_state_dict(path: str | Path) -> dict[str, Tensor]:
     state = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
     dcp.load(state, checkpoint_id=folder, no_dist=True, planner=LoadFragments(flatten_state_dict=False))
     return {name.split("/", 1)[1]: tensor for name, tensor in state.items()}
+
+
+def _refuse_what_exact_would_lose(attachment: Attachment) -> None:
+    deslo, where = attachment.config.deslo, 'save(mode="exact")'
+    if len(attachment.averaging.late):
+        raise ConfigError(where, "no average in flight, or one that lands at the next step", f"one with delay {deslo.delay}",
+                          f"save {deslo.delay} steps later, or another mode")
+    if deslo.weights != "equal":
+        raise ConfigError(where, 'deslo.weights "equal"', repr(deslo.weights),
+                          "save another mode: what the ranks have seen (saw) is not in a checkpoint")
+
+
+def _take_over(saved: Sequence[Mapping[str, float]], groups: Sequence[dict[str, Any]]) -> None:
+    """The numbers of each param group, into a tensor where the group keeps one."""
+    if len(saved) != len(groups):
+        say(f"deslo: {len(groups)} param group(s) go on from a checkpoint of {len(saved)}: learning rates are as configured")
+        return
+    for group, numbers in zip(groups, saved):
+        for key, value in numbers.items():
+            if isinstance(group.get(key), Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = value
+
+
+def _begin(part: Path) -> None:
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
 
 
 def all_or_none(act: Callable[[], object], world: dist.ProcessGroup | None) -> None:
