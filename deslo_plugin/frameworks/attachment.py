@@ -19,11 +19,11 @@ from deslo_plugin.topology import Topology
 class Attachment:
     """The averages of one optimizer: what moves, between whom, and what it has cost.
 
-    ``numels`` and ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is what buffers send.
+    ``groups`` is None where replicas come and go. ``numels`` and ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is what buffers send.
     """
 
     averaging: Averaging
-    groups: Groups
+    groups: Groups | None
     config: Config
     numels: Sequence[int]
     gradient_bytes: Sequence[int] | None = None
@@ -36,6 +36,11 @@ class Attachment:
     @property
     def topology(self) -> Topology:
         return self.groups.topology
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps completed, those before a resume or of the replica that a latecomer took over included."""
+        return self.averaging.steps
 
     @property
     def meter(self) -> Meter:

@@ -29,6 +29,9 @@ def averaged_state_dict(model: Any) -> dict[str, Tensor]:
         if model not in attached:
             raise ConfigError("averaged_state_dict", "a model that attach was called with", type(model).__name__,
                               "call deslo_plugin.attach(model, optimizer), or save the model as it is")
+        if attached[model].groups is None:
+            raise ConfigError("averaged_state_dict", "replicas that are there from start to end", "those of a torchft manager",
+                              'save the model of one replica after an average with "when": "after_update": all are equal then')
         module = model.module if isinstance(model, DistributedDataParallel) else model
         params, world = _whole(module), attached[model].groups.world
     saved = set(module.state_dict(keep_vars=True))
