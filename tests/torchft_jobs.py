@@ -1,15 +1,17 @@
-"""One replica of a job with live membership, a process of its own: ``serve``, given what it is to be.
+"""Jobs with live membership: ``Replicas`` starts, dooms and watches processes, each of which runs ``serve``.
 
-It trains until the clock that the file ``stop`` of its folder names, writes a line of JSON after each step to ``<name>.log``,
-and ends with a line of digests. ``ready`` files hold the first replicas together, so that they start as one.
+A replica trains until the clock that the file ``stop`` of its folder names, writes a line of JSON after each step to
+``<name>.log``, and ends with a line of digests. ``ready`` files hold the first replicas together, so that they start as one.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ import deslo_plugin
 from deslo_plugin.agreement import digests
 
 WARM_UP = 20
+LONGEST = 8  # no period is longer, and all divide it
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torchft", "deslo_plugin"])  # imported once: a replica starts, and starts again, in a moment
 
 
 def manager_of(job: dict[str, Any]) -> Manager:
@@ -47,18 +52,32 @@ def optimizer_of(job: dict[str, Any], model: nn.Module) -> tuple[torch.optim.Opt
     return deslo_plugin.DesLoc(model.parameters(), job["config"]), None
 
 
-def die_inside_an_average(manager: Any, job: dict[str, Any], attachment: Any) -> None:
-    """Kills this process once it has sent a first chunk after step ``dies_at``, and not the others."""
+def die_inside_an_average(manager: Manager, doom: Path) -> None:
+    """Kills this process once there is a file ``doom`` and a first chunk of an average is sent, but not the second."""
     inner, chunks = manager.allreduce, []
 
     def allreduce(tensor: torch.Tensor, **options: Any) -> Any:
-        if attachment.steps == job["dies_at"] and tensor.ndim == 1:
+        if tensor.ndim == 2:  # the roll call: an event begins
+            chunks.clear()
+        elif len(chunks) == 1 and doom.exists():
+            doom.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
             chunks.append(tensor)
-            if len(chunks) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
         return inner(tensor, **options)
 
     manager.allreduce = allreduce
+
+
+def note_means(averaging: Any, means_of: dict[str, str]) -> None:
+    """From now on ``means_of`` gets a digest of every mean that is written, by step and state."""
+    inner = averaging._receive
+
+    def receive(cohort: Any, states: Any, means: Any) -> None:
+        means_of.update({f"{cohort.steps} {name}": str(digests((str(i), t) for i, t in enumerate(mean))) for name, mean in means.items()})
+        inner(cohort, states, means)
+
+    averaging._receive = receive
 
 
 def states(attachment: Any, model: nn.Module, scheduler: Any) -> dict[str, str]:
@@ -78,8 +97,9 @@ def train(job: dict[str, Any]) -> None:
     manager = manager_of(job)
     manager.register_state_dict_fn("scheduler", scheduler.load_state_dict, scheduler.state_dict)
     attachment = deslo_plugin.attach(model, optimizer, config, manager=manager)
-    if "dies_at" in job:
-        die_inside_an_average(manager, job, attachment)
+    die_inside_an_average(manager, folder / f"{name}.doom")
+    means_of: dict[str, str] = {}
+    note_means(attachment.averaging, means_of)
     (folder / f"{name}.ready").touch()
     while len(list(folder.glob("*.ready"))) < job["together"]:
         time.sleep(0.01)
@@ -103,7 +123,8 @@ def train(job: dict[str, Any]) -> None:
         optimizer.step()
         scheduler.step()
         say(steps=attachment.steps, loss=loss.item(), refused=attachment.meter.refused_averages,
-            replicas=attachment.topology.replicas, params=attachment.meter.events["params"], lr=scheduler.get_last_lr()[0])
+            replicas=attachment.topology.replicas, params=attachment.meter.events["params"], means=means_of)
+        means_of.clear()
         time.sleep(job["pace"])
 
     optimizer.zero_grad()
@@ -124,3 +145,69 @@ def serve(job: dict[str, Any]) -> None:
         code = {deslo_plugin.ConfigError: 3, deslo_plugin.NonFiniteError: 4}.get(type(error), 1)
     sys.stderr.flush()
     os._exit(code)  # torchft's and gloo's threads may abort at exit
+
+
+class Replicas:
+    """Replicas of one job, and the lighthouse that they know each other by."""
+
+    def __init__(self, folder: Path, **common: Any) -> None:
+        os.environ.setdefault("RUST_LOG", "error")  # what the lighthouse writes
+        from torchft._torchft import LighthouseServer
+
+        self.folder, self.common, self.processes = folder, common, {}
+        self.lighthouse = LighthouseServer(bind="[::]:0", min_replicas=2, join_timeout_ms=20_000, heartbeat_timeout_ms=1000)
+
+    def start(self, *names: str, **own: Any) -> None:
+        port = self.lighthouse.address().rsplit(":", 1)[1]
+        for name in names:
+            job = {"name": name, "folder": str(self.folder), "lighthouse": f"http://localhost:{port}", "timeout_s": 3, "pace": 0.01}
+            self.processes[name] = PROCESSES.Process(target=serve, args=(job | self.common | own,), daemon=True)
+            self.processes[name].start()
+
+    def ended(self, *names: str) -> bool:
+        return all(not self.processes[name].is_alive() for name in names)
+
+    def error(self, name: str) -> str:
+        return (self.folder / f"{name}.err").read_text()
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        log = self.folder / f"{name}.log"
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def trained(self, name: str) -> list[dict[str, Any]]:
+        """A line for each step of ``name``, over all its lives."""
+        return [line for line in self.lines(name) if "loss" in line]
+
+    def clock(self, *names: str) -> int:
+        """The step that all of ``names`` have come to."""
+        return min(max([0, *(line["steps"] for line in self.trained(name))]) for name in names)
+
+    def back(self, name: str, since: float) -> bool:
+        """Whether ``name`` trains again beside two others and has landed an average."""
+        return any(line["time"] > since and line["params"] >= 1 and line["replicas"] == 3 for line in self.trained(name)[-1:])
+
+    def doom(self, name: str) -> None:
+        """``name`` will die inside its next average of several states."""
+        (self.folder / f"{name}.doom").touch()
+
+    def wait(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                said = {path.name: path.read_text()[-1500:] for path in self.folder.glob("*.err")}
+                raise AssertionError(f"waited {seconds} s; {said}")
+            time.sleep(0.03)
+
+    def finish(self) -> dict[str, Any]:
+        """Lets every replica train to one clock and returns what each ends with."""
+        stop = max(map(self.clock, self.processes)) // LONGEST * LONGEST + 6 * LONGEST
+        (self.folder / "stop.new").write_text(str(stop))
+        (self.folder / "stop.new").rename(self.folder / "stop")
+        self.wait(lambda: self.ended(*self.processes))
+        return {name: self.lines(name)[-1].get("done") for name in self.processes}
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.join(timeout=10)
+        self.lighthouse.shutdown()
