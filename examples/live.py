@@ -1,8 +1,8 @@
 """A replica that may die and come back: plain torch, one process for each replica, and torchft's lighthouse.
 
     torchft_lighthouse --min_replicas 2 --join_timeout_ms 60000 --heartbeat_timeout_ms 1000     # one for the job, port 29510
-    TORCHFT_LIGHTHOUSE=http://HEAD:29510 python examples/live.py --replica node-a --config configs/des-loc-adam.json
-    TORCHFT_LIGHTHOUSE=http://HEAD:29510 python examples/live.py --replica node-b --config configs/des-loc-adam.json
+    TORCHFT_LIGHTHOUSE=http://HEAD:29510 python examples/live.py --replica node-a
+    TORCHFT_LIGHTHOUSE=http://HEAD:29510 python examples/live.py --replica node-b
 
 Kill one with -9 and start it again by the same line: it takes over all that the others have come to, and trains on beside
 them. ``examples/launch/torchft.sh`` does so for as long as the job lasts.
@@ -29,7 +29,7 @@ def main(args: Namespace) -> None:
     torch.manual_seed(0)  # replicas start equal, which is checked
     cuda = torch.cuda.is_available()
     model = GPT(GPTConfig(context=args.context)).to("cuda" if cuda else "cpu")
-    optimizer = deslo_plugin.DesLoc(model.parameters(), args.config)
+    optimizer = deslo_plugin.DesLoc(model.parameters(), lr=args.lr, sync_every={"params": args.sync_every})
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 100))
 
     host, timeout = args.host or socket.gethostname(), timedelta(seconds=args.timeout)
@@ -47,7 +47,7 @@ def main(args: Namespace) -> None:
 
     text = load_bytes().to(next(model.parameters()).device)
     while attachment.steps < args.steps:  # the clock, not a loop of one's own: a latecomer's starts where the others are
-        window = torch.Generator().manual_seed((attachment.steps << 32) + zlib.crc32(args.replica.encode()))
+        window = torch.Generator().manual_seed(zlib.crc32(f"{args.replica} {attachment.steps}".encode()))
         starts = torch.randint(len(text) - args.context - 1, (args.batch,), generator=window)
         tokens = torch.stack([text[start : start + args.context + 1] for start in starts.tolist()]).long()
         loss = model(tokens[:, :-1], tokens[:, 1:])
@@ -63,9 +63,10 @@ def main(args: Namespace) -> None:
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True)
     parser.add_argument("--replica", required=True, help="a name that this replica keeps when it is started again")
     parser.add_argument("--least", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--sync-every", type=int, default=16, help="steps between averages of the parameters; momenta 3x and 6x")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=64)

@@ -4,13 +4,17 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from torchft_jobs import Replicas, net
 
 import deslo_plugin
 
+ROOT = Path(__file__).resolve().parent.parent
 EVERY = {"params": 4, "exp_avg": 8, "exp_avg_sq": 8}
 
 
@@ -126,6 +130,26 @@ def test_nan_in_one_replica_stops_all_of_them(job):
         said = job.error(name)
         assert process.exitcode == 4 and "after step 12: expected finite values, got NaN or inf from rank(s) [1]" in said
         assert job.clock(name) == 12
+
+
+def test_the_example_trains(job, tmp_path):
+    job = job()  # the lighthouse alone
+    example = [sys.executable, str(ROOT / "examples" / "live.py"), "--sync-every", "32"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHFT_LIGHTHOUSE": job.address}
+    replicas = [
+        subprocess.Popen([*example, "--replica", name, "--steps", "40", "--host", "localhost"], env=environment,
+                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for name in "ab"
+    ]
+    try:
+        for replica in replicas:
+            said, _ = replica.communicate(timeout=120)
+            assert replica.returncode == 0
+            assert "replicas 2  averages 1 of params, 0 refused" in said.splitlines()[-1]
+    finally:
+        for replica in replicas:
+            replica.kill()
+            replica.wait(timeout=10)
 
 
 class Idle:

@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed import TCPStore
-from torchft import Manager, ProcessGroupGloo
 
 import deslo_plugin
 from deslo_plugin.agreement import digests
+
+os.environ.setdefault("RUST_LOG", "error")  # what the lighthouse writes; read when torchft is imported
+from torchft import Manager, ProcessGroupGloo  # noqa: E402
+from torchft._torchft import LighthouseServer  # noqa: E402
 
 WARM_UP = 20
 LONGEST = 8  # no period is longer, and all divide it
@@ -151,18 +154,18 @@ class Replicas:
     """Replicas of one job, and the lighthouse that they know each other by."""
 
     def __init__(self, folder: Path, **common: Any) -> None:
-        os.environ.setdefault("RUST_LOG", "error")  # what the lighthouse writes
-        from torchft._torchft import LighthouseServer
-
         self.folder, self.common, self.processes = folder, common, {}
         self.lighthouse = LighthouseServer(bind="[::]:0", min_replicas=2, join_timeout_ms=20_000, heartbeat_timeout_ms=1000)
 
     def start(self, *names: str, **own: Any) -> None:
-        port = self.lighthouse.address().rsplit(":", 1)[1]
         for name in names:
-            job = {"name": name, "folder": str(self.folder), "lighthouse": f"http://localhost:{port}", "timeout_s": 3, "pace": 0.01}
+            job = {"name": name, "folder": str(self.folder), "lighthouse": self.address, "timeout_s": 3, "pace": 0.01}
             self.processes[name] = PROCESSES.Process(target=serve, args=(job | self.common | own,), daemon=True)
             self.processes[name].start()
+
+    @property
+    def address(self) -> str:
+        return f"http://localhost:{self.lighthouse.address().rsplit(':', 1)[1]}"
 
     def ended(self, *names: str) -> bool:
         return all(not self.processes[name].is_alive() for name in names)

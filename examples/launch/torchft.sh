@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One replica that is started again for as long as the job lasts. Run this on every node, with HEAD the address of one of them:
 #
-#     HEAD=10.0.0.1 examples/launch/torchft.sh --config configs/des-loc-adam.json --steps 100000
+#     HEAD=10.0.0.1 examples/launch/torchft.sh --steps 100000
 #
 # and on that one, before the others, the lighthouse too:
 #
