@@ -55,7 +55,8 @@ def one_round(job: Replicas, how: str, chance: random.Random) -> float:
     when = hit(job, name, how, chance)
 
     def written(survivor: str) -> Iterator[float]:
-        return (line["time"] for line in job.trained(survivor) if line["means"] and line["time"] > when and line["replicas"] == 2)
+        lines = (line for line in job.trained(survivor) if line["time"] > when)
+        return (line["time"] for line in lines if line["means"] and line["replicas"] == 2)
 
     job.wait(lambda: all(any(written(survivor)) for survivor in survivors))
     seconds = max(next(written(survivor)) for survivor in survivors) - when

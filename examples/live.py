@@ -66,7 +66,7 @@ if __name__ == "__main__":
     parser.add_argument("--replica", required=True, help="a name that this replica keeps when it is started again")
     parser.add_argument("--least", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--sync-every", type=int, default=16, help="steps between averages of the parameters; momenta 3x and 6x")
+    parser.add_argument("--sync-every", type=int, default=16, help="steps between averages of params; momenta 3x, 6x")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=64)

@@ -77,7 +77,8 @@ def note_means(averaging: Any, means_of: dict[str, str]) -> None:
     inner = averaging._receive
 
     def receive(cohort: Any, states: Any, means: Any) -> None:
-        means_of.update({f"{cohort.steps} {name}": str(digests((str(i), t) for i, t in enumerate(mean))) for name, mean in means.items()})
+        for name, mean in means.items():
+            means_of[f"{cohort.steps} {name}"] = str(digests((str(index), tensor) for index, tensor in enumerate(mean)))
         inner(cohort, states, means)
 
     averaging._receive = receive

@@ -112,7 +112,7 @@ def _live(
     if any(other is not None for other in others):
         raise ConfigError("attach(manager=...)", "no mesh, replicate or process_group beside it", "one", "remove it")
     if model in attached:
-        raise ConfigError("attach(manager=...)", "one optimizer for the model", "a second one", "give one optimizer all parameters")
+        raise ConfigError("attach(manager=...)", "one optimizer for the model", "a second one", "give one all parameters")
     average = torchft.live_average(manager, model, config)
     averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
     buffers = _floating_buffers(model)

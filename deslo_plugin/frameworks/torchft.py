@@ -69,12 +69,12 @@ class Replica:
         }
 
     def take_over(self, state: Mapping[str, Any]) -> None:
-        """Becomes the replica that ``state`` is of. Raises ``ConfigError``, before anything is written, if it is of another kind."""
+        """Becomes the replica that ``state`` is of. Raises ``ConfigError``, with nothing written, if it is of another kind."""
         mine, theirs = self.settings | self.shapes, state["traits"]
         for key in [*theirs, *mine]:
             if mine.get(key) != theirs.get(key):
-                raise ConfigError(key, f"{theirs.get(key, 'nothing')} as in the replicas that train", str(mine.get(key, "nothing")),
-                                  "start this replica with their config and model")
+                raise ConfigError(key, f"{theirs.get(key, 'nothing')} as in the replicas that train",
+                                  mine.get(key, "nothing"), "start this replica with their config and model")
         self.model.load_state_dict(state["model"])
         self.averaging.optimizer.load_state_dict(state["optimizer"])
 
@@ -167,8 +167,8 @@ class LiveAverage:
             self.manager.start_quorum(timeout=timedelta(seconds=self.timeout_s))
         except (TimeoutError, RuntimeError) as error:
             raise AverageError(
-                f"quorum after step {self._replica.steps}: expected torchft's lighthouse to form one within {self.timeout_s:g} s "
-                f"(deslo.timeout_s), got {str(error).splitlines()[0]!r}; see that it runs and that enough replicas are left"
+                f"quorum after step {self._replica.steps}: expected torchft's lighthouse to form one within "
+                f"{self.timeout_s:g} s (deslo.timeout_s), got {str(error).splitlines()[0]!r}; see that it runs and that enough replicas are left"
             ) from error
         row = [float(not self._replaced), float(self._replica.steps), *map(float, self._replica.fingerprints())]
         self._roll = self._exchange(row)
@@ -178,7 +178,8 @@ class LiveAverage:
         self._voices = sum(voice for voice, *_ in self._roll)
         clocks = [clock for _, clock, *_ in self._roll]
         if self.joined and len(set(clocks)) > 1:
-            self.manager.report_error(RuntimeError(f"replicas stand at steps {', '.join(f'{clock:g}' for clock in clocks)}"))
+            stand = ", ".join(f"{clock:g}" for clock in clocks)
+            self.manager.report_error(RuntimeError(f"replicas stand at steps {stand}"))
             lags = self._replica.steps < max(clocks)  # whoever does is behind from now on, and takes over at the next quorum
             self._set_step(0 if lags else max(1, self.manager.current_step()))
 
@@ -191,8 +192,8 @@ class LiveAverage:
             for subject, *column in zip(("step to resume from", *SUBJECTS), *(row[1:] for row in self._roll)):
                 different = [rank for rank, value in enumerate(column) if value != column[0]]
                 if different:
-                    raise ConfigError(subject, "the same on every replica", f"another on replica(s) {different} than on replica 0",
-                                      "start all of them with one config, one seed and one checkpoint")
+                    raise ConfigError(subject, "the same on every replica", f"another on replica(s) {different} than on "
+                                      "replica 0", "start all of them with one config, one seed and one checkpoint")
         return self.landed()
 
     def _exchange(self, row: Sequence[float]) -> list[list[float]] | None:
@@ -217,19 +218,26 @@ class LiveAttachment(Attachment):
         return contiguous(self.averaging.average.replicas, self.averaging.average.rank, 1)
 
 
+MANAGER = {  # what a manager must be given, and why
+    "use_async_quorum": (False, "a replica takes over another's state between two steps"),
+    "init_sync": (False, "replicas start equal, which is checked"),
+    "group_world_size": (1, "a replica is one rank here"),
+}
+DESLO = {"synchronous_steps": (0,), "delay": (1,), "initial_params": ("check",), "replica_size": ("auto", 1)}
+
+
 def expect_live(model: nn.Module, config: Config, manager: Any) -> None:
     """Raises ``ConfigError`` for what does not go with replicas that come and go."""
-    for name, wanted in (("use_async_quorum", False), ("init_sync", False), ("group_world_size", 1)):
-        got = getattr(manager, f"_{name}", None)
+    for name, (wanted, why) in MANAGER.items():
+        got = getattr(manager, f"_{name}", "none, as in another torchft")
         if got != wanted:
-            why = {"use_async_quorum": "a replica takes over between two steps", "init_sync": "replicas start equal, which is checked",
-                   "group_world_size": "a replica is one rank here"}[name]
             raise ConfigError(f"torchft.Manager({name.removeprefix('group_')}=...)", str(wanted), str(got), f"give it: {why}")
-    deslo = config.deslo
-    for key, wanted in (("synchronous_steps", (0,)), ("delay", (1,)), ("initial_params", ("check",)), ("replica_size", ("auto", 1))):
-        if getattr(deslo, key) not in wanted:
-            raise ConfigError(f"deslo.{key}", f"{wanted[-1]} with a torchft manager", str(getattr(deslo, key)), "remove it")
-    if isinstance(model, DistributedDataParallel) or fsdp.is_sharded(model) or dist.is_initialized() and dist.get_world_size() > 1:
+    for key, wanted in DESLO.items():
+        got = getattr(config.deslo, key)
+        if got not in wanted:
+            raise ConfigError(f"deslo.{key}", f"{wanted[-1]} with a torchft manager", str(got), "remove it")
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if several or isinstance(model, DistributedDataParallel) or fsdp.is_sharded(model):
         raise ConfigError("attach(manager=...)", "a bare model in a process of its own, which is one replica",
                           "a wrapped model or a world of several ranks", "start each replica alone, without a wrapper")
 
