@@ -9,16 +9,20 @@ from typing import Any
 from deslo_plugin.collectives import AverageError
 from deslo_plugin.config import load_config
 from deslo_plugin.frameworks.attach import attach
+from deslo_plugin.frameworks.checkpoint import load, save, saved_state_dict
 from deslo_plugin.frameworks.export import averaged_state_dict
 from deslo_plugin.frameworks.on_import import on_import
+from deslo_plugin.frameworks.one_model import one_replica
+from deslo_plugin.frameworks.preemption import Preemption
+from deslo_plugin.frameworks.proof import latest
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.sync import NonFiniteError
 from deslo_plugin.version import __version__
 
 __all__ = [
-    "AverageError", "ConfigError", "DesLoc", "NonFiniteError", "__version__", "attach", "attach_accelerator",
-    "averaged_state_dict", "load_config",
+    "AverageError", "ConfigError", "DesLoc", "NonFiniteError", "Preemption", "__version__", "attach", "attach_accelerator",
+    "averaged_state_dict", "latest", "load", "load_config", "one_replica", "save", "saved_state_dict",
 ]
 
 
@@ -35,4 +39,11 @@ def _teach_deepspeed() -> None:
     install()
 
 
+def _teach_accelerate() -> None:
+    from deslo_plugin.frameworks.accelerate import install
+
+    install()
+
+
 on_import("deepspeed", _teach_deepspeed)
+on_import("accelerate", _teach_accelerate)

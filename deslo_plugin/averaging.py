@@ -1,5 +1,6 @@
 """Algorithm 1 around whatever updates the parameters: what is due lands, the update is made, the clock ticks."""
 
+import functools
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
@@ -15,8 +16,10 @@ from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS
 from deslo_plugin.outer import mean_
 from deslo_plugin.schedule import due
 from deslo_plugin.shards import local
-from deslo_plugin.sync import States, Synchronizer, finite
+from deslo_plugin.sync import States, Synchronizer, Weigh, finite
+from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter, SyncEvent
+from deslo_plugin.weights import Samples
 
 Group = MutableMapping[str, Any]
 
@@ -52,10 +55,22 @@ class Averaging:
         self._sync, self.late = self._synchronizer(average), Late(getattr(torch, deslo.wire_dtype))
         self._buffers: Sequence[Tensor] = ()
         self._convened = False
+        self._met = 0
+        self._samples = Samples() if deslo.weights == "samples" else None
 
     def add_buffers(self, buffers: Sequence[Tensor], average: Average) -> None:
         """Floating buffers of the model, averaged when parameters are, as they are at that moment."""
         self._buffers, self._buffer_sync = buffers, self._synchronizer(average)
+
+    def saw(self, samples: float) -> None:
+        """Tells what is in the gradients of this rank's next step, in samples, tokens, or whatever is counted on every rank.
+
+        ``deslo.weights: "samples"`` needs it before each step; calls add up, as over micro-batches. Raises ``ConfigError`` for
+        what is no number >= 0, and where nobody asks.
+        """
+        if self._samples is None:
+            raise ConfigError("saw(samples)", 'deslo.weights "samples"', '"equal"', "set it, or remove the call")
+        self._samples.saw(samples)
 
     @property
     def groups(self) -> Sequence[Group]:
@@ -74,6 +89,7 @@ class Averaging:
         for index, cohort in enumerate(cohorts):
             self.clock.set(cohort, cohort.steps + 1)
             cohorts[index] = cohort._replace(steps=cohort.steps + 1)
+            self._tick_samples(cohorts[index])
         if any(map(self._names_due, cohorts)) and self._convene():
             cohorts = self._cohorts()
         self._depart(cohorts)
@@ -85,7 +101,7 @@ class Averaging:
         elif self.deslo.overlap:
             for cohort in cohorts:
                 states = self._due(cohort)
-                self._sync.launch(cohort.steps, cohort.params, states)
+                self._sync.launch(cohort.steps, cohort.params, states, self._weigh(cohort))
                 if self.deslo.delay > 1:
                     self.late.keep(cohort.params, states)
 
@@ -98,10 +114,21 @@ class Averaging:
         self.meter.seconds_exposed += time.perf_counter() - start
         return replaced
 
+    @property
+    def diverged(self) -> bool:
+        """Whether this replica has taken steps of its own since all were equal. What averages since then is not looked at."""
+        return self.steps > max(self._met, self.deslo.synchronous_steps)
+
+    def met(self) -> None:
+        """Says that all replicas are equal now."""
+        self._met = self.steps
+
     def abandon(self) -> None:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
         self._sync.abandon()
         self.late.clear()
+        if self._samples:
+            self._samples.forget()
 
     @torch.no_grad()
     def meet(self) -> None:
@@ -113,6 +140,14 @@ class Averaging:
             write_means(states, self._sync.mean(cohort.steps, states))
         if self._buffers:
             write_means({BUFFERS: self._buffers}, self._buffer_sync.mean(self.steps, {BUFFERS: self._buffers}))
+        self.met()
+
+    def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The means of any floating tensors in at least float32, counted under ``name``; they stay as they are. Collective."""
+        if not tensors:
+            return []
+        wire = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
+        return self._synchronizer(self.average, wire).mean(self.steps, {name: tensors})[name]
 
     def broken(self) -> bool:
         """Whether this replica must leave out the update because its gradients are not finite.
@@ -131,7 +166,7 @@ class Averaging:
     @property
     def steps(self) -> int:
         """Completed steps of the first parameter."""
-        return self._cohorts()[0].steps
+        return self.clock.steps(self.groups)
 
     @property
     def synchronous(self) -> bool:
@@ -161,11 +196,11 @@ class Averaging:
         due = [(cohort, states) for cohort in cohorts if (states := self._due(cohort))]
         sent = [states if self.deslo.delay == 1 else self.late.launched(cohort.params, states) for cohort, states in due]
         for (cohort, _), states in zip(due, sent):  # all that is due flies before the first lands: it arrives or not as one
-            self._sync.launch_absent(cohort.steps, cohort.params, states)
-        meeting = [cohort.steps for cohort, states in due if PARAMS in states] if self._buffers else []
+            self._sync.launch_absent(cohort.steps, cohort.params, states, self._weigh(cohort))
+        meeting = [cohort for cohort, states in due if PARAMS in states] if self._buffers else []
         buffers = {BUFFERS: self._buffers}
         if meeting:
-            self._buffer_sync.launch(meeting[0], self._buffers, buffers)
+            self._buffer_sync.launch(meeting[0].steps, self._buffers, buffers, self._weigh(meeting[0], PARAMS))
         landed = True
         for (cohort, states), launched in zip(due, sent):
             means = self._sync.land(cohort.steps, cohort.params, launched)
@@ -175,9 +210,19 @@ class Averaging:
                 self._receive(cohort, states, means)
             else:
                 self.late.land(cohort.params, states, means)
-        if meeting and (means := self._buffer_sync.land(meeting[0], self._buffers, buffers)):
+        if meeting and (means := self._buffer_sync.land(meeting[0].steps, self._buffers, buffers)):
             write_means(buffers, means)
         self.meter.refused_averages += not landed
+
+    def _weigh(self, cohort: Cohort, like: str | None = None) -> Weigh | None:
+        """What this rank has seen since the last average of a state of ``cohort``, or of its state ``like``."""
+        if self._samples is None:
+            return None
+        return lambda state: self._samples.seen(cohort.params, cohort.steps, cohort.group["sync_every"][like or state])
+
+    def _tick_samples(self, cohort: Cohort) -> None:
+        if self._samples:
+            self._samples.tick(cohort.params, cohort.steps, max(filter(None, cohort.group["sync_every"].values()), default=1))
 
     def _due(self, cohort: Cohort) -> dict[str, Sequence[Tensor]]:
         return {state: self.gather(state, cohort.params) for state in self._names_due(cohort)}
@@ -185,13 +230,15 @@ class Averaging:
     def _names_due(self, cohort: Cohort) -> tuple[str, ...]:
         return due(cohort.group["sync_every"], cohort.steps) if cohort.steps > self.deslo.synchronous_steps else ()
 
-    def _synchronizer(self, average: Average) -> Synchronizer:
-        wire, chunk = getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_mb << 20
+    def _synchronizer(self, average: Average, wire_dtype: torch.dtype | None = None) -> Synchronizer:
+        wire, chunk = wire_dtype or getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_mb << 20
         return Synchronizer(average, wire_dtype=wire, bucket_bytes=chunk, emit=self.record)
 
     def record(self, event: SyncEvent) -> None:
         """Counts ``event`` and passes it on to ``emit``."""
         self.meter(event)
+        if self.average.progress:
+            self.average.progress.waited(event.seconds_exposed)
         if self._emit is not None:
             self._emit(event)
 

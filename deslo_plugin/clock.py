@@ -20,6 +20,9 @@ class Cohort(NamedTuple):
 
 
 class Clock(Protocol):
+    def steps(self, groups: Sequence[MutableMapping[str, Any]]) -> int:
+        """Completed steps of the first parameter."""
+
     def cohorts(self, group: MutableMapping[str, Any]) -> Iterator[Cohort]:
         """The parameters of ``group`` by their clock and device."""
 
@@ -32,6 +35,9 @@ class ParameterClock:
 
     def __init__(self, optimizer: torch.optim.Optimizer, create: Callable[[Tensor], dict[str, Any]]):
         self._optimizer, self._create = optimizer, create
+
+    def steps(self, groups: Sequence[MutableMapping[str, Any]]) -> int:
+        return int(next(iter(self._optimizer.state.values()))[STEP].item())  # groups may be empty between steps
 
     def cohorts(self, group: MutableMapping[str, Any]) -> Iterator[Cohort]:
         for steps, params in self.by_steps(group["params"]):
@@ -53,6 +59,9 @@ class ParameterClock:
 
 class GroupClock:
     """A clock in each param group, for optimizers that create a parameter's state at its first update."""
+
+    def steps(self, groups: Sequence[MutableMapping[str, Any]]) -> int:
+        return groups[0].get(GROUP_STEP, 0)
 
     def cohorts(self, group: MutableMapping[str, Any]) -> Iterator[Cohort]:
         by_device: dict[torch.device, list[Tensor]] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.averaging import Averaging, Group
-from deslo_plugin.clock import GroupClock
+from deslo_plugin.clock import GROUP_STEP, GroupClock
 from deslo_plugin.collectives import Average
 from deslo_plugin.config import DesloConfig
 from deslo_plugin.names import PARAMS
@@ -65,6 +65,16 @@ class StockAveraging(Averaging):
             group["sync_every"] |= {name: self.deslo.sync_every[name] for name in sorted(of_group)}
             group[NUMELS] = {name: sum(each.numel() for each in self.gather(name, group["params"])) for name in of_group}
         self.periods_known = True
+
+    def resume(self, steps: int) -> None:
+        """Goes on after ``steps`` completed steps, with states that a checkpoint has brought: some may be due at once."""
+        for group in self.groups:
+            group[GROUP_STEP] = steps
+        self.learn_states(steps > 0)
+
+    def skip_step(self) -> None:
+        """A step without an update, which every other replica may be taking: the clock ticks and averages land."""
+        self.around(lambda cohorts: self.learn_states(updated=False))
 
 
 def schedule(averaging: StockAveraging) -> None:

@@ -13,6 +13,10 @@ class ConfigError(ValueError):
 
     def __init__(self, where: str, expected: str, got: str, do: str):
         super().__init__(f"{where}: expected {expected}, got {got}; {do}")
+        self._parts = where, expected, got, do
+
+    def __reduce__(self) -> tuple:
+        return ConfigError, self._parts  # it travels between ranks
 
 
 def shown(value: Any) -> str:

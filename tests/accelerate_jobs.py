@@ -100,7 +100,7 @@ def run(kind: str, side: str, optimizer: str, blocks: dict, count: int, ds: dict
 
 
 def resumed(kind: str, optimizer: str, blocks: dict, folder: str) -> dict:
-    """Saves after 5 steps, goes on for 4, loads, goes on for 4 again; and whether replicas were equal when saved."""
+    """Saves after 5 steps, goes on for 4, loads, goes on for 4 again: parameters at each of these."""
     accelerator, model, made = prepared(kind, "before", optimizer, blocks)
     steps(accelerator, model, made, range(5))
     accelerator.save_state(folder)
@@ -112,6 +112,86 @@ def resumed(kind: str, optimizer: str, blocks: dict, folder: str) -> dict:
     steps(accelerator, model, made, range(5, 9))
     again = params_of(accelerator, model)
     return {"saved": saved, "back": back, "once": once, "again": again}
+
+
+def state_dict_of(kind: str, optimizer: str, blocks: dict | None, ds: dict | None) -> tuple[Any, dict, dict]:
+    """After three steps: what ``get_state_dict`` gives or raises, the mean of the replicas, and this replica's own."""
+    import deslo_plugin
+
+    accelerator, model, made = prepared(kind, "before", optimizer, blocks, ds)
+    steps(accelerator, model, made, range(3))
+    try:
+        given = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(model).items()}
+    except ValueError as error:
+        given = str(error)
+    with deslo_plugin.one_replica():
+        own = {name: tensor.clone() for name, tensor in accelerator.unwrap_model(model).state_dict().items()}
+        own = {name: whole(tensor) for name, tensor in own.items()}
+    return given, deslo_plugin.averaged_state_dict(model), own
+
+
+def state_dict_of(kind: str, optimizer: str, blocks: dict | None, ds: dict | None) -> tuple[Any, dict, dict]:
+    """After three steps: what ``get_state_dict`` gives or raises, the mean of the replicas, and this replica's own."""
+    import deslo_plugin
+
+    accelerator, model, made = prepared(kind, "before", optimizer, blocks, ds)
+    steps(accelerator, model, made, range(3))
+    try:
+        given = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(model).items()}
+    except ValueError as error:
+        given = str(error)
+    with deslo_plugin.one_replica():
+        own = {name: tensor.clone() for name, tensor in accelerator.unwrap_model(model).state_dict().items()}
+        own = {name: whole(tensor) for name, tensor in own.items()}
+    return given, deslo_plugin.averaged_state_dict(model), own
+
+
+def state_dict_of(kind: str, optimizer: str, blocks: dict | None, ds: dict | None) -> tuple[Any, dict, dict]:
+    """After three steps: what ``get_state_dict`` gives or raises, the mean of the replicas, and this replica's own."""
+    import deslo_plugin
+
+    accelerator, model, made = prepared(kind, "before", optimizer, blocks, ds)
+    steps(accelerator, model, made, range(3))
+    try:
+        given = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(model).items()}
+    except ValueError as error:
+        given = str(error)
+    with deslo_plugin.one_replica():
+        own = {name: tensor.clone() for name, tensor in accelerator.unwrap_model(model).state_dict().items()}
+        own = {name: whole(tensor) for name, tensor in own.items()}
+    return given, deslo_plugin.averaged_state_dict(model), own
+
+
+def state_dict_of(kind: str, optimizer: str, blocks: dict | None, ds: dict | None) -> tuple[Any, dict, dict]:
+    """After three steps: what ``get_state_dict`` gives or raises, the mean of the replicas, and this replica's own."""
+    import deslo_plugin
+
+    accelerator, model, made = prepared(kind, "before", optimizer, blocks, ds)
+    steps(accelerator, model, made, range(3))
+    try:
+        given = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(model).items()}
+    except ValueError as error:
+        given = str(error)
+    with deslo_plugin.one_replica():
+        own = {name: tensor.clone() for name, tensor in accelerator.unwrap_model(model).state_dict().items()}
+        own = {name: whole(tensor) for name, tensor in own.items()}
+    return given, deslo_plugin.averaged_state_dict(model), own
+
+
+def state_dict_of(kind: str, optimizer: str, blocks: dict | None, ds: dict | None) -> tuple[Any, dict, dict]:
+    """After three steps: what ``get_state_dict`` gives or raises, the mean of the replicas, and this replica's own."""
+    import deslo_plugin
+
+    accelerator, model, made = prepared(kind, "before", optimizer, blocks, ds)
+    steps(accelerator, model, made, range(3))
+    try:
+        given = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(model).items()}
+    except ValueError as error:
+        given = str(error)
+    with deslo_plugin.one_replica():
+        own = {name: tensor.clone() for name, tensor in accelerator.unwrap_model(model).state_dict().items()}
+        own = {name: whole(tensor) for name, tensor in own.items()}
+    return given, deslo_plugin.averaged_state_dict(model), own
 
 
 def dispatching(how: str) -> str:

@@ -256,13 +256,18 @@ def load_only(ds: dict, folder: str) -> str:
     return "no error"
 
 
-def sixteen_bit_export(ds: dict, folder: str) -> str:
+def sixteen_bit_export(ds: dict, folder: str) -> tuple[dict[str, Tensor], str]:
+    """Exports after three steps; the mean of the replicas, and the error of ``module.state_dict()``."""
+    import deslo_plugin
+
     with engine_for(ds) as engine:
+        train(engine, range(3))
+        engine.save_16bit_model(folder)
         try:
-            engine.save_16bit_model(folder)
+            engine.module.state_dict()
         except ValueError as error:
-            return str(error)
-    return "no error"
+            return deslo_plugin.averaged_state_dict(engine), str(error)
+    return {}, "no error"
 
 
 def sharded_from_birth(ds: dict, steps: int, with_config: bool = True) -> dict | str:
@@ -387,3 +392,17 @@ def groups_that_differ(ds: dict) -> str:
     model = net()
     every = {"params": 4 if dist.get_rank() == 1 else 5}
     return raises(ds, model=model, groups=[{"params": list(model.parameters()), "sync_every": every}])
+
+
+def weighted(ds: dict, steps: int) -> dict:
+    """Bytes counted and planned, and what leaving a step out says, of an engine whose ranks tell what they saw."""
+    with engine_for(ds) as engine:
+        for step in range(steps):
+            engine.deslo.saw(1 + dist.get_rank())
+            train(engine, range(step, step + 1))
+        meter, plan = engine.deslo.meter, engine.deslo.plan
+        planned = {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes}
+        try:
+            engine.deslo.skip_step()
+        except ValueError as error:
+            return {"bytes": dict(meter.bytes), "planned": planned, "skip": str(error), "states": replica_state(engine)}

@@ -20,26 +20,30 @@ def test_an_optimizer_made_by_the_script_is_the_json_entry(four, stage, how):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("before", [5, 6])
 def test_resume_in_the_middle_of_a_period_changes_no_bit(four, tmp_path, stage, before):
-    for straight, again in four().run(jobs.resumed, ds_config(N2, stage), str(tmp_path), before, 9):
+    ds = ds_config(N2, stage, deslo={"checkpoint": "exact"})
+    for straight, again in four().run(jobs.resumed, ds, str(tmp_path), before, 9):
         assert_same_states([straight], [again], tolerance=0)
 
 
 def test_resume_in_bf16_changes_no_bit(four, tmp_path):
     for stage in (0, 2):
-        ds = ds_config(N2, stage, bf16={"enabled": True})
+        ds = ds_config(N2, stage, deslo={"checkpoint": "exact"}, bf16={"enabled": True})
         for straight, again in four().run(jobs.resumed, ds, str(tmp_path / str(stage)), 5, 6):
             assert_same_states([straight], [again], tolerance=0)
 
 
 def test_resume_on_another_number_of_replicas_is_refused(four, tmp_path):
-    four().run(jobs.resumed, ds_config(N2, 2), str(tmp_path), 2, 1)
+    four().run(jobs.resumed, ds_config(N2, 2, deslo={"checkpoint": "exact"}), str(tmp_path), 2, 1)
     for message in four().run(jobs.load_only, ds_config(N2, 2, deslo={"replica_size": 4}), str(tmp_path)):
-        assert "expected 2 replica(s), as saved, got 1" in message
+        assert "expected the 2 replica(s) of 2 rank(s) that saved it, got 1 of 4" in message
 
 
-def test_an_export_of_one_replica_is_refused(four, tmp_path):
-    for message in four().run(jobs.sixteen_bit_export, ds_config(N2, 2), str(tmp_path)):
-        assert "averaged_state_dict(engine)" in message
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_16_bit_export_is_the_mean_and_a_plain_state_dict_is_refused(four, tmp_path, stage):
+    for mean, refusal in four().run(jobs.sixteen_bit_export, ds_config(N2, stage), str(tmp_path)):
+        saved = torch.load(tmp_path / "pytorch_model.bin")
+        assert saved.keys() == mean.keys() and all(torch.equal(saved[name], mean[name]) for name in mean)
+        assert "one of 2 replicas, which differ between averages" in refusal and "averaged_state_dict(model)" in refusal
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -12,10 +12,12 @@ PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict", "rounding"},
     {"periods", "config", "topology", "plan"},
-    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "landing", "arguments", "shards"},
+    {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
+     "landing", "arguments", "shards"},
     {"sync", "outer", "clock", "late"},
     {"averaging"},
     {"optimizer", "stock"},
+    {"simulation"},
     {"frameworks"},
     {"", "run"},
 ]

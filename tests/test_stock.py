@@ -59,7 +59,7 @@ def test_order_and_warm_up_are_those_of_the_oracle(four, wrap, more):
 def stock_ds(stage: int, **more) -> dict:
     ds = ds_config(RULES["des-loc-adam"], stage) | more
     ds["optimizer"] = {"type": "AdamW", "params": ADAMW | {"torch_adam": True}}
-    ds["deslo"] = {"replica_size": 2, "sync_every": SYNC_EVERY}
+    ds["deslo"] = {"replica_size": 2, "sync_every": SYNC_EVERY, "checkpoint": "exact"}
     return ds
 
 

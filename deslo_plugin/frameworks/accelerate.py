@@ -1,7 +1,8 @@
 """Accelerate: one line on either side of ``accelerator.prepare``, for DDP, FSDP2 and DeepSpeed."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ from torch import nn
 
 from deslo_plugin.config import read_file
 from deslo_plugin.frameworks.attach import attach
+from deslo_plugin.frameworks.attachment import attached
+from deslo_plugin.frameworks.checkpoint import load, save
+from deslo_plugin.frameworks.export import averaged_state_dict
 from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import SyncEvent
 
+FOLDER = "deslo"  # in the folder of save_state
 Source = Mapping[str, Any] | str | Path
 
 
@@ -27,8 +32,7 @@ def attach_accelerator(
     """Connects what ``accelerator.prepare`` has prepared, or will prepare, to its replicas: ``attach`` for Accelerate.
 
     Under DeepSpeed the blocks of ``config`` join those of its JSON. ``accelerator.deslo`` is the ``Attachment`` then.
-    ``save_state`` averages the replicas before it saves, and ``load_state`` gives all of them what was saved; DeepSpeed's
-    checkpoints keep every replica's own state instead.
+    ``save_state`` and ``load_state`` are those of ``deslo_plugin.save`` and ``load`` for the model and the optimizer.
 
     Args:
         accelerator: before or after ``prepare`` of one model and one optimizer.
@@ -81,24 +85,55 @@ def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, 
                               "prepare model and optimizer in one call; for several, call deslo_plugin.attach for each pair")
     optimizer = accelerator._optimizers[0]
     accelerator.deslo = attach(model, optimizer, None if isinstance(optimizer.optimizer, DesLoc) else config, emit=emit)
-    _save_one_model(accelerator)
+    _save_the_truth(accelerator, model)
 
 
-def _save_one_model(accelerator: Accelerator) -> None:
-    save_state, load_state, averaging = accelerator.save_state, accelerator.load_state, accelerator.deslo.averaging
+def _save_the_truth(accelerator: Accelerator, model: nn.Module) -> None:
+    """``save_state`` and ``load_state`` leave model and optimizer to ``deslo_plugin.save`` and ``load``, by ``deslo.checkpoint``."""
+    save_state, load_state = accelerator.save_state, accelerator.load_state
+    loaded_from: list[str] = []
+    accelerator.register_load_state_pre_hook(lambda models, folder: loaded_from.append(folder))
 
     @functools.wraps(save_state)
-    def save(*args: Any, **kwargs: Any) -> Any:
-        say("deslo: save_state averages parameters and momenta over replicas first, and training goes on from the average")
-        averaging.meet()
-        return save_state(*args, **kwargs)
+    def save_everything(*args: Any, **kwargs: Any) -> Any:
+        with _without_model(accelerator):
+            folder = save_state(*args, **kwargs)
+        save(Path(folder) / FOLDER, model)
+        return folder
 
     @functools.wraps(load_state)
-    def load(*args: Any, **kwargs: Any) -> Any:
-        averaging.abandon()
-        return load_state(*args, **kwargs)
+    def load_everything(*args: Any, **kwargs: Any) -> None:
+        with _without_model(accelerator):
+            load_state(*args, **kwargs)
+        load(Path(loaded_from.pop()) / FOLDER, model)
 
-    accelerator.save_state, accelerator.load_state = save, load
+    accelerator.save_state, accelerator.load_state = save_everything, load_everything
+
+
+@contextmanager
+def _without_model(accelerator: Accelerator) -> Iterator[None]:
+    models, optimizers = accelerator._models, accelerator._optimizers
+    accelerator._models, accelerator._optimizers = [], []
+    try:
+        yield
+    finally:
+        accelerator._models, accelerator._optimizers = models, optimizers
+
+
+def install() -> None:
+    """``Accelerator.get_state_dict``, collective under DeepSpeed and FSDP2, gives the average there. Runs once."""
+    get_state_dict = Accelerator.get_state_dict
+
+    @functools.wraps(get_state_dict)
+    def averaged(self: Accelerator, model: nn.Module, unwrap: bool = True) -> Any:
+        attachment = getattr(model, "deslo", None) or attached.get(model)
+        collective = self.distributed_type == DistributedType.DEEPSPEED or self.is_fsdp2
+        if attachment is None or not collective or not (attachment.topology.replicas > 1 and attachment.averaging.diverged):
+            return get_state_dict(self, model, unwrap)
+        say("deslo: get_state_dict gives the average of all replicas")
+        return averaged_state_dict(model, as_trained=True)
+
+    Accelerator.get_state_dict = averaged
 
 
 def _into_deepspeed(accelerator: Accelerator, config: Source | None) -> None:

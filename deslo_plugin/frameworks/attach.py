@@ -19,6 +19,7 @@ from deslo_plugin.config import Config, as_dict, load_config
 from deslo_plugin.frameworks import ddp, fsdp, torchft
 from deslo_plugin.frameworks.attachment import Attachment, attached
 from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
+from deslo_plugin.frameworks.one_model import refuse_one_replica
 from deslo_plugin.frameworks.warmup import GradientAveraging
 from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
@@ -89,6 +90,7 @@ def attach(
         buffer_bytes=sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype],
     )
     attached[model] = optimizer.deslo = attachment
+    refuse_one_replica(attachment, optimizer, *([model, model.module] if isinstance(model, DistributedDataParallel) else [model]))
     say(attachment.plan.describe())
     say_placement(topology, groups.world)
     return attachment
@@ -199,7 +201,8 @@ def _keep_inside_replicas(model: nn.Module, buffers: list[torch.Tensor], averagi
     """Whatever wrapped the model reduces gradients inside replicas only; buffers follow the parameters' averages."""
     if buffers:
         everyone = replace(groups, replica=groups.world)
-        averaging.add_buffers(buffers, ReplicaAverage(everyone, timeout_s=averaging.deslo.timeout_s))
+        average = ReplicaAverage(everyone, timeout_s=averaging.deslo.timeout_s, progress=averaging.average.progress)
+        averaging.add_buffers(buffers, average)
     if isinstance(model, DistributedDataParallel):
         ddp.hook(model, averaging, groups)
     elif averaging.deslo.synchronous_steps:

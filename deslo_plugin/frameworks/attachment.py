@@ -10,7 +10,8 @@ from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import Groups
 from deslo_plugin.config import Config
 from deslo_plugin.plan import Plan, make_plan
-from deslo_plugin.stock import NUMELS
+from deslo_plugin.stock import NUMELS, StockAveraging
+from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter
 from deslo_plugin.topology import Topology
 
@@ -19,7 +20,8 @@ from deslo_plugin.topology import Topology
 class Attachment:
     """The averages of one optimizer: what moves, between whom, and what it has cost.
 
-    ``groups`` is None where replicas come and go. ``numels`` and ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is what buffers send.
+    ``groups`` is None where replicas come and go. ``numels`` and ``gradient_bytes`` are per param group, on this rank;
+    ``buffer_bytes`` is what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer alone.
     """
 
     averaging: Averaging
@@ -28,6 +30,7 @@ class Attachment:
     numels: Sequence[int]
     gradient_bytes: Sequence[int] | None = None
     buffer_bytes: int = 0
+    engine_steps: bool = False
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -45,6 +48,30 @@ class Attachment:
     @property
     def meter(self) -> Meter:
         return self.averaging.meter
+
+    def saw(self, samples: float) -> None:
+        """Tells the samples (or tokens, counted alike on every rank) in the gradients of this rank's next step, for
+        ``deslo.weights: "samples"``; calls add up, as over micro-batches."""
+        self.averaging.saw(samples)
+
+    @torch.no_grad()
+    def skip_step(self) -> None:
+        """In place of ``optimizer.step()``: this replica leaves a step out that others may take, and averages with them.
+
+        On every rank of the replica. Raises ``ConfigError`` under DeepSpeed, whose engine counts its steps itself.
+        """
+        if self.engine_steps:
+            raise ConfigError("skip_step()", "engine.step() at every step under DeepSpeed", "a step left out",
+                              'take smaller batches on a slow replica, with deslo.weights "samples"')
+        (self.averaging if isinstance(self.averaging, StockAveraging) else self.optimizer).skip_step()
+
+    def step_rates(self) -> dict[int, float]:
+        """Replica -> steps per second between its last two averages, without what it waited for others; any rank may ask.
+
+        A replica that has not come to two averages yet is absent. Raises ``TimeoutError`` if the world's store is gone.
+        """
+        progress = self.averaging.average.progress
+        return progress.rates() if progress else {}
 
     @property
     def plan(self) -> Plan:

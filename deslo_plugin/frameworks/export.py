@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.frameworks.attachment import attached
+from deslo_plugin.frameworks.one_model import one_replica
 from deslo_plugin.strict import ConfigError
 
 
 @torch.no_grad()
-def averaged_state_dict(model: Any) -> dict[str, Tensor]:
-    """The model's state dict with the mean of all replicas' parameters, float32 on the CPU; training is not touched.
+def averaged_state_dict(model: Any, *, as_trained: bool = False) -> dict[str, Tensor]:
+    """The model's state dict with the mean of all replicas' parameters on the CPU; training is not touched.
 
     Args:
         model: a DeepSpeed engine, or a model that ``attach`` was called with. An engine without replicas has one model.
+        as_trained: every tensor in the dtype that it has in the model, instead of float32.
 
     Collective over all ranks; needs room for one whole parameter more on each device. Floating buffers are averaged as well.
     """
@@ -34,12 +36,15 @@ def averaged_state_dict(model: Any) -> dict[str, Tensor]:
                               'save the model of one replica after an average with "when": "after_update": all are equal then')
         module = model.module if isinstance(model, DistributedDataParallel) else model
         params, world = _whole(module), attached[model].groups.world
-    saved = set(module.state_dict(keep_vars=True))
+    with one_replica():
+        saved = set(module.state_dict(keep_vars=True))
     state = {}
     for name, buffer in module.named_buffers():
         if name in saved:
             state[name] = _mean(buffer, world) if buffer.is_floating_point() else buffer.detach().cpu()
-    return state | {name: _mean(param, world) for name, param in params}
+    state |= {name: _mean(param, world) for name, param in params}
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    return {name: tensor.to(own[name].dtype) for name, tensor in state.items()} if as_trained else state
 
 
 def _whole(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -104,7 +104,7 @@ class LiveAverage:
         device: of the tensors that travel.
     """
 
-    divisor = 1
+    divisor, progress = 1, None
 
     def __init__(self, manager: Any, *, timeout_s: float, device: torch.device):
         self.manager, self.timeout_s, self.device = manager, timeout_s, device
@@ -150,6 +150,9 @@ class LiveAverage:
     def any(self, flag: bool) -> bool:
         return flag
 
+    def total(self, value: float) -> float:
+        return value
+
     def culprits(self, flag: bool) -> list[int]:
         rows = self._exchange([float(flag)]) or []
         return [rank for rank, (bad,) in enumerate(rows) if bad]
@@ -168,7 +171,8 @@ class LiveAverage:
         except (TimeoutError, RuntimeError) as error:
             raise AverageError(
                 f"quorum after step {self._replica.steps}: expected torchft's lighthouse to form one within "
-                f"{self.timeout_s:g} s (deslo.timeout_s), got {str(error).splitlines()[0]!r}; see that it runs and that enough replicas are left"
+                f"{self.timeout_s:g} s (deslo.timeout_s), got {str(error).splitlines()[0]!r}; see that it runs and that enough "
+                "replicas are left"
             ) from error
         row = [float(not self._replaced), float(self._replica.steps), *map(float, self._replica.fingerprints())]
         self._roll = self._exchange(row)
@@ -223,7 +227,9 @@ MANAGER = {  # what a manager must be given, and why
     "init_sync": (False, "replicas start equal, which is checked"),
     "group_world_size": (1, "a replica is one rank here"),
 }
-DESLO = {"synchronous_steps": (0,), "delay": (1,), "initial_params": ("check",), "replica_size": ("auto", 1)}
+DESLO = {
+    "synchronous_steps": (0,), "delay": (1,), "weights": ("equal",), "initial_params": ("check",), "replica_size": ("auto", 1),
+}
 
 
 def expect_live(model: nn.Module, config: Config, manager: Any) -> None:

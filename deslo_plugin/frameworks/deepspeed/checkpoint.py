@@ -1,52 +1,82 @@
-"""Where the replicas of a DeepSpeed job save: each its own state, so that none overwrites another.
-
-Replica 0 keeps DeepSpeed's layout ``<save_dir>/<tag>``; replica r writes ``<save_dir>/replica_<r>/<tag>``.
-"""
+"""``engine.save_checkpoint`` and its kin, for an engine whose replicas differ: what they save is a ``deslo_plugin`` checkpoint."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
 
+from deslo_plugin.frameworks.checkpoint import all_or_none, load, save
+from deslo_plugin.frameworks.export import averaged_state_dict
+from deslo_plugin.frameworks.one_model import refuse_one_replica
+from deslo_plugin.frameworks.proof import NAME
+from deslo_plugin.log import say
 from deslo_plugin.strict import ConfigError
 
+LATEST = "latest"
 
-def keep_replicas_apart(engine: DeepSpeedEngine) -> None:
-    """Makes ``save_checkpoint`` and ``load_checkpoint`` per replica, and refuses exports of un-averaged weights."""
-    topology = engine.deslo.topology
-    save, load = engine.save_checkpoint, engine.load_checkpoint
 
-    def folder(path: str) -> str:
-        return str(path) if topology.replica == 0 else str(Path(path) / f"replica_{topology.replica}")
+def save_the_truth(engine: DeepSpeedEngine) -> None:
+    """Gives ``engine`` checkpoints by ``deslo.checkpoint`` in ``<save_dir>/<tag>``, and exports of the averaged model."""
+    load_native = engine.load_checkpoint
 
-    @functools.wraps(save)
-    def save_checkpoint(save_dir: str, *args: Any, **options: Any) -> bool:
-        Path(folder(save_dir)).mkdir(parents=True, exist_ok=True)
-        return save(folder(save_dir), *args, **options)
+    def save_checkpoint(
+        save_dir: str, tag: Any = None, client_state: Mapping[str, Any] = {}, save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """As DeepSpeed's; frozen parameters are always saved."""
+        tag = str(tag if tag is not None else f"global_step{engine.global_steps}")
+        save(Path(save_dir) / tag, engine, extra=client_state)
+        all_or_none(lambda: _write_latest(Path(save_dir), tag) if save_latest and dist.get_rank() == 0 else None, dist.group.WORLD)
+        return True
 
-    @functools.wraps(load)
-    def load_checkpoint(load_dir: str, tag: Any = None, **options: Any) -> tuple[str | None, dict | None]:
-        latest = Path(load_dir) / "latest"
+    @functools.wraps(load_native)
+    def load_checkpoint(load_dir: str, tag: Any = None, **options: Any) -> tuple[str | None, Any]:
+        latest = Path(load_dir) / LATEST
         if tag is None and latest.is_file():
             tag = latest.read_text().strip()
-        if tag is not None:
-            _refuse_other_replicas(Path(load_dir), str(tag), topology.replicas)
-        engine.deslo.averaging.abandon()
-        return load(folder(load_dir), tag, **options)
+        folder = Path(load_dir) / str(tag)
+        if tag is not None and not (folder / NAME).is_file() and options.get("load_module_only"):
+            say(f"deslo: {folder} is DeepSpeed's own: every replica begins with its weights")
+            return load_native(load_dir, tag, **options)
+        partly = [name for name, value in options.items() if value not in (None, name in ALL)]
+        if partly:
+            raise ConfigError(f"load_checkpoint({', '.join(partly)})", "the whole state", "a part of it",
+                              "remove it; for weights alone, load deslo_plugin.saved_state_dict(folder) into the model")
+        return str(folder), load(folder, engine)
 
-    def save_16bit_model(*args: Any, **options: Any) -> None:
-        raise ConfigError("save_16bit_model", "one model", f"{topology.replicas} replicas that differ between averages",
-                          "save deslo_plugin.averaged_state_dict(engine) instead")
+    def save_16bit_model(save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False) -> bool:
+        state = averaged_16bit_state_dict(exclude_frozen_parameters)
+
+        def write() -> None:
+            if dist.get_rank() == 0:
+                Path(save_dir).mkdir(parents=True, exist_ok=True)
+                torch.save(state, Path(save_dir) / save_filename)
+
+        all_or_none(write, dist.group.WORLD)
+        return True
+
+    def averaged_16bit_state_dict(exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+        say("deslo: exporting the average of all replicas")
+        frozen = {name for name, param in engine.module.named_parameters() if not param.requires_grad}
+        state = averaged_state_dict(engine, as_trained=True)
+        return {name: value for name, value in state.items() if not (exclude_frozen_parameters and name in frozen)}
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
-    if topology.replicas > 1:
+    if engine.deslo.topology.replicas > 1:
         engine.save_16bit_model = engine.save_fp16_model = save_16bit_model
+        engine._zero3_consolidated_16bit_state_dict = averaged_16bit_state_dict
+        refuse_one_replica(engine.deslo, engine.module)
 
 
-def _refuse_other_replicas(load_dir: Path, tag: str, replicas: int) -> None:
-    """A checkpoint holds the state of each replica: it resumes on as many as saved it."""
-    saved = 1 + len(list(load_dir.glob(f"replica_*/{tag}")))
-    if (load_dir / tag).is_dir() and saved != replicas:
-        raise ConfigError(f"load_checkpoint({str(load_dir)!r}, {tag!r})", f"{saved} replica(s), as saved",
-                          f"{replicas}", "resume with as many replicas (world size / deslo.replica_size)")
+ALL = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states")  # True by default
+
+
+def _write_latest(folder: Path, tag: str) -> None:
+    new = folder / f"{LATEST}.part"
+    new.write_text(tag)
+    new.replace(folder / LATEST)

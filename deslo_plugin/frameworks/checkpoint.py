@@ -1,0 +1,243 @@
+"""Checkpoints that tell the truth about replicas: one averaged model, or every replica's own state.
+
+A checkpoint is a folder: ``torch.distributed.checkpoint`` files and ``deslo.json``, which says what they are and proves that
+they are whole. It appears under its name only when it is complete, and all ranks must see it.
+
+    average   one consistent model: parameters, momenta and buffers are averaged into the checkpoint; the replicas go on as
+              they are. Loads on any number of replicas and shards, in every framework.
+    sync      the replicas average in place first, and go on from there.
+    exact     every replica's own state, and every rank's random numbers: resumes to the last bit, in the middle of any
+              period, on the same replicas and shards.
+"""
+
+import pickle
+import random
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from deslo_plugin.collectives import gathered
+from deslo_plugin.config import CHECKPOINTS
+from deslo_plugin.frameworks.attachment import Attachment, attached
+from deslo_plugin.frameworks.fragment import Fragment, LoadFragments, SaveFragments
+from deslo_plugin.frameworks.proof import OLD, PART, Proof, prove, read_proof, write_proof
+from deslo_plugin.frameworks.state_tree import KEPT, Tree, holder_of, refuse_others
+from deslo_plugin.log import say
+from deslo_plugin.names import PARAMS
+from deslo_plugin.strict import ConfigError
+
+
+@torch.no_grad()
+def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mapping[str, Any] | None = None) -> None:
+    """Saves a model that ``attach`` was called with, or a DeepSpeed engine, with its optimizer's states and clocks.
+
+    Args:
+        path: the folder; one that is there already is replaced once the new one is whole.
+        mode: "average", "sync" or "exact"; by default ``deslo.checkpoint`` of the config.
+        extra: whatever else training needs to go on, such as ``{"scheduler": scheduler.state_dict(), "batch": 1200}``; any
+            values that pickle. That of this rank with "exact", otherwise that of the first rank.
+
+    Collective over all ranks. Raises ``ConfigError`` for an unknown mode or a model that nothing is attached to, and
+    ``OSError`` on every rank if any rank cannot write.
+    """
+    attachment, final = attachment_of(model), Path(path)
+    mode = mode or attachment.config.deslo.checkpoint
+    if mode not in CHECKPOINTS:
+        raise ConfigError("save(mode=...)", f"one of {', '.join(CHECKPOINTS)}", repr(mode), "choose one")
+    holder, topology, world = holder_of(model, attachment), attachment.topology, attachment.groups.world
+    first, part = topology.rank == min(topology.ranks), final.with_name(final.name + PART)
+    if mode == "exact" and len(attachment.averaging.late):
+        raise ConfigError('save(mode="exact")', "no average in flight, or one that lands at the next step", "one with delay "
+                          f"{attachment.config.deslo.delay}", f"save {attachment.config.deslo.delay} steps later, or another mode")
+
+    if mode == "exact" and attachment.config.deslo.weights != "equal":
+        raise ConfigError('save(mode="exact")', 'deslo.weights "equal"', repr(attachment.config.deslo.weights),
+                          "save another mode: what the ranks have seen (saw) is not in a checkpoint")
+
+    def begin() -> None:
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+
+    def end() -> None:
+        if first:
+            replace(final, part)
+
+    all_or_none(begin, world)
+    all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
+    tree = holder.tree()
+    if mode != "exact":
+        tree |= _means(tree, attachment)
+    if mode == "sync":
+        _write(tree, holder.tree())
+        holder.put(tree)
+        attachment.averaging.abandon()
+        attachment.averaging.met()
+    own = pickle.dumps({"random": _random_state(), "aside": holder.aside(), "extra": dict(extra or {})})
+    where, name, group = _place(part, mode, attachment)
+    dcp.save(tree | {name: own}, checkpoint_id=where, process_group=group, planner=SaveFragments(flatten_state_dict=False))
+    numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
+    proof = Proof(mode, topology.rows, attachment.averaging.steps, holder.states, numbers)
+    all_or_none(lambda: None, world)  # every file is there
+    all_or_none(lambda: write_proof(part, proof, world), world)
+    all_or_none(end, world)
+
+
+@torch.no_grad()
+def load(path: str | Path, model: Any) -> dict[str, Any]:
+    """Loads what ``save`` saved into an attached model or an engine, and returns its ``extra``.
+
+    Averages that were in flight are dropped, and start again from what was loaded. Collective over all ranks. An extra is
+    read with ``pickle``: load only what you trust.
+
+    Raises ``ConfigError`` on every rank, and changes nothing, for a folder that is torn, altered or foreign, for other
+    parameters or states than the model has, and for an "exact" checkpoint of other replicas or shards.
+    """
+    attachment, folder = attachment_of(model), _found(Path(path))
+    holder, topology, world = holder_of(model, attachment), attachment.topology, attachment.groups.world
+    all_or_none(lambda: read_proof(folder), world)
+    proof, where = read_proof(folder), f"load({str(folder)!r})"
+    prove(folder, world)
+    if proof.mode == "exact" and proof.rows != topology.rows:
+        raise ConfigError(
+            where, f"the {len(proof.rows)} replica(s) of {len(proof.rows[0])} rank(s) that saved it",
+            f"{topology.replicas} of {topology.replica_size}", 'start as many, or load one that was saved with mode "average"',
+        )
+    all_or_none(lambda: holder.prepare(proof.states), world)
+    refuse_others(holder.states, proof.states, where)
+    attachment.averaging.abandon()
+    source, name, group = _place(folder, proof.mode, attachment)
+    content = holder.tree() | {name: b""}
+    dcp.load(content, checkpoint_id=source, process_group=group, planner=LoadFragments(flatten_state_dict=False))
+    own = pickle.loads(content.pop(name))
+    if proof.mode == "exact":
+        _set_random_state(own["random"])
+    elif len(proof.rows) != topology.replicas:
+        say(f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all replicas "
+            "changes with them, the learning rate is as you configure it")
+    if len(proof.groups) == len(holder.groups):
+        for group, saved in zip(holder.groups, proof.groups):
+            group.update({key: type(group.get(key, value))(value) for key, value in saved.items()})
+    holder.put(content)
+    holder.put_aside(own["aside"], proof.steps)
+    if proof.mode != "exact":
+        attachment.averaging.met()
+    return own["extra"]
+
+
+def saved_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The model's parameters and buffers out of a checkpoint, on the CPU: in one process, without the model or replicas.
+
+    Raises ``ConfigError`` for a folder that is torn, altered or foreign, and for the replicas of an "exact" checkpoint.
+    """
+    folder = _found(Path(path))
+    if read_proof(folder).mode == "exact":
+        raise ConfigError(f"saved_state_dict({str(folder)!r})", "one model", "every replica's own, saved with mode \"exact\"",
+                          'load it and save with mode "average"')
+    prove(folder, None)
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    names = [name for name in stored if name.startswith((f"{PARAMS}/", "buffers/"))]
+    state = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+    dcp.load(state, checkpoint_id=folder, no_dist=True, planner=LoadFragments(flatten_state_dict=False))
+    return {name.split("/", 1)[1]: tensor for name, tensor in state.items()}
+
+
+def attachment_of(model: Any) -> Attachment:
+    """Of an engine or a model. Raises ``ConfigError`` for one that nothing is attached to."""
+    if isinstance(model, nn.Module) and model in attached:
+        if attached[model].groups is None:
+            raise ConfigError("save or load", "replicas that are there from start to end", "those of a torchft manager",
+                              "keep the state dicts of model and optimizer yourself, of any replica; latecomers need no file")
+        return attached[model]
+    if hasattr(model, "basic_optimizer") and hasattr(model, "deslo"):
+        return model.deslo
+    raise ConfigError("save or load", "a DeepSpeed engine with a deslo block, or a model that attach was called with",
+                      type(model).__name__, "call deslo_plugin.attach(model, optimizer) first")
+
+
+def all_or_none(act: Callable[[], object], world: dist.ProcessGroup | None) -> None:
+    """``act()`` on every rank; if it fails on any, it has failed on all, so that none waits: a ``ConfigError``, or ``OSError``."""
+    try:
+        act()
+        problem = None
+    except ConfigError as error:
+        problem = error
+    except Exception as error:
+        problem = repr(error)
+    for rank, problem in (gathered(problem, world) if world is not None else {0: problem}).items():
+        if isinstance(problem, ConfigError):
+            raise problem
+        if problem:
+            raise OSError(f"checkpoint: rank {rank} failed: {problem}; expected a folder that every rank can see and write to")
+
+
+def replace(final: Path, part: Path) -> None:
+    """Puts the folder ``part`` in the place of ``final``; cut off anywhere, one of both is left whole, and found by ``load``."""
+    old = final.with_name(final.name + OLD)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    part.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _place(folder: Path, mode: str, attachment: Attachment) -> tuple[Path, str, dist.ProcessGroup | None]:
+    """Where a rank's part goes, the key of what else it keeps, and with whom it writes one state."""
+    if mode == "exact":
+        rank, replica = attachment.topology.rank, attachment.topology.replica
+        return folder / f"replica_{replica}", f"rank_{rank}", attachment.groups.shard
+    return folder, "first_rank", attachment.groups.world
+
+
+def _found(path: Path) -> Path:
+    old = path.with_name(path.name + OLD)
+    if not path.exists() and old.exists():
+        say(f"deslo: {path} was being replaced when it was cut off; loading the one before, {old}")
+        return old
+    return path
+
+
+def _means(tree: Tree, attachment: Attachment) -> Tree:
+    """Of all floating tensors with dimensions, state by state; the others, clocks and counters, are alike on all replicas."""
+    means: Tree = {}
+    for _, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
+        named = {name: pieces for name in names if (pieces := _pieces(tree[name]))}
+        flat = iter(attachment.averaging.means("checkpoint", [piece for pieces in named.values() for piece in pieces]))
+        for name, pieces in named.items():
+            own = [next(flat).to("cpu", piece.dtype) for piece in pieces]
+            means[name] = tree[name].like(own) if isinstance(tree[name], Fragment) else own[0]
+    return means
+
+
+def _pieces(value: Any) -> list[Tensor]:
+    pieces = [piece for _, piece in value.pieces] if isinstance(value, Fragment) else [value]
+    return [piece for piece in pieces if isinstance(piece, Tensor) and piece.is_floating_point() and piece.ndim]
+
+
+def _write(source: Tree, target: Tree) -> None:
+    for name, value in target.items():
+        for piece, mean in zip(_pieces(value), _pieces(source[name])):
+            piece.copy_(mean)
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    if state["numpy"] is not None and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,105 @@
+"""``deslo.json`` in a checkpoint: what it holds, of which replicas, and the length and checksum of every file."""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from deslo_plugin.collectives import gathered
+from deslo_plugin.frameworks.state_tree import States
+from deslo_plugin.strict import ConfigError
+
+NAME, FORMAT = "deslo.json", 1
+PART, OLD = ".part", ".old"  # behind the name of a checkpoint that is being written, or replaced
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Proof:
+    """``rows`` is the topology that saved, ``steps`` the completed steps, ``groups`` the numbers of each param group that a
+    resume takes over."""
+
+    mode: str
+    rows: tuple[tuple[int, ...], ...]
+    steps: int
+    states: States
+    groups: Sequence[Mapping[str, float]]
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The complete checkpoint with the most steps among the subfolders of ``folder``, or None: what a restart loads.
+
+    Looks at what is there now: call it on one rank and tell the others, or before training has begun to save.
+    """
+    complete = [file.parent for file in Path(folder).glob(f"*/{NAME}") if not file.parent.name.endswith((PART, OLD))]
+    return max(complete, key=lambda each: (read_proof(each).steps, (each / NAME).stat().st_mtime_ns), default=None)
+
+
+def write_proof(folder: Path, proof: Proof, world: dist.ProcessGroup | None) -> None:
+    """Every rank measures a share of the files of ``folder``; the first writes ``deslo.json``, a checkpoint's last file."""
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    rank, size = _place(world)
+    files = _together({name: _measure(folder / name) for name in names[rank::size]}, world)
+    if rank == 0:
+        content = {"format": FORMAT, "proof": asdict(proof), "files": files}
+        with (folder / NAME).open("w") as file:
+            json.dump(content | {"crc32": _checksum(content)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_proof(folder: Path) -> Proof:
+    """Raises ``ConfigError`` for what is no checkpoint of ours, or one that was cut off."""
+    try:
+        content = json.loads((folder / NAME).read_text())
+        if content["format"] != FORMAT:
+            raise ConfigError(f"load({str(folder)!r})", f"format {FORMAT}", str(content["format"]), "load it with the release that saved it")
+        if content.pop("crc32") != _checksum(content):
+            raise TypeError("its checksum is another")
+        own = content["proof"]
+        return Proof(own["mode"], tuple(map(tuple, own["rows"])), own["steps"], own["states"], own["groups"])
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"load({str(folder)!r})", f"a folder with {NAME}", "none", "check the path: it is no checkpoint of "
+                          f"deslo_plugin.save, or one that was cut off, whose name ends in {PART}") from error
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"load({str(folder)!r})", f"a {NAME} as it was written", f"{error!r}", "take another checkpoint") from error
+
+
+def prove(folder: Path, world: dist.ProcessGroup | None) -> None:
+    """Measures every file again, each rank a share; raises ``ConfigError`` on every rank, with a file that differs."""
+    files = json.loads((folder / NAME).read_text())["files"]
+    rank, size = _place(world)
+    problems = {}
+    for name in sorted(files)[rank::size]:
+        found = _measure(folder / name) if (folder / name).is_file() else None
+        if found != files[name]:
+            problems[name] = "missing" if found is None else "other bytes than were saved"
+    for name, problem in _together(problems, world).items():
+        raise ConfigError(f"load({str(folder)!r})", "files as they were saved", f"{name}: {problem}", "take another checkpoint")
+
+
+def _place(world: dist.ProcessGroup | None) -> tuple[int, int]:
+    return (dist.get_rank(world), dist.get_world_size(world)) if world is not None else (0, 1)
+
+
+def _together(mine: dict, world: dist.ProcessGroup | None) -> dict:
+    everyone = gathered(mine, world).values() if world is not None else [mine]
+    return {name: value for each in everyone for name, value in sorted(each.items())}
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _measure(file: Path) -> list[int]:
+    """[bytes, CRC-32]."""
+    crc, size = 0, 0
+    with file.open("rb") as content:
+        while chunk := content.read(CHUNK):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return [size, crc]

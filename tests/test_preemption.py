@@ -1,0 +1,115 @@
+"""SIGTERM: every rank stops after the same step, saves and leaves with status 0; nothing is lost."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from deslo_plugin.last_step import LastStep
+
+RANKS, PERIOD = 4, 5
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_ranks_at_different_steps_stop_after_the_same_one(seed):
+    """Ranks run apart within a period, as replicas do, and wait for each other where an average lands."""
+    store, average, ended = dist.HashStore(), threading.Barrier(RANKS, timeout=20), [0] * RANKS
+    asks, when = seed % RANKS, random.Random(seed).randrange(1, 4 * PERIOD)
+
+    def train(rank: int) -> None:
+        last, delays, asked = LastStep(store, rank, range(RANKS), 20), random.Random(100 * seed + rank), False
+        for step in range(1, 20 * PERIOD):
+            if step % PERIOD == 1 and step > 1:
+                average.wait()
+            time.sleep(delays.random() * 0.003)
+            ended[rank] = step
+            if rank == asks and step == when:
+                last.ask()
+            asked = asked or last.asked()
+            if asked and last.after(step):
+                return
+
+    threads = [threading.Thread(target=train, args=(rank,), daemon=True) for rank in range(RANKS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert len(set(ended)) == 1 and when <= ended[0] <= when + 2 * PERIOD
+
+
+SCRIPT = """
+import json, os, sys, time
+import torch, torch.distributed as dist
+import deslo_plugin
+
+folder, steps = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 2)
+optimizer = deslo_plugin.DesLoc(model.parameters(), {"optimizer": {"params": {"lr": 0.01, "sync_every": {"params": 7}}},
+                                                     "deslo": {"checkpoint": "exact", "timeout_s": 60}})
+attachment = deslo_plugin.attach(model, optimizer)
+preemption = deslo_plugin.Preemption(model)
+newest = deslo_plugin.latest(folder)
+first = deslo_plugin.load(newest, model)["step"] if newest else 0
+for step in range(first, steps):
+    generator = torch.Generator().manual_seed(1000 * dist.get_rank() + step)
+    model(torch.randn(8, 4, generator=generator)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if not newest and dist.get_rank() == 0 and step == 3:
+        open(f"{folder}/started", "w").write(str(os.getpid()))
+    if not newest and steps > 100:
+        time.sleep(0.002 * (1 + dist.get_rank()))
+    if preemption.due():
+        preemption.exit(f"{folder}/last", extra={"step": step + 1})
+json.dump([first, step + 1, float(model.weight.sum())], open(f"{folder}/rank{dist.get_rank()}.json", "w"))
+dist.barrier()
+os._exit(0)
+"""
+
+
+def launch(folder, steps):
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", folder / "script.py", folder, str(steps)]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(job, timeout=90):
+    try:
+        _, said = job.communicate(timeout=timeout)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    return said
+
+
+def test_one_rank_that_gets_sigterm_ends_the_job_and_a_new_one_goes_on_from_there(tmp_path):
+    job = launch(tmp_path, 10**6)
+    until = time.monotonic() + 60
+    while not (tmp_path / "started").exists() and time.monotonic() < until and job.poll() is None:
+        time.sleep(0.1)
+    os.kill(int((tmp_path / "started").read_text()), signal.SIGTERM)  # one rank, not its launcher
+    said = finish(job)
+    assert job.returncode == 0, said
+    steps = json.loads((tmp_path / "last" / "deslo.json").read_text())["proof"]["steps"]
+    assert f"saved {tmp_path / 'last'} after step {steps}" in said
+
+    again = launch(tmp_path, steps + 20)
+    said = finish(again)
+    assert again.returncode == 0, said
+    resumed = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(3)]
+    (straight := tmp_path / "straight").mkdir()
+    alone = launch(straight, steps + 20)
+    assert finish(alone) is not None and alone.returncode == 0
+    for rank, (first, last, total) in enumerate(resumed):
+        assert (first, last) == (steps, steps + 20)
+        assert total == json.loads((straight / f"rank{rank}.json").read_text())[2]  # to the last bit
