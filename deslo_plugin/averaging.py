@@ -130,18 +130,6 @@ class Averaging:
         if self._samples:
             self._samples.forget()
 
-    @torch.no_grad()
-    def meet(self) -> None:
-        """Averages every floating state and the buffers now, whatever is due: replicas are equal afterwards. Collective."""
-        self.abandon()
-        for cohort in self._cohorts():
-            states = {state: self.gather(state, cohort.params) for state in cohort.group["sync_every"]}
-            states = {state: tensors for state, tensors in states.items() if tensors[0].is_floating_point()}
-            write_means(states, self._sync.mean(cohort.steps, states))
-        if self._buffers:
-            write_means({BUFFERS: self._buffers}, self._buffer_sync.mean(self.steps, {BUFFERS: self._buffers}))
-        self.met()
-
     def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The means of any floating tensors in at least float32, counted under ``name``; they stay as they are. Collective."""
         if not tensors:

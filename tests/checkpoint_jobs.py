@@ -146,10 +146,39 @@ def refused_by_torch(kind: str, config: dict) -> dict[str, str]:
     with deslo_plugin.one_replica():
         own = inner.state_dict()
     assert own.keys() == before.keys() and (copy is None or copy.state_dict().keys() == before.keys())  # a copy is no replica
-    job.attachment.averaging.meet()
+    deslo_plugin.meet(job.model)
     inner.state_dict(), job.optimizer.state_dict()
     job.close()
     return said
+
+
+def two_optimizers(folder: str) -> dict:
+    """Muon and AdamW step one model: what comes of going on after a save, and of loading it into new ones."""
+    import deslo_plugin
+
+    def made(seed: int) -> tuple:
+        model = net(seed)
+        muon = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=1e-2)
+        adamw = torch.optim.AdamW([p for p in model.parameters() if p.ndim < 2], lr=1e-2)
+        deslo_plugin.attach(model, muon, {"deslo": {"sync_every": {"params": 2, "momentum_buffer": 3}}})
+        deslo_plugin.attach(model, adamw, {"deslo": {"sync_every": {"params": 2, "exp_avg": 4, "exp_avg_sq": 6}}})
+        return model, (muon, adamw)
+
+    def train(model: Any, optimizers: tuple, steps: range) -> list[Tensor]:
+        for step in steps:
+            torch_jobs.loss_of(model, torch_jobs.batch(dist.get_rank(), step, 0)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return [param.detach().clone() for param in model.parameters()]
+
+    model, optimizers = made(7)
+    train(model, optimizers, range(3))
+    deslo_plugin.save(folder, model, mode="exact")
+    straight = train(model, optimizers, range(3, 9))
+    model, optimizers = made(7)
+    deslo_plugin.load(folder, model)
+    return {"straight": straight, "loaded": train(model, optimizers, range(3, 9))}
 
 
 class Dies:
@@ -187,7 +216,7 @@ def loaded_by_three(config: dict, folder: str) -> dict | None:
     deslo_plugin.load(folder, model)
     states = states_of(model, optimizer, ["exp_avg", "exp_avg_2", "exp_avg_sq"])
     torch_jobs.train(model, optimizer, range(attachment.averaging.steps, 9))
-    attachment.averaging.meet()
+    deslo_plugin.meet(model)
     return {"states": states, "together": states_of(model, optimizer, [])}
 
 

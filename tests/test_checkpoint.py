@@ -56,6 +56,11 @@ def test_an_exact_resume_of_a_stock_optimizer_changes_no_bit(four, tmp_path, kin
         same(result["straight"], result["loaded"])
 
 
+def test_two_optimizers_of_one_model_resume_together(four, tmp_path):
+    for result in four().run(jobs.two_optimizers, str(tmp_path / "c")):
+        assert all(torch.equal(a, b) for a, b in zip(result["straight"], result["loaded"]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_average_is_saved_and_training_does_not_notice(four, tmp_path, kind):
     config = config_for(kind)

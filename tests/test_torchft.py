@@ -157,6 +157,9 @@ class Idle:
 
     _use_async_quorum, _init_sync, _group_world_size = False, False, 1
 
+    def register_state_dict_fn(self, key, load, save):
+        pass
+
 
 @pytest.mark.parametrize("manager, deslo, message", [
     ({"_use_async_quorum": True}, {}, "torchft.Manager(use_async_quorum=...): expected False, got True"),
@@ -172,3 +175,11 @@ def test_what_does_not_go_with_live_membership_is_refused(manager, deslo, messag
     optimizer = deslo_plugin.DesLoc(model.parameters(), {"deslo": deslo})
     with pytest.raises(deslo_plugin.ConfigError, match=re.escape(message)):
         deslo_plugin.attach(model, optimizer, manager=type("Manager", (Idle,), manager)())
+
+
+def test_a_model_of_all_replicas_cannot_be_asked_for_at_will(tmp_path):
+    model = net(0)
+    deslo_plugin.attach(model, deslo_plugin.DesLoc(model.parameters()), manager=Idle())
+    for ask in (deslo_plugin.averaged_state_dict, lambda model: deslo_plugin.save(tmp_path / "saved", model)):
+        with pytest.raises(deslo_plugin.ConfigError, match="replicas that are there from start to end, got those of a torchft"):
+            ask(model)

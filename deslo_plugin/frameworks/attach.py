@@ -89,7 +89,8 @@ def attach(
         gradient_bytes=[_gradient_bytes(model, each, config, average.divisor) for each in params],
         buffer_bytes=sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype],
     )
-    attached[model] = optimizer.deslo = attachment
+    optimizer.deslo = attachment
+    attached.setdefault(model, []).append(attachment)
     refuse_one_replica(attachment, optimizer, *([model, model.module] if isinstance(model, DistributedDataParallel) else [model]))
     say(attachment.plan.describe())
     say_placement(topology, groups.world)
@@ -102,7 +103,8 @@ def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, e
     groups = Groups(topology, world=None, shard=None, replica=None, singleton=None)
     averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
     numels = [sum(param.numel() for param in group["params"]) for group in optimizer.param_groups]
-    attached[model] = optimizer.deslo = Attachment(averaging, groups, config, numels)
+    optimizer.deslo = Attachment(averaging, groups, config, numels)
+    attached.setdefault(model, []).append(optimizer.deslo)
     say(optimizer.deslo.plan.describe())
     return optimizer.deslo
 
@@ -124,7 +126,7 @@ def _live(
     buffer_bytes = sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype]
     attachment = torchft.LiveAttachment(averaging, None, config, numels, buffer_bytes=buffer_bytes)
     average.represent(torchft.Replica(model, averaging, config), greet=lambda: say(attachment.plan.describe()))
-    attached[model] = optimizer.deslo = attachment
+    optimizer.deslo, attached[model] = attachment, [attachment]
     return attachment
 
 

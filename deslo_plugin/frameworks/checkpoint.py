@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deslo_plugin.collectives import gathered
 from deslo_plugin.config import CHECKPOINTS
-from deslo_plugin.frameworks.attachment import Attachment, attached
+from deslo_plugin.frameworks.attachment import Attachment, attachments_of
 from deslo_plugin.frameworks.fragment import Fragment, LoadFragments, SaveFragments
 from deslo_plugin.frameworks.proof import OLD, PART, Proof, prove, read_proof, write_proof
 from deslo_plugin.frameworks.state_tree import KEPT, Tree, holder_of, refuse_others
@@ -48,11 +48,12 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
     Collective over all ranks. Raises ``ConfigError`` for an unknown mode or a model that nothing is attached to, and
     ``OSError`` on every rank if any rank cannot write.
     """
-    attachment, final = attachment_of(model), Path(path)
+    attachments, final = attachments_of(model, "save"), Path(path)
+    attachment, *_ = attachments
     mode = mode or attachment.config.deslo.checkpoint
     if mode not in CHECKPOINTS:
         raise ConfigError("save(mode=...)", f"one of {', '.join(CHECKPOINTS)}", repr(mode), "choose one")
-    holder, topology, world = holder_of(model, attachment), attachment.topology, attachment.groups.world
+    holder, topology, world = holder_of(model, attachments), attachment.topology, attachment.groups.world
     first, part = topology.rank == min(topology.ranks), final.with_name(final.name + PART)
     if mode == "exact" and len(attachment.averaging.late):
         raise ConfigError('save(mode="exact")', "no average in flight, or one that lands at the next step", "one with delay "
@@ -73,14 +74,11 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
 
     all_or_none(begin, world)
     all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
-    tree = holder.tree()
-    if mode != "exact":
-        tree |= _means(tree, attachment)
     if mode == "sync":
-        _write(tree, holder.tree())
-        holder.put(tree)
-        attachment.averaging.abandon()
-        attachment.averaging.met()
+        meet(model)
+    tree = holder.tree()
+    if mode == "average":
+        tree |= _means(tree, attachment)
     own = pickle.dumps({"random": _random_state(), "aside": holder.aside(), "extra": dict(extra or {})})
     where, name, group = _place(part, mode, attachment)
     dcp.save(tree | {name: own}, checkpoint_id=where, process_group=group, planner=SaveFragments(flatten_state_dict=False))
@@ -89,6 +87,25 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
     all_or_none(lambda: None, world)  # every file is there
     all_or_none(lambda: write_proof(part, proof, world), world)
     all_or_none(end, world)
+
+
+@torch.no_grad()
+def meet(model: Any) -> None:
+    """Averages parameters, states and buffers of all replicas in place, whatever is due: they are equal then. Collective.
+
+    Takes an attached model or an engine, like ``save``.
+    """
+    attachments = attachments_of(model, "meet")
+    holder = holder_of(model, attachments)
+    tree = holder.tree()
+    means = _means(tree, attachments[0])
+    for name, mean in means.items():
+        for piece, new in zip(_pieces(tree[name]), _pieces(mean)):
+            piece.copy_(new)
+    holder.put(tree)
+    for each in attachments:
+        each.averaging.abandon()
+        each.averaging.met()
 
 
 @torch.no_grad()
@@ -101,8 +118,9 @@ def load(path: str | Path, model: Any) -> dict[str, Any]:
     Raises ``ConfigError`` on every rank, and changes nothing, for a folder that is torn, altered or foreign, for other
     parameters or states than the model has, and for an "exact" checkpoint of other replicas or shards.
     """
-    attachment, folder = attachment_of(model), _found(Path(path))
-    holder, topology, world = holder_of(model, attachment), attachment.topology, attachment.groups.world
+    attachments, folder = attachments_of(model, "load"), _found(Path(path))
+    attachment, *_ = attachments
+    holder, topology, world = holder_of(model, attachments), attachment.topology, attachment.groups.world
     all_or_none(lambda: read_proof(folder), world)
     proof, where = read_proof(folder), f"load({str(folder)!r})"
     prove(folder, world)
@@ -113,7 +131,8 @@ def load(path: str | Path, model: Any) -> dict[str, Any]:
         )
     all_or_none(lambda: holder.prepare(proof.states), world)
     refuse_others(holder.states, proof.states, where)
-    attachment.averaging.abandon()
+    for each in attachments:
+        each.averaging.abandon()
     source, name, group = _place(folder, proof.mode, attachment)
     content = holder.tree() | {name: b""}
     dcp.load(content, checkpoint_id=source, process_group=group, planner=LoadFragments(flatten_state_dict=False))
@@ -128,8 +147,8 @@ def load(path: str | Path, model: Any) -> dict[str, Any]:
             group.update({key: type(group.get(key, value))(value) for key, value in saved.items()})
     holder.put(content)
     holder.put_aside(own["aside"], proof.steps)
-    if proof.mode != "exact":
-        attachment.averaging.met()
+    for each in attachments if proof.mode != "exact" else ():
+        each.averaging.met()
     return own["extra"]
 
 
@@ -148,19 +167,6 @@ def saved_state_dict(path: str | Path) -> dict[str, Tensor]:
     state = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
     dcp.load(state, checkpoint_id=folder, no_dist=True, planner=LoadFragments(flatten_state_dict=False))
     return {name.split("/", 1)[1]: tensor for name, tensor in state.items()}
-
-
-def attachment_of(model: Any) -> Attachment:
-    """Of an engine or a model. Raises ``ConfigError`` for one that nothing is attached to."""
-    if isinstance(model, nn.Module) and model in attached:
-        if attached[model].groups is None:
-            raise ConfigError("save or load", "replicas that are there from start to end", "those of a torchft manager",
-                              "keep the state dicts of model and optimizer yourself, of any replica; latecomers need no file")
-        return attached[model]
-    if hasattr(model, "basic_optimizer") and hasattr(model, "deslo"):
-        return model.deslo
-    raise ConfigError("save or load", "a DeepSpeed engine with a deslo block, or a model that attach was called with",
-                      type(model).__name__, "call deslo_plugin.attach(model, optimizer) first")
 
 
 def all_or_none(act: Callable[[], object], world: dist.ProcessGroup | None) -> None:
@@ -220,12 +226,6 @@ def _means(tree: Tree, attachment: Attachment) -> Tree:
 def _pieces(value: Any) -> list[Tensor]:
     pieces = [piece for _, piece in value.pieces] if isinstance(value, Fragment) else [value]
     return [piece for piece in pieces if isinstance(piece, Tensor) and piece.is_floating_point() and piece.ndim]
-
-
-def _write(source: Tree, target: Tree) -> None:
-    for name, value in target.items():
-        for piece, mean in zip(_pieces(value), _pieces(source[name])):
-            piece.copy_(mean)
 
 
 def _random_state() -> dict[str, Any]:
