@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +129,18 @@ class Averaging:
         self.late.clear()
         if self._samples:
             self._samples.forget()
+
+    def aside(self) -> dict[str, Any]:
+        """What this rank knows of its averages beside the optimizer's state: values that were launched, samples seen."""
+        params = list(self.optimizer.state)
+        return {"late": self.late.saved(params), "samples": self._samples.saved(params) if self._samples else None}
+
+    def put_aside(self, aside: Mapping[str, Any]) -> None:
+        """Goes on from what ``aside`` gave, with a state that has as many parameters in the same order."""
+        params = list(self.optimizer.state)
+        self.late.load(params, aside["late"])
+        if self._samples and aside["samples"]:
+            self._samples.load(params, aside["samples"])
 
     def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The means of any floating tensors in at least float32, counted under ``name``; they stay as they are. Collective."""
