@@ -11,14 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict", "rounding"},
-    {"periods", "config", "topology", "plan"},
+    {"periods", "recording", "config", "topology", "plan"},
     {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
-     "landing", "arguments", "shards"},
-    {"sync", "outer", "clock", "late"},
+     "landing", "arguments", "shards", "journal"},
+    {"sync", "outer", "clock", "late", "pseudo_gradient"},
     {"averaging"},
-    {"optimizer", "stock"},
+    {"optimizer", "stock", "recorder"},
     {"simulation"},
-    {"frameworks"},
+    {"frameworks", "report"},
     {"", "run"},
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
