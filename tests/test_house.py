@@ -20,6 +20,7 @@ FLOORS = [
     {"simulation"},
     {"frameworks", "report"},
     {"", "run"},
+    {"cli"},
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

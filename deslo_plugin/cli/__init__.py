@@ -1,0 +1,1 @@
+"""``deslo``: one command each."""
