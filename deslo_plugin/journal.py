@@ -84,7 +84,7 @@ def _write_on(path: Path, file: int, waiting: list[Mapping[str, Any]], over: Eve
                 lines = lines[os.write(file, lines) :]
         except Exception as error:  # whatever it is, training is worth more
             broken = True
-            say(f"deslo: telemetry stops, and training goes on: {path} cannot be written ({error})", logging.WARNING, anywhere=True)
+            say(f"deslo: telemetry stops and training goes on: {path}: {error}", logging.WARNING, anywhere=True)
             os.ftruncate(file, whole)
     os.close(file)
 

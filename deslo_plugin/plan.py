@@ -39,7 +39,7 @@ class Plan:
     @property
     def flight_bytes(self) -> int:
         """Memory that averages take on this rank while all states fly at once: copies in wire dtype, two with a delay."""
-        sent = sum(sum(group.bytes_per_event[state] for state, period in group.periods.items() if period) for group in self.groups)
+        sent = sum(group.bytes_per_event[state] for group in self.groups for state, period in group.periods.items() if period)
         return (sent + self.buffer_bytes) * self.divisor * (2 if self.config.deslo.delay > 1 else 1)
 
     @property
@@ -96,8 +96,8 @@ class Plan:
         lines.append(f"  {moved:.4g} parameter vectors per step between replicas: {1 / moved:.1f} times fewer than synchronous training")
         lines.append(f"  memory: up to {self.flight_bytes:,} bytes on each rank while averages fly")
         never = dict.fromkeys(state for group in self.groups for state, period in group.periods.items() if not period)
-        lines.append(f"  not averaged: {', '.join(['gradients' + ' after those steps' * bool(deslo.synchronous_steps), *never])}"
-                     + ("" if self.buffer_bytes else ", buffers"))
+        never = ["gradients" + " after those steps" * bool(deslo.synchronous_steps), *never, *["buffers"][: not self.buffer_bytes]]
+        lines.append(f"  not averaged: {', '.join(never)}")
         return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """How well replicas agree on where to go: the worker-to-global cosine of the pseudo-gradient (arXiv 2510.05361).
 
-Between two averages replica m moves its parameters by Delta_m = x_m - a, with a the parameters after the last average. Their
-``Drift`` from the mean of all Delta_m is that of the papers' figures. It needs a, a copy of this rank's parameters, and a pass of
-its own at each average; hence only where it is asked for (``deslo.telemetry.pseudo_gradient``).
+Between two averages replica m moves its parameters by Delta_m = x_m - a, with a the parameters after the last average. The
+cosine of Delta_m and the mean of all of them is that of the papers' figures. It needs a, a copy of this rank's parameters, and
+a pass of its own at each average; hence only where it is asked for (``deslo.telemetry.pseudo_gradient``).
 """
 
 from collections.abc import Callable, Sequence

@@ -37,7 +37,7 @@ class Recorder:
     def start(self, path: Path, plan: Plan) -> None:
         """Opens the journal. Raises ``OSError`` where it cannot be written."""
         self.journal = Journal(path)
-        self.journal.put({"kind": "start", "at": self._began, "version": __version__, **_place(plan.topology), **_planned(plan)})
+        self.journal.put({"kind": "start", "at": self._began, "version": __version__} | _place(plan.topology) | _planned(plan))
         self.averaging.listeners.append(self._write)
 
     def add(self, sink: Sink) -> None:
@@ -132,13 +132,14 @@ def reduction(averaging: Averaging, plan: Plan) -> float | None:
 
 
 def _place(topology: Topology) -> dict[str, int]:
-    return {"replica": topology.replica, "shard": topology.shard, "replicas": topology.replicas, "replica_size": topology.replica_size}
+    return {name: getattr(topology, name) for name in ("replica", "shard", "replicas", "replica_size")}
 
 
 def _planned(plan: Plan) -> dict[str, Any]:
+    stock = plan.config.deslo.sync_every  # which states each group has is known after the first step
     return {
         "synchronous_bytes": plan.synchronous_bytes,
-        "groups": [{"periods": dict(g.periods), "bytes": dict(g.bytes_per_event), "numel": g.numel} for g in plan.groups],
+        "groups": [{"periods": dict(stock or group.periods), "numel": group.numel} for group in plan.groups],
         "config": as_dict(plan.config),
     }
 

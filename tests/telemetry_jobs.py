@@ -1,6 +1,5 @@
 """Jobs that write telemetry, run on every rank of a ``Processes`` world."""
 
-import json
 import os
 import signal
 import time
@@ -10,11 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from jobs import batch, engine_for, loss_of
 from jobs import train as train_engine
-from torch import nn
 from torch_jobs import attached, train
-
-MORE = {"loss": 1.5}
-
 
 def sums(attachment: Any, steps: int) -> dict:
     """What the meter and the plan say of a run of ``steps``."""
@@ -89,6 +84,7 @@ def tracked(blocks: dict, steps: int) -> list[tuple[dict, int]]:
     accelerator, model, optimizer = accelerate_jobs.prepared("ddp", "before", "DesLoc", blocks, log_with=Tracker())
     accelerator.init_trackers("run")
     accelerate_jobs.steps(accelerator, model, optimizer, range(steps))
+    accelerator.deslo.end()
     return told
 
 

@@ -14,19 +14,23 @@ from deslo_plugin.strict import ConfigError
 
 WIDTH, DPI = 11, 110  # inches, and dots in each
 POINTS = 600  # of a line at most, each the mean of its neighbours
-FLIGHTS = 30  # that a timeline shows: the last
-LOOK = {"svg.fonttype": "none", "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "font.size": 9, "legend.fontsize": 8}
+FLIGHTS = 20  # that a timeline shows: the last
+LOOK = {"svg.fonttype": "none", "svg.hashsalt": "deslo", "font.size": 9, "legend.fontsize": 8,
+        "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3}
 STYLES = ("-", "--", ":", "-.")  # of runs, where colours are states
 
 
 @dataclass(frozen=True)
 class Chart:
-    """``draw`` takes ``columns`` axes; ``height`` in inches."""
+    """``draw`` takes one axes for each of the relative ``widths``; ``height`` in inches."""
 
     title: str
     draw: Callable[[Sequence[Any]], None]
-    columns: int
+    widths: Sequence[int]
     height: float
+
+    def on(self, figure: Any) -> None:
+        self.draw(figure.subplots(1, len(self.widths), width_ratios=self.widths))
 
 
 def svgs(runs: Sequence[Run]) -> dict[str, str]:
@@ -36,7 +40,7 @@ def svgs(runs: Sequence[Run]) -> dict[str, str]:
     with context:
         for chart in _charts(runs):
             figure = figure_of(figsize=(WIDTH, chart.height), layout="constrained")
-            chart.draw(figure.subplots(1, chart.columns, squeeze=False)[0])
+            chart.on(figure)
             file = io.StringIO()
             figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
             drawn[chart.title] = file.getvalue()[file.getvalue().index("<svg") :]
@@ -53,7 +57,7 @@ def png(runs: Sequence[Run], path: Path) -> None:
         parts = figure.subfigures(len(charts), 1, height_ratios=heights, squeeze=False)[:, 0] if charts else []
         for part, chart in zip(parts, charts):
             part.suptitle(chart.title, fontsize=10, fontweight="bold")
-            chart.draw(part.subplots(1, chart.columns, squeeze=False)[0])
+            chart.on(part)
         figure.savefig(path, format="png", dpi=DPI)
 
 
@@ -71,18 +75,19 @@ def _charts(runs: Sequence[Run]) -> list[Chart]:
     """Those that would not be empty."""
     states = list(dict.fromkeys(state for run in runs for state in [*run.bytes, *run.drift]))
     color_of = {state: f"C{number}" for number, state in enumerate(states)}
+    both = {"runs": runs, "color_of": color_of}
     charts = []
     if any(run.losses for run in runs):
-        charts.append(Chart("Loss by step, by token and by wall clock", partial(_losses, runs=runs), 3, 3.2))
+        charts.append(Chart("Loss by step, by token and by wall clock", partial(_losses, runs=runs), (1, 1, 1), 3.2))
     if any(run.bytes for run in runs):
-        charts.append(Chart("Bytes sent by a rank, and seconds waited for averages", partial(_costs, runs=runs, color_of=color_of), 2, 3.0))
+        charts.append(Chart("Bytes sent by a rank, and seconds waited for averages", partial(_costs, **both), (1, 1), 3.0))
     if any(run.drift for run in runs):
-        charts.append(Chart("Drift of the replicas from their average", partial(_drift, runs=runs, color_of=color_of), 2, 3.4))
+        charts.append(Chart("Drift of the replicas from their average", partial(_drift, **both), (1, 1), 3.4))
     for run in runs:
         if run.flights:
             lanes = len({flight.state for flight in run.flights})
-            charts.append(Chart(f"{run.name}: the last averages in flight on the first replica; red: waited for",
-                                partial(_timeline, run=run, color_of=color_of), 1, 0.9 + 0.35 * lanes))
+            charts.append(Chart(f"{run.name}: averages on the first replica, from launch to landing; red: waited for",
+                                partial(_timeline, run=run, color_of=color_of), (3, 1), 0.9 + 0.35 * lanes))
     return charts
 
 
@@ -122,20 +127,27 @@ def _drift(axes: Sequence[Any], runs: Sequence[Run], color_of: dict[str, str]) -
                 axis.plot(steps, _thin(values), STYLES[number % len(STYLES)], color=color_of[state], label=label, linewidth=1)
     axes[0].set(xlabel="steps", ylabel="relative distance", yscale="log")
     axes[1].set(xlabel="steps", ylabel="cosine")
-    axes[1].legend()
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _timeline(axes: Sequence[Any], run: Run, color_of: dict[str, str]) -> None:
-    (axis,) = axes
-    flights = run.flights[-FLIGHTS:]
+    """The last flights when they were, and the mean of all from its launch on."""
+    last, mean = axes
+    flights = run.flights
     lanes = [state for state in color_of if any(flight.state == state for flight in flights)]
-    for flight in flights:
-        lane, landing = lanes.index(flight.state), flight.land - flight.exposed
-        color = color_of[flight.state]
-        axis.barh(lane, landing - flight.launch, left=flight.launch, height=0.6, color=color, edgecolor=color, linewidth=0.8)
-        axis.barh(lane, flight.exposed, left=landing, height=0.6, color="red", edgecolor="red", linewidth=0.3)
-    axis.set(xlabel="seconds", yticks=range(len(lanes)), yticklabels=lanes)
-    axis.invert_yaxis()
+    for flight in flights[-FLIGHTS:]:
+        _bar(last, lanes.index(flight.state), flight.launch, flight.land, flight.exposed, color_of[flight.state])
+    for lane, state in enumerate(lanes):
+        own = [flight for flight in flights if flight.state == state]
+        seconds, waited = fmean(each.land - each.launch for each in own), fmean(each.exposed for each in own)
+        _bar(mean, lane, 0.0, seconds, waited, color_of[state])
+    last.set(xlabel="seconds: the last of them", yticks=range(len(lanes)), yticklabels=lanes, ylim=(len(lanes) - 0.5, -0.5))
+    mean.set(xlabel="seconds since launch: mean", yticks=range(len(lanes)), yticklabels=[], ylim=(len(lanes) - 0.5, -0.5))
+
+
+def _bar(axis: Any, lane: int, launch: float, land: float, exposed: float, color: str) -> None:
+    axis.barh(lane, land - launch, left=launch, height=0.6, color=color, edgecolor=color, linewidth=0.8)
+    axis.barh(lane, exposed, left=land - exposed, height=0.6, color="red", linewidth=0)
 
 
 def _thin(values: Iterable[float]) -> list[float]:

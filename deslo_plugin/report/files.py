@@ -7,6 +7,7 @@ before and is of that step or later was thrown away by the restart, and is left 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from sys import maxsize
 from typing import Any
 
 from deslo_plugin.journal import read
@@ -48,7 +49,7 @@ def _replica(path: Path) -> Replica:
         for process in _processes(read(path)):
             replica = _go_on(replica, process)
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"deslo report {path}", "lines of deslo.telemetry", f"{error!r}", "give a file that it has written") from error
+        raise ConfigError(f"deslo report {path}", "lines of deslo.telemetry", repr(error), "give one that it wrote") from error
     if replica is None:
         raise ConfigError(f"deslo report {path}", "lines of deslo.telemetry", "none", "the run was over before it wrote any")
     return replica
@@ -73,18 +74,21 @@ def _processes(records: Iterable[Record]) -> Iterable[list[Record]]:
 
 def _go_on(before: Replica | None, process: list[Record]) -> Replica:
     start, *records = process
+    after = Replica(start, processes=1)
     averages, logs = ([each for each in records if each["kind"] == kind] for kind in ("average", "log"))
-    after = Replica(start, end=next((each for each in records if each["kind"] == "end"), None))
     if before is not None:
-        after.processes = before.processes
-        log_from = min((each["steps"] for each in logs), default=None)
-        from_ = min((each["steps"] for each in [*averages, *logs]), default=None)
-        after.logs = [each for each in before.logs if log_from is None or each["steps"] < log_from]
-        after.averages = [each for each in before.averages if from_ is None or each["steps"] < from_]
-    after.processes += 1
-    passed = after.seconds if before is None else Replica(start, after.averages, after.logs).seconds
+        after.processes += before.processes
+        after.logs = _before(logs, before.logs)
+        after.averages = _before([*averages, *logs], before.averages)
+    passed = after.seconds
     for each in records:
         each["seconds"] = passed + each["at"] - start["at"]
     after.averages += averages
     after.logs += logs
+    after.end = next((each for each in records if each["kind"] == "end"), None)
     return after
+
+
+def _before(new: Iterable[Record], old: Iterable[Record]) -> list[Record]:
+    first = min((each["steps"] for each in new), default=maxsize)
+    return [each for each in old if each["steps"] < first]

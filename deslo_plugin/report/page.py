@@ -6,7 +6,8 @@ from html import escape
 from deslo_plugin.report.run import Run
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff }
+body { max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse } th, td { padding: .25rem .9rem; text-align: right; border-bottom: 1px solid #ddd }
 th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #888 }
 figure { margin: 2rem 0 } figcaption { font-weight: 600 } svg { max-width: 100%; height: auto } small { color: #666 }
@@ -44,7 +45,7 @@ def notes(runs: Sequence[Run]) -> list[str]:
     return [
         "Final loss: mean of the last twentieth of the logged steps and of the replicas, each on its own batches.",
         "Bytes: what one rank hands to averages. Cosine: of a replica's state with its mean, 1 if replicas agree.",
-        *(f"{run.name}: files of {run.found} of {run.replicas} replicas were found." for run in runs if run.found != run.replicas),
+        *(f"{run.name}: files of {run.found} of {run.replicas} replicas." for run in runs if run.found != run.replicas),
     ]
 
 
@@ -54,17 +55,19 @@ def html(runs: Sequence[Run], charts: Mapping[str, str]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in names)
     lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
     figures = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in charts.items())
+    title = escape(", ".join(run.name for run in runs))
     small = "".join(f"<p><small>{escape(note)}</small></p>" for note in notes(runs))
-    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>deslo report</title><style>{STYLE}</style></head>'
-            f"<body><h1>{escape(', '.join(run.name for run in runs))}</h1><table><thead><tr>{head}</tr></thead>"
-            f"<tbody>{lines}</tbody></table>{small}{figures}</body></html>\n")
+    return ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>deslo report</title>'
+            f"<style>{STYLE}</style></head><body><h1>{title}</h1><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+            f"{small}{figures}</body></html>\n")
 
 
 def markdown(runs: Sequence[Run], picture: str | None = None) -> str:
     """The table, the notes, and a link to ``picture``."""
     names, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows(runs)]
     lines = ["| " + " | ".join(row) + " |" for row in (names, ["---"] + ["---:"] * len(runs), *body)]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(runs)), *([f"\n![charts]({picture})"] if picture else [])]) + "\n"
+    lines += ["", *(f"- {note}" for note in notes(runs)), *(["", f"![charts]({picture})"] if picture else [])]
+    return "\n".join(lines) + "\n"
 
 
 def _periods(run: Run) -> str:

@@ -151,8 +151,8 @@ class Run:
     @property
     def flights(self) -> list[Flight]:
         return [
-            Flight(state, average["steps"], average["seconds"] - seconds, average["seconds"], min(average["exposed_s"], seconds))
-            for average in self._replicas[0].averages for state, seconds in average["in_flight_s"].items()
+            Flight(state, each["steps"], each["seconds"] - seconds, each["seconds"], min(each["exposed_s"], seconds))
+            for each in self._replicas[0].averages for state, seconds in each["in_flight_s"].items()
         ]
 
     def _tokens(self) -> dict[int, float]:
