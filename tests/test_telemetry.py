@@ -53,7 +53,7 @@ def test_lines_are_what_the_meter_counted_and_the_plan_foretold(four, tmp_path, 
         (start,), (end,), averages = lines(path, "start"), lines(path, "end"), lines(path, "average")
         assert total(path) == result["bytes"] == result["planned"] == end["bytes"]
         assert end["exposed_s"] == result["exposed"]
-        assert sum(each["exposed_s"] for each in averages) == pytest.approx(result["exposed"], abs=0.05)  # and calls between them
+        assert sum(each["exposed_s"] for each in averages) == pytest.approx(result["exposed"], abs=0.05)  # and calls beside
         assert (start["replica"], start["replicas"], start["shard"]) == (replica, len(ranks), 0)
         assert start["groups"][1]["periods"] == {"params": 2, "exp_avg": 6, "exp_avg_2": 4, "exp_avg_sq": 12}
         assert (end["events"], end["taken"], end["skipped_steps"]) == (result["events"], STEPS, 0)
@@ -84,8 +84,8 @@ def test_the_pseudo_gradient_of_equal_steps_has_cosine_1_and_of_opposite_steps_m
     def one(average):
         x = torch.nn.Parameter(torch.ones(3))
         found = []
-        config = {"optimizer": {"params": {"rule": "sgdm", "lr": 1.0, "betas": [0.0], "sync_every": {"params": 1, "exp_avg": None}}},
-                  "deslo": {"when": "after_update"}}
+        params = {"rule": "sgdm", "lr": 1.0, "betas": [0.0], "sync_every": {"params": 1, "exp_avg": None}}
+        config = {"optimizer": {"params": params}, "deslo": {"when": "after_update"}}
         optimizer = deslo_plugin.DesLoc([x], config, average=average, emit=lambda event: found.append(event.drift.get(NAME)))
         optimizer.averaging.receive = PseudoGradient(optimizer.averaging.receive, optimizer.averaging.record)
         for gradients in ((-0.5, -0.5), (-0.5, -0.5), (-0.25, 0.75)):
@@ -95,7 +95,8 @@ def test_the_pseudo_gradient_of_equal_steps_has_cosine_1_and_of_opposite_steps_m
 
     for rank, (same, apart) in enumerate(threads(2, one)):
         assert same == Drift(0.0, 1.0)
-        assert apart.cosine == pytest.approx(-1.0 if rank == 0 else 1.0, abs=1e-6) and apart.distance == pytest.approx(2.0, abs=1e-5)
+        assert apart.cosine == pytest.approx(-1.0 if rank == 0 else 1.0, abs=1e-6)
+        assert apart.distance == pytest.approx(2.0, abs=1e-5)
 
 
 def test_the_pseudo_gradient_is_in_the_lines_and_costs_no_bytes(four, tmp_path):
@@ -115,7 +116,7 @@ def test_a_run_that_goes_on_writes_what_it_does_over_again_once(four, tmp_path):
     run = Run(tmp_path)
     assert run.processes == 2 and run.steps == 20
     flown = [(flight.state, flight.steps) for flight in run.flights]
-    assert [each for each in flown if each[0] == "exp_avg_2"] == [("exp_avg_2", t) for t in (4, 4, 8, 8, 12, 12, 16, 16)]  # 2 groups
+    assert [steps for state, steps in flown if state == "exp_avg_2"] == [4, 4, 8, 8, 12, 12, 16, 16]  # of 2 param groups
     lands = [flight.land for flight in run.flights]
     assert lands == sorted(lands)
 
@@ -231,7 +232,8 @@ def test_a_tracker_that_raises_is_dropped_and_the_others_go_on(caplog):
 
 def test_a_folder_that_one_rank_cannot_write_to_is_an_error_on_every_rank(four):
     for message in four().run(jobs.refusal, local("here"), 2):
-        assert message.startswith("deslo.telemetry.path: expected a folder that every replica can write to") and "on rank 2" in message
+        assert message.startswith("deslo.telemetry.path: expected a folder that every replica can write to")
+        assert "on rank 2" in message
 
 
 def test_two_attachments_do_not_write_one_file(tmp_path):
