@@ -11,13 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict", "rounding"},
-    {"periods", "config", "topology", "plan"},
-    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "landing", "arguments", "shards", "last_step"},
+    {"periods", "config", "topology", "plan", "alternatives", "forecast", "methods"},
+    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "landing", "arguments", "shards", "last_step", "probe"},
     {"sync", "outer", "clock", "late"},
     {"averaging"},
     {"optimizer", "stock"},
     {"frameworks"},
     {"", "run"},
+    {"cli"},
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -71,7 +71,13 @@ def read_proof(folder: Path) -> Proof:
 
 
 def prove(folder: Path, world: dist.ProcessGroup | None) -> None:
-    """Measures every file again, each rank a share; raises ``ConfigError`` on every rank, with a file that differs."""
+    """Raises ``ConfigError`` on every rank, with a file that is not as it was saved. Collective."""
+    for name, problem in damaged(folder, world).items():
+        raise ConfigError(f"load({str(folder)!r})", "files as they were saved", f"{name}: {problem}", "take another checkpoint")
+
+
+def damaged(folder: Path, world: dist.ProcessGroup | None = None) -> dict[str, str]:
+    """File -> what is wrong with it, of all that ``deslo.json`` names: each rank measures a share again. Collective."""
     files = json.loads((folder / NAME).read_text())["files"]
     rank, size = _place(world)
     problems = {}
@@ -79,8 +85,7 @@ def prove(folder: Path, world: dist.ProcessGroup | None) -> None:
         found = _measure(folder / name) if (folder / name).is_file() else None
         if found != files[name]:
             problems[name] = "missing" if found is None else "other bytes than were saved"
-    for name, problem in _together(problems, world).items():
-        raise ConfigError(f"load({str(folder)!r})", "files as they were saved", f"{name}: {problem}", "take another checkpoint")
+    return _together(problems, world)
 
 
 def _place(world: dist.ProcessGroup | None) -> tuple[int, int]:

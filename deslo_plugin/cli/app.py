@@ -1,0 +1,27 @@
+"""The commands, collected: each lives in a file of its own."""
+
+import typer
+
+from deslo_plugin.cli.ckpt import inspect
+from deslo_plugin.cli.doctor import doctor
+from deslo_plugin.cli.plan import plan
+from deslo_plugin.cli.probe import probe
+from deslo_plugin.version import __version__
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+ckpt = typer.Typer(no_args_is_help=True, help="Checkpoints of deslo_plugin.save.")
+app.add_typer(ckpt, name="ckpt")
+for command in (plan, probe, doctor):
+    app.command()(command)
+ckpt.command()(inspect)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def deslo(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it and leave.")) -> None:
+    """Plans, proves and reports DES-LOC and MT-DAO: parameters and momenta averaged between replicas on periods of their own."""
