@@ -1,7 +1,9 @@
 """``deslo doctor``: is everything here that a job needs, does it fit together, and is it really running?"""
 
+import sys
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +33,7 @@ def doctor(
     Status 1 if anything is wrong on any rank.
     """
     blocks = None if config is None else read_file(config)
-    with world() as device:
+    with redirect_stdout(sys.stderr), world() as device:  # frameworks print; what is asked for comes alone
         found = _tried("versions", checks.versions) + _tried("kernels", lambda: [checks.kernels(device)])
         if dist.is_initialized():
             found += _tried("replicas", lambda: _between_replicas({} if blocks is None else blocks, device))

@@ -1,8 +1,8 @@
 """Two real steps of a user's config on a tiny model and fake data: does everything fit together, and is what moves what was planned?
 
 Every period that is not null becomes 1, so that two steps see an average of every state; a synchronous warm-up becomes one step
-before them, and a process without a launcher is one replica. All else of the config stays as it is, but for sizes of the batch, values
-that are ``"auto"``, and monitors.
+before them, and a process without a launcher is one replica. All else of the config stays as it is, but for sizes of the batch, monitors,
+values that are ``"auto"``, and a scheduler that has such.
 """
 
 import json
@@ -76,7 +76,8 @@ def self_test(blocks: Mapping[str, Any], device: torch.device) -> SelfTest:
 def _with_deepspeed(model: nn.Module, blocks: Mapping[str, Any], device: torch.device) -> SelfTest:
     import deepspeed
 
-    config = _without_auto({key: value for key, value in blocks.items() if key not in ASIDE})
+    aside = {*ASIDE, *(["scheduler"] if '"auto"' in json.dumps(blocks.get("scheduler")) else [])}
+    config = _without_auto({key: value for key, value in blocks.items() if key not in aside})
     config |= {"train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": 1, "steps_per_print": 10**9}
     _shorten(config)
     if not dist.is_initialized():
@@ -113,7 +114,9 @@ def _short(config: Config) -> Config:
                     replica_size=config.deslo.replica_size if dist.is_initialized() else 1)
     if config.optimizer is None:
         return Config(optimizer=None, deslo=replace(deslo, sync_every=_every_step(deslo.sync_every)))
-    return Config(optimizer=replace(config.optimizer, periods=_every_step(config.optimizer.periods)), deslo=deslo)
+    periods = _every_step(config.optimizer.periods)
+    sources = dict.fromkeys(periods, "for the self-test")
+    return Config(optimizer=replace(config.optimizer, periods=periods, period_sources=sources), deslo=deslo)
 
 
 def _every_step(periods: Periods) -> Periods:
