@@ -28,8 +28,8 @@ TIMES = {"des-loc": (1, 3, 6), "local-adam": (1, 1, 1), "mt-dao": (1, 1, 1), "dd
 
 @dataclass(frozen=True)
 class Compared:
-    """Mean seconds of a step of one contestant at one rate. Synchronous training has two predictions: ``predicted`` waits for all
-    of its gradients, ``at_best`` hides them under backward."""
+    """Mean seconds of a step of one contestant at one rate. Synchronous training has two predictions: ``predicted_s`` waits for
+    all of its gradients, ``at_best_s`` hides them under backward."""
 
     rate: str
     name: str
@@ -57,9 +57,12 @@ def compare(results: Mapping[str, Any]) -> Iterator[Compared]:
             ranks = 2 if "fsdp" in row["name"] or kind == "hsdp" else 1
             floor = row["floor_ms"] / 1e3
             seen = predicted(kind, results["period"], ranks, floor, link)
-            synchronous = kind in ("ddp", "hsdp")
-            name = SYNCHRONOUS if synchronous else IN_TURN if row["name"].endswith("-in-turn") else OWN
-            yield Compared(rate, row["name"], floor, floor * (1 + row["exposed"]), seen[name], seen[HIDDEN] if synchronous else None)
+            measured = floor * (1 + row["exposed"])
+            if kind in ("ddp", "hsdp"):
+                yield Compared(rate, row["name"], floor, measured, seen[SYNCHRONOUS], seen[HIDDEN])
+            else:
+                name = IN_TURN if row["name"].endswith("-in-turn") else OWN
+                yield Compared(rate, row["name"], floor, measured, seen[name], None)
 
 
 def predicted(kind: str, period: int, ranks: int, floor_s: float, link: Link) -> dict[str, float]:
@@ -72,7 +75,8 @@ def predicted(kind: str, period: int, ranks: int, floor_s: float, link: Link) ->
 
 
 def main() -> None:
-    table = Table("", "without\nms", "measured\nms", "predicted\nms", "error", "overlapped\nat best, ms", title="Mean step, predicted and measured")
+    columns = ("without\nms", "measured\nms", "predicted\nms", "error", "overlapped\nat best, ms")
+    table = Table("", *columns, title="Mean step, predicted and measured")
     rate = ""
     for each in compare(json.loads(RESULTS.read_text())):
         if each.rate != rate:

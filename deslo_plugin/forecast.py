@@ -1,7 +1,7 @@
 """What averages cost on a link, known before the first step: bytes, seconds waited, hours, memory. Arithmetic alone.
 
-The model is the papers' (arXiv 2505.22549): a ring all-reduce of b bytes over M replicas takes 2 b/B (1 - 1/M) + l, and D tokens
-are computed in 6 d D / (MFU S). Added to it is when an average starts, and when it is waited for.
+The model is the papers' (arXiv 2505.22549): a ring all-reduce of b bytes over M replicas takes 2 b/B (1 - 1/M) + l, and D
+tokens are computed in 6 d D / (MFU S). Added to it is when an average starts, and when it is waited for.
 """
 
 from collections import Counter, deque
@@ -82,6 +82,12 @@ def transfers(plan: Plan, steps: int) -> list[Transfer]:
     return [_transfer(plan, at) for at in due if at > plan.config.deslo.synchronous_steps]
 
 
+def travel_seconds(plan: Plan, link: Link, transfer: Transfer) -> float:
+    """Until ``transfer`` has arrived, when all ranks of every replica begin it at once."""
+    ranks, replicas = plan.topology.replica_size, plan.topology.replicas
+    return link.seconds(sum(transfer.bytes.values()) * ranks, replicas, transfer.calls)
+
+
 def forecast(
     plan: Plan, link: Link, step_s: float, steps: int, *, moved: Sequence[Transfer] | None = None, hidden_s: float = 0.0
 ) -> Forecast:
@@ -94,16 +100,12 @@ def forecast(
         moved: ``transfers(plan, steps)``, if they are at hand.
         hidden_s: seconds of a step under which the gradients of the warm-up travel.
     """
-    deslo, replicas, ranks = plan.config.deslo, plan.topology.replicas, plan.topology.replica_size
-
-    def seconds(transfer: Transfer) -> float:
-        return link.seconds(sum(transfer.bytes.values()) * ranks, replicas, transfer.calls)
-
+    deslo = plan.config.deslo
     sent, events = Counter(), Counter()
     waited, longest = 0.0, 0.0
-    if warm_up := min(steps, deslo.synchronous_steps) if replicas > 1 else 0:
+    if warm_up := min(steps, deslo.synchronous_steps) if plan.topology.replicas > 1 else 0:
         gradients = _transfer(plan, 1)
-        longest = max(0.0, seconds(gradients) - hidden_s)
+        longest = max(0.0, travel_seconds(plan, link, gradients) - hidden_s)
         waited, sent[GRADIENTS], events[GRADIENTS] = warm_up * longest, warm_up * gradients.bytes[GRADIENTS], warm_up
 
     lands_after = 0 if deslo.when == "after_update" else deslo.delay
@@ -122,7 +124,7 @@ def forecast(
         land(transfer.steps)
         at = transfer.steps + lands_after
         start = (transfer.steps if deslo.overlap else at) * step_s + waited
-        free = max(free, start) + seconds(transfer)
+        free = max(free, start) + travel_seconds(plan, link, transfer)
         flying.append((at, free, transfer))
     land(steps)
     return Forecast(steps, steps * step_s, waited, longest, dict(sent), dict(events))

@@ -7,7 +7,7 @@ from math import ceil, inf
 
 from deslo_plugin.alternatives import alternatives, periods_of, synchronous
 from deslo_plugin.config import Config
-from deslo_plugin.forecast import BACKWARD, Forecast, Link, Transfer, forecast, transfers
+from deslo_plugin.forecast import BACKWARD, Forecast, Link, Transfer, forecast, transfers, travel_seconds
 from deslo_plugin.plan import Plan, make_plan
 from deslo_plugin.schedule import Periods
 from deslo_plugin.topology import contiguous
@@ -74,7 +74,7 @@ def hiding_delay(job: Job, link: Link) -> int | None:
     fixed = not config.deslo.overlap or config.optimizer is None or config.optimizer.outer or config.optimizer.reset_momenta
     moved = transfers(own, job.steps)
     warm_up = forecast(own, link, job.step_s, min(job.steps, config.deslo.synchronous_steps), moved=[]).exposed_s
-    longest = max((link.seconds(sum(each.bytes.values()) * job.replica_size, job.replicas, each.calls) for each in moved), default=0)
+    longest = max((travel_seconds(own, link, each) for each in moved), default=0.0)
     for delay in range(max(1, ceil(longest / job.step_s - 1e-9)), 1 + (1 if fixed else min(periods, default=inf))):
         late = replace(config, deslo=replace(config.deslo, delay=delay))
         if forecast(job.plan(late), link, job.step_s, job.steps, moved=moved).exposed_s <= warm_up * (1 + 1e-9) + 1e-9:

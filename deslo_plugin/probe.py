@@ -39,11 +39,11 @@ class Measured:
         return Link(self.gbit_per_s.median, self.latency_ms.median / 1e3)
 
 
-def probe(groups: Groups, device: torch.device, *, nbytes: int = 32 << 20, rounds: int = 10, timeout_s: float = 60.0) -> Measured:
-    """Collective over all ranks; every rank gets the same answer. ``nbytes`` are those of one rank and sample, in float32.
+def probe(groups: Groups, device: torch.device, *, nbytes: int, rounds: int, timeout_s: float = 60.0) -> Measured:
+    """B and l of 2 b/B (1 - 1/M) + l, from ``rounds`` samples each of ``nbytes`` float32 from every rank.
 
-    The bandwidth B of 2 b/B (1 - 1/M) + l, with the l that was measured. Needs two replicas or more.
-    Raises ``AverageError`` if a rank does not answer within ``timeout_s``.
+    Needs two replicas or more. Collective over all ranks; every rank gets the same answer. Raises ``AverageError`` if a rank
+    does not answer within ``timeout_s`` seconds.
     """
     topology = groups.topology
     average = ReplicaAverage(groups, timeout_s=timeout_s)

@@ -12,7 +12,7 @@ FEATURES, ROWS = next(iter(net().parameters())).shape[1], 4
 
 
 def counted(wrap: str, blocks: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Bytes of this rank by state, forecast from its own plan and from its meter, and all it handed to reductions between replicas."""
+    """Bytes of this rank by state, forecast and from its meter, and all that it handed to reductions between replicas."""
     import deslo_plugin
     from deslo_plugin.forecast import Link, forecast
 

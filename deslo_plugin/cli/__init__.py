@@ -8,7 +8,7 @@ def main() -> None:
     """The console script, and ``python -m deslo_plugin.cli``."""
     missing = [name for name in ("typer", "rich") if find_spec(name) is None]
     if missing:
-        sys.exit(f"deslo: expected the packages typer and rich, got no {' and no '.join(missing)}; pip install 'deslo-plugin[cli]'")
+        sys.exit(f"deslo: expected typer and rich, missing {' and '.join(missing)}; pip install 'deslo-plugin[cli]'")
     from deslo_plugin.cli.app import app
 
     app(prog_name="deslo")

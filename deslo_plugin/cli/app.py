@@ -1,5 +1,7 @@
 """The commands, collected: each lives in a file of its own."""
 
+from typing import Annotated
+
 import typer
 
 from deslo_plugin.cli.ckpt import inspect
@@ -22,6 +24,9 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and leave.")]
+
+
 @app.callback()
-def deslo(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it and leave.")) -> None:
-    """Plans, proves and reports DES-LOC and MT-DAO: parameters and momenta averaged between replicas on periods of their own."""
+def deslo(version: Version = False) -> None:
+    """DES-LOC and MT-DAO, planned and proved: parameters and momenta averaged between replicas on periods of their own."""

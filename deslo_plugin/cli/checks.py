@@ -22,6 +22,7 @@ from deslo_plugin.version import __version__
 OK, WARNING, WRONG = "ok", "warning", "wrong"
 FRAMEWORKS = ("deepspeed", "accelerate", "transformers")
 NUMEL, ROUNDS = 1 << 22, 7  # of the kernels' race
+BYTES_PER_ELEMENT = 28  # that Adam has to move: parameter, momentum and second moment read and written, the gradient read
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,18 @@ class Check:
 
 def versions() -> list[Check]:
     """Of everything on every rank; equal everywhere, and of frameworks those that are supported. Collective."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     mine = {"deslo_plugin": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "native kernels": ops.native(), "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+            "native kernels": ops.native(), "device": device}
     mine |= {name: metadata.version(name) for name in FRAMEWORKS if find_spec(name) is not None}
     everyone = gathered(mine) if dist.is_initialized() else {0: mine}
     checks = []
     for name in dict.fromkeys(name for each in everyone.values() for name in each):
-        others = {rank: each.get(name, "none") for rank, each in everyone.items() if each.get(name) != mine.get(name)}
-        if others:
-            rank, other = next(iter(others.items()))
-            checks.append(Check(name, WRONG, f"{mine.get(name, 'none')} here, {other} on rank {rank}", "install the same on every rank"))
-        else:
-            checks.append(_supported(name, mine[name]))
+        here = mine.get(name)
+        there = {rank: each.get(name) for rank, each in everyone.items() if each.get(name) != here}
+        found = "".join(f", {other or 'none'} on rank {rank}" for rank, other in list(there.items())[:1])
+        different = Check(name, WRONG, (here or "none") + found, "install the same on every rank")
+        checks.append(different if there else _supported(name, here))
     return checks
 
 
@@ -61,12 +62,13 @@ def kernels(device: torch.device) -> Check:
 
     weights = torch.nn.Parameter(torch.rand(NUMEL, device=device))
     weights.grad = torch.rand(NUMEL, device=device)
-    torchs = torch.optim.AdamW([weights], fused=True).step
-    seconds, other = _median_seconds(ours, device), _median_seconds(torchs, device)
-    found = f"{built}: {NUMEL * 28 / seconds / 1e9:.3g} GB/s on {kind}, {other / seconds:.2f} times as fast as torch's fused AdamW"
+    theirs = torch.optim.AdamW([weights], fused=True).step
+    seconds, other = _median_seconds(ours, device), _median_seconds(theirs, device)
+    rate = NUMEL * BYTES_PER_ELEMENT / seconds / 1e9
+    found = f"{built}: {rate:.3g} GB/s on {kind}, {other / seconds:.2f} times as fast as torch's fused AdamW"
     if kind not in built:
-        return Check("kernels", WARNING, found, f"DESLO_NATIVE={kind} pip install --no-build-isolation . builds them, or says why not: "
-                     "without them every step is slower")
+        return Check("kernels", WARNING, found, "every step is slower without kernels for it: DESLO_NATIVE="
+                     f"{kind} pip install --no-build-isolation . builds them or says why not")
     return Check("kernels", OK, found)
 
 
@@ -77,7 +79,8 @@ def topology(groups: Groups) -> Check:
     if shape.replicas == 1:
         return Check("replicas", WARNING, found, "nothing is averaged: start more ranks, or lower deslo.replica_size")
     wrong = warnings(shape, hosts)
-    return Check("replicas", WARNING if wrong else OK, "; ".join([found, *wrong]), "place ranks as the job will have them" if wrong else "")
+    do = "place ranks as the job will have them" if wrong else ""
+    return Check("replicas", WARNING if wrong else OK, "; ".join([found, *wrong]), do)
 
 
 def link(groups: Groups, device: torch.device) -> tuple[Check, Measured]:
@@ -98,7 +101,7 @@ def steps(blocks: Mapping[str, Any], device: torch.device) -> list[Check]:
     checks.append(Check("steps", OK if finite else WRONG, f"{len(result.losses)} with {result.framework}, losses {losses}",
                         "" if finite else "look at lr and the dtype: the model is tiny and its inputs are normal"))
     if result.replicas == 1:
-        checks.append(Check("bytes", WARNING, "one replica: nothing was averaged", "start it with torchrun, as many ranks as two replicas"))
+        checks.append(Check("bytes", WARNING, "one replica: nothing was averaged", "start it with torchrun, on two replicas"))
     elif result.planned != result.counted:
         checks.append(Check("bytes", WRONG, f"{dict(result.counted)} counted, {dict(result.planned)} planned",
                             "report it with this config: the plan does not know what is sent"))
@@ -117,7 +120,8 @@ def _supported(name: str, version: str) -> Check:
     try:
         wanted = [Requirement(each) for each in metadata.requires("deslo-plugin") or []]
     except metadata.PackageNotFoundError:
-        return Check(name, WARNING, f"{version}; deslo-plugin itself is not installed", "pip install it: its supported ranges are unknown")
+        found = f"{version}; which releases are supported is known only to an installed deslo-plugin"
+        return Check(name, WARNING, found, "pip install it")
     for each in wanted:
         if each.name == name and not each.specifier.contains(version, prereleases=True):
             return Check(name, WRONG, version, f"pip install '{name}{each.specifier}': this release was made for that")

@@ -29,8 +29,8 @@ def inspect(
     """
     folder = path if (path / NAME).exists() else latest(path) if path.is_dir() else None
     if folder is None:
-        raise ConfigError("deslo ckpt inspect", f"a folder with {NAME}, or folders of such in it", f"none in {str(path)!r}" + _hint(path),
-                          "check the path")
+        found = f"none in {str(path)!r}{_hint(path)}"
+        raise ConfigError("deslo ckpt inspect", f"a folder with {NAME}, or folders of such in it", found, "check the path")
     proof, problems = read_proof(folder), damaged(folder)
     files = json.loads((folder / NAME).read_text())["files"]
     content = _content(folder, proof, files, problems)
@@ -74,8 +74,8 @@ def _shown(content: dict[str, Any]) -> list[Any]:
     kind = {"average": "one model, the mean of all replicas", "sync": "one model, on which all replicas met",
             "exact": "every replica's own state"}[content["mode"]]
     lines = [
-        f"{content['path']}: mode {content['mode']}, {kind}, after {content['steps']:,} steps of {content['replicas']} replica(s) of "
-        f"{content['replica_size']} rank(s)",
+        f"{content['path']}: mode {content['mode']}, {kind}, after {content['steps']:,} steps of "
+        f"{content['replicas']} replica(s) of {content['replica_size']} rank(s)",
         f"{content['parameters']:,} parameters in {content['parameter_tensors']} tensors; learning rates "
         + ", ".join(f"{group['lr']:g}" for group in content["param_groups"] if "lr" in group) + "\n",
     ]

@@ -28,7 +28,7 @@ def doctor(
     config: Annotated[Path | None, typer.Option(help="The job's JSON or YAML: two steps of it are taken on fake data.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Versions, kernels, replicas, the link and two real steps of a config. Start it alone, or with torchrun as the job is started.
+    """Versions, kernels, replicas, the link and two real steps of a config. Start it alone, or with torchrun like the job.
 
     Status 1 if anything is wrong on any rank.
     """

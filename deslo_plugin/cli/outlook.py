@@ -49,14 +49,14 @@ class Outlook:
     def shown(self) -> list[Any]:
         """Tables and lines for people."""
         content = self.as_dict()
-        job, needs = self.job, content["memory_bytes_per_rank"]
+        job, link, needs = self.job, self.link, content["memory_bytes_per_rank"]
         return [
-            f"{self.name}: {job.numel:,} parameters, {job.replicas} replica(s) of {job.replica_size} rank(s), "
-            f"{self.link.gbit_per_s:g} Gbit/s and {self.link.latency_s * 1e3:g} ms between replicas, steps of {job.step_s * 1e3:.4g} ms\n",
+            f"{self.name}: {job.numel:,} parameters, {job.replicas} replicas of {job.replica_size} rank(s), "
+            f"{link.gbit_per_s:g} Gbit/s and {link.latency_s * 1e3:g} ms between them, steps of {job.step_s * 1e3:.4g} ms\n",
             _states_table(content["states"], job.steps), "", _methods_table(content["methods"], job.steps), "",
             _sweep_table(content["sweep"]), "",
-            f"Memory on each rank: {bytes_of(needs['states'])} of optimizer states, and at most {bytes_of(needs['in_flight'])} of "
-            "copies in flight, beside parameters, gradients and activations.",
+            f"Memory on each rank: {bytes_of(needs['states'])} of optimizer states, and at most {bytes_of(needs['in_flight'])} "
+            "of copies in flight, beside parameters, gradients and activations.",
             self._advice(content), "", "What this assumes:", *(f"- {each}" for each in content["assumptions"]),
         ]
 
@@ -79,11 +79,11 @@ class Outlook:
         ]
 
     def _row(self, method: Method, seen: Forecast) -> dict[str, Any]:
-        reference = self.forecasts[SYNCHRONOUS][1]
-        sent = sum(seen.bytes.values())
+        reference, sent = self.forecasts[SYNCHRONOUS][1], sum(seen.bytes.values())
+        every_step = method.plan.config.deslo.synchronous_steps >= self.job.steps
         return {
             "method": method.name,
-            "periods": None if method.plan.config.deslo.synchronous_steps >= self.job.steps else dict(method.plan.groups[0].periods),
+            "periods": None if every_step else dict(method.plan.groups[0].periods),
             "bytes_per_rank": sent,
             "bytes_per_rank_by_state": dict(seen.bytes),
             "times_less_than_synchronous": sum(reference.bytes.values()) / sent if sent else None,
@@ -101,7 +101,7 @@ class Outlook:
             return "The averages travel entirely under computation: nothing is waited for."
         text = f"Waiting adds {share:.1%} to the time of computing, at most {row['longest_wait_s']:.3g} s at once."
         if delay is not None:
-            return text + f' "delay": {delay} would hide it all (momenta exactly; gradients of those steps are taken before the average).'
+            return text + f' "delay": {delay} would hide it all; the gradients of those steps would not know the average yet.'
         return text + " Longer periods wait less often; a faster link, or fewer bytes, less each time."
 
     @property
@@ -109,21 +109,21 @@ class Outlook:
         job, deslo = self.job, self.job.config.deslo
         hides = f"{deslo.delay} step(s) of computing hide an average" if deslo.overlap else "averages are not overlapped"
         return [
-            f"one ring all-reduce of b bytes takes 2 b/B (1 - 1/M) + l, M = {job.replicas} (arXiv 2505.22549); l once for every "
+            f"a ring all-reduce of b bytes takes 2 b/B (1 - 1/M) + l, M = {job.replicas} (arXiv 2505.22549); l once for every "
             f"{deslo.bucket_mb} MiB begun; all replicas alike, nobody else on the link",
-            f"B = {self.link.gbit_per_s:g} Gbit/s of payload in each direction, shared by the {job.replica_size} rank(s) of a replica; "
-            "headers and protocol are not counted: what deslo probe measures has them taken off",
-            f"a rank holds 1/{job.replica_size} of the parameters (ZeRO 1 to 3, FSDP2), or sends that share of them (DDP, ZeRO 0, "
-            "which then hold all states on every rank); padding of shards is not counted",
+            f"B = {self.link.gbit_per_s:g} Gbit/s of payload in each direction, shared by the {job.replica_size} rank(s) of a "
+            "replica; headers and protocol are not counted: what deslo probe measures has them taken off",
+            f"a rank holds and sends 1/{job.replica_size} of the parameters (ZeRO 1 to 3, FSDP2; DDP and ZeRO 0 send as much, "
+            "but hold all states on every rank); that shards differ by padding is not counted",
             f"averages travel in {deslo.wire_dtype}; gradients of synchronous training in {job.gradient_dtype} "
             f"({self.why['gradients']}), reduced inside a replica first",
-            f"a step computes for {job.step_s * 1e3:.4g} ms ({self.why['step']}), the same with and without communication beside it",
+            f"a step computes for {job.step_s * 1e3:.4g} ms ({self.why['step']}), with and without communication beside it",
             f"{hides}; states due at one step travel one after the other; the optimizer's own time counts as computing",
             f"synchronous training waits for every gradient (the papers' model), or hides it under {BACKWARD:.0%} of a step "
             "(what bucketing can reach at best)",
             "not counted: the model's floating buffers, reductions inside a replica, data loading, evaluation, checkpoints, "
             "stragglers, failures",
-            f"bytes are those that a rank hands to its all-reduces until step {job.steps:,} has ended, as its meter counts them",
+            f"bytes are those of averages that have landed when step {job.steps:,} ends, as a rank's meter counts them",
         ]
 
 
@@ -131,8 +131,8 @@ def _states_table(states: list[Mapping[str, Any]], steps: int) -> Table:
     def text(value: Any, form: str = ",") -> str:
         return "-" if value is None else format(value, form)
 
-    columns = ("state", "period", "why", "half-life", "half-life rule", "3x / 6x", f"averages in {steps:,}", "each, of a rank", "in all")
-    return table("Periods, in steps", columns, [
+    columns = ("state", "period", "why", "half-life", "half-life rule", "3x / 6x", "averages", "each, of a rank", "in all")
+    return table(f"Periods, and averages in {steps:,} steps", columns, [
         (each["state"], text(each["period"]) if each["period"] else "never", each["source"], text(each["half_life"], ".1f"),
          text(each["half_life_rule"]), text(each["papers_default"]), text(each["averages"]),
          bytes_of(each["bytes_per_average_and_rank"]), bytes_of(each["bytes_per_rank"]))
@@ -141,7 +141,7 @@ def _states_table(states: list[Mapping[str, Any]], steps: int) -> Table:
 
 
 def _methods_table(rows: list[Mapping[str, Any]], steps: int) -> Table:
-    columns = ("method", "bytes of a rank", "times less", "waited ms/step", "at most, s", "computing", "hours", "times faster")
+    columns = ("method", "bytes of a rank", "times less", "waited ms/step", "at once, s", "computing", "hours", "times faster")
     return table(f"{steps:,} steps beside synchronous training", columns, [
         (each["method"], bytes_of(each["bytes_per_rank"]),
          f"{each['times_less_than_synchronous']:.1f}" if each["times_less_than_synchronous"] else "-",

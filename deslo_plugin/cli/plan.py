@@ -18,16 +18,16 @@ from deslo_plugin.strict import ConfigError
 
 @command
 def plan(
-    config: Annotated[Path | None, typer.Option(help="JSON or YAML with the two blocks; without it the papers' default.")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON or YAML; without it the papers' default.")] = None,
     params: Annotated[str | None, typer.Option(help="Parameters of the model: 350M, 1.3B, 124439808.")] = None,
-    model: Annotated[str | None, typer.Option(help="In place of it: a Hugging Face config.json, or package.module:function.")] = None,
+    model: Annotated[str | None, typer.Option(help="In place of it: an HF config.json, or package.module:function.")] = None,
     replicas: Annotated[int, typer.Option(min=2, help="Replicas that average: usually nodes.")] = 2,
-    replica_size: Annotated[int | None, typer.Option(min=1, help="Ranks of one replica, where the config does not say.")] = None,
+    replica_size: Annotated[int | None, typer.Option(min=1, help="Ranks of one replica, if the config does not say.")] = None,
     gbps: Annotated[float | None, typer.Option(help="Gbit/s from one replica to the others, all its ranks together.")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Of one all-reduce of next to nothing; 0 by default.")] = None,
     link: Annotated[Path | None, typer.Option(help="In place of both: what deslo probe --json printed.")] = None,
     step_ms: Annotated[float | None, typer.Option(help="Of one optimizer step without communication between replicas.")] = None,
-    tokens_per_step: Annotated[float | None, typer.Option(help="In place of it: tokens of a step, of all replicas together,")] = None,
+    tokens_per_step: Annotated[float | None, typer.Option(help="In place of it: tokens of a step, of all replicas,")] = None,
     peak_tflops: Annotated[float | None, typer.Option(help="with the peak of one rank,")] = None,
     mfu: Annotated[float | None, typer.Option(help="and the share of it that training reaches, such as 0.4.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of the whole run.")] = 100_000,
@@ -41,7 +41,8 @@ def plan(
     step_s, computed = _step_seconds(step_ms, tokens_per_step, peak_tflops, mfu, numel, replicas * size)
     dtype, why = _gradient_dtype(gradient_dtype, config)
     job = Job(settings, numel, replicas, size, step_s, steps, dtype)
-    outlook = Outlook(job, _link(gbps, latency_ms, link), f"{config or 'the papers default'}", {"step": computed, "gradients": why})
+    name = "the papers' default" if config is None else str(config)
+    outlook = Outlook(job, _link(gbps, latency_ms, link), name, {"step": computed, "gradients": why})
     if plot is not None:
         from deslo_plugin.cli.plot import draw
 
@@ -124,4 +125,4 @@ def _measured(path: Path) -> tuple[float, float]:
         measured: Any = json.loads(path.read_text())
         return float(measured["gbit_per_s"]), float(measured["latency_ms"])
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError("--link", "the JSON of deslo probe --json", f"{str(path)!r} ({error!r})", "measure it again") from error
+        raise ConfigError("--link", "what deslo probe --json printed", f"{str(path)!r} ({error!r})", "measure again") from error

@@ -19,7 +19,7 @@ def draw(outlook: Outlook, path: Path) -> None:
         raise ConfigError("--plot", "matplotlib installed", "none", "pip install 'deslo-plugin[plot]', or leave --plot out")
     from matplotlib.figure import Figure
 
-    low, high = SWEEP[0], SWEEP[-1]
+    job, low, high = outlook.job, SWEEP[0], SWEEP[-1]
     rates = [low * (high / low) ** (index / (POINTS - 1)) for index in range(POINTS)]
     hours = [outlook.hours(rate) for rate in rates]
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -27,7 +27,7 @@ def draw(outlook: Outlook, path: Path) -> None:
     for name in hours[0]:
         axes.plot(rates, [each[name] for each in hours], label=name, linestyle="--" if name.startswith("synchronous") else "-")
     axes.axvline(outlook.link.gbit_per_s, color="grey", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="Gbit/s between replicas", ylabel=f"hours for {outlook.job.steps:,} steps",
-             title=f"{outlook.job.numel:.3g} parameters, {outlook.job.replicas} replicas, {outlook.job.step_s * 1e3:.4g} ms a step")
+    axes.set(xscale="log", yscale="log", xlabel="Gbit/s between replicas", ylabel=f"hours for {job.steps:,} steps",
+             title=f"{job.numel:.3g} parameters, {job.replicas} replicas, {job.step_s * 1e3:.4g} ms a step")
     axes.legend(fontsize="small")
     figure.savefig(path)

@@ -74,7 +74,7 @@ def lines(measured: Measured, topology: Topology, hosts: Sequence[str]) -> list[
         f"{topology.replicas} replica(s) of {topology.replica_size} rank(s) on {len(set(hosts))} node(s), {dist.get_backend()}",
         f"bandwidth of a replica: {rate.median:.4g} Gbit/s (quartiles {rate.low:.4g} to {rate.high:.4g})",
         f"latency of an all-reduce: {latency.median:.3g} ms (quartiles {latency.low:.3g} to {latency.high:.3g})",
-        f"{measured.rounds} rounds of {measured.bytes_per_rank / (1 << 20):g} MiB from every rank at once; B of 2 b/B (1 - 1/M) + l",
+        f"{measured.rounds} rounds of {measured.bytes_per_rank / (1 << 20):g} MiB from all ranks at once, as 2 b/B (1 - 1/M) + l",
         *(f"warning: {each}" for each in warnings(topology, hosts)),
     ]
 

@@ -1,8 +1,8 @@
-"""Two real steps of a user's config on a tiny model and fake data: does everything fit together, and is what moves what was planned?
+"""Two real steps of a user's config on a tiny model and fake data: does all of it fit, and is what moves what was planned?
 
 Every period that is not null becomes 1, so that two steps see an average of every state; a synchronous warm-up becomes one step
-before them, and a process without a launcher is one replica. All else of the config stays as it is, but for sizes of the batch, monitors,
-values that are ``"auto"``, and a scheduler that has such.
+before them, and a process without a launcher is one replica. All else of the config stays as it is, but for sizes of the batch,
+monitors, values that are ``"auto"``, and a scheduler that has such.
 """
 
 import json
@@ -36,8 +36,7 @@ ASIDE = (  # of a DeepSpeed JSON: what belongs to a real job's data and reports
 
 @dataclass(frozen=True)
 class SelfTest:
-    """``framework`` that took the steps, between ``replicas``; bytes of this rank by state, as planned and as counted where they
-    were sent; losses."""
+    """``framework`` took the steps on ``replicas``; bytes of this rank by state, planned and counted where they were sent."""
 
     framework: str
     replicas: int
