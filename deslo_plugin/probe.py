@@ -12,6 +12,7 @@ from deslo_plugin.collectives import Groups, ReplicaAverage, gathered
 from deslo_plugin.forecast import Link
 
 SMALL_CALLS = 20  # back to back in one sample, so that ranks that begin apart do not count
+UNSTEADY = 0.2  # from one quartile to the other, of the median
 WARM_UP = 2  # samples that nobody counts: connections open, memory is pinned
 
 
@@ -35,8 +36,9 @@ class Measured:
     rounds: int
 
     @property
-    def link(self) -> Link:
-        return Link(self.gbit_per_s.median, self.latency_ms.median / 1e3)
+    def unsteady(self) -> bool:
+        """Whether samples differ so much that something else uses the link or the processors."""
+        return self.gbit_per_s.high - self.gbit_per_s.low > UNSTEADY * self.gbit_per_s.median
 
 
 def probe(groups: Groups, device: torch.device, *, nbytes: int, rounds: int, timeout_s: float = 60.0) -> Measured:

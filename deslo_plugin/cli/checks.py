@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from deslo_plugin import ops
-from deslo_plugin.cli.probe import hosts_of, lines, warnings
+from deslo_plugin.cli.probe import hosts_of, lines, placement, unsteadiness
 from deslo_plugin.collectives import Groups, gathered
 from deslo_plugin.frameworks.self_test import is_deepspeed, self_test
-from deslo_plugin.probe import Measured, probe
+from deslo_plugin.probe import probe
 from deslo_plugin.version import __version__
 
 OK, WARNING, WRONG = "ok", "warning", "wrong"
@@ -78,15 +78,16 @@ def topology(groups: Groups) -> Check:
     found = f"{shape.replicas} replica(s) of {shape.replica_size} rank(s) on {len(set(hosts))} node(s), {dist.get_backend()}"
     if shape.replicas == 1:
         return Check("replicas", WARNING, found, "nothing is averaged: start more ranks, or lower deslo.replica_size")
-    wrong = warnings(shape, hosts)
+    wrong = placement(shape, hosts)
     do = "place ranks as the job will have them" if wrong else ""
     return Check("replicas", WARNING if wrong else OK, "; ".join([found, *wrong]), do)
 
 
-def link(groups: Groups, device: torch.device) -> tuple[Check, Measured]:
+def link(groups: Groups, device: torch.device) -> Check:
     """The link between replicas. Collective."""
     measured = probe(groups, device, nbytes=8 << 20, rounds=5)
-    return Check("link", OK, "; ".join(lines(measured, groups.topology, hosts_of(groups.topology))[1:3])), measured
+    found = "; ".join(lines(measured, groups.topology, hosts_of(groups.topology))[1:3])
+    return Check("link", WARNING if measured.unsteady else OK, found, "; ".join(unsteadiness(measured)))
 
 
 def steps(blocks: Mapping[str, Any], device: torch.device) -> list[Check]:

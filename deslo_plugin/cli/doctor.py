@@ -53,7 +53,7 @@ def doctor(
 def _between_replicas(blocks: Any, device: Any) -> list[Check]:
     groups = groups_of(load_config(blocks).deslo)
     found = [checks.topology(groups)]
-    return found + ([checks.link(groups, device)[0]] if groups.topology.replicas > 1 else [])
+    return found + ([checks.link(groups, device)] if groups.topology.replicas > 1 else [])
 
 
 def _tried(name: str, look: Callable[[], list[Check]]) -> list[Check]:

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from deslo_plugin.cli.outlook import SWEEP, Outlook
+from deslo_plugin.methods import IN_TURN
 from deslo_plugin.strict import ConfigError
 
 
@@ -24,7 +25,7 @@ def draw(outlook: Outlook, path: Path) -> None:
     hours = [outlook.hours(rate) for rate in rates]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for name in hours[0]:
+    for name in (each for each in hours[0] if each != IN_TURN):
         axes.plot(rates, [each[name] for each in hours], label=name, linestyle="--" if name.startswith("synchronous") else "-")
     axes.axvline(outlook.link.gbit_per_s, color="grey", linewidth=0.8)
     axes.set(xscale="log", yscale="log", xlabel="Gbit/s between replicas", ylabel=f"hours for {job.steps:,} steps",

@@ -64,7 +64,7 @@ def as_dict(measured: Measured, topology: Topology, hosts: Sequence[str]) -> dic
                       "latency_ms": list(asdict(measured.latency_ms).values())[1:]},
         "replicas": topology.replicas, "replica_size": topology.replica_size, "rounds": measured.rounds,
         "bytes_per_rank": measured.bytes_per_rank, "backend": dist.get_backend(), "hosts": list(hosts),
-        "warnings": warnings(topology, hosts),
+        "warnings": placement(topology, hosts) + unsteadiness(measured),
     }
 
 
@@ -74,12 +74,17 @@ def lines(measured: Measured, topology: Topology, hosts: Sequence[str]) -> list[
         f"{topology.replicas} replica(s) of {topology.replica_size} rank(s) on {len(set(hosts))} node(s), {dist.get_backend()}",
         f"bandwidth of a replica: {rate.median:.4g} Gbit/s (quartiles {rate.low:.4g} to {rate.high:.4g})",
         f"latency of an all-reduce: {latency.median:.3g} ms (quartiles {latency.low:.3g} to {latency.high:.3g})",
-        f"{measured.rounds} rounds of {measured.bytes_per_rank / (1 << 20):g} MiB from all ranks at once, as 2 b/B (1 - 1/M) + l",
-        *(f"warning: {each}" for each in warnings(topology, hosts)),
+        f"{measured.rounds} rounds of {measured.bytes_per_rank / (1 << 20):g} MiB from every rank, as 2 b/B (1 - 1/M) + l",
+        *(f"warning: {each}" for each in placement(topology, hosts) + unsteadiness(measured)),
     ]
 
 
-def warnings(topology: Topology, hosts: Sequence[str]) -> list[str]:
+def unsteadiness(measured: Measured) -> list[str]:
+    return ["samples differ widely: something else uses the link or the processors; measure again"] if measured.unsteady else []
+
+
+def placement(topology: Topology, hosts: Sequence[str]) -> list[str]:
+    """What is wrong with where replicas lie."""
     found = [complaint] if (complaint := spread(topology, hosts)) else []
     if len(set(hosts)) == 1:
         found.append("all ranks are on one node: this is its memory and loopback, not a network")
