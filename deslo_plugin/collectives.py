@@ -1,9 +1,10 @@
 """How an average travels: the only place where tensors go from one replica to another.
 
 ``Average`` is the whole interface between the optimizer and its transport. ``Alone`` is a world of one replica,
-``ReplicaAverage`` runs over ``torch.distributed``.
+``ReplicaAverage`` runs over ``torch.distributed``; ``frameworks.torchft`` has one whose replicas come and go.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,11 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch import Tensor
 
+from deslo_plugin.progress import MOMENT, Progress
 from deslo_plugin.topology import Topology
+
+
+ASK_EVERY = 1.0  # seconds of waiting
 
 
 class AverageError(RuntimeError):
@@ -30,10 +35,11 @@ class Average(Protocol):
     """The mean over replicas, for the ranks that hold one shard.
 
     ``divisor`` ranks of a replica split each chunk between them: chunks must be a multiple of it, and each of them
-    sends ``1 / divisor`` of the bytes.
+    sends ``1 / divisor`` of the bytes. ``progress`` is told of every launch and every wait, where somebody wants to know.
     """
 
     divisor: int
+    progress: Progress | None
 
     def start(self, chunk: Tensor) -> Work:
         """Starts averaging the contiguous 1-D ``chunk`` in place; the caller does not touch it until ``wait``."""
@@ -41,8 +47,21 @@ class Average(Protocol):
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` holds on any rank of this replica. Collective over the replica's ranks."""
 
+    def total(self, value: float) -> float:
+        """Sum of ``value`` over the ranks of this replica. Collective over them."""
+
     def culprits(self, flag: bool) -> list[int]:
         """The ranks for which ``flag`` holds. Collective over all ranks of all replicas."""
+
+    def convene(self) -> bool:
+        """Agrees on who takes part, before the first step and at the end of each step after which something is due.
+
+        True: this replica was not there or had fallen behind, and now holds the whole state of one that was not.
+        """
+
+    def landed(self) -> bool:
+        """Whether all that was started since ``convene`` has arrived, asked once it was waited for; if not, nothing of it
+        may be written."""
 
 
 class _Done:
@@ -50,16 +69,29 @@ class _Done:
         pass
 
 
-class Alone:
+class Fixed:
+    """What transports between the same replicas from the first step to the last have in common: a failure is an error."""
+
+    def convene(self) -> bool:
+        return False
+
+    def landed(self) -> bool:
+        return True
+
+
+class Alone(Fixed):
     """One replica in one process: its own mean."""
 
-    divisor = 1
+    divisor, progress = 1, None
 
     def start(self, chunk: Tensor) -> Work:
         return _Done()
 
     def any(self, flag: bool) -> bool:
         return flag
+
+    def total(self, value: float) -> float:
+        return value
 
     def culprits(self, flag: bool) -> list[int]:
         return [0] if flag else []
@@ -103,12 +135,14 @@ def _create_groups(topology: Topology, timeout_s: float) -> Groups:
 
     # averages must also carry tensors that the optimizer keeps on the CPU (offload) beside NCCL
     backend = "cpu:gloo,cuda:nccl" if "nccl" in dist.get_backend() else None
+    # NCCL ends the process once its time is over: not before it has been said who is late
+    bound = timeout_s + (4 * MOMENT if backend else 0)
     everyone = topology.world_size == dist.get_world_size()
     return Groups(
         topology=topology,
         world=dist.group.WORLD if everyone else group(sorted(topology.ranks)),
         shard=group(topology.shard_group),
-        replica=group(topology.replica_group, timeout=timedelta(seconds=timeout_s), backend=backend),
+        replica=group(topology.replica_group, timeout=timedelta(seconds=bound), backend=backend),
         singleton=group([topology.rank]),
     )
 
@@ -119,48 +153,78 @@ class _Pending:
     work: dist.Work
     chunk: Tensor
     own: Tensor
+    launch: int
+    at: float
 
     def wait(self) -> None:
-        with self.average.named_errors():
+        with self.average.named_errors(self.launch, self.at):
+            self._until_complete()
             self.work.wait()
         if self.average.divisor > 1:
             parts = list(self.chunk.chunk(self.average.divisor))
             dist.all_gather(parts, self.own.clone(), group=self.average.copies)
 
+    def _until_complete(self) -> None:
+        """Waits on the host. Whoever waits for long asks whether others have given up: of a ring only the neighbours of a rank
+        that died notice it, and NCCL would end the process without a word."""
+        start = asked = time.monotonic()
+        while not self.work.is_completed():
+            now = time.monotonic()
+            if self.chunk.is_cuda and now - self.at > self.average.timeout_s:
+                raise RuntimeError(f"no answer for {self.average.timeout_s:g} s")
+            if now - asked > ASK_EVERY:
+                asked = now
+                if given_up := self.average.progress.given_up(self.average.ranks, self.launch):
+                    raise RuntimeError(f"rank(s) {given_up} gave up")
+            time.sleep(min((now - start) / 64, 0.05))
 
-class ReplicaAverage:
+
+class ReplicaAverage(Fixed):
     """Means over ``groups.replica``.
 
     ``copies``: the group of those ranks of this replica that hold the same tensors (all of them under ZeRO stage 0 and
     DDP). Each averages its part of them between replicas and gathers the rest inside, over the fast links.
+    ``progress``: that of another average of the same attachment, which launches in one order with this one.
     """
 
-    def __init__(self, groups: Groups, *, timeout_s: float, copies: dist.ProcessGroup | None = None):
+    def __init__(
+        self, groups: Groups, *, timeout_s: float, copies: dist.ProcessGroup | None = None, progress: Progress | None = None
+    ):
         self.groups, self.timeout_s, self.copies = groups, timeout_s, copies
-        self.divisor = copies.size() if copies else 1
+        self.progress = progress or Progress(groups.topology, groups.world)
+        self.divisor, self.ranks = copies.size() if copies else 1, dist.get_process_group_ranks(groups.replica)
 
     def start(self, chunk: Tensor) -> Work:
         own = chunk.chunk(self.divisor)[self.copies.rank() if self.copies else 0]
-        with self.named_errors():
+        launch, at = self.progress.launches, time.monotonic()
+        with self.named_errors(launch, at):
             work = dist.all_reduce(own, op=dist.ReduceOp.AVG, group=self.groups.replica, async_op=True)
-        return _Pending(self, work, chunk, own)
+        return _Pending(self, work, chunk, own, launch, at)
 
     @contextmanager
-    def named_errors(self) -> Iterator[None]:
-        """Turns what the backend says of a dead or late rank into an ``AverageError`` that says where to look."""
+    def named_errors(self, launch: int, at: float) -> Iterator[None]:
+        """Turns what the backend says of a dead or late rank into an ``AverageError`` that names it.
+
+        ``launch`` is the number of the average, and ``at`` when it started, by ``time.monotonic``.
+        """
         try:
             yield
         except RuntimeError as error:
+            who = self.progress.missing(self.ranks, launch, timed_out=time.monotonic() - at >= 0.9 * self.timeout_s)
             raise AverageError(
-                f"average over replicas: expected ranks {self.groups.topology.replica_group} to answer within "
-                f"{self.timeout_s:g} s (deslo.timeout_s), got {str(error).splitlines()[0]!r}; look for the one that died "
-                "or hangs, nothing of this average was written"
+                f"average over replicas: expected ranks {self.ranks} to answer within {self.timeout_s:g} s (deslo.timeout_s), "
+                f"got {str(error).splitlines()[0]!r}; {who}; nothing of this average was written"
             ) from error
 
     def any(self, flag: bool) -> bool:
         if self.groups.topology.replica_size == 1:
             return flag
         return any(gathered(flag, self.groups.shard).values())
+
+    def total(self, value: float) -> float:
+        if self.groups.topology.replica_size == 1:
+            return value
+        return sum(gathered(value, self.groups.shard).values())
 
     def culprits(self, flag: bool) -> list[int]:
         return [rank for rank, bad in sorted(gathered(flag, self.groups.world).items()) if bad]

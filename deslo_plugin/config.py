@@ -77,7 +77,8 @@ class DesloConfig:
     """Who averages and how: ``deslo``. ``replica_size`` is in ranks, ``bucket_mb`` in MiB, ``timeout_s`` in seconds.
 
     ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``delay`` is the
-    number of forwards and backwards that an average travels under, ``checkpoint`` what ``save`` saves.
+    number of forwards and backwards that an average travels under, ``weights`` what a replica counts in an average: as much as
+    any other, or what it has seen; ``checkpoint`` is what ``save`` saves.
     """
 
     replica_size: int | str = "auto"
@@ -92,6 +93,7 @@ class DesloConfig:
     on_nonfinite: str = "stop"
     timeout_s: float = 600.0
     checkpoint: str = "average"
+    weights: str = "equal"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +198,7 @@ def read_deslo(block: Any) -> DesloConfig:
         on_nonfinite=reader.choice("on_nonfinite", "stop", ["stop", "skip"]),
         timeout_s=reader.number("timeout_s", 600.0, low=1.0),
         checkpoint=reader.choice("checkpoint", "average", CHECKPOINTS),
+        weights=reader.choice("weights", "equal", ["equal", "samples"]),
     )
     reader.finish()
     if config.delay > 1 and not config.overlap:

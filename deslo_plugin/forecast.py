@@ -141,5 +141,6 @@ def memory(plan: Plan, moved: Sequence[Transfer]) -> Memory:
 
 
 def _transfer(plan: Plan, steps: int) -> Transfer:
-    sent, bucket = plan.bytes_at(steps), plan.config.deslo.bucket_mb << 20
-    return Transfer(steps, sent, sum(max(1, ceil(each / bucket)) for each in sent.values()))
+    deslo, sent = plan.config.deslo, plan.bytes_at(steps)
+    weights = len(sent) if deslo.weights == "samples" and GRADIENTS not in sent else 0
+    return Transfer(steps, sent, weights + sum(max(1, ceil(each / (deslo.bucket_mb << 20))) for each in sent.values()))

@@ -58,6 +58,7 @@ class Plan:
         t, opt, deslo = self.topology, self.config.optimizer, self.config.deslo
         order = deslo.when + (", overlapped" if deslo.overlap else "")
         order += f" with {deslo.delay} steps" if deslo.delay > 1 else ""
+        order += ", replicas weighted by samples" if deslo.weights == "samples" else ""
         lines = [f"deslo: {t.replicas} replica(s) of {t.replica_size} rank(s); {_direction(opt)}; {order}"]
         if t.replicas == 1:
             return lines[0] + "\n  one replica only: nothing to average, this is the plain optimizer"
@@ -103,16 +104,19 @@ def make_plan(
         others: for each group, the elements of those states that are not of the parameters' sizes.
     """
 
+    word = BYTES[config.deslo.wire_dtype]
+    weight = word if config.deslo.weights == "samples" else 0  # travels with each state of each group, and with buffers
+
     def sent(numel: int) -> int:
-        return -(-numel // divisor) * BYTES[config.deslo.wire_dtype]
+        return -(-numel // divisor) * word
 
     groups = tuple(
         GroupPlan(
             numel=numel,
-            bytes_per_event={state: sent((others[index] if others else {}).get(state, numel)) for state in own},
+            bytes_per_event={state: sent((others[index] if others else {}).get(state, numel)) + weight for state in own},
             gradient_bytes=gradient_bytes[index] if gradient_bytes else sent(numel),
             periods=own,
         )
         for index, (numel, own) in enumerate(zip(numels, periods, strict=True))
     )
-    return Plan(config, topology, groups, buffer_bytes)
+    return Plan(config, topology, groups, buffer_bytes + weight if buffer_bytes else 0)

@@ -72,6 +72,10 @@ class StockAveraging(Averaging):
             group[GROUP_STEP] = steps
         self.learn_states(steps > 0)
 
+    def skip_step(self) -> None:
+        """A step without an update, which every other replica may be taking: the clock ticks and averages land."""
+        self.around(lambda cohorts: self.learn_states(updated=False))
+
 
 def schedule(averaging: StockAveraging) -> None:
     """From now on every ``optimizer.step()`` is a step of Algorithm 1. Wraps the instance's ``step``."""

@@ -12,9 +12,12 @@ from deslo_plugin.buckets import Bucket, pack
 from deslo_plugin.collectives import Average, Work
 from deslo_plugin.drift import Drift, drift_of, measure
 from deslo_plugin.telemetry import SyncEvent
+from deslo_plugin.weights import start_weighted
 
 States = Mapping[str, Sequence[Tensor]]
 """State name -> that state of each parameter of a cohort, in the cohort's order."""
+Weigh = Callable[[str], float]
+"""What this rank has seen since that state's last average."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -41,23 +44,32 @@ class Synchronizer:
         self.average, self.wire_dtype, self.bucket_bytes, self.emit = average, wire_dtype, bucket_bytes, emit
         self._flights: dict[tuple[Tensor, str], tuple[_Flight, int]] = {}  # (parameter, state) -> flight, seat
 
-    def launch(self, steps: int, params: Sequence[Tensor], states: States) -> None:
-        """Packs copies of ``states`` and starts their averages, to land once ``steps`` steps are complete."""
+    def launch(self, steps: int, params: Sequence[Tensor], states: States, weigh: Weigh | None = None) -> None:
+        """Packs copies of ``states`` and starts their averages, to land once ``steps`` steps are complete.
+
+        With ``weigh`` replicas count by what they have seen, else alike.
+        """
+        self._tell(steps, states)
         for state, tensors in states.items():
             bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.average.divisor)
-            works = [self.average.start(chunk) for chunk in bucket.chunks]
             sent = sum(chunk.nbytes for chunk in bucket.chunks) // self.average.divisor
+            if weigh is None:
+                works = [self.average.start(chunk) for chunk in bucket.chunks]
+            else:
+                works = start_weighted(self.average, weigh(state), bucket.chunks, self.wire_dtype, tensors[0].device)
+                sent += self.wire_dtype.itemsize
             flight = _Flight(steps, bucket, works, sent)
             for seat, param in enumerate(params):
                 self._flights[param, state] = flight, seat
 
     @torch.profiler.record_function("deslo::land")
-    def land(self, steps: int, params: Sequence[Tensor], states: States) -> dict[str, list[Tensor]]:
+    def land(self, steps: int, params: Sequence[Tensor], states: States) -> dict[str, list[Tensor]] | None:
         """Waits for what was launched for ``steps``, launches what was not, and returns the means in wire dtype.
 
-        Raises ``NonFiniteError`` everywhere if any replica brought NaN or inf, ``AverageError`` on a time-out.
+        None if they did not arrive everywhere: then nobody writes them. Raises ``NonFiniteError`` everywhere if any replica
+        brought NaN or inf, ``AverageError`` on a time-out.
         """
-        self._launch_absent(steps, params, states)
+        self.launch_absent(steps, params, states)
         seats = {state: [self._flights.pop((param, state)) for param in params] for state in states}
         flights = {state: list({id(flight): flight for flight, _ in taken}.values()) for state, taken in seats.items()}
 
@@ -67,6 +79,8 @@ class Synchronizer:
                 raise RuntimeError(f"an average launched for step {flight.steps} was about to land at step {steps}")
             for work in flight.works:
                 work.wait()
+        if not self.average.landed():
+            return None
         means = {state: [flight.bucket.views[seat] for flight, seat in taken] for state, taken in seats.items()}
         sums = {state: measure(states[state], mean) for state, mean in means.items()}
         drift = {state: drift_of(each) for state, each in sums.items()}  # reads the sums, so that a GPU's wait ends here
@@ -79,6 +93,7 @@ class Synchronizer:
 
     def mean(self, steps: int, states: States) -> dict[str, list[Tensor]]:
         """The means of ``states`` in wire dtype, launched and waited for, whatever they hold."""
+        self._tell(steps, states)
         start, means, sent = time.perf_counter(), {}, {}
         for state, tensors in states.items():
             bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.average.divisor)
@@ -96,11 +111,16 @@ class Synchronizer:
                 work.wait()
         self._flights.clear()
 
-    def _launch_absent(self, steps: int, params: Sequence[Tensor], states: States) -> None:
+    def _tell(self, steps: int, states: States) -> None:
+        if states and self.average.progress:
+            self.average.progress.launching(steps)
+
+    def launch_absent(self, steps: int, params: Sequence[Tensor], states: States, weigh: Weigh | None = None) -> None:
+        """Launches those of ``states`` that do not fly yet."""
         for state, tensors in states.items():
             absent = [i for i, param in enumerate(params) if (param, state) not in self._flights]
             if absent:
-                self.launch(steps, [params[i] for i in absent], {state: [tensors[i] for i in absent]})
+                self.launch(steps, [params[i] for i in absent], {state: [tensors[i] for i in absent]}, weigh)
 
     def _refuse_nonfinite(
         self, steps: int, flights: Mapping[str, list[_Flight]], states: States, drift: Mapping[str, Drift]

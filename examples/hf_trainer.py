@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import deslo_plugin
+from deslo_plugin.frameworks.trainer import AverageBeforeSave
 
 CONTEXT, VOCABULARY = 32, 64
 
@@ -52,19 +53,21 @@ def main(args: Namespace) -> None:
     beta1, beta2 = params.get("betas", ["auto", "auto"])
     same_as_json = {} if "auto" in (beta1, beta2) else {"adam_beta1": beta1, "adam_beta2": beta2}
     training = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), max_steps=args.steps, per_device_train_batch_size=8, max_grad_norm=1.0,
+        output_dir=args.save or tempfile.mkdtemp(), save_strategy="steps" if args.save else "no", save_steps=args.steps // 2,
+        max_steps=args.steps, per_device_train_batch_size=8, max_grad_norm=1.0,
         learning_rate=3e-3 if params["lr"] == "auto" else params["lr"], lr_scheduler_type="constant", **same_as_json,
         ddp_find_unused_parameters=False,  # else every backward would send a bitmap to all ranks: attach refuses it
         use_cpu=not torch.cuda.is_available(), deepspeed=blocks if args.deepspeed else None,
-        save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=args.steps,
+        report_to=[], disable_tqdm=True, logging_steps=args.steps,
     )
     if args.deepspeed:  # the JSON has optimizer and deslo: importing deslo_plugin was all
         trainer = Trainer(model, training, train_dataset=Counting())
     else:
         ours = deslo_plugin.DesLoc, {"config": {key: blocks[key] for key in ("optimizer", "deslo")}}
-        trainer = Trainer(model, training, train_dataset=Counting(), optimizer_cls_and_kwargs=ours)
+        trainer = Trainer(model, training, train_dataset=Counting(), optimizer_cls_and_kwargs=ours,
+                          callbacks=[AverageBeforeSave()] if args.save else [])  # DeepSpeed's engine needs no such thing
         deslo_plugin.attach_accelerator(trainer.accelerator)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume)
 
     wrapped = trainer.model_wrapped
     loss = _loss(deslo_plugin.averaged_state_dict(wrapped), model)
@@ -87,6 +90,8 @@ if __name__ == "__main__":
     parser.add_argument("--config", type=Path, required=True, help='JSON with "optimizer" and "deslo" blocks')
     parser.add_argument("--deepspeed", action="store_true", help="give the whole JSON to DeepSpeed")
     parser.add_argument("--replica-size", type=int, help='ranks per replica, in place of the "deslo" block\'s')
+    parser.add_argument("--save", help="folder of checkpoints, one at half time and one at the end (default: none)")
+    parser.add_argument("--resume", help="a checkpoint of --save to go on from")
     parser.add_argument("--steps", type=int, default=100)
     main(parser.parse_args())
     torch.distributed.barrier()

@@ -250,10 +250,9 @@ def resumed(ds: dict, folder: str, before: int, after: int) -> tuple[dict, dict]
 def load_only(ds: dict, folder: str) -> str:
     with engine_for(ds) as engine:
         try:
-            engine.load_checkpoint(folder)
+            return str(engine.load_checkpoint(folder))
         except ValueError as error:
             return str(error)
-    return "no error"
 
 
 def sixteen_bit_export(ds: dict, folder: str) -> tuple[dict[str, Tensor], str]:
@@ -392,3 +391,17 @@ def groups_that_differ(ds: dict) -> str:
     model = net()
     every = {"params": 4 if dist.get_rank() == 1 else 5}
     return raises(ds, model=model, groups=[{"params": list(model.parameters()), "sync_every": every}])
+
+
+def weighted(ds: dict, steps: int) -> dict:
+    """Bytes counted and planned, and what leaving a step out says, of an engine whose ranks tell what they saw."""
+    with engine_for(ds) as engine:
+        for step in range(steps):
+            engine.deslo.saw(1 + dist.get_rank())
+            train(engine, range(step, step + 1))
+        meter, plan = engine.deslo.meter, engine.deslo.plan
+        planned = {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes}
+        try:
+            engine.deslo.skip_step()
+        except ValueError as error:
+            return {"bytes": dict(meter.bytes), "planned": planned, "skip": str(error), "states": replica_state(engine)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Gradient = Callable[[int, int, list[Tensor]], list[Tensor] | None]
+Mean = Callable[[str, int, Callable[["Group"], Tensor]], Tensor]  # of a state over replicas, by what they saw up to a step
 
 
 @dataclass
@@ -59,10 +60,11 @@ class Launched:
 
 def train(
     settings: list[Setting], starts: list[Tensor], replicas: int, steps: int, gradient: Gradient,
-    norm_clip: float | None = None, synchronous_steps: int = 0,
+    norm_clip: float | None = None, synchronous_steps: int = 0, samples: Callable[[int, int], float] | None = None,
 ) -> list[list[Group]]:
     """Runs Algorithm 1; returns world[replica][group]. A gradient of None is a step that this replica skips.
 
+    ``samples(replica, step)`` is what a replica sees in a step: a state averaged every K steps weighs it by the last K.
     In the first ``synchronous_steps`` all replicas step by their mean gradient, and there is nothing to average.
     """
     world = [[_start(s, x.double()) for s, x in zip(settings, starts)] for _ in range(replicas)]
@@ -75,18 +77,24 @@ def train(
         for index, s in enumerate(settings):
             column = [groups[index] for groups in world]
             averages = t > synchronous_steps
+
+            def mean(key: str, now: int, of: Callable[[Group], Tensor], groups: list[Group] = column, s: Setting = s) -> Tensor:
+                since = range(now - s.periods[key], now)
+                seen = [sum(samples(m, i) for i in since) if samples else 1.0 for m in range(replicas)]
+                return sum(w * of(group) for w, group in zip(seen, groups)) / sum(seen)
+
             if s.delay > 1:
                 if averages:
-                    _launch(column, s, t)
+                    _launch(column, s, t, mean)
                 for group in column:
                     _land(group, s, t)
             elif averages and not s.after_update:
-                _average(column, s, t)
+                _average(column, s, t, mean)
             for group, g in zip(column, gradients):
                 if g is not None:
                     _update(group, s, _clip([each.double() for each in g], norm_clip)[index])
             if s.after_update and t + 1 > synchronous_steps:
-                _average(column, s, t + 1)
+                _average(column, s, t + 1, mean)
     return world
 
 
@@ -102,21 +110,17 @@ def _clip(g: list[Tensor], norm_clip: float | None) -> list[Tensor]:
     return [each * min(1.0, norm_clip / (norm + 1e-6)) for each in g]
 
 
-def _average(column: list[Group], s: Setting, t: int) -> None:
+def _average(column: list[Group], s: Setting, t: int, mean: Mean) -> None:
     def due(key: str) -> bool:
         return t > 0 and s.periods.get(key) is not None and t % s.periods[key] == 0
 
-    def mean(of: Callable[[Group], Tensor]) -> Tensor:
-        return torch.stack([of(group) for group in column]).mean(0)
-
-    x, v = mean(lambda group: group.x), mean(lambda group: group.v)
-    u = [mean(lambda group: group.u[j]) for j in range(len(s.betas))]
+    means = {key: mean(key, t, lambda group: _state(group, key)) for key in s.periods if due(key) and _has(column[0], key)}
     for group in column:
         if due("v"):
-            group.v = v.clone()
-        group.u = [u[j].clone() if due(f"u{j + 1}") else group.u[j] for j in range(len(s.betas))]
+            group.v = means["v"].clone()
+        group.u = [means[f"u{j}"].clone() if due(f"u{j}") else u for j, u in enumerate(group.u, 1)]
         if due("x"):
-            group.x = _server(group, s, x)
+            group.x = _server(group, s, means["x"])
             if s.reset:
                 group.u = [torch.zeros_like(each) for each in group.u]
                 group.v, group.updates = torch.zeros_like(group.v), 0
@@ -126,13 +130,17 @@ def _state(group: Group, key: str) -> Tensor:
     return group.u[int(key[1:]) - 1] if key[0] == "u" else getattr(group, key)
 
 
-def _launch(column: list[Group], s: Setting, t: int) -> None:
+def _has(group: Group, key: str) -> bool:
+    return key[0] != "u" or int(key[1:]) <= len(group.u)
+
+
+def _launch(column: list[Group], s: Setting, t: int, mean: Mean) -> None:
     for key in ["x", *(f"u{j + 1}" for j in range(len(s.betas))), "v"]:
         period = s.periods.get(key)
         if t > 0 and period and t % period == 0:
-            mean = torch.stack([_state(group, key) for group in column]).mean(0)
+            average = mean(key, t, lambda group: _state(group, key))
             for group in column:
-                group.launched.append(Launched(key, t, group.updates, _state(group, key).clone(), mean))
+                group.launched.append(Launched(key, t, group.updates, _state(group, key).clone(), average))
 
 
 def _land(group: Group, s: Setting, t: int) -> None:

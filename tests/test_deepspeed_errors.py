@@ -125,13 +125,16 @@ def test_nan_that_bf16_zero_does_not_look_for_stops_every_rank(four):
     assert [finite for _, finite in results] == [False, False, True, True]
 
 
-@pytest.mark.parametrize(("overlap", "fate"), [(True, "late"), (False, "dead")])
-def test_an_average_that_a_rank_misses_names_the_ranks(tmp_path, overlap, fate):
+@pytest.mark.parametrize(("overlap", "fate", "last"), [
+    (True, "late", "its last average was after step 2"), (False, "dead", "no average yet"),
+])
+def test_an_average_that_a_rank_misses_names_this_rank(tmp_path, overlap, fate, last):
     world = Processes(4, tmp_path)
     try:
         ds = ds_config(RULES["des-loc-adam"], 0, deslo={"timeout_s": 4, "overlap": overlap, "replica_size": 1})
         errors = world.outcomes(jobs.missed_average, ds, fate)
         for error in errors[:3]:
             assert error.startswith("AverageError: average over replicas: expected ranks [0, 1, 2, 3] to answer within 4 s")
+            assert f"; rank 3 has not come to it ({last}" in error and "rank 2 " not in error
     finally:
         world.close()

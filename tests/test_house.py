@@ -12,10 +12,12 @@ PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict", "rounding"},
     {"periods", "config", "topology", "plan", "alternatives", "forecast", "methods"},
-    {"buckets", "collectives", "telemetry", "agreement", "log", "ops", "drift", "landing", "arguments", "shards", "last_step", "probe"},
+    {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
+     "landing", "arguments", "shards", "probe"},
     {"sync", "outer", "clock", "late"},
     {"averaging"},
     {"optimizer", "stock"},
+    {"simulation"},
     {"frameworks"},
     {"", "run"},
     {"cli"},

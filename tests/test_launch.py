@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -27,15 +29,33 @@ def losses():
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_the_trainer_learns_and_sends_what_was_planned(losses, name):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    command = [*LAUNCHES[name], *EXAMPLE, *(["--deepspeed"] if "DeepSpeed" in name else [])]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
-    result = json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"loss"')))
+    result = run_example(LAUNCHES[name], ["--deepspeed"] if "DeepSpeed" in name else [])
     assert result["loss"] < 3 and list(result["bytes"]) == ["params"]  # ln 64 = 4.2 at the start; one average in 40 steps
     losses[name] = result["loss"]
     if "FSDP2" in name and "DDP, accelerate launch" in losses:
         assert result["loss"] == pytest.approx(losses["DDP, accelerate launch"], abs=1e-3)  # one job, two frameworks
+
+
+@pytest.mark.parametrize("name", ["DDP", "DeepSpeed"])
+def test_what_the_trainer_saves_is_one_model_for_plain_transformers_and_resumes(tmp_path, name):
+    from transformers import LlamaForCausalLM
+
+    launch, more = LAUNCHES.get(f"{name}, torchrun", TORCHRUN), ["--deepspeed"] if name == "DeepSpeed" else []
+    run_example(launch, [*more, "--save", str(tmp_path)])
+    tokens = (torch.arange(32)[None] + torch.arange(64)[:, None]) % 64
+    for saved in ("checkpoint-20", "checkpoint-40"):
+        model = LlamaForCausalLM.from_pretrained(tmp_path / saved)
+        loss = model(input_ids=tokens, labels=tokens).loss.item()
+        assert loss < (4.0 if saved == "checkpoint-20" else 3.0)
+    shutil.rmtree(tmp_path / "checkpoint-40")
+    assert run_example(launch, [*more, "--save", str(tmp_path), "--resume", str(tmp_path / "checkpoint-20")])["loss"] < 3
+
+
+def run_example(launch, options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    run = subprocess.run([*launch, *EXAMPLE, *options], capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"loss"')))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

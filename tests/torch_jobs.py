@@ -1,12 +1,16 @@
 """The job of jobs.py under DDP, FSDP2 and plain torch, run on every rank of a ``Processes`` world."""
 
 import contextlib
+import io
 import logging
+import os
+import signal
 import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from deslo_plugin.pace import Pace
 
 Wrap = Callable[..., tuple[nn.Module, dict[str, Any]]]
 
@@ -413,3 +419,68 @@ def unused(wrap: str, blocks: dict) -> tuple[bool, list[Tensor]]:
         optimizer.zero_grad()
     now = [whole(p) for p in model.parameters()]
     return not torch.equal(now[-2], start[-2]), now
+
+
+def missing(blocks: dict, fate: str, culprit: int, step: int) -> str:
+    """What stops this rank when ``culprit`` does not come to ``step``, or dies there; other attachments are about too."""
+    others = [attached("plain", blocks) for _ in range(2)]
+    model, optimizer, _ = attached("plain", blocks)
+    train(*others[0][:2], range(2))
+    for now in range(20):
+        if dist.get_rank() == culprit and now == step:
+            if fate == "dead":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(8)  # its process lives on, as one that saves or evaluates would
+            return "left"
+        try:
+            train(model, optimizer, range(now, now + 1))
+        except RuntimeError as error:
+            return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def batch_of(rank: int, step: int, rests: bool) -> int:
+    """Different on every rank; where it ``rests``, rank 3 sees nothing in the third of every four steps."""
+    return 0 if rests and rank == 3 and step % 4 == 2 else 4 * (rank + 1)
+
+
+def weighted(wrap: str, blocks: dict, steps: int, rests: bool, optimizer: Any = None, batch_norm: bool = False) -> dict:
+    """Trains on batches of ``batch_of`` and tells them; states, bytes and the plan's figures of this rank."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)) if batch_norm else net()
+    model, optimizer, attachment = attached(wrap, blocks, model, optimizer)
+    rank = dist.get_rank()
+    for step in range(steps):
+        if not (size := batch_of(rank, step, rests)):
+            attachment.skip_step()
+            continue
+        attachment.saw(size)
+        loss_of(model, tuple(torch.cat([part] * (size // 2)) for part in batch(rank, step, 0))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    meter, plan = attachment.meter, attachment.plan
+    return {
+        "states": states_of(model, optimizer, []),
+        "bytes": dict(meter.bytes),
+        "planned": {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes},
+        "banner": plan.describe(),
+    }
+
+
+def stragglers(blocks: dict, slow: int) -> dict:
+    """Step rates by replica and the log of this rank, where each step takes 100 s by its clock and 300 s on rank ``slow``."""
+    log, now = io.StringIO(), [0.0]
+    with mock.patch("deslo_plugin.progress.Pace", lambda: Pace(clock=lambda: now[0])):
+        model, optimizer, attachment = attached("plain", blocks)
+    logger, handler = logging.getLogger("deslo_plugin"), logging.StreamHandler(log)
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    early = attachment.step_rates()
+    for step in range(40):
+        now[0] += 300 if dist.get_rank() == slow else 100
+        time.sleep(0.02)
+        train(model, optimizer, range(step, step + 1))
+    dist.barrier()
+    rates = attachment.step_rates()
+    dist.barrier()
+    logger.removeHandler(handler)
+    return {"early": early, "rates": rates, "log": log.getvalue()}

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deslo_plugin.collectives import Fixed
 
-class ThreadAverage:
+
+class ThreadAverage(Fixed):
     """The ``Average`` of one replica of ``world``: means by barrier, over the replicas' threads."""
 
-    divisor = 1
+    divisor, progress = 1, None
 
     def __init__(self, world: "ThreadWorld", rank: int):
         self.world, self.rank = world, rank
@@ -41,6 +43,9 @@ class ThreadAverage:
 
     def any(self, flag: bool) -> bool:
         return flag
+
+    def total(self, value: float) -> float:
+        return value
 
     def culprits(self, flag: bool) -> list[int]:
         return [rank for rank, bad in enumerate(self.world.exchange(self.rank, flag)) if bad]
@@ -92,16 +97,17 @@ class RankError(AssertionError):
 
 
 class Processes:
-    """``size`` real processes, one torch thread each, joined by gloo; killed when closed or when a call times out."""
+    """``size`` real processes, one torch thread each, joined by gloo through a file or ``rendezvous``; killed when closed or when a
+    call times out."""
 
-    def __init__(self, size: int, folder: Path):
-        self.size, self._store = size, folder / "rendezvous"
+    def __init__(self, size: int, folder: Path, rendezvous: str | None = None):
+        self.size, rendezvous = size, rendezvous or f"file://{folder / 'rendezvous'}"
         context = torch.multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, str(self._store), theirs))
+            process = context.Process(target=_serve, args=(rank, size, rendezvous, theirs))
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -147,11 +153,11 @@ class Processes:
             process.join(timeout=10)
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size,
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size,
                                          timeout=timedelta(seconds=100))
     while True:
         try:

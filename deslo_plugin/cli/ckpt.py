@@ -31,7 +31,7 @@ def inspect(
     if folder is None:
         found = f"none in {str(path)!r}{_hint(path)}"
         raise ConfigError("deslo ckpt inspect", f"a folder with {NAME}, or folders of such in it", found, "check the path")
-    proof, problems = read_proof(folder), damaged(folder)
+    proof, problems = read_proof(folder), damaged(folder, None)
     files = json.loads((folder / NAME).read_text())["files"]
     content = _content(folder, proof, files, problems)
     if as_json:

@@ -2,6 +2,7 @@
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,7 +11,8 @@ from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import Groups
 from deslo_plugin.config import Config
 from deslo_plugin.plan import Plan, make_plan
-from deslo_plugin.stock import NUMELS
+from deslo_plugin.stock import NUMELS, StockAveraging
+from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter
 from deslo_plugin.topology import Topology
 
@@ -19,15 +21,17 @@ from deslo_plugin.topology import Topology
 class Attachment:
     """The averages of one optimizer: what moves, between whom, and what it has cost.
 
-    ``numels`` and ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is what buffers send.
+    ``groups`` is None where replicas come and go. ``numels`` and ``gradient_bytes`` are per param group, on this rank;
+    ``buffer_bytes`` is what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer alone.
     """
 
     averaging: Averaging
-    groups: Groups
+    groups: Groups | None
     config: Config
     numels: Sequence[int]
     gradient_bytes: Sequence[int] | None = None
     buffer_bytes: int = 0
+    engine_steps: bool = False
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -38,8 +42,37 @@ class Attachment:
         return self.groups.topology
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps completed, those before a resume or of the replica that a latecomer took over included."""
+        return self.averaging.steps
+
+    @property
     def meter(self) -> Meter:
         return self.averaging.meter
+
+    def saw(self, samples: float) -> None:
+        """Tells the samples (or tokens, counted alike on every rank) in the gradients of this rank's next step, for
+        ``deslo.weights: "samples"``; calls add up, as over micro-batches."""
+        self.averaging.saw(samples)
+
+    @torch.no_grad()
+    def skip_step(self) -> None:
+        """In place of ``optimizer.step()``: this replica leaves a step out that others may take, and averages with them.
+
+        On every rank of the replica. Raises ``ConfigError`` under DeepSpeed, whose engine counts its steps itself.
+        """
+        if self.engine_steps:
+            raise ConfigError("skip_step()", "engine.step() at every step under DeepSpeed", "a step left out",
+                              'take smaller batches on a slow replica, with deslo.weights "samples"')
+        (self.averaging if isinstance(self.averaging, StockAveraging) else self.optimizer).skip_step()
+
+    def step_rates(self) -> dict[int, float]:
+        """Replica -> steps per second between its last two averages, without what it waited for others; any rank may ask.
+
+        A replica that has not come to two averages yet is absent. Raises ``TimeoutError`` if the world's store is gone.
+        """
+        progress = self.averaging.average.progress
+        return progress.rates() if progress else {}
 
     @property
     def plan(self) -> Plan:
@@ -51,5 +84,19 @@ class Attachment:
         )
 
 
-attached: MutableMapping[torch.nn.Module, Attachment] = WeakKeyDictionary()
-"""By model: kept beside it, so that models can still be copied and pickled."""
+attached: MutableMapping[torch.nn.Module, list[Attachment]] = WeakKeyDictionary()
+"""By model, one for each optimizer that steps it: kept beside it, so that models can still be copied and pickled."""
+
+
+def attachments_of(model: Any, what: str) -> list[Attachment]:
+    """Of a model that ``attach`` was called with, or a DeepSpeed engine. Raises ``ConfigError`` for anything else, and for
+    replicas that come and go, of which no rank can ask the others at will."""
+    if isinstance(model, torch.nn.Module) and model in attached:
+        if any(attachment.groups is None for attachment in attached[model]):
+            raise ConfigError(what, "replicas that are there from start to end", "those of a torchft manager",
+                              "keep the state dicts of model and optimizer yourself, of any replica; latecomers need no file")
+        return attached[model]
+    if hasattr(model, "basic_optimizer") and hasattr(model, "deslo"):
+        return [model.deslo]
+    raise ConfigError(what, "a DeepSpeed engine with a deslo block, or a model that attach was called with", type(model).__name__,
+                      "call deslo_plugin.attach(model, optimizer) first")

@@ -101,6 +101,8 @@ def _run(framework: str, attachment: Attachment, step: Any, device: torch.device
     steps = STEPS + attachment.config.deslo.synchronous_steps
     losses = []
     for index in range(steps):
+        if attachment.config.deslo.weights == "samples":
+            attachment.saw(BATCH)
         torch.manual_seed(1000 * index + (dist.get_rank() if dist.is_initialized() else 0))
         losses.append(float(step(torch.randn(BATCH, WIDTH, device=device).to(dtype)).detach()))
     planned = forecast(attachment.plan, Link(1.0), 1.0, steps).bytes

@@ -126,7 +126,8 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
         # elsewhere DeepSpeed looks at the gradients itself, before it hands them over group by group
         averaging.skips_nonfinite &= engine.optimizer is optimizer
     agree_on_optimizer(averaging, config)
-    engine.deslo = Attachment(averaging, groups, config, [sum(param.numel() for param in params) for params in partitions])
+    numels = [sum(param.numel() for param in params) for params in partitions]
+    engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True)
     engine._take_model_step = (_averaged if stock else _kept_in_step)(engine, engine._take_model_step)
     if deslo.synchronous_steps:
         engine._take_model_step = _warmed_up(engine, engine._take_model_step)

@@ -1,0 +1,56 @@
+"""The byte-level GPT of examples/ as an objective of simulated replicas."""
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deslo_plugin.simulation import Network
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+from corpus import Windows, load_bytes, split  # noqa: E402
+from gpt import GPT, GPTConfig  # noqa: E402
+
+HELD_OUT = 64  # windows of a held-out batch
+
+# attention has no vectorised form on the CPU and runs replica by replica: measured, this costs nothing there
+warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented the batching rule")
+
+
+def small_gpt(shape: GPTConfig, *, sequences: int, replicas: int, seed: int, held_out: int = 1) -> Network:
+    """A GPT initialised from ``seed``, on windows of the standard library's text drawn for (seed, step, replica).
+
+    ``sequences`` windows for each replica and step; ``replicas`` is how many ever take part; ``held_out`` batches of 64
+    windows to judge by, the same for every seed.
+    """
+    train, validation = split(load_bytes(), 0.05)
+    torch.manual_seed(seed)
+    span = torch.arange(shape.context + 1)
+
+    def batches(ids: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+        starts = torch.randint(len(train) - shape.context, (replicas, sequences), generator=generator)[ids]
+        windows = train[starts[..., None] + span].long()
+        return windows[..., :-1], windows[..., 1:]
+
+    windows = Windows(validation, shape.context, seed=0)
+    batch = [windows[index] for index in range(HELD_OUT * held_out)]
+    tokens, targets = (torch.stack(each).split(HELD_OUT) for each in zip(*batch))
+    return Network(GPT(shape), batches, list(zip(tokens, targets)))
+
+
+def warmup_cosine(steps: int) -> Callable[[int], float]:
+    """Linear over the first twentieth of ``steps``, then a cosine to a tenth: as in configs/."""
+    warmup = max(1, steps // 20)
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+
+    return rate

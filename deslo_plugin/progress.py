@@ -1,0 +1,172 @@
+"""Who is late: how far each rank has come and how fast, as a note of its own in the world's store.
+
+A note is written at every launch of an average and read by nobody until an average fails or somebody asks: nothing is added
+to what travels between replicas. Writing one never waits for the store's host (a TCP store's ``set`` has no answer), and
+reading waits for a moment at most.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+
+from deslo_plugin.pace import Pace, Stragglers
+from deslo_plugin.topology import Topology
+
+Answer = TypeVar("Answer")
+MOMENT = 5.0  # seconds in which those that still live answer
+
+
+class _Board:
+    """Two connections with the store of a world, so that nobody who writes waits for an answer to somebody who reads."""
+
+    def __init__(self, world: dist.ProcessGroup):
+        store = world.get_group_store()
+        self.write, self.read, self.attachments = store.clone(), store.clone(), 0
+
+
+_boards: "WeakKeyDictionary[dist.ProcessGroup, _Board]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a rank says of itself: ``launches`` of averages so far, the last one after ``steps`` steps, ``at`` (seconds since
+    the epoch), at ``rate`` steps per second, and the last launch that it has ``given_up``."""
+
+    launches: int = 0
+    steps: int = 0
+    at: float = 0.0
+    rate: float | None = None
+    given_up: int = 0
+
+
+class Progress:
+    """The notes of all ranks of ``topology``, which are those of ``world``. Every rank makes its own, in the same order.
+
+    Ranks of one group launch the same averages in the same order, so that the count of launches names an average.
+    """
+
+    def __init__(self, topology: Topology, world: dist.ProcessGroup):
+        self.topology, self._note, self._pace, self._stragglers = topology, Note(at=time.time()), Pace(), Stragglers()
+        if world not in _boards:
+            _boards[world] = _Board(world)
+        self._board = _boards[world]
+        self._board.attachments += 1
+        self._prefix = f"deslo/{self._board.attachments}/"
+        self._look, self._seen = Thread(), dict[int, Note]()
+        self._write(self._note)
+
+    @property
+    def launches(self) -> int:
+        return self._note.launches
+
+    def launching(self, steps: int) -> None:
+        """Notes that averages are launched now, ``steps`` steps being complete."""
+        moved = steps != self._note.steps
+        self._pace.reached(steps)
+        self._write(replace(self._note, launches=self.launches + 1, steps=steps, at=time.time(), rate=self._pace.rate))
+        if moved and dist.get_rank() == 0:
+            self._look_around(lambda notes: self._stragglers.look(self._by_replica(notes)))
+
+    def waited(self, seconds: float) -> None:
+        """These were spent on waiting for others, and are no time of this replica's steps."""
+        self._pace.waited(seconds)
+
+    def given_up(self, ranks: Iterable[int], launch: int) -> list[int]:
+        """Those of ``ranks`` that were seen to have given up average number ``launch``; looks again without waiting for it."""
+        self._look_around(self._seen.update)
+        return [rank for rank in ranks if rank in self._seen and self._seen[rank].given_up >= launch]
+
+    def rates(self) -> dict[int, float]:
+        """Replica -> steps per second of its slowest rank between its last two averages, without what it waited for others.
+
+        A replica that has not come to two averages yet is absent. Not collective. Raises ``TimeoutError`` if the store's host
+        does not answer.
+        """
+        notes = self._read(self.topology.ranks)
+        if notes is None:
+            raise TimeoutError(f"step_rates(): expected an answer of the world's store within {MOMENT:g} s, got none; "
+                               "its host is gone")
+        return self._by_replica(notes)
+
+    def missing(self, ranks: Iterable[int], launch: int, *, timed_out: bool) -> str:
+        """A sentence on which of ``ranks`` an average that has failed is missing, ``launch`` being its number.
+
+        Waits a moment for the others to give up as well: who then has not said so is silent.
+        """
+        others = [rank for rank in ranks if rank != self.topology.rank]
+        deadline, known = time.monotonic() + MOMENT, None
+        while (notes := self._read(others)) is not None:
+            known = notes
+            if self._note.given_up < launch:
+                self._write(replace(self._note, given_up=launch))
+            behind = [rank for rank in others if known[rank].launches < launch]
+            silent = [rank for rank in others if known[rank].launches >= launch > known[rank].given_up]
+            if time.monotonic() > deadline or not silent and (timed_out or not behind):
+                break
+            time.sleep(0.05)
+        if known is None:
+            return (f"the store that knows who is late gave no answer in {MOMENT:g} s: its host, rank 0 or the launcher's "
+                    "first node, may be what died")
+        told = [f"rank {rank} has not come to it ({_last(known[rank])})" for rank in behind]
+        told += [f"rank {rank} came to it and has said nothing since ({_last(known[rank])})" for rank in silent]
+        return ", ".join(told) or "every rank came to it and lives: the link between them is broken or too slow"
+
+    def _by_replica(self, notes: dict[int, Note]) -> dict[int, float]:
+        rates = {replica: [notes[rank].rate for rank in row] for replica, row in enumerate(self.topology.rows)}
+        return {replica: min(of_ranks) for replica, of_ranks in rates.items() if None not in of_ranks}
+
+    def _look_around(self, then: Callable[[dict[int, Note]], object]) -> None:
+        """``then(notes)`` soon, unless a look is under way: the store may be far, and training goes on."""
+        def look() -> None:
+            if notes := self._read(self.topology.ranks):
+                then(notes)
+
+        if not self._look.is_alive():
+            self._look = Thread(target=look, daemon=True)
+            self._look.start()
+
+    def _write(self, note: Note) -> None:
+        self._note = note
+        try:
+            self._board.write.set(f"{self._prefix}{self.topology.rank}", json.dumps(asdict(note)))
+        except RuntimeError:
+            pass  # the store's host is gone: training needs it no more, and ``missing`` says so if an average fails
+
+    def _read(self, ranks: Iterable[int]) -> dict[int, Note] | None:
+        ranks = list(ranks)
+
+        def read() -> dict[int, Note]:
+            texts = self._board.read.multi_get([f"{self._prefix}{rank}" for rank in ranks])
+            return {rank: Note(**json.loads(text)) for rank, text in zip(ranks, texts)}
+
+        return _within(MOMENT, read)
+
+
+def _last(note: Note) -> str:
+    """When a rank was last heard of, by the clocks of the two hosts."""
+    ago = f"{max(0.0, time.time() - note.at):.1f} s ago"
+    return f"its last average was after step {note.steps}, {ago}" if note.launches else f"no average yet, attached {ago}"
+
+
+def _within(seconds: float, ask: Callable[[], Answer]) -> Answer | None:
+    """What ``ask`` returns; None if it fails, or takes longer, in which case its thread is left to it."""
+    answers: SimpleQueue[Answer | None] = SimpleQueue()
+
+    def answer() -> None:
+        try:
+            answers.put(ask())
+        except RuntimeError:
+            answers.put(None)
+
+    Thread(target=answer, daemon=True).start()
+    try:
+        return answers.get(timeout=seconds)
+    except Empty:
+        return None
