@@ -117,6 +117,22 @@ def test_plot_draws_hours_over_bandwidth(tmp_path):
     assert "<svg" in (tmp_path / "sweep.svg").read_text()
 
 
+def test_plan_says_what_of_a_config_only_a_job_can_fill_in(tmp_path):
+    path = tmp_path / "hf.json"
+    params = {"lr": "auto", "sync_every": {"params": 10}}
+    path.write_text(json.dumps({"optimizer": {"params": params}, "deslo": {"replica_size": "auto"}}))
+    plan = answer("plan", "--config", str(path), "--params", "1M", "--gbps", "1", "--step-ms", "10", "--replica-size", "8")
+    assert any(each.startswith("optimizer.params.lr has its default") for each in plan["assumptions"])
+    assert plan["replica_size"] == 8 and plan["states"][0]["period"] == 10
+
+
+def test_plan_refuses_a_file_that_no_job_of_ours_reads(tmp_path):
+    path = tmp_path / "accelerate.yaml"
+    path.write_text("distributed_type: FSDP\n")
+    words = 'expected a file with an "optimizer" or a "deslo" block'
+    assert words in run("plan", "--config", str(path), "--params", "1M", "--gbps", "1", "--step-ms", "10", status=2).stderr
+
+
 MISTAKES = {
     "no model": (["--step-ms", "1"], "--params, --model: expected one of them, got none"),
     "two models": (["--params", "1B", "--model", "x:y", "--step-ms", "1"], "got both"),
@@ -165,17 +181,18 @@ def test_doctor_alone_steps_the_config_and_says_what_it_could_not_see(tmp_path, 
     assert "GB/s" in checks["kernels"]["found"]
 
 
-@pytest.mark.parametrize("blocks, words", [
-    ({"deslo": {"replica_size": 1, "overlapp": True}}, "did you mean 'overlap'?"),
-    ({"deslo": {"sync_every": {"params": 3, "heat": 6}}}, "expected states of torch's AdamW or SGD"),
+@pytest.mark.parametrize("check, blocks, words", [
+    ("config", {"deslo": {"replica_size": 1, "overlapp": True}}, "did you mean 'overlap'?"),
+    ("config", {"model": "gpt"}, "neither in"),
+    ("steps", {"deslo": {"sync_every": {"params": 3, "heat": 6}}}, "expected states of torch's AdamW or SGD"),
 ])
-def test_doctor_ends_in_1_with_what_a_script_would_have_been_told(tmp_path, monkeypatch, blocks, words):
+def test_doctor_ends_in_1_with_what_a_script_would_have_been_told(tmp_path, monkeypatch, check, blocks, words):
     monkeypatch.delenv("RANK", raising=False)
     path = tmp_path / "two.json"
     path.write_text(json.dumps(blocks))
     found = answer("doctor", "--config", str(path), status=1)
     wrong = [each for each in found["checks"] if each["status"] == "wrong"]
-    assert not found["ok"] and [each["name"] for each in wrong] == ["config"] and words in wrong[0]["found"]
+    assert not found["ok"] and [each["name"] for each in wrong] == [check] and words in wrong[0]["found"]
 
 
 def torchrun(size: int, *arguments: str) -> subprocess.CompletedProcess:

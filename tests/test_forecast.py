@@ -142,15 +142,18 @@ def test_predicted_bytes_and_averages_are_those_that_a_meter_counts(deslo, steps
         assert found.bytes == meter.bytes and found.events == meter.events
 
 
-@pytest.mark.parametrize("wrap, size", [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("plain", 1)])
-def test_predicted_bytes_are_those_handed_to_the_collectives(four, wrap, size):
+COUNTED = [("ddp", 1, {}), ("ddp", 2, {}), ("ddp", 1, {"weights": "samples"}), ("fsdp", 2, {"synchronous_steps": 2}), ("plain", 1, {})]
+
+
+@pytest.mark.parametrize("wrap, size, deslo", COUNTED, ids=str)
+def test_predicted_bytes_are_those_handed_to_the_collectives(four, wrap, size, deslo):
     periods, steps = {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}, 25
-    deslo = {"replica_size": size, **({"synchronous_steps": 2} if wrap == "fsdp" else {})}
+    deslo = deslo | {"replica_size": size}
     results = four().run(forecast_jobs.counted, wrap, {"optimizer": {"params": {"sync_every": periods}}, "deslo": deslo}, steps)
     for result in results:
         assert result["planned"] == result["meter"] and result["handed"] == sum(result["meter"].values()) > 0
     if wrap != "fsdp":  # from the number of parameters alone: exact where shards are equal
-        planned = job(periods, numel=results[0]["numel"], replicas=4 // size, replica_size=size, steps=steps)
+        planned = job(periods, numel=results[0]["numel"], replicas=4 // size, steps=steps, **deslo)
         assert all(result["meter"] == seen(planned, Link(1)).bytes for result in results)
 
 

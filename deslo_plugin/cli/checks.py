@@ -66,6 +66,7 @@ def kernels(device: torch.device) -> Check:
     seconds, other = _median_seconds(ours, device), _median_seconds(theirs, device)
     rate = NUMEL * BYTES_PER_ELEMENT / seconds / 1e9
     found = f"{built}: {rate:.3g} GB/s on {kind}, {other / seconds:.2f} times as fast as torch's fused AdamW"
+    found += f", {dist.get_world_size()} ranks at once" if dist.is_initialized() else ""
     if kind not in built:
         return Check("kernels", WARNING, found, "every step is slower without kernels for it: DESLO_NATIVE="
                      f"{kind} pip install --no-build-isolation . builds them or says why not")

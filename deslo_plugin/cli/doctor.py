@@ -6,18 +6,20 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import torch
 import torch.distributed as dist
 import typer
 from rich.markup import escape
 
 from deslo_plugin.cli import checks
 from deslo_plugin.cli.checks import OK, WARNING, WRONG, Check
+from deslo_plugin.cli.given import given
 from deslo_plugin.cli.printing import FAILED, Json, command, show, show_json, table
 from deslo_plugin.cli.world import groups_of, leave, world
 from deslo_plugin.collectives import gathered
-from deslo_plugin.config import load_config, read_file
+from deslo_plugin.config import Config
 from deslo_plugin.strict import ConfigError
 
 COLOURS = {OK: "green", WARNING: "yellow", WRONG: "bold red"}
@@ -32,13 +34,9 @@ def doctor(
 
     Status 1 if anything is wrong on any rank.
     """
-    blocks = None if config is None else read_file(config)
     with redirect_stdout(sys.stderr), world() as device:  # frameworks print; what is asked for comes alone
         found = _tried("versions", checks.versions) + _tried("kernels", lambda: [checks.kernels(device)])
-        if dist.is_initialized():
-            found += _tried("replicas", lambda: _between_replicas({} if blocks is None else blocks, device))
-        if blocks is not None:
-            found += _tried("config", lambda: checks.steps(blocks, device))
+        found += _tried("config", lambda: _with_config(config, device))
     everywhere = _merged(found)
     if as_json:
         show_json({"ok": all(each.status != WRONG for each in everywhere), "checks": [asdict(each) for each in everywhere]})
@@ -50,8 +48,14 @@ def doctor(
     leave(FAILED if any(each.status == WRONG for each in everywhere) else 0)
 
 
-def _between_replicas(blocks: Any, device: Any) -> list[Check]:
-    groups = groups_of(load_config(blocks).deslo)
+def _with_config(path: Path | None, device: torch.device) -> list[Check]:
+    file = given(path)
+    found = _tried("replicas", lambda: _between_replicas(file.config, device)) if dist.is_initialized() else []
+    return found + (_tried("steps", lambda: checks.steps(file.blocks, device)) if path is not None else [])
+
+
+def _between_replicas(config: Config, device: torch.device) -> list[Check]:
+    groups = groups_of(config.deslo)
     found = [checks.topology(groups)]
     return found + ([checks.link(groups, device)] if groups.topology.replicas > 1 else [])
 

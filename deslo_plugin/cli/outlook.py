@@ -1,6 +1,6 @@
 """What ``deslo plan`` answers: the same figures as tables and as JSON, with all that they assume."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +16,11 @@ SWEEP = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 400.0, 1000.0)  # Gbit/s
 
 
 class Outlook:
-    """``why`` says where the step's time ("step") and the gradients' dtype ("gradients") come from."""
+    """``why`` says where the step's time ("step") and the gradients' dtype ("gradients") come from, ``left_out`` what of the
+    config was "auto"."""
 
-    def __init__(self, job: Job, link: Link, name: str, why: Mapping[str, str]):
-        self.job, self.link, self.name, self.why = job, link, name, why
+    def __init__(self, job: Job, link: Link, name: str, why: Mapping[str, str], left_out: Sequence[str] = ()):
+        self.job, self.link, self.name, self.why, self.left_out = job, link, name, why, left_out
         self.methods = methods(job)
 
     @cached_property
@@ -121,6 +122,8 @@ class Outlook:
             f"{hides}; states due at one step travel one after the other; the optimizer's own time counts as computing",
             f"synchronous training waits for every gradient (the papers' model), or hides it under {BACKWARD:.0%} of a step "
             "(what bucketing can reach at best)",
+            *(f'{each} has its default, since the config leaves it to the job ("auto")' for each in self.left_out),
+            "all parameters have the config's periods: param groups with their own are the script's",
             "not counted: the model's floating buffers, reductions inside a replica, data loading, evaluation, checkpoints, "
             "stragglers, failures",
             f"bytes are those of averages that have landed when step {job.steps:,} ends, as a rank's meter counts them",

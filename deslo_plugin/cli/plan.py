@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from deslo_plugin.cli.given import given
 from deslo_plugin.cli.model import count_parameters, parse_count
 from deslo_plugin.cli.outlook import Outlook
 from deslo_plugin.cli.printing import Json, command, show, show_json
-from deslo_plugin.config import Config, load_config, read_file
+from deslo_plugin.config import Config
 from deslo_plugin.forecast import Link, compute_seconds
 from deslo_plugin.methods import GRADIENT_BYTES, Job
 from deslo_plugin.strict import ConfigError
@@ -36,13 +37,13 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Bytes, waits, hours and memory of a config on a link, beside synchronous training and other periods."""
-    settings = load_config({} if config is None else config)
-    size, numel = _replica_size(settings, replica_size), _numel(params, model)
+    file = given(config)
+    size, numel = _replica_size(file.config, replica_size), _numel(params, model)
     step_s, computed = _step_seconds(step_ms, tokens_per_step, peak_tflops, mfu, numel, replicas * size)
-    dtype, why = _gradient_dtype(gradient_dtype, config)
-    job = Job(settings, numel, replicas, size, step_s, steps, dtype)
+    dtype, why = _gradient_dtype(gradient_dtype, file.blocks)
+    job = Job(file.config, numel, replicas, size, step_s, steps, dtype)
     name = "the papers' default" if config is None else str(config)
-    outlook = Outlook(job, _link(gbps, latency_ms, link), name, {"step": computed, "gradients": why})
+    outlook = Outlook(job, _link(gbps, latency_ms, link), name, {"step": computed, "gradients": why}, file.left_out)
     if plot is not None:
         from deslo_plugin.cli.plot import draw
 
@@ -53,15 +54,15 @@ def plan(
         show(*outlook.shown())
 
 
-def _replica_size(config: Config, given: int | None) -> int:
+def _replica_size(config: Config, wanted: int | None) -> int:
     size = config.deslo.replica_size
     if size == "auto":
-        if given is None:
+        if wanted is None:
             raise ConfigError("--replica-size", "the ranks of one replica, which the config leaves to the job", "none",
                               "give it: usually the GPUs of a node")
-        return given
-    if given not in (None, size):
-        raise ConfigError("--replica-size", f"{size}, as deslo.replica_size", str(given), "remove one of them")
+        return wanted
+    if wanted not in (None, size):
+        raise ConfigError("--replica-size", f"{size}, as deslo.replica_size", str(wanted), "remove one of them")
     return size
 
 
@@ -76,12 +77,12 @@ def _step_seconds(
 ) -> tuple[float, str]:
     """(seconds, where they come from)"""
     estimate = {"--tokens-per-step": tokens, "--peak-tflops": peak_tflops, "--mfu": mfu}
-    given = [name for name, value in estimate.items() if value is not None]
-    if step_ms is not None and given:
+    known = [name for name, value in estimate.items() if value is not None]
+    if step_ms is not None and known:
         raise ConfigError("--step-ms", f"it or {', '.join(estimate)}", "both", "keep the measured one")
-    if step_ms is None and len(given) < len(estimate):
+    if step_ms is None and len(known) < len(estimate):
         raise ConfigError("--step-ms", "the measured time of a step, or all of " + ", ".join(estimate),
-                          f"only {', '.join(given)}" if given else "none", "measure a step on one replica, without its peers")
+                          f"only {', '.join(known)}" if known else "none", "measure a step on one replica, without its peers")
     for name, value in ({"--step-ms": step_ms} if step_ms is not None else estimate).items():
         if not 0 < value < float("inf") or name == "--mfu" and value > 1:
             raise ConfigError(name, "a number in (0, 1]" if name == "--mfu" else "a number > 0", f"{value:g}", "correct it")
@@ -91,13 +92,12 @@ def _step_seconds(
     return seconds, f"6 d D / (MFU S) = 6 x {numel:.4g} x {tokens:g} / ({mfu:g} x {ranks} x {peak_tflops:g}e12)"
 
 
-def _gradient_dtype(given: str | None, path: Path | None) -> tuple[str, str]:
+def _gradient_dtype(wanted: str | None, blocks: Mapping[str, Any]) -> tuple[str, str]:
     """(dtype, where it comes from)"""
-    if given is not None:
-        if given not in GRADIENT_BYTES:
-            raise ConfigError("--gradient-dtype", f"one of {', '.join(GRADIENT_BYTES)}", repr(given), "choose one")
-        return given, "as given"
-    blocks = {} if path is None else read_file(path)
+    if wanted is not None:
+        if wanted not in GRADIENT_BYTES:
+            raise ConfigError("--gradient-dtype", f"one of {', '.join(GRADIENT_BYTES)}", repr(wanted), "choose one")
+        return wanted, "as given"
     for block, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if isinstance(blocks.get(block), Mapping) and blocks[block].get("enabled") is True:
             return dtype, f"{block} of the config"

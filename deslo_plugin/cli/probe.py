@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import torch.distributed as dist
 import typer
 
+from deslo_plugin.cli.given import given
 from deslo_plugin.cli.printing import Json, command, show, show_json
 from deslo_plugin.cli.world import groups_of, leave, world
 from deslo_plugin.collectives import gathered
-from deslo_plugin.config import load_config
 from deslo_plugin.probe import Measured
 from deslo_plugin.probe import probe as measure
 from deslo_plugin.strict import ConfigError
@@ -35,7 +35,7 @@ def probe(
         raise ConfigError("deslo probe", "the processes of a launcher", "one process", f"write: {START} probe --config FILE")
     if config is not None and replica_size is not None:
         raise ConfigError("--replica-size", "it or --config", "both", "keep one")
-    deslo = load_config({} if config is None else config).deslo
+    deslo = given(config).config.deslo
     with world() as device:
         groups = groups_of(deslo if replica_size is None else replace(deslo, replica_size=replica_size))
         if groups.topology.replicas == 1:

@@ -56,7 +56,7 @@ def self_test(blocks: Mapping[str, Any], device: torch.device) -> SelfTest:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)).to(device)
     if is_deepspeed(blocks) and find_spec("deepspeed") is not None:
         return _with_deepspeed(model, blocks, device)
-    config = _short(load_config(blocks))
+    config = _short(load_config(without_auto(blocks)))
     optimizer = _optimizer(model, config)
     if dist.is_initialized():
         model = DistributedDataParallel(model)
@@ -76,7 +76,7 @@ def _with_deepspeed(model: nn.Module, blocks: Mapping[str, Any], device: torch.d
     import deepspeed
 
     aside = {*ASIDE, *(["scheduler"] if '"auto"' in json.dumps(blocks.get("scheduler")) else [])}
-    config = _without_auto({key: value for key, value in blocks.items() if key not in aside})
+    config = without_auto({key: value for key, value in blocks.items() if key not in aside})
     config |= {"train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": 1, "steps_per_print": 10**9}
     _shorten(config)
     if not dist.is_initialized():
@@ -142,10 +142,10 @@ def _shorten(ds: dict[str, Any]) -> None:
     params["sync_every"] = _every_step(config.optimizer.periods)
 
 
-def _without_auto(value: Any) -> Any:
+def without_auto(value: Any) -> Any:
     """A deep copy without the values that only the Hugging Face integration fills in; ``replica_size`` may be "auto"."""
     if isinstance(value, Mapping):
-        return {key: _without_auto(each) for key, each in value.items() if each != "auto" or key == "replica_size"}
+        return {key: without_auto(each) for key, each in value.items() if each != "auto" or key == "replica_size"}
     return json.loads(json.dumps(value))
 
 
