@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict", "rounding"},
-    {"periods", "recording", "config", "topology", "plan"},
+    {"periods", "recording", "config", "topology", "plan", "alternatives", "forecast", "methods"},
     {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
-     "landing", "arguments", "shards", "journal"},
+     "landing", "arguments", "shards", "probe", "journal"},
     {"sync", "outer", "clock", "late", "pseudo_gradient"},
     {"averaging"},
     {"optimizer", "stock", "recorder"},

@@ -5,16 +5,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from deslo_plugin import ConfigError
-from deslo_plugin.cli.report import report
+from deslo_plugin.cli.app import app
 from deslo_plugin.report.page import rows
 from deslo_plugin.report.run import Flight, Run
 
-app = typer.Typer()
-app.command()(report)
 PARAMS, MOMENT = 1000, 500  # bytes of an average
 
 
@@ -119,7 +116,7 @@ class Page(HTMLParser):
 
 def test_the_page_is_whole_and_loads_nothing(known, bare, tmp_path):
     picture, text = tmp_path / "all.png", tmp_path / "all.md"
-    done = CliRunner().invoke(app, [str(known), str(bare), "--out", str(tmp_path / "r.html"), "--png", str(picture),
+    done = CliRunner().invoke(app, ["report", str(known), str(bare), "--out", str(tmp_path / "r.html"), "--png", str(picture),
                                     "--markdown", str(text)])
     assert done.exit_code == 0, done.output
     content = (tmp_path / "r.html").read_text()
@@ -133,7 +130,7 @@ def test_the_page_is_whole_and_loads_nothing(known, bare, tmp_path):
 
 
 def test_runs_without_anything_to_draw_have_a_table_all_the_same(bare, tmp_path):
-    done = CliRunner().invoke(app, [str(bare), "--out", str(tmp_path / "r.html"), "--png", str(tmp_path / "r.png")])
+    done = CliRunner().invoke(app, ["report", str(bare), "--out", str(tmp_path / "r.html"), "--png", str(tmp_path / "r.png")])
     content = (tmp_path / "r.html").read_text()
     assert done.exit_code == 0 and "<table>" in content and "<svg" not in content
     assert "files of 1 of 2 replicas" in content
@@ -168,7 +165,7 @@ def test_what_is_no_run_is_named(tmp_path, content, expected):
     path = tmp_path / "replica-0.jsonl"
     if content is not None:
         path.write_text(content)
-    done = CliRunner().invoke(app, [str(path), "--out", str(tmp_path / "r.html")])
+    done = CliRunner().invoke(app, ["report", str(path), "--out", str(tmp_path / "r.html")])
     assert done.exit_code == 2 and f"deslo report {path}: " in done.output and expected in done.output
     assert not (tmp_path / "r.html").exists()
 
@@ -177,6 +174,6 @@ def test_other_mistakes_are_told(known, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="got a folder without them"):
         Run(tmp_path / "empty")
-    assert "2 called 'known'" in CliRunner().invoke(app, [str(known), str(known)]).output
-    done = CliRunner().invoke(app, [str(known), "--out", str(tmp_path / "no" / "r.html")])
+    assert "2 called 'known'" in CliRunner().invoke(app, ["report", str(known), str(known)]).output
+    done = CliRunner().invoke(app, ["report", str(known), "--out", str(tmp_path / "no" / "r.html")])
     assert done.exit_code == 2 and "expected a place to write to" in done.output
