@@ -94,7 +94,9 @@ class Plan:
             lines.append("  momenta are reset after each average of params")
         moved = self.vectors_per_step
         lines.append(f"  {moved:.4g} parameter vectors per step between replicas: {1 / moved:.1f} times fewer than synchronous training")
-        lines.append(f"  memory: up to {self.flight_bytes:,} bytes on each rank while averages fly")
+        memory = f"  memory: up to {self.flight_bytes:,} bytes on each rank while averages fly"
+        measured = deslo.telemetry is not None and deslo.telemetry.pseudo_gradient
+        lines.append(memory + ", and one more copy of the parameters for the pseudo-gradient" * measured)
         never = dict.fromkeys(state for group in self.groups for state, period in group.periods.items() if not period)
         never = ["gradients" + " after those steps" * bool(deslo.synchronous_steps), *never, *["buffers"][: not self.buffer_bytes]]
         lines.append(f"  not averaged: {', '.join(never)}")

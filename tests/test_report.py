@@ -87,6 +87,12 @@ def test_the_table_puts_runs_side_by_side(known, bare):
     assert table["last cosine: exp_avg"] == ["0.6000", "-"]
 
 
+def test_json_has_the_figures_of_the_table(known):
+    said = json.loads(CliRunner().invoke(app, ["report", str(known), "--json"]).output)["known"]
+    assert said["bytes"] == {"params": 2 * PARAMS, "exp_avg": MOMENT} and said["reduction"] == pytest.approx(2.4)
+    assert said["exposed_s"] == pytest.approx([0.2, 0.4]) and said["last_drift"]["params"]["cosine"] == pytest.approx(0.6)
+
+
 class Page(HTMLParser):
     """What a page is made of."""
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deslo_plugin.cli.printing import command
+from deslo_plugin.cli.printing import Json, command, show_json
 from deslo_plugin.report.charts import png, svgs
 from deslo_plugin.report.page import html, markdown
 from deslo_plugin.report.run import Run
@@ -18,10 +18,13 @@ def report(
     out: Annotated[Path, typer.Option(help="The page: one HTML file that loads nothing.")] = Path("report.html"),
     picture: Annotated[Path | None, typer.Option("--png", help="Also draw all charts into this PNG.")] = None,
     text: Annotated[Path | None, typer.Option("--markdown", help="Also write the table as Markdown.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Loss by step, token and wall clock, bytes by state, waits, drift and a timeline of averages, runs side by side."""
     read = [Run(path) for path in runs]
     _expect_names(read)
+    if as_json:
+        return show_json({run.name: run.as_dict() for run in read})
     page = html(read, svgs(read))
     try:
         out.write_text(page, encoding="utf-8")

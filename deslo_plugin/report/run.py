@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from deslo_plugin.report.files import Record, read_replicas
 
@@ -154,6 +155,13 @@ class Run:
             Flight(state, each["steps"], each["seconds"] - seconds, each["seconds"], min(each["exposed_s"], seconds))
             for each in self._replicas[0].averages for state, seconds in each["in_flight_s"].items()
         ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures of the table. ``exposed_s`` has an entry for each replica, ``last_drift`` a distance and a cosine."""
+        names = ("replicas", "replica_size", "found", "processes", "ended", "steps", "taken", "seconds", "tokens", "final_loss",
+                 "bytes", "reduction")
+        last = {state: {"distance": seen[-1].distance, "cosine": seen[-1].cosine} for state, seen in self.drift.items()}
+        return {name: getattr(self, name) for name in names} | {"exposed_s": self.exposed, "last_drift": last}
 
     def _tokens(self) -> dict[int, float]:
         """Steps -> tokens of all ranks until then, as if replicas whose files are absent had seen as many."""
