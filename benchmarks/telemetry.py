@@ -5,8 +5,8 @@
 Two gloo processes of one thread each train the GPT of examples/, every rank a replica, DES-LOC with periods 32 / 96 / 192. A
 lap is 32 steps with one average; laps of the contestants take turns, in an order that turns round. The log of every step is
 written too. Laps are compared by the clock, and by the CPU time of all threads of the process, the writer's included, which
-others on the machine disturb less. Two contestants that write nothing say how far laps scatter by themselves; and, since that is more than
-telemetry costs, its calls are also timed alone.
+others on the machine disturb less. Two contestants that write nothing say how far laps scatter by themselves; and, since
+that is more than telemetry costs, its calls are also timed alone.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def report(seconds: dict[str, list[tuple[float, float]]], log: float, event: flo
     console.print(f"$ python benchmarks/telemetry.py --laps {len(base)}        (torch {torch.__version__})")
     console.print(table)
     share = 100 * (log + event / LAP) / step
-    console.print(f"alone, CPU time of both threads: {1e6 * log:.1f} us for a log, {1e6 * event:.1f} us for an average of three "
-                  f"states; a log at every step and an average at every {LAP}nd are {share:.3f}% of a step")
+    console.print(f"alone, CPU time of both threads: {1e6 * log:.1f} us for a log, {1e6 * event:.1f} us for an average of "
+                  f"three states; a log at every step and an average at every {LAP}nd are {share:.3f}% of a step")
 
 
 def main() -> None:
