@@ -60,13 +60,18 @@ def language(text: Tensor, *, replicas: int, apart: float = 0.0, seed: int = 0, 
     Args:
         text: (length,) uint8; every twentieth block of it is held out.
         replicas: how many ever take part.
-        apart: share in [0, 1] of its windows that a replica reads in a part of the text that is its own: the others
-            never see that part but for what they draw of the whole. 0 is the same distribution for all.
+        apart: share in [0, 1] of its windows that a replica reads in a part of the text that is its own; it draws the
+            others from the whole. 0 is the same distribution for all.
+
+    Raises ``ConfigError`` for more replicas than the text has windows.
     """
     blocks = text.split(BLOCK)
     held_out = torch.cat(blocks[19::20])
     train = torch.cat([block for number, block in enumerate(blocks, 1) if number % 20]).to(device)
-    span, part = torch.arange(CONTEXT + 1), (len(train) - CONTEXT) // replicas
+    span, part = torch.arange(CONTEXT + 1), len(train) // replicas
+    if part <= CONTEXT:
+        raise ConfigError("--data", f"a text of more than {CONTEXT} bytes for each of {replicas} replicas", f"{len(train):,} bytes",
+                          "give a longer one")
 
     def windows(source: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         found = source[(starts[..., None] + span).to(source.device)].long()
@@ -75,7 +80,7 @@ def language(text: Tensor, *, replicas: int, apart: float = 0.0, seed: int = 0, 
     def batches(ids: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
         whole, own = torch.rand(2, replicas, SEQUENCES, generator=generator, dtype=torch.float64)[:, ids]
-        starts = torch.as_tensor(ids)[:, None] * part + own * part
+        starts = torch.as_tensor(ids)[:, None] * part + own * (part - CONTEXT)
         at_home = torch.rand(replicas, SEQUENCES, generator=generator)[ids] < apart
         return windows(train, torch.where(at_home, starts, whole * (len(train) - CONTEXT)).long())
 
