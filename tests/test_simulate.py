@@ -77,6 +77,7 @@ def test_results_are_told_drawn_and_written(tmp_path):
         assert {(step > 20, count) for curve in each["curves"] for step, count in zip(curve["steps"], curve["replicas"])} == {
             (False, 4), (True, 8)
         }
+    assert {name: len(each["memory"]) for name, each in found["algorithms"].items()} == {"des-loc": 2, "synchronous": 0}
     sent = {name: each["curves"][0]["bytes"] for name, each in found["algorithms"].items()}
     assert sent == {"des-loc": 0, "synchronous": 40 * 2 * 4}  # no period has passed; two float32 gradients at each step
 

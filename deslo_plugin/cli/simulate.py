@@ -16,7 +16,7 @@ from rich.table import Table
 from deslo_plugin.cli.curves import draw, expect_drawable
 from deslo_plugin.cli.printing import bytes_of, command, number, show, table
 from deslo_plugin.simulation.contest import Contestant, Curve, follow, read_contestants
-from deslo_plugin.simulation.memory import memory, proven
+from deslo_plugin.simulation.memory import Memory, memory, proven
 from deslo_plugin.simulation.run import Moment
 from deslo_plugin.simulation.run import simulate as moments_of
 from deslo_plugin.simulation.scene import Scene
@@ -67,7 +67,7 @@ def simulate(
         text = json.dumps(as_dict(scene, contestants, results))
         typer.echo(text) if str(json_file) == "-" else json_file.write_text(text + "\n")
     if str(json_file) != "-":
-        show(ends(scene, results), "", memories(scene, contestants), *proofs(contestants))
+        show(ends(scene, results), "", memories(scene, contestants), *proofs(scene, contestants))
 
 
 def run(scene: Scene, contestants: Sequence[Contestant], seeds: Sequence[int]) -> Results:
@@ -101,7 +101,7 @@ def as_dict(scene: Scene, contestants: Sequence[Contestant], results: Results) -
         "algorithms": {
             each.name: {
                 "optimizer": asdict(each.config.optimizer), "gradient_clipping": each.norm_clip,
-                "memory": [dict(row._asdict()) for row in memory(each.config.optimizer, scene.replicas)],
+                "memory": [row._asdict() for row in remembered(scene, each)],
                 "curves": [asdict(curve) for curve in results[each.name]],
             }
             for each in contestants
@@ -130,20 +130,29 @@ def memories(scene: Scene, contestants: Sequence[Contestant]) -> Table:
             f"{row.kept:.3g}", f"{row.drift:.3g}", "" if row.noise is None else f"{row.noise:.3g}",
             "" if row.information is None else f"{row.information:.3g}",
         ]
-        for each in contestants for row in memory(each.config.optimizer, scene.replicas)
+        for each in contestants for row in remembered(scene, each)
     ]
     columns = ["", "momentum", "beta", "half-life", "every", "kept", "drift <=", "local noise", "nats"]
     return table("What each momentum keeps of its average until the next", columns, rows, words=2)
 
 
-def proofs(contestants: Iterable[Contestant]) -> list[str]:
+def proofs(scene: Scene, contestants: Iterable[Contestant]) -> list[str]:
     """The papers' psi and largest proven rate, for those of rule sgdm."""
     lines = []
     for each in contestants:
-        if (found := proven(each.config.optimizer)) is not None:
+        if local(scene, each) and (found := proven(each.config.optimizer)) is not None:
             rate = "" if found.rate is None else f", converges by proof at rates up to {found.rate:.3g} / L"
             lines.append(f"{each.name}: psi {found.psi:.4g}{rate}")
     return lines
+
+
+def remembered(scene: Scene, contestant: Contestant) -> list[Memory]:
+    return memory(contestant.config.optimizer, scene.replicas) if local(scene, contestant) else []
+
+
+def local(scene: Scene, contestant: Contestant) -> bool:
+    """Whether replicas ever step by gradients of their own: else their momenta are one, and need no average."""
+    return contestant.config.deslo.synchronous_steps < scene.steps
 
 
 def _loss(value: float) -> str:
