@@ -1,7 +1,8 @@
 """Algorithm 1 around whatever updates the parameters: what is due lands, the update is made, the clock ticks."""
 
 import functools
-from collections.abc import Callable, MutableMapping, Sequence
+import time
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Averaging:
         self._receive = receive or (lambda cohort, states, means: write_means(states, means))
         self._sync, self.late = self._synchronizer(average), Late(getattr(torch, deslo.wire_dtype))
         self._buffers: Sequence[Tensor] = ()
+        self._convened = False
         self._met = 0
         self._samples = Samples() if deslo.weights == "samples" else None
 
@@ -76,16 +78,25 @@ class Averaging:
 
     def around(self, update: Callable[[list[Cohort]], object]) -> None:
         """One step: averages what is due, calls ``update``, and ticks."""
-        cohorts = [cohort for group in self.groups for cohort in self.clock.cohorts(group)]
-        before = self.deslo.when == "before_update"
-        if before:
+        if not self._convened:
+            self._convened = True
+            if self._convene():  # a latecomer: it stands where the others do, at the end of a step
+                return self._depart(self._cohorts())
+        cohorts = self._cohorts()
+        if self.deslo.when == "before_update":
             self._average(cohorts)  # x, u, v <- E_m[...] where t % K == 0
         update(cohorts)  # u, v, x <- the local rule
         for index, cohort in enumerate(cohorts):
             self.clock.set(cohort, cohort.steps + 1)
             cohorts[index] = cohort._replace(steps=cohort.steps + 1)
             self._tick_samples(cohorts[index])
-        if not before:
+        if any(map(self._names_due, cohorts)) and self._convene():
+            cohorts = self._cohorts()
+        self._depart(cohorts)
+
+    def _depart(self, cohorts: list[Cohort]) -> None:
+        """What is due at the end of a step is averaged or launched."""
+        if self.deslo.when == "after_update":
             self._average(cohorts)
         elif self.deslo.overlap:
             for cohort in cohorts:
@@ -93,6 +104,15 @@ class Averaging:
                 self._sync.launch(cohort.steps, cohort.params, states, self._weigh(cohort))
                 if self.deslo.delay > 1:
                     self.late.keep(cohort.params, states)
+
+    def _cohorts(self) -> list[Cohort]:
+        return [cohort for group in self.groups for cohort in self.clock.cohorts(group)]
+
+    def _convene(self) -> bool:
+        start = time.perf_counter()
+        replaced = self.average.convene()
+        self.meter.seconds_exposed += time.perf_counter() - start
+        return replaced
 
     @property
     def diverged(self) -> bool:
@@ -110,17 +130,17 @@ class Averaging:
         if self._samples:
             self._samples.forget()
 
-    @torch.no_grad()
-    def meet(self) -> None:
-        """Averages every floating state and the buffers now, whatever is due: replicas are equal afterwards. Collective."""
-        self.abandon()
-        for cohort in (cohort for group in self.groups for cohort in self.clock.cohorts(group)):
-            states = {state: self.gather(state, cohort.params) for state in cohort.group["sync_every"]}
-            states = {state: tensors for state, tensors in states.items() if tensors[0].is_floating_point()}
-            write_means(states, self._sync.mean(cohort.steps, states))
-        if self._buffers:
-            write_means({BUFFERS: self._buffers}, self._buffer_sync.mean(self.steps, {BUFFERS: self._buffers}))
-        self.met()
+    def aside(self) -> dict[str, Any]:
+        """What this rank knows of its averages beside the optimizer's state: values that were launched, samples seen."""
+        params = list(self.optimizer.state)
+        return {"late": self.late.saved(params), "samples": self._samples.saved(params) if self._samples else None}
+
+    def put_aside(self, aside: Mapping[str, Any]) -> None:
+        """Goes on from what ``aside`` gave, with a state that has as many parameters in the same order."""
+        params = list(self.optimizer.state)
+        self.late.load(params, aside["late"])
+        if self._samples and aside["samples"]:
+            self._samples.load(params, aside["samples"])
 
     def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The means of any floating tensors in at least float32, counted under ``name``; they stay as they are. Collective."""
@@ -173,18 +193,26 @@ class Averaging:
 
     def _average(self, cohorts: Sequence[Cohort]) -> None:
         cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.delay) for cohort in cohorts]  # as they were launched
-        for cohort in cohorts:
-            states, weigh = self._due(cohort), self._weigh(cohort)
-            if states and self.deslo.delay == 1:
-                self._receive(cohort, states, self._sync.land(cohort.steps, cohort.params, states, weigh))
-            elif states:
-                launched = self.late.launched(cohort.params, states)
-                self.late.land(cohort.params, states, self._sync.land(cohort.steps, cohort.params, launched, weigh))
-        meeting = [cohort for cohort in cohorts if PARAMS in self._names_due(cohort)]
-        if self._buffers and meeting:
-            buffers = {BUFFERS: self._buffers}
-            weigh = self._weigh(meeting[0], PARAMS)
-            write_means(buffers, self._buffer_sync.land(meeting[0].steps, self._buffers, buffers, weigh))
+        due = [(cohort, states) for cohort in cohorts if (states := self._due(cohort))]
+        sent = [states if self.deslo.delay == 1 else self.late.launched(cohort.params, states) for cohort, states in due]
+        for (cohort, _), states in zip(due, sent):  # all that is due flies before the first lands: it arrives or not as one
+            self._sync.launch_absent(cohort.steps, cohort.params, states, self._weigh(cohort))
+        meeting = [cohort for cohort, states in due if PARAMS in states] if self._buffers else []
+        buffers = {BUFFERS: self._buffers}
+        if meeting:
+            self._buffer_sync.launch(meeting[0].steps, self._buffers, buffers, self._weigh(meeting[0], PARAMS))
+        landed = True
+        for (cohort, states), launched in zip(due, sent):
+            means = self._sync.land(cohort.steps, cohort.params, launched)
+            if means is None:
+                landed = False
+            elif self.deslo.delay == 1:
+                self._receive(cohort, states, means)
+            else:
+                self.late.land(cohort.params, states, means)
+        if meeting and (means := self._buffer_sync.land(meeting[0].steps, self._buffers, buffers)):
+            write_means(buffers, means)
+        self.meter.refused_averages += not landed
 
     def _weigh(self, cohort: Cohort, like: str | None = None) -> Weigh | None:
         """What this rank has seen since the last average of a state of ``cohort``, or of its state ``like``."""

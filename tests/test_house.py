@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict", "rounding", "theory"},
-    {"periods", "config", "topology", "plan"},
+    {"periods", "config", "topology", "plan", "alternatives", "forecast", "methods"},
     {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
-     "landing", "arguments", "shards"},
+     "landing", "arguments", "shards", "probe"},
     {"sync", "outer", "clock", "late"},
     {"averaging"},
     {"optimizer", "stock"},
