@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 from deslo_plugin import ConfigError, load_config
-from deslo_plugin.cli.simulate import simulate
+from deslo_plugin.cli.app import app
 from deslo_plugin.simulation import Failures, Growth, Replicas
 from deslo_plugin.simulation import simulate as moments_of
 from deslo_plugin.simulation.contest import read_contestants
@@ -25,9 +24,7 @@ SMALL = ["--replicas", "4", "--steps", "40"]
 
 
 def run(*arguments: str, status: int = 0):
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(simulate)
-    result = CliRunner().invoke(app, list(arguments))
+    result = CliRunner().invoke(app, ["simulate", *arguments])
     assert result.exit_code == status, result.output + repr(result.exception)
     return result
 
@@ -42,7 +39,8 @@ def losses(found: dict, name: str) -> list[list[float]]:
 
 @pytest.mark.parametrize("objective", OPTIONS)
 def test_every_objective_is_learned_by_every_default_algorithm(objective):
-    found = answer("--objective", objective, "--replicas", "4", "--steps", "40" if objective == "bytes" else "120", "--lr", "0.02")
+    steps = "40" if objective == "bytes" else "120"
+    found = answer("--objective", objective, "--replicas", "4", "--steps", steps, "--lr", "0.02")
     assert list(found["algorithms"]) == ["des-loc-adam", "local-adam", "favg+opt"]
     for name in found["algorithms"]:
         (curve,) = losses(found, name)

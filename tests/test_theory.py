@@ -133,12 +133,13 @@ def test_psi_grows_with_every_period_and_falls_with_beta(beta, every, momentum, 
 @given(st.floats(0.1, 0.9), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**20))
 def test_sgdm_at_the_proven_rate_comes_down(beta, every, momentum, seed):
     largest = proven_rate(beta, psi(every, [beta], [1.0], [momentum]), smoothness=4.0)
-    goal = Quadratic(torch.ones(6, dtype=torch.float64), torch.logspace(0, math.log10(4), 6), 0.0, replicas=4, apart=0.5, seed=seed)
+    start, spectrum = torch.ones(6, dtype=torch.float64), torch.logspace(0, math.log10(4), 6)
+    goal = Quadratic(start, spectrum, 0.0, replicas=4, apart=0.5, seed=seed)
     settings_ = config("sgdm", {"params": every, "exp_avg": momentum}, betas=[beta], lr=largest)
-    start, steps = float(goal.evaluate(goal.start[None])), math.ceil(4 / largest)
+    first, steps = float(goal.evaluate(goal.start[None])), math.ceil(4 / largest)
     for moment in simulate(goal, settings_, replicas=4, steps=steps):
         pass
-    assert float(goal.evaluate(moment.replicas.state("params").mean(0, keepdim=True))) < 0.05 * start
+    assert float(goal.evaluate(moment.replicas.state("params").mean(0, keepdim=True))) < 0.05 * first
 
 
 def test_the_proven_rate_by_hand():
@@ -154,7 +155,8 @@ def test_what_a_config_remembers():
     assert slow.kept == pytest.approx(0.9685, abs=1e-4) and slow.noise == pytest.approx(0.0005 * 0.062, rel=0.02)
     assert slow.information == pytest.approx(0.5 * math.log1p(0.999**64 / (4 * (1 - 0.999**64))))
     assert (second.kept, second.drift, second.information) == (0.0, 2.0, None)
-    fast, _ = memory(load_config({"optimizer": {"params": {"sync_every": {"params": 32, "exp_avg": 32}}}}).optimizer, replicas=4)
+    local_adam = load_config({"optimizer": {"params": {"sync_every": {"params": 32, "exp_avg": 32}}}})
+    fast, _ = memory(local_adam.optimizer, replicas=4)
     assert fast.kept == pytest.approx(0.0343, abs=1e-4) and fast.information < slow.information / 1000
 
 

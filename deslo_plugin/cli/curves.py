@@ -1,7 +1,6 @@
 """Losses over steps, one line for each algorithm with a band over seeds."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 
@@ -10,22 +9,10 @@ from torch import Tensor
 
 from deslo_plugin.simulation.contest import Curve
 from deslo_plugin.simulation.scene import Scene
-from deslo_plugin.strict import ConfigError
 
-FORMATS = (".png", ".svg", ".pdf")
 SMOOTH = 40  # points show means over a 40th of the run: single losses are noisy
 COLOURS = ("#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73", "#56b4e9", "#555555")
 STYLES = ("-", "--", "-", "-.")  # neighbours that lie on each other are both seen
-
-
-def expect_drawable(path: Path) -> None:
-    """Raises ``ConfigError`` without matplotlib, and for another kind of file: before anything is simulated."""
-    if path.suffix not in FORMATS:
-        raise ConfigError("--plot", f"a file that ends in one of {', '.join(FORMATS)}", repr(str(path)), "rename it")
-    if not path.parent.is_dir():
-        raise ConfigError("--plot", "an existing folder", repr(str(path.parent)), "make it first")
-    if find_spec("matplotlib") is None:
-        raise ConfigError("--plot", "matplotlib installed", "none", "pip install 'deslo-plugin[plot]', or leave --plot out")
 
 
 def draw(scene: Scene, results: Mapping[str, Sequence[Curve]], path: Path) -> None:
@@ -45,7 +32,8 @@ def draw(scene: Scene, results: Mapping[str, Sequence[Curve]], path: Path) -> No
         axes.fill_between(steps, losses.amin(0), losses.amax(0), color=colour, alpha=0.15, linewidth=0)
     if scene.double_at is not None:
         axes.axvline(scene.double_at, color="grey", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="steps", ylabel=f"loss at the mean of {scene.replicas} replicas", yscale="log" if scene.logarithmic else "linear")
+    axes.set(xlabel="steps", ylabel=f"loss at the mean of {scene.replicas} replicas",
+             yscale="log" if scene.logarithmic else "linear")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")

@@ -13,27 +13,29 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from deslo_plugin.cli.curves import draw, expect_drawable
+from deslo_plugin.cli.curves import draw
+from deslo_plugin.cli.figures import expect_drawable
 from deslo_plugin.cli.printing import bytes_of, command, number, show, table
 from deslo_plugin.simulation.contest import Contestant, Curve, follow, read_contestants
 from deslo_plugin.simulation.memory import Memory, memory, proven
 from deslo_plugin.simulation.run import Moment
 from deslo_plugin.simulation.run import simulate as moments_of
-from deslo_plugin.simulation.scene import Scene
+from deslo_plugin.simulation.scene import OPTIONS, Scene
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.version import __version__
 
 DEFAULT = ["des-loc-adam", "local-adam", "favg+opt"]
+DEFAULTS = f"By default {', '.join(DEFAULT)}."
 Results = Mapping[str, Sequence[Curve]]
 
 
 @command
 def simulate(
-    config: Annotated[list[str] | None, typer.Option(help="A file, or a name in configs/; several compare. " + ", ".join(DEFAULT))] = None,
-    objective: Annotated[str, typer.Option(help="rosenbrock, quadratic, logistic, or bytes: a small language model.")] = "rosenbrock",
+    config: Annotated[list[str] | None, typer.Option(help="File, or name in configs/; several compare. " + DEFAULTS)] = None,
+    objective: Annotated[str, typer.Option(help=", ".join(OPTIONS) + ", which is a small language model.")] = "rosenbrock",
     replicas: Annotated[int, typer.Option(help="How many start.")] = 16,
     steps: Annotated[int, typer.Option(help="Of each run.")] = 1000,
-    seed: Annotated[list[int] | None, typer.Option(help="Of start, noise, data and failures; several make a band. 0")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of noise, data, failures (0); several make a band.")] = None,
     lr: Annotated[float | None, typer.Option(help="In place of every config's.")] = None,
     synchronous: Annotated[bool, typer.Option("--synchronous", help="Add synchronous training with the first config.")] = False,
     noniid: Annotated[float, typer.Option(help="How much replicas differ, see docs/simulate.md; 0 is not at all.")] = 0.0,
@@ -46,7 +48,7 @@ def simulate(
     fail_absent: Annotated[int | None, typer.Option(help="and are away for so many steps at least (as --fail-every).")] = None,
     device: Annotated[str | None, typer.Option(help="By default the GPU, if there is one.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw losses over steps into this file: .png, .svg or .pdf.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write settings and curves into this file; - prints them.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write settings and curves to this file; - prints.")] = None,
 ) -> None:
     """Trains replicas in one process, with the optimizer that trains across nodes, and compares algorithms."""
     scene = Scene(

@@ -70,8 +70,8 @@ def language(text: Tensor, *, replicas: int, apart: float = 0.0, seed: int = 0, 
     train = torch.cat([block for number, block in enumerate(blocks, 1) if number % 20]).to(device)
     span, part = torch.arange(CONTEXT + 1), len(train) // replicas
     if part <= CONTEXT:
-        raise ConfigError("--data", f"a text of more than {CONTEXT} bytes for each of {replicas} replicas", f"{len(train):,} bytes",
-                          "give a longer one")
+        raise ConfigError("--data", f"a text of more than {CONTEXT} bytes for each of {replicas} replicas",
+                          f"{len(train):,} bytes", "give a longer one")
 
     def windows(source: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         found = source[(starts[..., None] + span).to(source.device)].long()

@@ -85,8 +85,8 @@ class Scene:
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError("--device", "one of this machine, such as cpu or cuda", f"{self.device!r}: {reason}", "choose another") from error
+            got = f"{self.device!r}: {str(error).splitlines()[0]}"
+            raise ConfigError("--device", "one of this machine, such as cpu or cuda", got, "choose another") from error
 
     def _check_what_befalls_it(self) -> None:
         if self.double_at is not None and self.double_at >= self.steps:
