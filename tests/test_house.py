@@ -11,14 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "strict", "rounding", "theory"},
-    {"periods", "config", "topology", "plan", "alternatives", "forecast", "methods"},
+    {"periods", "recording", "config", "topology", "plan", "alternatives", "forecast", "methods"},
     {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
-     "landing", "arguments", "shards", "probe"},
-    {"sync", "outer", "clock", "late"},
+     "landing", "arguments", "shards", "probe", "journal"},
+    {"sync", "outer", "clock", "late", "pseudo_gradient"},
     {"averaging"},
-    {"optimizer", "stock"},
+    {"optimizer", "stock", "recorder"},
     {"simulation"},
-    {"frameworks"},
+    {"frameworks", "report"},
     {"", "run"},
     {"cli"},
 ]
