@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deslo_plugin.adaptive import adaptive, shortest
 from deslo_plugin.clock import Clock, Cohort
 from deslo_plugin.collectives import Average
 from deslo_plugin.config import DesloConfig
 from deslo_plugin.late import Late
+from deslo_plugin.log import say
 from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS
 from deslo_plugin.outer import mean_
-from deslo_plugin.schedule import due
+from deslo_plugin.schedule import Periods, due
 from deslo_plugin.shards import local
+from deslo_plugin.spread import Spread
 from deslo_plugin.sync import States, Synchronizer, Weigh, finite
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter, SyncEvent
@@ -52,8 +55,10 @@ class Averaging:
         self.skips_nonfinite = deslo.on_nonfinite == "skip"
         self._receive = receive or (lambda cohort, states, means: write_means(states, means))
         self._sync, self.late = self._synchronizer(average), Late(getattr(torch, deslo.wire_dtype))
+        self._spread = Spread(average, self.record)
         self._buffers: Sequence[Tensor] = ()
         self._met = 0
+        self._periods: dict[int, Periods] = {}  # of each param group, by its id
         self._samples = Samples() if deslo.weights == "samples" else None
 
     def add_buffers(self, buffers: Sequence[Tensor], average: Average) -> None:
@@ -77,6 +82,7 @@ class Averaging:
     def around(self, update: Callable[[list[Cohort]], object]) -> None:
         """One step: averages what is due, calls ``update``, and ticks."""
         cohorts = [cohort for group in self.groups for cohort in self.clock.cohorts(group)]
+        self._periods |= {id(cohort.group): cohort.periods for cohort in cohorts}
         before = self.deslo.when == "before_update"
         if before:
             self._average(cohorts)  # x, u, v <- E_m[...] where t % K == 0
@@ -91,8 +97,13 @@ class Averaging:
             for cohort in cohorts:
                 states = self._due(cohort)
                 self._sync.launch(cohort.steps, cohort.params, states, self._weigh(cohort))
+                self._spread.launch(cohort.params, _adaptive(cohort, states))
                 if self.deslo.delay > 1:
                     self.late.keep(cohort.params, states)
+
+    def periods(self, group: Group) -> Periods:
+        """The periods in force in a param group; adaptive ones change (where ZeRO cuts a group, those of its last part)."""
+        return self._periods.get(id(group), shortest(group["sync_every"]))
 
     @property
     def diverged(self) -> bool:
@@ -106,6 +117,7 @@ class Averaging:
     def abandon(self) -> None:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
         self._sync.abandon()
+        self._spread.abandon()
         self.late.clear()
         if self._samples:
             self._samples.forget()
@@ -174,17 +186,33 @@ class Averaging:
     def _average(self, cohorts: Sequence[Cohort]) -> None:
         cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.delay) for cohort in cohorts]  # as they were launched
         for cohort in cohorts:
-            states, weigh = self._due(cohort), self._weigh(cohort)
+            states = self._due(cohort)
             if states and self.deslo.delay == 1:
-                self._receive(cohort, states, self._sync.land(cohort.steps, cohort.params, states, weigh))
+                self._receive(cohort, states, self._land(cohort, states))
             elif states:
                 launched = self.late.launched(cohort.params, states)
-                self.late.land(cohort.params, states, self._sync.land(cohort.steps, cohort.params, launched, weigh))
+                self.late.land(cohort.params, states, self._land(cohort, launched))
         meeting = [cohort for cohort in cohorts if PARAMS in self._names_due(cohort)]
         if self._buffers and meeting:
             buffers = {BUFFERS: self._buffers}
             weigh = self._weigh(meeting[0], PARAMS)
             write_means(buffers, self._buffer_sync.land(meeting[0].steps, self._buffers, buffers, weigh))
+
+    def _land(self, cohort: Cohort, launched: States) -> States:
+        self._spread.launch(cohort.params, _adaptive(cohort, launched))
+        means = self._sync.land(cohort.steps, cohort.params, launched, self._weigh(cohort))
+        for state in _adaptive(cohort, means):
+            self._adapt(cohort, state, self._spread.land(cohort.steps, cohort.params, state, means[state]))
+        return means
+
+    def _adapt(self, cohort: Cohort, state: str, drift: float) -> None:
+        """Lets the ``drift`` that an average has found choose the period of ``state`` from now on."""
+        before, bounds = cohort.periods[state], cohort.group["sync_every"][state]
+        period = bounds.after(cohort.steps, before, drift)
+        self.clock.adapt(cohort, state, period)
+        if period != before:
+            say(f"deslo: {state} is averaged every {period} steps now, after step {cohort.steps} found drift {drift:.3g} at every "
+                f"{before} ({bounds})")
 
     def _weigh(self, cohort: Cohort, like: str | None = None) -> Weigh | None:
         """What this rank has seen since the last average of a state of ``cohort``, or of its state ``like``."""
@@ -200,7 +228,7 @@ class Averaging:
         return {state: self.gather(state, cohort.params) for state in self._names_due(cohort)}
 
     def _names_due(self, cohort: Cohort) -> tuple[str, ...]:
-        return due(cohort.group["sync_every"], cohort.steps) if cohort.steps > self.deslo.synchronous_steps else ()
+        return due(cohort.periods, cohort.steps) if cohort.steps > self.deslo.synchronous_steps else ()
 
     def _synchronizer(self, average: Average, wire_dtype: torch.dtype | None = None) -> Synchronizer:
         wire, chunk = wire_dtype or getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_mb << 20
@@ -213,6 +241,11 @@ class Averaging:
             self.average.progress.waited(event.seconds_exposed)
         if self._emit is not None:
             self._emit(event)
+
+
+def _adaptive(cohort: Cohort, states: States) -> States:
+    """Those of ``states`` whose periods adapt."""
+    return {state: states[state] for state in adaptive(cohort.group["sync_every"]) if state in states}
 
 
 def write_means(states: States, means: States) -> None:

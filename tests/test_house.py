@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
-    {"version", "names", "rules", "schedule", "strict", "rounding"},
+    {"version", "names", "rules", "schedule", "adaptive", "strict", "rounding"},
     {"periods", "config", "topology", "plan"},
     {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
      "landing", "arguments", "shards"},
-    {"sync", "outer", "clock", "late"},
+    {"sync", "outer", "clock", "late", "spread"},
     {"averaging"},
     {"optimizer", "stock"},
     {"simulation"},
