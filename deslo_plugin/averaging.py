@@ -13,7 +13,7 @@ from deslo_plugin.collectives import Average
 from deslo_plugin.config import DesloConfig
 from deslo_plugin.late import Late
 from deslo_plugin.log import say
-from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS
+from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS, every
 from deslo_plugin.outer import mean_
 from deslo_plugin.schedule import Periods, due
 from deslo_plugin.shards import local
@@ -209,7 +209,9 @@ class Averaging:
         """Lets the ``drift`` that an average has found choose the period of ``state`` from now on."""
         before, bounds = cohort.periods[state], cohort.group["sync_every"][state]
         period = bounds.after(cohort.steps, before, drift)
-        self.clock.adapt(cohort, state, period)
+        cohort.periods[state] = period
+        for param in cohort.params:
+            self.optimizer.state[param][every(state)] = torch.tensor(float(period))
         if period != before:
             say(f"deslo: {state} is averaged every {period} steps now, after step {cohort.steps} found drift {drift:.3g} at every "
                 f"{before} ({bounds})")

@@ -33,8 +33,6 @@ class Clock(Protocol):
     def set(self, cohort: Cohort, steps: int) -> None:
         """From now on the parameters of ``cohort`` have completed ``steps``."""
 
-    def adapt(self, cohort: Cohort, state: str, period: int) -> None:
-        """From now on ``state``, whose period adapts, has this one."""
 
 
 class ParameterClock:
@@ -62,7 +60,7 @@ class ParameterClock:
 
         def now(param: Tensor) -> dict[str, int]:
             state = self._optimizer.state[param]
-            return {name: bounds.allowed(int(state[every(name)])) for name, bounds in adapt.items()}
+            return {name: bounds.allowed(int(state.get(every(name), 0))) for name, bounds in adapt.items()}
 
         for periods, same in groupby(sorted(params, key=lambda param: [*now(param).values()]), now):
             yield {**schedule, **periods}, list(same)
@@ -80,10 +78,6 @@ class ParameterClock:
         for param in cohort.params:
             self._optimizer.state[param][key].fill_(steps)
 
-    def adapt(self, cohort: Cohort, state: str, period: int) -> None:
-        cohort.periods[state] = period
-        self.set(cohort, period, every(state))
-
 
 class GroupClock:
     """A clock in each param group, for optimizers that create a parameter's state at its first update."""
@@ -99,6 +93,3 @@ class GroupClock:
 
     def set(self, cohort: Cohort, steps: int) -> None:
         cohort.group[GROUP_STEP] = steps
-
-    def adapt(self, cohort: Cohort, state: str, period: int) -> None:
-        raise NotImplementedError("periods of a stock optimizer's states do not adapt")

@@ -7,18 +7,20 @@ from deslo_plugin.telemetry import SyncEvent
 
 
 def run(kind: str, config: dict, steps: int, folder: str = "") -> dict:
-    """Trains, saves an average in ``folder``, and returns what the rank has sent when, and its replica's states."""
+    """Trains, saves an average in ``folder``, and returns what the rank has sent when, by which periods, and its states."""
     import deslo_plugin
 
     job = Job(kind, config)
     events: list[SyncEvent] = []
     job.attachment.averaging._emit = events.append
-    begin = job.attachment.periods
-    job.train(range(steps))
+    periods = [job.attachment.periods]
+    for step in range(steps):
+        job.train(range(step, step + 1))
+        periods.append(job.attachment.periods)
     plan, meter = job.attachment.plan, job.attachment.meter
     result = {
         "states": job.states(),
-        "periods": [begin, job.attachment.periods],
+        "periods": periods,
         "schedule": [(event.steps, state) for event in events for state in event.bytes],
         "bytes": dict(meter.bytes),
         "events": dict(meter.events),

@@ -19,7 +19,7 @@ from deslo_plugin.plan import make_plan
 from deslo_plugin.simulation import Replicas
 from deslo_plugin.topology import contiguous
 
-S = Setting("adam", {"x": 3, "u1": 6, "v": 6}, [0.9], [1.0], eps=1e-3, adaptive={"u1": (12, 0.7), "v": (24, 0.32)})
+S = Setting("adam", {"x": 3, "u1": 6, "v": 6}, [0.9], [1.0], eps=1e-3, adaptive={"u1": (12, 1.25), "v": (24, 0.32)})
 STEPS = 61
 KINDS = ["plain", "ddp", "fsdp", "hsdp", "zero 0", "zero 1", "zero 2", "zero 3"]
 
@@ -96,18 +96,14 @@ def test_simulated_replicas_decide_as_separate_ones_and_keep_their_periods_when_
     assert world.optimizer.averaging.periods(world.optimizer.param_groups[0]) == found[-1] != found[0]
 
 
-def changes(schedule: list, state: str) -> set[int]:
-    steps = sorted({at for at, name in schedule if name == state})
-    return {later - earlier for earlier, later in zip(steps, steps[1:])}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_ranks_of_every_framework_decide_alike_and_train_as_the_oracle(four, kind):
     results = four().run(adaptive_jobs.run, kind, config_for(kind), STEPS)
     assert_oracle(results, oracle_states(S, STEPS, replicas=4 if kind == "plain" else 2))
     assert all(result["schedule"] == results[0]["schedule"] and result["periods"] == results[0]["periods"] for result in results)
-    assert all(len(changes(results[0]["schedule"], state)) > 1 for state in ("exp_avg", "exp_avg_sq"))
-    assert results[0]["periods"][0] != results[0]["periods"][1]
+    periods = {state: [[now[group][state] for now in results[0]["periods"]] for group in (0, 1)] for state in ("exp_avg", "exp_avg_sq")}
+    assert all(each == sorted(each) and each[0] < each[-1] for each in periods["exp_avg_sq"])
+    assert kind == "plain" or any(each != sorted(each) for each in periods["exp_avg"])  # up, and back again
 
 
 @pytest.mark.parametrize("change", [{"delay": 2}, {"after_update": True}], ids=str)
@@ -153,7 +149,7 @@ def test_an_exact_resume_changes_no_bit(four, tmp_path, kind, before):
 def test_an_average_goes_on_with_the_periods_that_it_was_saved_with(four, tmp_path, saver, loader):
     saved = four().run(adaptive_jobs.run, saver, config_for(saver), STEPS, str(tmp_path / "c"))
     for periods in four().run(adaptive_jobs.periods_after_load, loader, config_for(loader), str(tmp_path / "c"), 1):
-        assert periods == saved[0]["periods"][1] != saved[0]["periods"][0]
+        assert periods == saved[0]["periods"][-1] != saved[0]["periods"][0]
 
 
 def test_kernels_that_may_round_otherwise_are_refused(four):
