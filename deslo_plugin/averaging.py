@@ -1,7 +1,8 @@
 """Algorithm 1 around whatever updates the parameters: what is due lands, the update is made, the clock ticks."""
 
 import functools
-from collections.abc import Callable, MutableMapping, Sequence
+import time
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -56,9 +57,10 @@ class Averaging:
         self._receive = receive or (lambda cohort, states, means: write_means(states, means))
         self._sync, self.late = self._synchronizer(average), Late(getattr(torch, deslo.wire_dtype))
         self._spread = Spread(average, self.record)
-        self._buffers: Sequence[Tensor] = ()
-        self._met = 0
         self._periods: dict[int, Periods] = {}  # of each param group, by its id
+        self._buffers: Sequence[Tensor] = ()
+        self._convened = False
+        self._met = 0
         self._samples = Samples() if deslo.weights == "samples" else None
 
     def add_buffers(self, buffers: Sequence[Tensor], average: Average) -> None:
@@ -81,17 +83,25 @@ class Averaging:
 
     def around(self, update: Callable[[list[Cohort]], object]) -> None:
         """One step: averages what is due, calls ``update``, and ticks."""
-        cohorts = [cohort for group in self.groups for cohort in self.clock.cohorts(group)]
-        self._periods |= {id(cohort.group): cohort.periods for cohort in cohorts}
-        before = self.deslo.when == "before_update"
-        if before:
+        if not self._convened:
+            self._convened = True
+            if self._convene():  # a latecomer: it stands where the others do, at the end of a step
+                return self._depart(self._cohorts())
+        cohorts = self._cohorts()
+        if self.deslo.when == "before_update":
             self._average(cohorts)  # x, u, v <- E_m[...] where t % K == 0
         update(cohorts)  # u, v, x <- the local rule
         for index, cohort in enumerate(cohorts):
             self.clock.set(cohort, cohort.steps + 1)
             cohorts[index] = cohort._replace(steps=cohort.steps + 1)
             self._tick_samples(cohorts[index])
-        if not before:
+        if any(map(self._names_due, cohorts)) and self._convene():
+            cohorts = self._cohorts()
+        self._depart(cohorts)
+
+    def _depart(self, cohorts: list[Cohort]) -> None:
+        """What is due at the end of a step is averaged or launched."""
+        if self.deslo.when == "after_update":
             self._average(cohorts)
         elif self.deslo.overlap:
             for cohort in cohorts:
@@ -100,6 +110,17 @@ class Averaging:
                 self._spread.launch(cohort.params, _adaptive(cohort, states))
                 if self.deslo.delay > 1:
                     self.late.keep(cohort.params, states)
+
+    def _cohorts(self) -> list[Cohort]:
+        cohorts = [cohort for group in self.groups for cohort in self.clock.cohorts(group)]
+        self._periods |= {id(cohort.group): cohort.periods for cohort in cohorts}
+        return cohorts
+
+    def _convene(self) -> bool:
+        start = time.perf_counter()
+        replaced = self.average.convene()
+        self.meter.seconds_exposed += time.perf_counter() - start
+        return replaced
 
     def periods(self, group: Group) -> Periods:
         """The periods in force in a param group; adaptive ones change (where ZeRO cuts a group, those of its last part)."""
@@ -122,17 +143,17 @@ class Averaging:
         if self._samples:
             self._samples.forget()
 
-    @torch.no_grad()
-    def meet(self) -> None:
-        """Averages every floating state and the buffers now, whatever is due: replicas are equal afterwards. Collective."""
-        self.abandon()
-        for cohort in (cohort for group in self.groups for cohort in self.clock.cohorts(group)):
-            states = {state: self.gather(state, cohort.params) for state in cohort.group["sync_every"]}
-            states = {state: tensors for state, tensors in states.items() if tensors[0].is_floating_point()}
-            write_means(states, self._sync.mean(cohort.steps, states))
-        if self._buffers:
-            write_means({BUFFERS: self._buffers}, self._buffer_sync.mean(self.steps, {BUFFERS: self._buffers}))
-        self.met()
+    def aside(self) -> dict[str, Any]:
+        """What this rank knows of its averages beside the optimizer's state: values that were launched, samples seen."""
+        params = list(self.optimizer.state)
+        return {"late": self.late.saved(params), "samples": self._samples.saved(params) if self._samples else None}
+
+    def put_aside(self, aside: Mapping[str, Any]) -> None:
+        """Goes on from what ``aside`` gave, with a state that has as many parameters in the same order."""
+        params = list(self.optimizer.state)
+        self.late.load(params, aside["late"])
+        if self._samples and aside["samples"]:
+            self._samples.load(params, aside["samples"])
 
     def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The means of any floating tensors in at least float32, counted under ``name``; they stay as they are. Collective."""
@@ -185,36 +206,42 @@ class Averaging:
 
     def _average(self, cohorts: Sequence[Cohort]) -> None:
         cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.delay) for cohort in cohorts]  # as they were launched
-        for cohort in cohorts:
-            states = self._due(cohort)
-            if states and self.deslo.delay == 1:
-                self._receive(cohort, states, self._land(cohort, states))
-            elif states:
-                launched = self.late.launched(cohort.params, states)
-                self.late.land(cohort.params, states, self._land(cohort, launched))
-        meeting = [cohort for cohort in cohorts if PARAMS in self._names_due(cohort)]
-        if self._buffers and meeting:
-            buffers = {BUFFERS: self._buffers}
-            weigh = self._weigh(meeting[0], PARAMS)
-            write_means(buffers, self._buffer_sync.land(meeting[0].steps, self._buffers, buffers, weigh))
+        due = [(cohort, states) for cohort in cohorts if (states := self._due(cohort))]
+        sent = [states if self.deslo.delay == 1 else self.late.launched(cohort.params, states) for cohort, states in due]
+        for (cohort, _), states in zip(due, sent):  # all that is due flies before the first lands: it arrives or not as one
+            self._sync.launch_absent(cohort.steps, cohort.params, states, self._weigh(cohort))
+            self._spread.launch(cohort.params, _adaptive(cohort, states))
+        meeting = [cohort for cohort, states in due if PARAMS in states] if self._buffers else []
+        buffers = {BUFFERS: self._buffers}
+        if meeting:
+            self._buffer_sync.launch(meeting[0].steps, self._buffers, buffers, self._weigh(meeting[0], PARAMS))
+        landed = True
+        for (cohort, states), launched in zip(due, sent):
+            means = self._sync.land(cohort.steps, cohort.params, launched)
+            if means is None:
+                landed = False
+                self._spread.abandon()
+                continue
+            self._adapt(cohort, means)
+            if self.deslo.delay == 1:
+                self._receive(cohort, states, means)
+            else:
+                self.late.land(cohort.params, states, means)
+        if meeting and (means := self._buffer_sync.land(meeting[0].steps, self._buffers, buffers)):
+            write_means(buffers, means)
+        self.meter.refused_averages += not landed
 
-    def _land(self, cohort: Cohort, launched: States) -> States:
-        self._spread.launch(cohort.params, _adaptive(cohort, launched))
-        means = self._sync.land(cohort.steps, cohort.params, launched, self._weigh(cohort))
-        for state in _adaptive(cohort, means):
-            self._adapt(cohort, state, self._spread.land(cohort.steps, cohort.params, state, means[state]))
-        return means
-
-    def _adapt(self, cohort: Cohort, state: str, drift: float) -> None:
-        """Lets the ``drift`` that an average has found choose the period of ``state`` from now on."""
-        before, bounds = cohort.periods[state], cohort.group["sync_every"][state]
-        period = bounds.after(cohort.steps, before, drift)
-        cohort.periods[state] = period
-        for param in cohort.params:
-            self.optimizer.state[param][every(state)] = torch.tensor(float(period))
-        if period != before:
-            say(f"deslo: {state} is averaged every {period} steps now, after step {cohort.steps} found drift {drift:.3g} at every "
-                f"{before} ({bounds})")
+    def _adapt(self, cohort: Cohort, means: States) -> None:
+        """Lets the drift that an average has found choose the periods of its adaptive states from now on."""
+        for state, mean in _adaptive(cohort, means).items():
+            drift = self._spread.land(cohort.steps, cohort.params, state, mean)
+            before, bounds = cohort.periods[state], cohort.group["sync_every"][state]
+            period = cohort.periods[state] = bounds.after(cohort.steps, before, drift)
+            for param in cohort.params:
+                self.optimizer.state[param][every(state)] = torch.tensor(float(period))
+            if period != before:
+                say(f"deslo: {state} is averaged every {period} steps now, after step {cohort.steps} found drift {drift:.3g} at "
+                    f"every {before} ({bounds})")
 
     def _weigh(self, cohort: Cohort, like: str | None = None) -> Weigh | None:
         """What this rank has seen since the last average of a state of ``cohort``, or of its state ``like``."""

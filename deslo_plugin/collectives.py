@@ -1,7 +1,7 @@
 """How an average travels: the only place where tensors go from one replica to another.
 
 ``Average`` is the whole interface between the optimizer and its transport. ``Alone`` is a world of one replica,
-``ReplicaAverage`` runs over ``torch.distributed``.
+``ReplicaAverage`` runs over ``torch.distributed``; ``frameworks.torchft`` has one whose replicas come and go.
 """
 
 import time
@@ -53,13 +53,33 @@ class Average(Protocol):
     def culprits(self, flag: bool) -> list[int]:
         """The ranks for which ``flag`` holds. Collective over all ranks of all replicas."""
 
+    def convene(self) -> bool:
+        """Agrees on who takes part, before the first step and at the end of each step after which something is due.
+
+        True: this replica was not there or had fallen behind, and now holds the whole state of one that was not.
+        """
+
+    def landed(self) -> bool:
+        """Whether all that was started since ``convene`` has arrived, asked once it was waited for; if not, nothing of it
+        may be written."""
+
 
 class _Done:
     def wait(self) -> None:
         pass
 
 
-class Alone:
+class Fixed:
+    """What transports between the same replicas from the first step to the last have in common: a failure is an error."""
+
+    def convene(self) -> bool:
+        return False
+
+    def landed(self) -> bool:
+        return True
+
+
+class Alone(Fixed):
     """One replica in one process: its own mean."""
 
     divisor, progress = 1, None
@@ -159,7 +179,7 @@ class _Pending:
             time.sleep(min((now - start) / 64, 0.05))
 
 
-class ReplicaAverage:
+class ReplicaAverage(Fixed):
     """Means over ``groups.replica``.
 
     ``copies``: the group of those ranks of this replica that hold the same tensors (all of them under ZeRO stage 0 and

@@ -63,14 +63,13 @@ class Synchronizer:
                 self._flights[param, state] = flight, seat
 
     @torch.profiler.record_function("deslo::land")
-    def land(
-        self, steps: int, params: Sequence[Tensor], states: States, weigh: Weigh | None = None
-    ) -> dict[str, list[Tensor]]:
+    def land(self, steps: int, params: Sequence[Tensor], states: States) -> dict[str, list[Tensor]] | None:
         """Waits for what was launched for ``steps``, launches what was not, and returns the means in wire dtype.
 
-        Raises ``NonFiniteError`` everywhere if any replica brought NaN or inf, ``AverageError`` on a time-out.
+        None if they did not arrive everywhere: then nobody writes them. Raises ``NonFiniteError`` everywhere if any replica
+        brought NaN or inf, ``AverageError`` on a time-out.
         """
-        self._launch_absent(steps, params, states, weigh)
+        self.launch_absent(steps, params, states)
         seats = {state: [self._flights.pop((param, state)) for param in params] for state in states}
         flights = {state: list({id(flight): flight for flight, _ in taken}.values()) for state, taken in seats.items()}
 
@@ -80,6 +79,8 @@ class Synchronizer:
                 raise RuntimeError(f"an average launched for step {flight.steps} was about to land at step {steps}")
             for work in flight.works:
                 work.wait()
+        if not self.average.landed():
+            return None
         means = {state: [flight.bucket.views[seat] for flight, seat in taken] for state, taken in seats.items()}
         sums = {state: measure(states[state], mean) for state, mean in means.items()}
         drift = {state: drift_of(each) for state, each in sums.items()}  # reads the sums, so that a GPU's wait ends here
@@ -114,7 +115,8 @@ class Synchronizer:
         if states and self.average.progress:
             self.average.progress.launching(steps)
 
-    def _launch_absent(self, steps: int, params: Sequence[Tensor], states: States, weigh: Weigh | None) -> None:
+    def launch_absent(self, steps: int, params: Sequence[Tensor], states: States, weigh: Weigh | None = None) -> None:
+        """Launches those of ``states`` that do not fly yet."""
         for state, tensors in states.items():
             absent = [i for i, param in enumerate(params) if (param, state) not in self._flights]
             if absent:

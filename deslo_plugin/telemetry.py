@@ -19,12 +19,16 @@ class SyncEvent:
 
 @dataclass
 class Meter:
-    """Sums of ``SyncEvent``, and the latest drift of each state: an ``emit`` callback of the synchroniser."""
+    """Sums of ``SyncEvent``, and the latest drift of each state: an ``emit`` callback of the synchroniser.
+
+    ``refused_averages`` did not arrive at every replica and were written by none, where replicas may come and go.
+    """
 
     bytes: Counter[str] = field(default_factory=Counter)
     events: Counter[str] = field(default_factory=Counter)
     seconds_exposed: float = 0.0
     skipped_steps: int = 0
+    refused_averages: int = 0
     drift: dict[str, Drift] = field(default_factory=dict)
     _counted: dict[str, int] = field(default_factory=dict)
 

@@ -77,7 +77,7 @@ def saved(kind: str, config: dict, folder: str, mode: str, steps: int, more: int
     job = Job(kind, config, optimizer=optimizer)
     job.train(range(steps))
     before = job.states()
-    deslo_plugin.save(folder, job.model, mode=mode)
+    deslo_plugin.save(folder, job.model, mode=mode, extra={"rank": dist.get_rank()})
     at_save = job.states()
     job.train(range(steps, steps + more))
     later = job.states()
@@ -98,11 +98,11 @@ def loaded(kind: str, config: dict, folder: str, optimizer: Any = None) -> dict:
     import deslo_plugin
 
     job = Job(kind, config, seed=7, optimizer=optimizer)
-    deslo_plugin.load(folder, job.model)
+    extra = deslo_plugin.load(folder, job.model)
     states, steps = job.states(), job.attachment.averaging.steps if not kind.startswith("zero") else job.model.global_steps
     job.train(range(steps, steps + 1))  # it trains
     job.close()
-    return {"states": states, "steps": steps}
+    return {"states": states, "steps": steps, "extra": extra}
 
 
 def refused(kind: str, config: dict, folder: str, change: str = "") -> str:
@@ -146,10 +146,58 @@ def refused_by_torch(kind: str, config: dict) -> dict[str, str]:
     with deslo_plugin.one_replica():
         own = inner.state_dict()
     assert own.keys() == before.keys() and (copy is None or copy.state_dict().keys() == before.keys())  # a copy is no replica
-    job.attachment.averaging.meet()
+    deslo_plugin.meet(job.model)
     inner.state_dict(), job.optimizer.state_dict()
     job.close()
     return said
+
+
+def resumed_with_samples(config: dict, folder: str) -> tuple[dict, dict]:
+    """``resumed`` of replicas that count by what they have seen: four steps before, six after."""
+    import deslo_plugin
+
+    def train(job: Job, steps: range) -> dict:
+        for step in steps:
+            job.attachment.saw(1 + dist.get_rank() + step % 3)
+            job.train(range(step, step + 1))
+        return job.states()
+
+    job = Job("plain", config)
+    train(job, range(4))
+    deslo_plugin.save(folder, job.model, mode="exact")
+    straight = train(job, range(4, 10))
+    job = Job("plain", config)
+    deslo_plugin.load(folder, job.model)
+    return straight, train(job, range(4, 10))
+
+
+def two_optimizers(folder: str) -> dict:
+    """Muon and AdamW step one model: what comes of going on after a save, and of loading it into new ones."""
+    import deslo_plugin
+
+    def made(seed: int) -> tuple:
+        model = net(seed)
+        muon = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=1e-2)
+        adamw = torch.optim.AdamW([p for p in model.parameters() if p.ndim < 2], lr=1e-2)
+        deslo_plugin.attach(model, muon, {"deslo": {"sync_every": {"params": 2, "momentum_buffer": 3}}})
+        deslo_plugin.attach(model, adamw, {"deslo": {"sync_every": {"params": 2, "exp_avg": 4, "exp_avg_sq": 6}}})
+        return model, (muon, adamw)
+
+    def train(model: Any, optimizers: tuple, steps: range) -> list[Tensor]:
+        for step in steps:
+            torch_jobs.loss_of(model, torch_jobs.batch(dist.get_rank(), step, 0)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return [param.detach().clone() for param in model.parameters()]
+
+    model, optimizers = made(7)
+    train(model, optimizers, range(3))
+    deslo_plugin.save(folder, model, mode="exact")
+    straight = train(model, optimizers, range(3, 9))
+    model, optimizers = made(7)
+    deslo_plugin.load(folder, model)
+    return {"straight": straight, "loaded": train(model, optimizers, range(3, 9))}
 
 
 class Dies:
@@ -187,7 +235,7 @@ def loaded_by_three(config: dict, folder: str) -> dict | None:
     deslo_plugin.load(folder, model)
     states = states_of(model, optimizer, ["exp_avg", "exp_avg_2", "exp_avg_sq"])
     torch_jobs.train(model, optimizer, range(attachment.averaging.steps, 9))
-    attachment.averaging.meet()
+    deslo_plugin.meet(model)
     return {"states": states, "together": states_of(model, optimizer, [])}
 
 

@@ -30,7 +30,7 @@ def main(folder: Path, victim: int | None = None, at: int | None = None) -> None
     torch.manual_seed(7)
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
     optimizer = deslo_plugin.DesLoc(model.parameters(), CONFIG)
-    attachment = deslo_plugin.attach(model, optimizer)
+    deslo_plugin.attach(model, optimizer)
     newest = deslo_plugin.latest(folder)
     start = deslo_plugin.load(newest, model)["step"] if newest else 0
     for step in range(start, STEPS):
@@ -43,7 +43,7 @@ def main(folder: Path, victim: int | None = None, at: int | None = None) -> None
         optimizer.zero_grad()
         if (step + 1) % SAVE_EVERY == 0:
             deslo_plugin.save(folder / str(step + 1), model, extra={"step": step + 1})
-    attachment.averaging.meet()
+    deslo_plugin.meet(model)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     sys.stdout.write(f"trained from {start} to {STEPS}: {digest}\n")
     sys.stdout.flush()

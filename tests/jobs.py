@@ -250,10 +250,9 @@ def resumed(ds: dict, folder: str, before: int, after: int) -> tuple[dict, dict]
 def load_only(ds: dict, folder: str) -> str:
     with engine_for(ds) as engine:
         try:
-            engine.load_checkpoint(folder)
+            return str(engine.load_checkpoint(folder))
         except ValueError as error:
             return str(error)
-    return "no error"
 
 
 def sixteen_bit_export(ds: dict, folder: str) -> tuple[dict[str, Tensor], str]:

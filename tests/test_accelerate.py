@@ -53,26 +53,6 @@ def saving(optimizer, mode):
     return config | {"deslo": config["deslo"] | {"checkpoint": mode}}
 
 
-def saving(optimizer, mode):
-    config = blocks(S, replica_size=2) if optimizer == "DesLoc" else STOCK
-    return config | {"deslo": config["deslo"] | {"checkpoint": mode}}
-
-
-def saving(optimizer, mode):
-    config = blocks(S, replica_size=2) if optimizer == "DesLoc" else STOCK
-    return config | {"deslo": config["deslo"] | {"checkpoint": mode}}
-
-
-def saving(optimizer, mode):
-    config = blocks(S, replica_size=2) if optimizer == "DesLoc" else STOCK
-    return config | {"deslo": config["deslo"] | {"checkpoint": mode}}
-
-
-def saving(optimizer, mode):
-    config = blocks(S, replica_size=2) if optimizer == "DesLoc" else STOCK
-    return config | {"deslo": config["deslo"] | {"checkpoint": mode}}
-
-
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("optimizer", ["DesLoc", "AdamW"])
 def test_training_repeats_from_an_exact_save_state(four, tmp_path, kind, optimizer):
@@ -98,7 +78,7 @@ def test_get_state_dict_gives_the_average_or_refuses(four, kind):
     config, optimizer = (None, "DummyOptim") if ds else (saving("DesLoc", "average"), "DesLoc")
     for given, mean, own in four().run(jobs.state_dict_of, kind, optimizer, config, ds):
         if kind == "ddp":
-            assert "one of 2 replicas" in given and "averaging.meet() first" in given
+            assert "one of 2 replicas" in given and "deslo_plugin.meet(model) first" in given
         else:
             assert given.keys() == mean.keys() and all(torch.equal(given[name], mean[name]) for name in mean)
         assert all(tensor.isfinite().all() for tensor in own.values())

@@ -42,6 +42,18 @@ def test_an_exact_resume_changes_no_bit(four, tmp_path, kind, before):
         assert result["losses"] and result["random"] and result["extra"] == {"rank": rank, "batch": before}
 
 
+@pytest.mark.parametrize("kind, before", [("plain", 3), ("ddp", 6), ("hsdp", 4), ("zero 2", 6), ("zero 3", 7)])  # some land next
+def test_an_exact_resume_under_averages_that_fly_for_two_steps_changes_no_bit(four, tmp_path, kind, before):
+    config = config_for(kind, delay=2)
+    for result in four().run(jobs.resumed, kind, config, str(tmp_path / "c"), "exact", before, 6):
+        same(result["straight"], result["loaded"])
+
+
+def test_an_exact_resume_keeps_the_samples_that_weigh_a_replica(four, tmp_path):
+    for straight, loaded in four().run(jobs.resumed_with_samples, blocks(S, weights="samples"), str(tmp_path / "c")):
+        same(straight, loaded)
+
+
 @pytest.mark.parametrize("kind", ["plain", "hsdp", "zero 0", "zero 2", "zero 3"])
 def test_an_exact_resume_in_bf16_changes_no_bit(four, tmp_path, kind):
     config = config_for(kind) | {"bf16": {"enabled": True}}
@@ -56,6 +68,11 @@ def test_an_exact_resume_of_a_stock_optimizer_changes_no_bit(four, tmp_path, kin
         same(result["straight"], result["loaded"])
 
 
+def test_two_optimizers_of_one_model_resume_together(four, tmp_path):
+    for result in four().run(jobs.two_optimizers, str(tmp_path / "c")):
+        assert all(torch.equal(a, b) for a, b in zip(result["straight"], result["loaded"]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_average_is_saved_and_training_does_not_notice(four, tmp_path, kind):
     config = config_for(kind)
@@ -67,7 +84,7 @@ def test_an_average_is_saved_and_training_does_not_notice(four, tmp_path, kind):
         mean = {state: {name: torch.stack([r["before"][state][name].double() for r in results]).mean(0) for name in tensors}
                 for state, tensors in result["states"].items()}
         same(result["states"], mean, tolerance=2e-7)
-        assert result["steps"] == 5
+        assert result["steps"] == 5 and result["extra"] == {"rank": 0}
 
 
 @pytest.mark.parametrize("kind", ["plain", "ddp", "hsdp", "zero 2"])

@@ -32,6 +32,15 @@ def test_resume_in_bf16_changes_no_bit(four, tmp_path):
             assert_same_states([straight], [again], tolerance=0)
 
 
+def test_what_is_not_there_is_not_loaded_and_deepspeeds_own_tools_find_no_replica(four, tmp_path):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    assert four().run(jobs.load_only, ds_config(N2, 2), str(tmp_path)) == ["(None, None)"] * 4
+    four().run(jobs.resumed, ds_config(N2, 2, deslo={"checkpoint": "exact"}), str(tmp_path), 2, 1)
+    with pytest.raises(Exception, match="global_step2"):
+        get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+
+
 def test_resume_on_another_number_of_replicas_is_refused(four, tmp_path):
     four().run(jobs.resumed, ds_config(N2, 2, deslo={"checkpoint": "exact"}), str(tmp_path), 2, 1)
     for message in four().run(jobs.load_only, ds_config(N2, 2, deslo={"replica_size": 4}), str(tmp_path)):

@@ -11,15 +11,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "adaptive", "strict", "rounding"},
-    {"periods", "config", "topology", "plan"},
+    {"periods", "config", "topology", "plan", "alternatives", "forecast", "methods"},
     {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
-     "landing", "arguments", "shards"},
+     "landing", "arguments", "shards", "probe"},
     {"sync", "outer", "clock", "late", "spread"},
     {"averaging"},
     {"optimizer", "stock"},
     {"simulation"},
     {"frameworks"},
     {"", "run"},
+    {"cli"},
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

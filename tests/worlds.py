@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deslo_plugin.collectives import Fixed
 
-class ThreadAverage:
+
+class ThreadAverage(Fixed):
     """The ``Average`` of one replica of ``world``: means by barrier, over the replicas' threads."""
 
     divisor, progress = 1, None

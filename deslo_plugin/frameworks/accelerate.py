@@ -126,7 +126,7 @@ def install() -> None:
 
     @functools.wraps(get_state_dict)
     def averaged(self: Accelerator, model: nn.Module, unwrap: bool = True) -> Any:
-        attachment = getattr(model, "deslo", None) or attached.get(model)
+        attachment = getattr(model, "deslo", None) or next(iter(attached.get(model, [])), None)
         collective = self.distributed_type == DistributedType.DEEPSPEED or self.is_fsdp2
         if attachment is None or not collective or not (attachment.topology.replicas > 1 and attachment.averaging.diverged):
             return get_state_dict(self, model, unwrap)

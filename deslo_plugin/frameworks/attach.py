@@ -16,7 +16,7 @@ from deslo_plugin.agreement import agree
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import Alone, Average, Groups, ReplicaAverage, gathered, make_groups
 from deslo_plugin.config import Config, as_dict, load_config
-from deslo_plugin.frameworks import ddp, fsdp
+from deslo_plugin.frameworks import ddp, fsdp, torchft
 from deslo_plugin.frameworks.attachment import Attachment, attached
 from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
 from deslo_plugin.frameworks.one_model import refuse_one_replica
@@ -39,6 +39,7 @@ def attach(
     mesh: DeviceMesh | None = None,
     replicate: str | None = None,
     process_group: dist.ProcessGroup | None = None,
+    manager: Any = None,
     emit: Callable[[SyncEvent], object] | None = None,
 ) -> Attachment:
     """Makes ``optimizer.step()`` a step of DES-LOC or MT-DAO, and gradients stay inside a replica from now on.
@@ -54,6 +55,8 @@ def attach(
         mesh: the device mesh of all ranks, of which one dimension runs across replicas.
         replicate: the name of that dimension; "replicate" or "dp_replicate" by default.
         process_group: without ``mesh``, the ranks that average, each a replica of one rank; by default the world.
+        manager: a ``torchft.Manager``, for replicas that may die and come back: every process that has one is a replica,
+            and nothing else joins them. See ``frameworks.torchft``.
         emit: called with a ``SyncEvent`` after every average.
 
     Raises ``ConfigError`` for a setting that cannot work, on every rank and before anything is trained.
@@ -61,6 +64,8 @@ def attach(
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper keeps the one that steps
     if hasattr(optimizer, "deslo"):
         raise ConfigError("attach(optimizer)", "one call for each optimizer", "a second one", "remove it")
+    if manager is not None:
+        return _live(model, optimizer, _config_of(optimizer, config), manager, (mesh, replicate, process_group), emit)
     if not dist.is_initialized():
         return _alone(model, optimizer, _config_of(optimizer, config), emit)
     config = _agreed_config(model, optimizer, config, mesh, process_group)
@@ -84,7 +89,8 @@ def attach(
         gradient_bytes=[_gradient_bytes(model, each, config, average.divisor) for each in params],
         buffer_bytes=sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype],
     )
-    attached[model] = optimizer.deslo = attachment
+    optimizer.deslo = attachment
+    attached.setdefault(model, []).append(attachment)
     refuse_one_replica(attachment, optimizer, *([model, model.module] if isinstance(model, DistributedDataParallel) else [model]))
     say(attachment.plan.describe())
     say_placement(topology, groups.world)
@@ -97,9 +103,31 @@ def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, e
     groups = Groups(topology, world=None, shard=None, replica=None, singleton=None)
     averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
     numels = [sum(param.numel() for param in group["params"]) for group in optimizer.param_groups]
-    attached[model] = optimizer.deslo = Attachment(averaging, groups, config, numels)
+    optimizer.deslo = Attachment(averaging, groups, config, numels)
+    attached.setdefault(model, []).append(optimizer.deslo)
     say(optimizer.deslo.plan.describe())
     return optimizer.deslo
+
+
+def _live(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, manager: Any, others: Sequence[Any], emit: Any
+) -> Attachment:
+    """A replica whose peers come and go: the transport is torchft's, and so is the way in which replicas become equal."""
+    if any(other is not None for other in others):
+        raise ConfigError("attach(manager=...)", "no mesh, replicate or process_group beside it", "one", "remove it")
+    if model in attached:
+        raise ConfigError("attach(manager=...)", "one optimizer for the model", "a second one", "give one all parameters")
+    average = torchft.live_average(manager, model, config)
+    averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
+    buffers = _floating_buffers(model)
+    if buffers:
+        averaging.add_buffers(buffers, average)
+    numels = [sum(param.numel() for param in group["params"]) for group in optimizer.param_groups]
+    buffer_bytes = sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype]
+    attachment = torchft.LiveAttachment(averaging, None, config, numels, buffer_bytes=buffer_bytes)
+    average.represent(torchft.Replica(model, averaging, config), greet=lambda: say(attachment.plan.describe()))
+    optimizer.deslo, attached[model] = attachment, [attachment]
+    return attachment
 
 
 def _agreed_config(

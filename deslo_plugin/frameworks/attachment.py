@@ -2,6 +2,7 @@
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,12 +22,12 @@ from deslo_plugin.topology import Topology
 class Attachment:
     """The averages of one optimizer: what moves, between whom, and what it has cost.
 
-    ``numels`` and ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is what buffers send.
-    ``engine_steps``: a framework's engine takes the steps, not the optimizer alone.
+    ``groups`` is None where replicas come and go. ``numels`` and ``gradient_bytes`` are per param group, on this rank;
+    ``buffer_bytes`` is what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer alone.
     """
 
     averaging: Averaging
-    groups: Groups
+    groups: Groups | None
     config: Config
     numels: Sequence[int]
     gradient_bytes: Sequence[int] | None = None
@@ -40,6 +41,11 @@ class Attachment:
     @property
     def topology(self) -> Topology:
         return self.groups.topology
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps completed, those before a resume or of the replica that a latecomer took over included."""
+        return self.averaging.steps
 
     @property
     def meter(self) -> Meter:
@@ -84,5 +90,19 @@ class Attachment:
         )
 
 
-attached: MutableMapping[torch.nn.Module, Attachment] = WeakKeyDictionary()
-"""By model: kept beside it, so that models can still be copied and pickled."""
+attached: MutableMapping[torch.nn.Module, list[Attachment]] = WeakKeyDictionary()
+"""By model, one for each optimizer that steps it: kept beside it, so that models can still be copied and pickled."""
+
+
+def attachments_of(model: Any, what: str) -> list[Attachment]:
+    """Of a model that ``attach`` was called with, or a DeepSpeed engine. Raises ``ConfigError`` for anything else, and for
+    replicas that come and go, of which no rank can ask the others at will."""
+    if isinstance(model, torch.nn.Module) and model in attached:
+        if any(attachment.groups is None for attachment in attached[model]):
+            raise ConfigError(what, "replicas that are there from start to end", "those of a torchft manager",
+                              "keep the state dicts of model and optimizer yourself, of any replica; latecomers need no file")
+        return attached[model]
+    if hasattr(model, "basic_optimizer") and hasattr(model, "deslo"):
+        return [model.deslo]
+    raise ConfigError(what, "a DeepSpeed engine with a deslo block, or a model that attach was called with", type(model).__name__,
+                      "call deslo_plugin.attach(model, optimizer) first")

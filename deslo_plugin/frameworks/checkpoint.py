@@ -14,7 +14,7 @@ import pickle
 import random
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from deslo_plugin.collectives import gathered
 from deslo_plugin.config import CHECKPOINTS
-from deslo_plugin.frameworks.attachment import Attachment, attached
+from deslo_plugin.frameworks.attachment import Attachment, attachments_of
 from deslo_plugin.frameworks.fragment import Fragment, LoadFragments, SaveFragments
-from deslo_plugin.frameworks.proof import OLD, PART, Proof, prove, read_proof, write_proof
+from deslo_plugin.frameworks.proof import OLD, PART, Proof, measured, prove, read_proof, write_proof
 from deslo_plugin.frameworks.state_tree import KEPT, Tree, holder_of, refuse_others
 from deslo_plugin.log import say
 from deslo_plugin.names import PARAMS
@@ -48,47 +48,52 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
     Collective over all ranks. Raises ``ConfigError`` for an unknown mode or a model that nothing is attached to, and
     ``OSError`` on every rank if any rank cannot write.
     """
-    attachment, final = attachment_of(model), Path(path)
+    attachments, final = attachments_of(model, "save"), Path(path)
+    attachment, *_ = attachments
     mode = mode or attachment.config.deslo.checkpoint
     if mode not in CHECKPOINTS:
         raise ConfigError("save(mode=...)", f"one of {', '.join(CHECKPOINTS)}", repr(mode), "choose one")
-    holder, topology, world = holder_of(model, attachment), attachment.topology, attachment.groups.world
+    holder, topology, world = holder_of(model, attachments), attachment.topology, attachment.groups.world
     first, part = topology.rank == min(topology.ranks), final.with_name(final.name + PART)
-    if mode == "exact" and len(attachment.averaging.late):
-        raise ConfigError('save(mode="exact")', "no average in flight, or one that lands at the next step", "one with delay "
-                          f"{attachment.config.deslo.delay}", f"save {attachment.config.deslo.delay} steps later, or another mode")
-
-    if mode == "exact" and attachment.config.deslo.weights != "equal":
-        raise ConfigError('save(mode="exact")', 'deslo.weights "equal"', repr(attachment.config.deslo.weights),
-                          "save another mode: what the ranks have seen (saw) is not in a checkpoint")
-
-    def begin() -> None:
-        if first:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-
-    def end() -> None:
-        if first:
-            replace(final, part)
-
-    all_or_none(begin, world)
+    all_or_none(lambda: _begin(part) if first else None, world)
     all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
-    tree = holder.tree()
-    if mode != "exact":
-        tree |= _means(tree, attachment)
     if mode == "sync":
-        _write(tree, holder.tree())
-        holder.put(tree)
-        attachment.averaging.abandon()
-        attachment.averaging.met()
-    own = pickle.dumps({"random": _random_state(), "aside": holder.aside(), "extra": dict(extra or {})})
+        meet(model)
+    tree = holder.tree()
+    if mode == "average":
+        tree |= _means(tree, attachment)
     where, name, group = _place(part, mode, attachment)
-    dcp.save(tree | {name: own}, checkpoint_id=where, process_group=group, planner=SaveFragments(flatten_state_dict=False))
+    if first or mode == "exact":
+        own = {"aside": holder.aside(), "extra": dict(extra or {})}
+        if mode == "exact":
+            own |= {"random": _random_state(), "averaging": [each.averaging.aside() for each in attachments]}
+        tree[name] = pickle.dumps(own)
+    dcp.save(tree, checkpoint_id=where, process_group=group, planner=SaveFragments(flatten_state_dict=False))
     numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
     proof = Proof(mode, topology.rows, attachment.averaging.steps, holder.states, numbers)
     all_or_none(lambda: None, world)  # every file is there
-    all_or_none(lambda: write_proof(part, proof, world), world)
-    all_or_none(end, world)
+    files = measured(part, world)
+    all_or_none(lambda: write_proof(part, proof, files) if first else None, world)
+    all_or_none(lambda: replace(final, part) if first else None, world)
+
+
+@torch.no_grad()
+def meet(model: Any) -> None:
+    """Averages parameters, states and buffers of all replicas in place, whatever is due: they are equal then. Collective.
+
+    Takes an attached model or an engine, like ``save``.
+    """
+    attachments = attachments_of(model, "meet")
+    holder = holder_of(model, attachments)
+    tree = holder.tree()
+    means = _means(tree, attachments[0])
+    for name, mean in means.items():
+        for piece, new in zip(_pieces(tree[name]), _pieces(mean)):
+            piece.copy_(new)
+    holder.put(tree)
+    for each in attachments:
+        each.averaging.abandon()
+        each.averaging.met()
 
 
 @torch.no_grad()
@@ -101,8 +106,9 @@ def load(path: str | Path, model: Any) -> dict[str, Any]:
     Raises ``ConfigError`` on every rank, and changes nothing, for a folder that is torn, altered or foreign, for other
     parameters or states than the model has, and for an "exact" checkpoint of other replicas or shards.
     """
-    attachment, folder = attachment_of(model), _found(Path(path))
-    holder, topology, world = holder_of(model, attachment), attachment.topology, attachment.groups.world
+    attachments, folder = attachments_of(model, "load"), _found(Path(path))
+    attachment, *_ = attachments
+    holder, topology, world = holder_of(model, attachments), attachment.topology, attachment.groups.world
     all_or_none(lambda: read_proof(folder), world)
     proof, where = read_proof(folder), f"load({str(folder)!r})"
     prove(folder, world)
@@ -113,23 +119,24 @@ def load(path: str | Path, model: Any) -> dict[str, Any]:
         )
     all_or_none(lambda: holder.prepare(proof.states), world)
     refuse_others(holder.states, proof.states, where)
-    attachment.averaging.abandon()
+    for each in attachments:
+        each.averaging.abandon()
     source, name, group = _place(folder, proof.mode, attachment)
     content = holder.tree() | {name: b""}
     dcp.load(content, checkpoint_id=source, process_group=group, planner=LoadFragments(flatten_state_dict=False))
     own = pickle.loads(content.pop(name))
     if proof.mode == "exact":
         _set_random_state(own["random"])
+        for each, aside in zip(attachments, own["averaging"]):
+            each.averaging.put_aside(aside)
     elif len(proof.rows) != topology.replicas:
         say(f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all replicas "
-            "changes with them, the learning rate is as you configure it")
-    if len(proof.groups) == len(holder.groups):
-        for group, saved in zip(holder.groups, proof.groups):
-            group.update({key: type(group.get(key, value))(value) for key, value in saved.items()})
+            "changes with them, the learning rate stays as it was saved")
+    _take_over(proof.groups, holder.groups)
     holder.put(content)
     holder.put_aside(own["aside"], proof.steps)
-    if proof.mode != "exact":
-        attachment.averaging.met()
+    for each in attachments if proof.mode != "exact" else ():
+        each.averaging.met()
     return own["extra"]
 
 
@@ -150,14 +157,22 @@ def saved_state_dict(path: str | Path) -> dict[str, Tensor]:
     return {name.split("/", 1)[1]: tensor for name, tensor in state.items()}
 
 
-def attachment_of(model: Any) -> Attachment:
-    """Of an engine or a model. Raises ``ConfigError`` for one that nothing is attached to."""
-    if isinstance(model, nn.Module) and model in attached:
-        return attached[model]
-    if hasattr(model, "basic_optimizer") and hasattr(model, "deslo"):
-        return model.deslo
-    raise ConfigError("save or load", "a DeepSpeed engine with a deslo block, or a model that attach was called with",
-                      type(model).__name__, "call deslo_plugin.attach(model, optimizer) first")
+def _take_over(saved: Sequence[Mapping[str, float]], groups: Sequence[dict[str, Any]]) -> None:
+    """The numbers of each param group, into a tensor where the group keeps one."""
+    if len(saved) != len(groups):
+        say(f"deslo: {len(groups)} param group(s) go on from a checkpoint of {len(saved)}: learning rates are as configured")
+        return
+    for group, numbers in zip(groups, saved):
+        for key, value in numbers.items():
+            if isinstance(group.get(key), Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = value
+
+
+def _begin(part: Path) -> None:
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
 
 
 def all_or_none(act: Callable[[], object], world: dist.ProcessGroup | None) -> None:
@@ -217,12 +232,6 @@ def _means(tree: Tree, attachment: Attachment) -> Tree:
 def _pieces(value: Any) -> list[Tensor]:
     pieces = [piece for _, piece in value.pieces] if isinstance(value, Fragment) else [value]
     return [piece for piece in pieces if isinstance(piece, Tensor) and piece.is_floating_point() and piece.ndim]
-
-
-def _write(source: Tree, target: Tree) -> None:
-    for name, value in target.items():
-        for piece, mean in zip(_pieces(value), _pieces(source[name])):
-            piece.copy_(mean)
 
 
 def _random_state() -> dict[str, Any]:

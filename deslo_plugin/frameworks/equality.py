@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,14 +36,23 @@ def say_placement(topology: Topology, world: dist.ProcessGroup) -> None:
 
 def agree_on_model(model: nn.Module, shape_of: Callable[[Tensor], object], group: dist.ProcessGroup | None = None) -> None:
     """Raises ``ConfigError`` on every rank if parameters differ in name, shape, dtype or in being trained."""
-    shapes = {
+    agree("model parameter", model_traits(model, shape_of), do="build the same model on every rank", group=group)
+
+
+def model_traits(model: nn.Module, shape_of: Callable[[Tensor], object]) -> dict[str, str]:
+    """Parameter name -> shape, dtype and whether it is trained: what replicas must have alike."""
+    return {
         name: f"{tuple(shape_of(p))} {p.dtype}{'' if p.requires_grad else ' frozen'}" for name, p in model.named_parameters()
     }
-    agree("model parameter", shapes, do="build the same model on every rank", group=group)
 
 
 def agree_on_optimizer(averaging: Averaging, config: Config, world: dist.ProcessGroup | None = None) -> None:
     """Raises ``ConfigError`` on every rank if configs or param groups differ."""
+    agree("optimizer", optimizer_traits(averaging, config), do="build the same optimizer on every rank", group=world)
+
+
+def optimizer_traits(averaging: Averaging, config: Config) -> dict[str, Any]:
+    """Setting -> value, of both blocks and of the param groups: what replicas must have alike."""
     of_groups = {
         f"param group {index}.{key}": group[key]
         for index, group in enumerate(averaging.optimizer.param_groups)
@@ -51,7 +61,7 @@ def agree_on_optimizer(averaging: Averaging, config: Config, world: dist.Process
     kind = {"type": type(averaging.optimizer).__name__}
     if any(adaptive(group["sync_every"]) for group in averaging.groups):
         kind["kernels, which measure what adaptive periods go by,"] = f"{native()} on {_device_of(averaging)}"
-    agree("optimizer", as_dict(config) | of_groups | kind, do="build the same optimizer on every rank", group=world)
+    return as_dict(config) | of_groups | kind
 
 
 def _device_of(averaging: Averaging) -> str:

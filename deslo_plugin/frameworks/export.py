@@ -8,9 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deslo_plugin.frameworks.attachment import attached
+from deslo_plugin.frameworks.attachment import attachments_of
 from deslo_plugin.frameworks.one_model import one_replica
-from deslo_plugin.strict import ConfigError
 
 
 @torch.no_grad()
@@ -28,11 +27,9 @@ def averaged_state_dict(model: Any, *, as_trained: bool = False) -> dict[str, Te
 
         module, params, world = model.module, full_params(model), dist.group.WORLD
     else:
-        if model not in attached:
-            raise ConfigError("averaged_state_dict", "a model that attach was called with", type(model).__name__,
-                              "call deslo_plugin.attach(model, optimizer), or save the model as it is")
+        world = attachments_of(model, "averaged_state_dict")[0].groups.world
         module = model.module if isinstance(model, DistributedDataParallel) else model
-        params, world = _whole(module), attached[model].groups.world
+        params = _whole(module)
     with one_replica():
         saved = set(module.state_dict(keep_vars=True))
     state = {}

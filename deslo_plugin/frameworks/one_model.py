@@ -34,7 +34,7 @@ def refuse_one_replica(attachment: Attachment, *owners: nn.Module | torch.optim.
     """From now on ``state_dict()`` of ``owners`` raises ``ConfigError`` while replicas differ."""
     if attachment.topology.replicas == 1:
         return
-    for owner in owners:
+    for owner in (owner for owner in owners if owner not in _owner):
         _owner[owner] = attachment
         owner.register_state_dict_pre_hook(_refuse)
 
@@ -46,5 +46,5 @@ def _refuse(owner: nn.Module | torch.optim.Optimizer, *_: Any) -> None:
     raise ConfigError(
         f"{type(owner).__name__}.state_dict()", "one model", f"one of {attachment.topology.replicas} replicas, which differ "
         "between averages", "call deslo_plugin.save(path, model), or averaged_state_dict(model) for the weights alone, or "
-        "averaging.meet() first; with deslo_plugin.one_replica(): gives this replica's own",
+        "deslo_plugin.meet(model) first; with deslo_plugin.one_replica(): gives this replica's own",
     )

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deslo_plugin.frameworks.checkpoint import attachment_of, save
+from deslo_plugin.frameworks.attachment import attachments_of
+from deslo_plugin.frameworks.checkpoint import save
 from deslo_plugin.last_step import LastStep
 from deslo_plugin.log import say
 
@@ -39,11 +40,10 @@ class Preemption:
     """
 
     def __init__(self, model: Any, signals: Sequence[signal.Signals] = (signal.SIGTERM,)):
-        self.model, attachment = model, attachment_of(model)
-        self.averaging, self._last = attachment.averaging, None
+        self.model, self._attachments, self._last = model, attachments_of(model, "Preemption"), None
         self._asked, self._over = threading.Event(), threading.Event()
         if dist.is_initialized():
-            topology, timeout = attachment.topology, attachment.config.deslo.timeout_s
+            topology, timeout = self._attachments[0].topology, self._attachments[0].config.deslo.timeout_s
             store = dist.PrefixStore(f"deslo/stop/{next(_number)}", dist.group.WORLD.get_group_store())
             self._last, watched = (LastStep(each, topology.rank, sorted(topology.ranks), timeout) for each in (store, store.clone()))
             threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
@@ -51,7 +51,7 @@ class Preemption:
 
     def due(self) -> bool:
         """Whether the step that has just ended is the last. Call it on every rank after every step."""
-        return self._asked.is_set() and (self._last is None or self._last.after(self.averaging.steps))
+        return self._asked.is_set() and (self._last is None or self._last.after(self._steps))
 
     def exit(self, path: str | Path, *, mode: str | None = None, extra: Mapping[str, Any] | None = None) -> None:
         """Waits for averages in flight, saves as ``deslo_plugin.save`` does, and ends the process with status 0."""
@@ -59,14 +59,19 @@ class Preemption:
             signal.signal(number, handler)
         self._over.set()
         save(path, self.model, mode=mode, extra=extra)
-        self.averaging.abandon()
-        say(f"deslo: saved {path} after step {self.averaging.steps}, leaving")
+        for each in self._attachments:
+            each.averaging.abandon()
+        say(f"deslo: saved {path} after step {self._steps}, leaving")
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         if dist.is_initialized():
             dist.barrier()
         os._exit(0)  # what would follow is the end of the backends' threads, which aborts now and then
+
+    @property
+    def _steps(self) -> int:
+        return self._attachments[0].averaging.steps
 
     def _watch(self, last: LastStep) -> None:
         while not self._over.is_set():

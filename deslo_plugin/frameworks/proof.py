@@ -40,17 +40,22 @@ def latest(folder: str | Path) -> Path | None:
     return max(complete, key=lambda each: (read_proof(each).steps, (each / NAME).stat().st_mtime_ns), default=None)
 
 
-def write_proof(folder: Path, proof: Proof, world: dist.ProcessGroup | None) -> None:
-    """Every rank measures a share of the files of ``folder``; the first writes ``deslo.json``, a checkpoint's last file."""
-    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    rank, size = _place(world)
-    files = _together({name: _measure(folder / name) for name in names[rank::size]}, world)
-    if rank == 0:
-        content = {"format": FORMAT, "proof": asdict(proof), "files": files}
-        with (folder / NAME).open("w") as file:
-            json.dump(content | {"crc32": _checksum(content)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+def measured(folder: Path, world: dist.ProcessGroup | None) -> dict[str, Any]:
+    """File of ``folder`` -> [bytes, CRC-32], or what went wrong, each rank a share of them. Collective."""
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and file.name != NAME)
+    rank, size = (dist.get_rank(world), dist.get_world_size(world)) if world is not None else (0, 1)
+    mine = {name: _measure(folder / name) for name in names[rank::size]}
+    everyone = gathered(mine, world).values() if world is not None else [mine]
+    return {name: value for each in everyone for name, value in each.items()}
+
+
+def write_proof(folder: Path, proof: Proof, files: Mapping[str, Any]) -> None:
+    """Writes ``deslo.json``, a checkpoint's last file."""
+    content = {"format": FORMAT, "proof": asdict(proof), "files": dict(sorted(files.items()))}
+    with (folder / NAME).open("w") as file:
+        json.dump(content | {"crc32": _checksum(content)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_proof(folder: Path) -> Proof:
@@ -71,35 +76,29 @@ def read_proof(folder: Path) -> Proof:
 
 
 def prove(folder: Path, world: dist.ProcessGroup | None) -> None:
-    """Measures every file again, each rank a share; raises ``ConfigError`` on every rank, with a file that differs."""
-    files = json.loads((folder / NAME).read_text())["files"]
-    rank, size = _place(world)
-    problems = {}
-    for name in sorted(files)[rank::size]:
-        found = _measure(folder / name) if (folder / name).is_file() else None
-        if found != files[name]:
-            problems[name] = "missing" if found is None else "other bytes than were saved"
-    for name, problem in _together(problems, world).items():
+    """Raises ``ConfigError`` on every rank, with a file that is not as it was saved. Collective."""
+    for name, problem in damaged(folder, world).items():
         raise ConfigError(f"load({str(folder)!r})", "files as they were saved", f"{name}: {problem}", "take another checkpoint")
 
 
-def _place(world: dist.ProcessGroup | None) -> tuple[int, int]:
-    return (dist.get_rank(world), dist.get_world_size(world)) if world is not None else (0, 1)
-
-
-def _together(mine: dict, world: dist.ProcessGroup | None) -> dict:
-    everyone = gathered(mine, world).values() if world is not None else [mine]
-    return {name: value for each in everyone for name, value in sorted(each.items())}
+def damaged(folder: Path, world: dist.ProcessGroup | None) -> dict[str, str]:
+    """File -> what is wrong with it, of all that ``deslo.json`` names, measured again. Collective."""
+    saved, found = json.loads((folder / NAME).read_text())["files"], measured(folder, world)
+    problems = {name: found.get(name, "missing") for name in saved if found.get(name) != saved[name]}
+    return {name: "other bytes than were saved" if isinstance(got, list) else got for name, got in problems.items()}
 
 
 def _checksum(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _measure(file: Path) -> list[int]:
-    """[bytes, CRC-32]."""
+def _measure(file: Path) -> list[int] | str:
+    """[bytes, CRC-32], or the error of reading it."""
     crc, size = 0, 0
-    with file.open("rb") as content:
-        while chunk := content.read(CHUNK):
-            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    try:
+        with file.open("rb") as content:
+            while chunk := content.read(CHUNK):
+                crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    except OSError as error:
+        return str(error)
     return [size, crc]

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.frameworks.attachment import Attachment
 from deslo_plugin.frameworks.fragment import Fragment, of_dtensor
@@ -21,7 +22,7 @@ States = Mapping[str, Mapping[str, Sequence[int] | None]]
 """Parameter -> its states, the parameter itself among them -> shape of the whole tensor; None for a plain number."""
 
 KEPT = ("lr", "initial_lr")  # of a param group; betas and periods are the config's
-WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class Holder(Protocol):
@@ -41,19 +42,19 @@ class Holder(Protocol):
     def put(self, tree: Tree) -> None:
         """Makes a tree that was loaded the state."""
 
-    def aside(self) -> dict[str, Any]:
-        """What else the framework counts in, such as a loss scale; any values that pickle."""
+    def aside(self) -> bytes:
+        """What else the framework counts in, such as a loss scale."""
 
-    def put_aside(self, aside: Mapping[str, Any], steps: int) -> None:
-        """Takes over what ``aside`` gave, nothing if another framework did, and the number of completed steps."""
+    def put_aside(self, aside: bytes, steps: int) -> None:
+        """Takes over the number of completed steps, and what ``aside`` gave if it was this framework's."""
 
 
-def holder_of(model: Any, attachment: Attachment) -> Holder:
+def holder_of(model: Any, attachments: Sequence[Attachment]) -> Holder:
     if hasattr(model, "basic_optimizer"):
         from deslo_plugin.frameworks.deepspeed.state_tree import EngineState
 
         return EngineState(model)
-    return TorchState(model, attachment)
+    return TorchState(model, attachments)
 
 
 def refuse_others(own: States, saved: States, where: str) -> None:
@@ -78,42 +79,49 @@ def shapes_of(states: Mapping[str, Any]) -> dict[str, list[int] | None]:
 class TorchState:
     """Live tensors and shards: what is loaded is loaded in place, in whatever sharding there is."""
 
-    def __init__(self, model: nn.Module, attachment: Attachment):
-        self.averaging, self.optimizer = attachment.averaging, attachment.optimizer
+    def __init__(self, model: nn.Module, attachments: Sequence[Attachment]):
+        self.averagings = [attachment.averaging for attachment in attachments]
+        model = model.module if isinstance(model, DistributedDataParallel) else model
         self.params = {plain_name(name): param for name, param in model.named_parameters()}
+        self._stepped_by = {
+            param: averaging.optimizer for averaging in self.averagings for group in averaging.groups for param in group["params"]}
         self.buffers = saved_buffers(model)
 
     @property
     def states(self) -> States:
-        return {name: shapes_of({PARAMS: param, **self.optimizer.state.get(param, {})}) for name, param in self.params.items()}
+        return {name: shapes_of({PARAMS: param, **self._states_of(param)}) for name, param in self.params.items()}
 
     @property
     def groups(self) -> Sequence[dict[str, Any]]:
-        return self.optimizer.param_groups
+        return [group for averaging in self.averagings for group in averaging.optimizer.param_groups]
 
     def prepare(self, saved: States) -> None:
         for name, param in self.params.items():
-            if not self.optimizer.state.get(param):
-                self.optimizer.state[param].update(fresh_states(saved.get(name, {}), param))
+            if param in self._stepped_by and not self._states_of(param):
+                self._stepped_by[param].state[param].update(fresh_states(saved.get(name, {}), param))
 
     def tree(self) -> Tree:
         tree = {f"buffers/{name}": buffer for name, buffer in self.buffers.items()}
         for name, param in self.params.items():
-            for state, value in {PARAMS: param.detach(), **self.optimizer.state.get(param, {})}.items():
+            for state, value in {PARAMS: param.detach(), **self._states_of(param)}.items():
                 tree[f"{state}/{name}"] = of_dtensor(value) if hasattr(value, "to_local") else value
         return tree
 
     def put(self, tree: Tree) -> None:
         for name, param in self.params.items():
-            states = self.optimizer.state.get(param, {})
+            states = self._states_of(param)
             states.update({state: tree[f"{state}/{name}"] for state, value in states.items() if not isinstance(value, Tensor)})
 
-    def aside(self) -> dict[str, Any]:
-        return {}
+    def aside(self) -> bytes:
+        return b""
 
-    def put_aside(self, aside: Mapping[str, Any], steps: int) -> None:
-        if isinstance(self.averaging, StockAveraging):
-            self.averaging.resume(steps)
+    def put_aside(self, aside: bytes, steps: int) -> None:
+        for averaging in self.averagings:
+            if isinstance(averaging, StockAveraging):
+                averaging.resume(steps)
+
+    def _states_of(self, param: Tensor) -> dict[str, Any]:
+        return self._stepped_by[param].state.get(param, {}) if param in self._stepped_by else {}
 
 
 def fresh_states(saved: Mapping[str, Sequence[int] | None], param: Tensor, whole: Sequence[int] | None = None) -> dict[str, Any]:

@@ -2,7 +2,11 @@
 
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl
+
+from deslo_plugin.frameworks.attachment import attached
+from deslo_plugin.frameworks.checkpoint import meet
 
 
 class AverageBeforeSave(TrainerCallback):
@@ -14,9 +18,14 @@ class AverageBeforeSave(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, *, optimizer: Any, **_: Any) -> None:
         if control.should_save:
-            optimizer.optimizer.deslo.averaging.meet()
+            meet(_model_of(optimizer))
 
     on_epoch_end = on_step_end
 
     def on_train_end(self, args: Any, state: Any, control: TrainerControl, *, optimizer: Any, **_: Any) -> None:
-        optimizer.optimizer.deslo.averaging.meet()
+        meet(_model_of(optimizer))
+
+
+def _model_of(optimizer: Any) -> nn.Module:
+    """The model as it was attached, wrapped; a callback's own is not."""
+    return next(model for model, attachments in attached.items() if optimizer.optimizer.deslo in attachments)

@@ -1,6 +1,7 @@
 """``engine.save_checkpoint`` and its kin, for an engine whose replicas differ: what they save is a ``deslo_plugin`` checkpoint."""
 
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,11 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
         latest = Path(load_dir) / LATEST
         if tag is None and latest.is_file():
             tag = latest.read_text().strip()
+        if tag is None:
+            say(f"deslo: {latest} is not there, nothing was loaded", logging.WARNING)
+            return None, None
         folder = Path(load_dir) / str(tag)
-        if tag is not None and not (folder / NAME).is_file() and options.get("load_module_only"):
+        if not (folder / NAME).is_file() and options.get("load_module_only"):
             say(f"deslo: {folder} is DeepSpeed's own: every replica begins with its weights")
             return load_native(load_dir, tag, **options)
         partly = [name for name, value in options.items() if value not in (None, name in ALL)]

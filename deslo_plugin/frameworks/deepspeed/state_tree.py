@@ -1,6 +1,7 @@
 """An engine's model and optimizer as the tree that every framework shares: each rank's range of each parameter, live."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import pickle
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -89,17 +90,17 @@ class EngineState:
         if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed's own view of them, else made by a step
 
-    def aside(self) -> dict[str, Any]:
+    def aside(self) -> bytes:
         engine = self.engine
         scheduler = getattr(engine.lr_scheduler, "state_dict", None)
-        return {
+        return pickle.dumps({
             "counts": {name: getattr(engine, name) for name in COUNTS},
             "scheduler": scheduler() if scheduler else None,
             "scaler": getattr(engine.optimizer, "loss_scaler", None),
-        }
+        })
 
-    def put_aside(self, aside: Mapping[str, Any], steps: int) -> None:
-        engine = self.engine
+    def put_aside(self, aside: bytes, steps: int) -> None:
+        engine, aside = self.engine, pickle.loads(aside) if aside else {}
         counts = {"global_steps": steps, "global_samples": steps * engine.train_batch_size()}
         for name, value in (counts | aside.get("counts", {})).items():
             setattr(engine, name, value)
