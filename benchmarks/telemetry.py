@@ -2,10 +2,11 @@
 
     python benchmarks/telemetry.py
 
-Two gloo processes of one thread each train the GPT of examples/, every rank a replica, DES-LOC with periods 32 / 96 / 192. A lap
-is 32 steps with one average; laps of the contestants take turns, in an order that turns round. The log of every step is written
-too. Two contestants that write nothing say how far laps scatter by themselves; and, since that is more than telemetry costs, its
-calls are also timed alone, the writer's thread included.
+Two gloo processes of one thread each train the GPT of examples/, every rank a replica, DES-LOC with periods 32 / 96 / 192. A
+lap is 32 steps with one average; laps of the contestants take turns, in an order that turns round. The log of every step is
+written too. Laps are compared by the clock, and by the CPU time of all threads of the process, the writer's included, which
+others on the machine disturb less. Two contestants that write nothing say how far laps scatter by themselves; and, since that is more than
+telemetry costs, its calls are also timed alone.
 """
 
 from __future__ import annotations
@@ -63,14 +64,14 @@ def measure(rank: int, folder: str, laps: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     made = {name: contestant(f"{folder}/run" if name == "written" else None) for name in CONTESTANTS}
-    seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTESTANTS}
     for lap in range(laps + 1):  # the first is thrown away
         for name in CONTESTANTS if lap % 2 else reversed(CONTESTANTS):
             dist.barrier()
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             for _ in range(LAP):
                 made[name][0]()
-            seconds[name].append((time.perf_counter() - start) / LAP)
+            seconds[name].append(((time.perf_counter() - start) / LAP, (time.process_time() - busy) / LAP))
     if rank == 0:
         report({name: each[1:] for name, each in seconds.items()}, *alone(made["written"][1]))
     dist.barrier()
@@ -81,7 +82,8 @@ def measure(rank: int, folder: str, laps: int) -> None:
 def alone(attachment: Any) -> tuple[float, float]:
     """CPU seconds of a log and of an event, by the thread that trains and the one that writes."""
     states = ("params", "exp_avg", "exp_avg_sq")
-    event = SyncEvent(LAP, dict.fromkeys(states, 1428096), 1e-3, dict.fromkeys(states, Drift(0.1, 0.9)), dict.fromkeys(states, 0.02))
+    found, flown = dict.fromkeys(states, Drift(0.1, 0.9)), dict.fromkeys(states, 0.02)
+    event = SyncEvent(LAP, dict.fromkeys(states, 1428096), 1e-3, found, flown)
     loss, write = torch.tensor(1.5), attachment.averaging.listeners[-1]
 
     def cost(call: Callable[[], object]) -> float:
@@ -94,26 +96,30 @@ def alone(attachment: Any) -> tuple[float, float]:
     return cost(lambda: attachment.log(loss=loss, tokens=512)), cost(lambda: write(event))
 
 
-def report(seconds: dict[str, list[float]], log: float, event: float) -> None:
+def report(seconds: dict[str, list[tuple[float, float]]], log: float, event: float) -> None:
+    """``seconds``: of a step in each lap, by the clock and on CPUs."""
     base = seconds["not written"]
-    step = statistics.median(base)
+    step = statistics.median(busy for _, busy in base)
     table = Table(title=f"{len(base)} laps of {LAP} steps, 2 ranks, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    for heading in ("contestant", "ms a step", "times not written: median", "quartiles"):
+    for heading in ("contestant", "ms a step", "CPU ms", "clock, times not written", "quartiles", "CPU", "quartiles"):
         table.add_column(heading, justify="left" if heading == "contestant" else "right")
     for name, each in seconds.items():
-        ratios = [a / b for a, b in zip(each, base)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if name != "not written" else (1.0, 1.0, 1.0)
-        table.add_row(name, f"{1e3 * statistics.median(each):.2f}", f"{middle:.4f}", f"{low:.4f} - {high:.4f}")
-    console = Console(width=110)
+        cells = [name, *(f"{1e3 * statistics.median(of_kind):.2f}" for of_kind in zip(*each))]
+        for mine, others in zip(zip(*each), zip(*base)):
+            low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, others)], n=4)
+            cells += [f"{middle:.4f}", f"{low:.3f} - {high:.3f}"]
+        table.add_row(*cells)
+    console = Console(width=120)
     console.print(f"$ python benchmarks/telemetry.py --laps {len(base)}        (torch {torch.__version__})")
     console.print(table)
-    console.print(f"CPU time of both threads: {1e6 * log:.1f} us for a log, {1e6 * event:.1f} us for an average of three states; "
-                  f"a log at every step and an average at every 32nd are {100 * (log + event / LAP) / step:.3f}% of a step")
+    share = 100 * (log + event / LAP) / step
+    console.print(f"alone, CPU time of both threads: {1e6 * log:.1f} us for a log, {1e6 * event:.1f} us for an average of three "
+                  f"states; a log at every step and an average at every {LAP}nd are {share:.3f}% of a step")
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--laps", type=int, default=36)
+    parser.add_argument("--laps", type=int, default=24)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         context = torch.multiprocessing.get_context("spawn")

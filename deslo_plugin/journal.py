@@ -8,13 +8,12 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 from weakref import WeakValueDictionary, finalize
-
-from torch import Tensor
 
 from deslo_plugin.log import say
 
@@ -45,7 +44,7 @@ class Journal:
         self._close = finalize(self, _end, thread, self._over)  # at the latest when the process ends
 
     def put(self, record: Mapping[str, Any]) -> None:
-        """Will be written; the caller changes it no more. 0-dim tensors in it are read by the writer."""
+        """Will be written; the caller changes it no more. Functions in it are called by the writer, for their values."""
         self._waiting.append(record)  # atomic, and wakes nobody
 
     def close(self) -> None:
@@ -70,22 +69,24 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _write_on(path: Path, file: int, waiting: list[Mapping[str, Any]], over: Event) -> None:
-    ended = broken = False
+    ended, broken, whole = False, False, os.fstat(file).st_size
     while not ended:
         ended = over.wait(EVERY)
         count = len(waiting)
         records, waiting[:count] = waiting[:count], []
         if broken:
             continue
-        whole = os.fstat(file).st_size
         try:
             lines = b"".join(map(_line, records))
-            while lines:
-                lines = lines[os.write(file, lines) :]
+            written = 0
+            while written < len(lines):
+                written += os.write(file, lines[written:])
+            whole += written
         except Exception as error:  # whatever it is, training is worth more
             broken = True
             say(f"deslo: telemetry stops and training goes on: {path}: {error}", logging.WARNING, anywhere=True)
-            os.ftruncate(file, whole)
+            with suppress(OSError):
+                os.ftruncate(file, whole)
     os.close(file)
 
 
@@ -99,8 +100,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
-    if isinstance(value, Tensor):
-        value = value.item()
+    if callable(value):
+        value = value()
     return None if isinstance(value, float) and not isfinite(value) else value
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deslo_plugin.averaging import Averaging
@@ -144,10 +145,22 @@ def _planned(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _number(name: str, value: Any) -> float | Tensor:
-    """A number as it is now. One on a GPU stays there, in a copy, until the writer reads it."""
+def _number(name: str, value: Any) -> float | Callable[[], float]:
+    """A number as it is now. One on a GPU stays there until the writer reads it."""
     if isinstance(value, Tensor) and value.numel() == 1:
-        return value.detach().reshape(()).clone() if value.is_cuda else value.item()
+        return _on_gpu(value.detach()) if value.is_cuda else value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"log({name}=...)", "a number, or a tensor with one", shown(value), "log what it comes to")
     return value
+
+
+def _on_gpu(value: Tensor) -> Callable[[], float]:
+    """Reads a copy, from whatever thread, once it is there: the stream that it is made on is known only now."""
+    copy, made = value.clone(), torch.cuda.Event()
+    made.record(torch.cuda.current_stream(value.device))
+
+    def read() -> float:
+        made.synchronize()
+        return copy.item()
+
+    return read

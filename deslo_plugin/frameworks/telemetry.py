@@ -24,6 +24,7 @@ def start_telemetry(attachment: Attachment) -> None:
     problem = _begin(attachment, folder)
     for rank, told in (gathered(problem, world) if world else {0: problem}).items():
         if told:
+            attachment.recorder.end(attachment.plan)
             where, expected, got = told
             raise ConfigError(f"deslo.telemetry.{where}", expected, f"{got} on rank {rank}", "mend that, or change the setting")
     if telemetry.pseudo_gradient:
