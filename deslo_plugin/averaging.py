@@ -37,7 +37,7 @@ class Averaging:
         clock: how many steps each parameter has completed.
         groups: what to average, where that is not the optimizer's param groups.
         receive: writes what landed, given (cohort, states, means); the plain mean by default.
-        emit: called with every ``SyncEvent``.
+        emit: called with every ``SyncEvent``, the first of ``listeners``.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Averaging:
         emit: Callable[[SyncEvent], object] | None = None,
     ):
         self.optimizer, self.deslo, self.average, self.clock = optimizer, deslo, average, clock
-        self._groups, self.meter, self._emit = groups, Meter(), emit
+        self._groups, self.meter, self.listeners = groups, Meter(), [emit] if emit else []
         self.skips_nonfinite = deslo.on_nonfinite == "skip"
-        self._receive = receive or (lambda cohort, states, means: write_means(states, means))
+        self.receive = receive or (lambda cohort, states, means: write_means(states, means))
         self._sync, self.late = self._synchronizer(average), Late(getattr(torch, deslo.wire_dtype))
         self._spread = Spread(average, self.record)
         self._periods: dict[int, Periods] = {}  # of each param group, by its id
@@ -95,6 +95,8 @@ class Averaging:
             self.clock.set(cohort, cohort.steps + 1)
             cohorts[index] = cohort._replace(steps=cohort.steps + 1)
             self._tick_samples(cohorts[index])
+        if cohorts:
+            self.meter.tick(cohorts[0].steps)
         if any(map(self._names_due, cohorts)) and self._convene():
             cohorts = self._cohorts()
         self._depart(cohorts)
@@ -224,7 +226,7 @@ class Averaging:
                 continue
             self._adapt(cohort, means)
             if self.deslo.delay == 1:
-                self._receive(cohort, states, means)
+                self.receive(cohort, states, means)
             else:
                 self.late.land(cohort.params, states, means)
         if meeting and (means := self._buffer_sync.land(meeting[0].steps, self._buffers, buffers)):
@@ -264,12 +266,12 @@ class Averaging:
         return Synchronizer(average, wire_dtype=wire, bucket_bytes=chunk, emit=self.record)
 
     def record(self, event: SyncEvent) -> None:
-        """Counts ``event`` and passes it on to ``emit``."""
+        """Counts ``event`` and passes it on to ``emit`` and to those who listen."""
         self.meter(event)
         if self.average.progress:
             self.average.progress.waited(event.seconds_exposed)
-        if self._emit is not None:
-            self._emit(event)
+        for listener in self.listeners:
+            listener(event)
 
 
 def _adaptive(cohort: Cohort, states: States) -> States:

@@ -15,6 +15,7 @@ import yaml
 from deslo_plugin.adaptive import Schedule, adaptive, shortest
 from deslo_plugin.names import PARAMS, SECOND_MOMENT, first_momenta
 from deslo_plugin.periods import adaptive_asked, read_momenta, read_periods
+from deslo_plugin.recording import Telemetry, read_telemetry
 from deslo_plugin.rules import RULES
 from deslo_plugin.schedule import Periods
 from deslo_plugin.strict import ConfigError, Reader, shown
@@ -79,7 +80,7 @@ class DesloConfig:
 
     ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``delay`` is the
     number of forwards and backwards that an average travels under, ``weights`` what a replica counts in an average: as much as
-    any other, or what it has seen; ``checkpoint`` is what ``save`` saves.
+    any other, or what it has seen; ``checkpoint`` is what ``save`` saves; ``telemetry`` is what is written down, if anything.
     """
 
     replica_size: int | str = "auto"
@@ -95,6 +96,7 @@ class DesloConfig:
     timeout_s: float = 600.0
     checkpoint: str = "average"
     weights: str = "equal"
+    telemetry: Telemetry | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +202,12 @@ def read_deslo(block: Any) -> DesloConfig:
         timeout_s=reader.number("timeout_s", 600.0, low=1.0),
         checkpoint=reader.choice("checkpoint", "average", CHECKPOINTS),
         weights=reader.choice("weights", "equal", ["equal", "samples"]),
+        telemetry=read_telemetry(reader),
     )
     reader.finish()
+    if config.telemetry and config.telemetry.pseudo_gradient and config.delay > 1:
+        reader.refuse("telemetry.pseudo_gradient", "false with a delay above 1", "true", "remove one: parameters have moved on "
+                      "when such an average lands")
     if config.delay > 1 and not config.overlap:
         reader.refuse("delay", "1 without overlap", str(config.delay), "remove it, or take when 'before_update' with overlap")
     return config

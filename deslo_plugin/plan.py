@@ -30,6 +30,18 @@ class Plan:
     topology: Topology
     groups: tuple[GroupPlan, ...]
     buffer_bytes: int = 0
+    divisor: int = 1
+
+    @property
+    def synchronous_bytes(self) -> int:
+        """What this rank would send at every step of synchronous training, in wire dtype and split as averages are."""
+        return sum(group.bytes_per_event[PARAMS] for group in self.groups)
+
+    @property
+    def flight_bytes(self) -> int:
+        """Memory that averages take on this rank while all states fly at once: copies in wire dtype, two with a delay."""
+        sent = sum(group.bytes_per_event[state] for group in self.groups for state, period in group.periods.items() if period)
+        return (sent + self.buffer_bytes) * self.divisor * (2 if self.config.deslo.delay > 1 else 1)
 
     @property
     def vectors_per_step(self) -> float:
@@ -90,6 +102,12 @@ class Plan:
         moved = dict.fromkeys(self._vectors_per_step(at) for at in (longest, shortest))  # one number, or from and to
         lines.append(f"  {' to '.join(f'{each:.4g}' for each in moved)} parameter vectors per step between replicas: "
                      f"{' to '.join(f'{1 / each:.1f}' for each in reversed(moved))} times fewer than synchronous training")
+        memory = f"  memory: up to {self.flight_bytes:,} bytes on each rank while averages fly"
+        measured = deslo.telemetry is not None and deslo.telemetry.pseudo_gradient
+        lines.append(memory + ", and one more copy of the parameters for the pseudo-gradient" * measured)
+        never = dict.fromkeys(state for group in self.groups for state, period in group.periods.items() if not period)
+        never = ["gradients" + " after those steps" * bool(deslo.synchronous_steps), *never, *["buffers"][: not self.buffer_bytes]]
+        lines.append(f"  not averaged: {', '.join(never)}")
         return "\n".join(lines)
 
 
@@ -130,4 +148,4 @@ def make_plan(
         )
         for index, (numel, own) in enumerate(zip(numels, periods, strict=True))
     )
-    return Plan(config, topology, groups, buffer_bytes + weight if buffer_bytes else 0)
+    return Plan(config, topology, groups, buffer_bytes + weight if buffer_bytes else 0, divisor)

@@ -10,15 +10,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
-    {"version", "names", "rules", "schedule", "adaptive", "strict", "rounding"},
-    {"periods", "config", "topology", "plan", "alternatives", "forecast", "methods"},
+    {"version", "names", "rules", "schedule", "adaptive", "strict", "rounding", "theory"},
+    {"periods", "recording", "config", "topology", "plan", "alternatives", "forecast", "methods"},
     {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
-     "landing", "arguments", "shards", "probe"},
-    {"sync", "outer", "clock", "late", "spread"},
+     "landing", "arguments", "shards", "probe", "journal"},
+    {"sync", "outer", "clock", "late", "pseudo_gradient", "spread"},
     {"averaging"},
-    {"optimizer", "stock"},
+    {"optimizer", "stock", "recorder"},
     {"simulation"},
-    {"frameworks"},
+    {"frameworks", "report"},
     {"", "run"},
     {"cli"},
 ]

@@ -46,15 +46,17 @@ class Replicas:
         config: both blocks, as ``DesLoc`` takes them. Of ``deslo``, what says how ranks are connected has no meaning here.
         count: replicas at the start, numbered from 0.
 
-    Raises ``ConfigError`` for a config without ``DesLoc``, and for ``on_nonfinite: "skip"``: rows step together.
+    Raises ``ConfigError`` for a config without ``DesLoc``, for ``on_nonfinite: "skip"``: rows step together, and for
+    ``weights: "samples"``: the mean over rows counts all alike.
     """
 
     def __init__(self, start: Tensor, config: Config | Mapping[str, Any] | str | Path, count: int):
         if start.ndim != 1 or count < 1:
             raise ValueError(f"Replicas: expected start of shape (n,) and a count >= 1, got {list(start.shape)} and {count}")
         config = load_config(config)
-        if config.deslo.on_nonfinite == "skip":
-            raise ConfigError("deslo.on_nonfinite", '"stop" where replicas are simulated', '"skip"', "remove it")
+        for key, only in (("on_nonfinite", "stop"), ("weights", "equal")):
+            if (value := getattr(config.deslo, key)) != only:
+                raise ConfigError(f"deslo.{key}", f'"{only}" where replicas are simulated', f'"{value}"', "remove it")
         self._mean = RowMean(count)
         rows = start.detach().expand(count, -1).clone()
         self.optimizer = DesLoc([rows], replace(config, deslo=replace(config.deslo, bucket_mb=UNCUT)), average=self._mean)
