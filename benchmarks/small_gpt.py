@@ -1,9 +1,8 @@
 """The byte-level GPT of examples/ as an objective of simulated replicas."""
 
-import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,15 +41,3 @@ def small_gpt(shape: GPTConfig, *, sequences: int, replicas: int, seed: int, hel
     batch = [windows[index] for index in range(HELD_OUT * held_out)]
     tokens, targets = (torch.stack(each).split(HELD_OUT) for each in zip(*batch))
     return Network(GPT(shape), batches, list(zip(tokens, targets)))
-
-
-def warmup_cosine(steps: int) -> Callable[[int], float]:
-    """Linear over the first twentieth of ``steps``, then a cosine to a tenth: as in configs/."""
-    warmup = max(1, steps // 20)
-
-    def rate(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
-
-    return rate

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from deslo_plugin.adaptive import shortest
 from deslo_plugin.config import Config
 from deslo_plugin.names import PARAMS, SECOND_MOMENT
 from deslo_plugin.periods import MULTIPLE_OF_PARAMS
@@ -12,8 +13,8 @@ LOCAL = {"adam": "Local Adam", "adopt": "Local ADOPT", "sgdm": "Local SGDM"}
 
 
 def periods_of(config: Config) -> Periods:
-    """State -> period, of a DesLoc or of a stock optimizer."""
-    return config.deslo.sync_every if config.optimizer is None else config.optimizer.periods
+    """State -> period, of a DesLoc or of a stock optimizer; the shortest of those that adapt."""
+    return config.deslo.sync_every if config.optimizer is None else shortest(config.optimizer.periods)
 
 
 def papers_default(periods: Periods) -> Periods:

@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from deslo_plugin.adaptive import Schedule, adaptive, shortest
 from deslo_plugin.names import PARAMS, SECOND_MOMENT, first_momenta
-from deslo_plugin.periods import read_momenta, read_periods
+from deslo_plugin.periods import adaptive_asked, read_momenta, read_periods
 from deslo_plugin.recording import Telemetry, read_telemetry
 from deslo_plugin.rules import RULES
 from deslo_plugin.schedule import Periods
@@ -51,7 +52,7 @@ class OptimizerConfig:
     weight_decay: float
     bias_correction: bool
     clip_value: float | None
-    periods: Periods
+    periods: Schedule
     period_sources: Mapping[str, str]
     reset_momenta: bool
     outer: Outer | None
@@ -212,12 +213,20 @@ def read_deslo(block: Any) -> DesloConfig:
     return config
 
 
-def expect_landing(delay: int, periods: Periods, of: str = "") -> None:
-    """Refuses a period that is shorter than ``deslo.delay``: its next average would start before this one has landed."""
-    for state, period in periods.items():
-        if period and period < delay:
-            raise ConfigError("deslo.delay", f"at most {period}, the period of {state}{of}", str(delay),
+def expect_averages(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
+    """Refuses periods that cannot be kept.
+
+    One shorter than ``deslo.delay``: its next average would start before this one has landed. An adaptive one where replicas
+    are weighted: the drift that it goes by is that of equals.
+    """
+    for state, period in shortest(periods).items():
+        if period and period < deslo.delay:
+            raise ConfigError("deslo.delay", f"at most {period}, the period of {state}{of}", str(deslo.delay),
                               "lower it, or raise that period")
+    for state in adaptive(periods):
+        if deslo.weights != "equal":
+            raise ConfigError("deslo.weights", f'"equal" with an adaptive period of {state}{of}', repr(deslo.weights),
+                              "remove it, or give that state a number of steps")
 
 
 def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
@@ -229,7 +238,8 @@ def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
         for other in (name for name, given in others.items() if given):
             raise ConfigError("deslo.delay", f"1 with {other}", str(deslo.delay),
                               "remove one: it cannot take in an average that is some updates old")
-        expect_landing(deslo.delay, optimizer.periods)
+    if optimizer is not None:
+        expect_averages(deslo, optimizer.periods)
     return Config(optimizer=optimizer, deslo=deslo)
 
 
@@ -249,7 +259,10 @@ def _stock_periods(reader: Reader) -> Periods | None:
         return None
     every = Reader(f"{reader.where}.sync_every", block)
     periods = {PARAMS: every.whole(PARAMS)}
-    periods |= {state: every.whole(state, also=(None,)) for state in block if state != PARAMS}
+    for state in block:
+        if state != PARAMS:
+            hint = "give steps: periods adapt with DesLoc only" if adaptive_asked(every, state) else ""
+            periods[state] = every.whole(state, also=(None,), hint=hint)
     every.finish()
     return periods
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from deslo_plugin.adaptive import adaptive, shortest
 from deslo_plugin.names import GRADIENTS
 from deslo_plugin.plan import Plan
 
@@ -74,10 +75,10 @@ def compute_seconds(params: float, tokens: float, flops: float, mfu: float) -> f
 
 
 def transfers(plan: Plan, steps: int) -> list[Transfer]:
-    """The averages of the first ``steps`` steps, in order, without the warm-up's gradients."""
+    """The averages of the first ``steps`` steps, in order, without the warm-up's gradients; all that there may be."""
     if plan.topology.replicas == 1:
         return []
-    periods = {period for group in plan.groups for period in group.periods.values() if period}
+    periods = {period for group in plan.groups for period in shortest(group.periods).values() if period}
     due = sorted(set().union(*(range(period, steps + 1, period) for period in periods)))
     return [_transfer(plan, at) for at in due if at > plan.config.deslo.synchronous_steps]
 
@@ -143,4 +144,5 @@ def memory(plan: Plan, moved: Sequence[Transfer]) -> Memory:
 def _transfer(plan: Plan, steps: int) -> Transfer:
     deslo, sent = plan.config.deslo, plan.bytes_at(steps)
     weights = len(sent) if deslo.weights == "samples" and GRADIENTS not in sent else 0
-    return Transfer(steps, sent, weights + sum(max(1, ceil(each / (deslo.bucket_mb << 20))) for each in sent.values()))
+    spreads = sum(len(adaptive(group.periods).keys() & sent.keys()) for group in plan.groups)
+    return Transfer(steps, sent, weights + spreads + sum(max(1, ceil(each / (deslo.bucket_mb << 20))) for each in sent.values()))

@@ -34,7 +34,8 @@ class Job:
         config = config or self.config
         shard = ceil(self.numel / self.replica_size)
         topology = contiguous(self.replicas * self.replica_size, 0, self.replica_size)
-        return make_plan(config, [shard], [periods or periods_of(config)], topology,
+        own = config.deslo.sync_every if config.optimizer is None else config.optimizer.periods
+        return make_plan(config, [shard], [periods or own], topology,
                          gradient_bytes=[shard * GRADIENT_BYTES[self.gradient_dtype]])
 
 

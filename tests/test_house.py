@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
-    {"version", "names", "rules", "schedule", "strict", "rounding"},
+    {"version", "names", "rules", "schedule", "adaptive", "strict", "rounding", "theory"},
     {"periods", "recording", "config", "topology", "plan", "alternatives", "forecast", "methods"},
     {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
      "landing", "arguments", "shards", "probe", "journal"},
-    {"sync", "outer", "clock", "late", "pseudo_gradient"},
+    {"sync", "outer", "clock", "late", "pseudo_gradient", "spread"},
     {"averaging"},
     {"optimizer", "stock", "recorder"},
     {"simulation"},

@@ -9,12 +9,13 @@ from deslo_plugin.cli.doctor import doctor
 from deslo_plugin.cli.plan import plan
 from deslo_plugin.cli.probe import probe
 from deslo_plugin.cli.report import report
+from deslo_plugin.cli.simulate import simulate
 from deslo_plugin.version import __version__
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 ckpt = typer.Typer(no_args_is_help=True, help="Checkpoints of deslo_plugin.save.")
 app.add_typer(ckpt, name="ckpt")
-for command in (plan, probe, doctor, report):
+for command in (plan, probe, doctor, simulate, report):
     app.command()(command)
 ckpt.command()(inspect)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from deslo_plugin.adaptive import Adaptive, adaptive, shortest
 from deslo_plugin.alternatives import half_life_rule, papers_default, periods_of
 from deslo_plugin.cli.printing import bytes_of, number, table
 from deslo_plugin.forecast import BACKWARD, Forecast, Link, memory
@@ -84,7 +85,7 @@ class Outlook:
         every_step = method.plan.config.deslo.synchronous_steps >= self.job.steps
         return {
             "method": method.name,
-            "periods": None if every_step else dict(method.plan.groups[0].periods),
+            "periods": None if every_step else dict(shortest(method.plan.groups[0].periods)),
             "bytes_per_rank": sent,
             "bytes_per_rank_by_state": dict(seen.bytes),
             "times_less_than_synchronous": sum(reference.bytes.values()) / sent if sent else None,
@@ -106,6 +107,10 @@ class Outlook:
         return text + " Longer periods wait less often; a faster link, or fewer bytes, less each time."
 
     @property
+    def _adaptive(self) -> Mapping[str, Adaptive]:
+        return adaptive(self.forecasts[OWN][0].plan.groups[0].periods)
+
+    @property
     def assumptions(self) -> list[str]:
         job, deslo = self.job, self.job.config.deslo
         hides = f"{deslo.delay} step(s) of computing hide an average" if deslo.overlap else "averages are not overlapped"
@@ -122,6 +127,7 @@ class Outlook:
             f"{hides}; states due at one step travel one after the other; the optimizer's own time counts as computing",
             f"synchronous training waits for every gradient (the papers' model), or hides it under {BACKWARD:.0%} of a step "
             "(what bucketing can reach at best)",
+            *(f"{state} is {bounds}: at its shortest here, the most that it may send" for state, bounds in self._adaptive.items()),
             *(f'{each} has its default, since the config leaves it to the job ("auto")' for each in self.left_out),
             "all parameters have the config's periods: param groups with their own are the script's",
             "not counted: the model's floating buffers, reductions inside a replica, data loading, evaluation, checkpoints, "

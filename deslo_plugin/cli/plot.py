@@ -1,23 +1,17 @@
 """Hours over bandwidth, one line for each method: the papers' wall-clock figures for one's own job."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
+from deslo_plugin.cli.figures import expect_drawable
 from deslo_plugin.cli.outlook import SWEEP, Outlook
 from deslo_plugin.methods import IN_TURN
-from deslo_plugin.strict import ConfigError
-
 
 POINTS = 61
-FORMATS = (".png", ".svg", ".pdf")
 
 
 def draw(outlook: Outlook, path: Path) -> None:
-    """Writes the figure. Raises ``ConfigError`` without matplotlib, and for another kind of file."""
-    if path.suffix not in FORMATS:
-        raise ConfigError("--plot", f"a file that ends in one of {', '.join(FORMATS)}", repr(str(path)), "rename it")
-    if find_spec("matplotlib") is None:
-        raise ConfigError("--plot", "matplotlib installed", "none", "pip install 'deslo-plugin[plot]', or leave --plot out")
+    """Writes the figure. Raises ``ConfigError`` where it cannot be written."""
+    expect_drawable(path)
     from matplotlib.figure import Figure
 
     job, low, high = outlook.job, SWEEP[0], SWEEP[-1]

@@ -14,6 +14,7 @@ from deslo_plugin.config import Config
 from deslo_plugin.log import say
 from deslo_plugin.plan import Plan, make_plan
 from deslo_plugin.recorder import Recorder
+from deslo_plugin.schedule import Periods
 from deslo_plugin.stock import NUMELS, StockAveraging
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter
@@ -103,8 +104,13 @@ class Attachment:
         return progress.rates() if progress else {}
 
     @property
+    def periods(self) -> list[Periods]:
+        """Of each param group, state -> the period in force: those that adapt change at averages, the same on every rank."""
+        return [dict(self.averaging.periods(group)) for group in self.averaging.groups]
+
+    @property
     def plan(self) -> Plan:
-        """By the periods as they are now: those of a stock optimizer's states are known after its first step."""
+        """By the periods as they are configured: those of a stock optimizer's states are known after its first step."""
         return make_plan(
             self.config, self.numels, [group["sync_every"] for group in self.averaging.groups], self.topology,
             divisor=self.averaging.average.divisor, gradient_bytes=self.gradient_bytes, buffer_bytes=self.buffer_bytes,
