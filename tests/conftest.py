@@ -9,6 +9,7 @@ from worlds import Processes
 from deslo_plugin import ops
 
 ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # replicas share the cores, and threads that wait for each other there cost more than they bring
 
 
 @pytest.fixture(scope="session")
