@@ -150,6 +150,9 @@ class DesLoc(torch.optim.Optimizer):
                 self._rule(**tensors, t=t, lr=lr, weight_decay=decay, **options)
                 if self.averaging.late:
                     self.averaging.late.fade(params, self._left(t, lr, decay))
+            if optimizer.outer and cohort.steps < self.config.deslo.synchronous_steps:
+                # the outer optimizer begins where the warm-up ends: its progress is no pseudo-gradient
+                torch._foreach_copy_(gather(OUTER_PARAMS, cohort.params), gather(PARAMS, cohort.params))
 
     def _left(self, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
         """What update ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""

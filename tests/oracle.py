@@ -93,6 +93,8 @@ def train(
             for group, g in zip(column, gradients):
                 if g is not None:
                     _update(group, s, _clip([each.double() for each in g], norm_clip)[index])
+                if t < synchronous_steps:
+                    group.anchor = group.x.clone()  # the outer optimizer begins where the warm-up ends
             if s.after_update and t + 1 > synchronous_steps:
                 _average(column, s, t + 1, mean)
     return world
