@@ -14,18 +14,21 @@ import torch
 from methods import Preset, Run
 
 
+CHOICES = ("rates", "ablation_rate", "seeds", "ablation_seeds")  # of a preset: which runs there are, not what becomes of them
+
+
 class Ledger:
     """Finished runs by their key, one to a line of a JSON file.
 
-    Raises ``ValueError`` for a file of another preset: its runs are not comparable.
+    Raises ``ValueError`` for a file of runs of another size: they are not comparable.
     """
 
     def __init__(self, path: Path, preset: Preset):
         self.path = path
         self._preset = json.loads(json.dumps(asdict(preset)))
         whole = json.loads(path.read_text()) if path.exists() else {"preset": self._preset, "runs": {}}
-        if whole["preset"] != self._preset:
-            raise ValueError(f"{path}: expected runs of this preset, got those of another; move the file, or give another --out")
+        if changed := [name for name, value in self._preset.items() if name not in CHOICES and whole["preset"][name] != value]:
+            raise ValueError(f"{path}: expected runs of the same {', '.join(changed)}, got others; give another --out")
         self.runs: dict[str, dict[str, Any]] = whole["runs"]
         self._head = {name: value for name, value in whole.items() if name != "runs"}
 

@@ -38,7 +38,7 @@ class Preset:
     replicas: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)  # rates are compared on the first
     ablation_seeds: tuple[int, ...] = (0, 1)
-    look: int = 32  # steps between looks at the validation loss
+    look: int = 48  # steps between looks at the validation loss
     held_out: int = 4  # batches of 64 windows to look at
     device: str = "cpu"
     bfloat16: bool = False  # forward and backward; parameters, momenta and what travels stay float32
@@ -46,7 +46,7 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=480, period=8, warm_up=48,
+        shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=384, period=8, warm_up=48,
         rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2), ablation_rate=6e-3, slow_beta=0.97, slow_weight=0.9, adopt_beta2=0.999,
     ),
     # the recipe of MT-DAO's author at 16M, on bytes: their vocabulary would be 12.9M of the parameters
@@ -115,8 +115,9 @@ def run(
     that; ``slow`` replaces beta or weight of the slow momentum; ``deslo`` adds keys there; ``options`` are fields of ``Run``.
     """
     method, file = METHODS[name], read_file(CONFIGS / f"{METHODS[name].config}.json")
+    period = preset.period if period is None or method.synchronous else period
     params = deepcopy(file["optimizer"]["params"] | method.params) | {"lr": rate}
-    scaled = lambda every: every and every * (period or preset.period) // WRITTEN_FOR  # noqa: E731
+    scaled = lambda every: every and every * period // WRITTEN_FOR  # noqa: E731
     params["sync_every"] = {state: scaled(every) for state, every in params["sync_every"].items()}
     if "momenta" in params:
         for entry in (*params["momenta"], params["second_moment"]):

@@ -48,7 +48,7 @@ def wanted(part: str, preset: Preset, ledger: Ledger) -> list[Run]:
         return [each for grid in tuning(preset).values() for each in grid.values()]
     chosen = at_best_rate(preset, ledger).values() if part == "seeds" else (
         seeds for variants in ablations(preset).values() for seeds in variants.values())
-    return [each for seeds in chosen for each in seeds]
+    return sorted((each for seeds in chosen for each in seeds), key=lambda each: each.seed)
 
 
 def finish(runs: Iterable[Run], preset: Preset, ledger: Ledger, title: str = "runs") -> int:
