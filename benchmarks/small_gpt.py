@@ -1,5 +1,6 @@
 """The byte-level GPT of examples/ as an objective of simulated replicas."""
 
+import functools
 import math
 import sys
 import warnings
@@ -30,7 +31,7 @@ def small_gpt(
     ``sequences`` windows for each replica and step; ``replicas`` is how many ever take part, and with ``shards`` each draws
     from a part of the text of its own; ``held_out`` batches of 64 windows to judge by, the same for every seed.
     """
-    train, validation = split(load_bytes(), 0.05)
+    train, validation = _text()
     torch.manual_seed(seed)
     span = torch.arange(shape.context + 1)
     part = len(train) // replicas if shards else len(train)
@@ -46,6 +47,11 @@ def small_gpt(
     batch = [windows[index] for index in range(HELD_OUT * held_out)]
     tokens, targets = (torch.stack(each).to(device).split(HELD_OUT) for each in zip(*batch))
     return Network(GPT(shape).to(device), batches, list(zip(tokens, targets)))
+
+
+@functools.cache
+def _text() -> tuple[Tensor, Tensor]:
+    return split(load_bytes(), 0.05)
 
 
 def warmup_cosine(steps: int) -> Callable[[int], float]:

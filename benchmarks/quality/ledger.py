@@ -30,7 +30,9 @@ class Ledger:
         if changed := [name for name, value in self._preset.items() if name not in CHOICES and whole["preset"][name] != value]:
             raise ValueError(f"{path}: expected runs of the same {', '.join(changed)}, got others; give another --out")
         self.runs: dict[str, dict[str, Any]] = whole["runs"]
-        self._head = {name: value for name, value in whole.items() if name != "runs"}
+        self._head = {"command": shlex.join(["python", "benchmarks/quality/study.py", *sys.argv[1:]]), "commit": _commit(),
+                      "machine": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}",
+                      "preset": self._preset}
 
     def __contains__(self, run: Run) -> bool:
         return run.key in self.runs
@@ -40,9 +42,6 @@ class Ledger:
 
     def write(self, run: Run, result: dict[str, Any]) -> None:
         """Adds a finished run; the file is whole at every moment."""
-        self._head = {"command": shlex.join(["python", "benchmarks/quality/study.py", *sys.argv[1:]]), "commit": _commit(),
-                      "machine": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}",
-                      "preset": self._preset}
         self.runs[run.key] = {"run": asdict(run), "result": result}
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(each)}" for key, each in self.runs.items())
         unfinished = self.path.with_suffix(".part")
@@ -55,6 +54,6 @@ class Ledger:
 
 
 def _commit() -> str:
-    """The commit the runs were made with, "+" where the tree differs from it."""
+    """The commit that the latest runs were made with, "+" where the tree differs from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

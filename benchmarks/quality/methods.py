@@ -143,7 +143,7 @@ def run(
 
 def tuning(preset: Preset) -> dict[tuple[str, bool], dict[float, Run]]:
     """(method, warm-up) -> rate -> its run on the first seed; synchronous methods have no warm-up to tell apart."""
-    variants = [(name, False) for name in METHODS] + [(name, True) for name in LOCAL]
+    variants = [*((name, False) for name in SYNCHRONOUS), *((name, warm_up) for warm_up in (True, False) for name in LOCAL)]
     return {
         (name, warm_up): {rate: run(preset, name, rate=rate, seed=preset.seeds[0], warm_up=warm_up) for rate in preset.rates}
         for name, warm_up in variants
