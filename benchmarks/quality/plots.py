@@ -8,12 +8,12 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
+from choice import at_best_rate
 from ledger import Ledger
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from methods import METHODS, Preset, Run
 from report import STARTS
-from study import at_best_rate
 
 FIGURES = ("quality-curves.png", "quality-bytes.png")
 STYLES = {  # colours tell algorithms apart, lines rules

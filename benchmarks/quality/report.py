@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from choice import at_best_rate
 from ledger import Ledger
 from methods import LOCAL, SYNCHRONOUS, Preset, Run, ablations, tuning
-from study import at_best_rate
 
 LINK = Path(__file__).resolve().parent.parent / "results" / "link.json"
 STARTS = {True: "Local after the synchronous warm-up", False: "Local from the first step"}

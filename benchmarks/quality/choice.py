@@ -1,0 +1,17 @@
+"""Which rate each method trains best at: the same grid, the same seed and the same question for all."""
+
+from ledger import Ledger
+from methods import Preset, Run, run, tuning
+
+
+def at_best_rate(preset: Preset, ledger: Ledger) -> dict[tuple[str, bool], list[Run]]:
+    """(method, warm-up) -> its run for each seed, at the rate with the lowest validation loss at the end on the first seed."""
+    def loss(each: Run) -> float:
+        end = ledger.final(each)
+        return float("inf") if end is None else end
+
+    best = {variant: min(grid, key=lambda rate: loss(grid[rate])) for variant, grid in tuning(preset).items()}
+    return {
+        (name, warm_up): [run(preset, name, rate=rate, seed=seed, warm_up=warm_up) for seed in preset.seeds]
+        for (name, warm_up), rate in best.items()
+    }
