@@ -47,7 +47,7 @@ class Preset:
 PRESETS = {
     "cpu": Preset(
         shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=384, period=8, warm_up=48,
-        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2), ablation_rate=6e-3, slow_beta=0.97, slow_weight=0.9, adopt_beta2=0.999,
+        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2), ablation_rate=6e-3, slow_beta=0.97, slow_weight=0.9, adopt_beta2=0.999,
     ),
     # the recipe of MT-DAO's author at 16M, on bytes: their vocabulary would be 12.9M of the parameters
     "gpu": Preset(
