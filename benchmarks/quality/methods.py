@@ -159,7 +159,8 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
     K, titled = preset.period, {}
 
     def variant(name: str, **changes: Any) -> list[Run]:
-        return [run(preset, name, rate=preset.ablation_rate, seed=seed, warm_up=True, **changes) for seed in preset.ablation_seeds]
+        at = {"rate": preset.ablation_rate, "warm_up": True} | changes
+        return [run(preset, name, seed=seed, **at) for seed in preset.ablation_seeds]
 
     for name in ("DES-LOC", "MT-DAO"):
         fixed = {"exp_avg": 3 * K, "exp_avg_sq": 6 * K} if name == "DES-LOC" else {"exp_avg": K, "exp_avg_sq": K}

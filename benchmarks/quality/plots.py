@@ -40,7 +40,8 @@ def draw(preset: Preset, ledger: Ledger, folder: Path) -> None:
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel("validation loss, nats per byte")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+        names = panels[0].get_legend_handles_labels()
+        figure.legend(*names, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
         figure.savefig(folder / file, dpi=110)
         plt.close(figure)
 
@@ -57,5 +58,5 @@ def _point(axes: Axes, name: str, runs: Sequence[Run], ledger: Ledger) -> None:
     colour, _, marker = STYLES[name]
     ends = np.array([ledger.final(each) for each in runs], dtype=float)
     spread = [[ends.mean() - ends.min()], [ends.max() - ends.mean()]]
-    axes.errorbar(ledger[runs[0]]["bytes"] / 1e6, ends.mean(), yerr=spread, color=colour, marker=marker, label=name, linestyle="",
-                  capsize=2)
+    sent = ledger[runs[0]]["bytes"] / 1e6
+    axes.errorbar(sent, ends.mean(), yerr=spread, color=colour, marker=marker, label=name, linestyle="", capsize=2)

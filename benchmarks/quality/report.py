@@ -45,7 +45,8 @@ def methods_table(
 def rates_table(preset: Preset, ledger: Ledger) -> str:
     """The grid of rates: validation at the end on the first seed."""
     columns = ["nats at the end, by rate", "warm-up", *(f"{rate:g}" for rate in preset.rates)]
-    rows = [[name, "" if name in SYNCHRONOUS else "yes" if warm_up else "no", *(nats([ledger.final(each)]) for each in grid.values())]
+    started = lambda name, warm_up: "" if name in SYNCHRONOUS else "yes" if warm_up else "no"  # noqa: E731
+    rows = [[name, started(name, warm_up), *(nats([ledger.final(each)]) for each in grid.values())]
             for (name, warm_up), grid in tuning(preset).items()]
     return markdown(columns, rows)
 
@@ -55,8 +56,9 @@ def ablation_table(title: str, preset: Preset, ledger: Ledger) -> str:
     variants = ablations(preset)[title]
     first = next(iter(variants.values()))
     columns = [title, "validation, nats", "perplexity, %", "MB sent", "cosine of progress", "of momentum"]
-    rows = [[name, nats([ledger.final(each) for each in runs]), against(runs, first, ledger), f"{ledger[runs[0]]['bytes'] / 1e6:.1f}",
-             cosine(runs, "progress", ledger), cosine(runs, "momentum", ledger)] for name, runs in variants.items()]
+    rows = [[name, nats([ledger.final(each) for each in runs]), against(runs, first, ledger),
+             f"{ledger[runs[0]]['bytes'] / 1e6:.1f}", cosine(runs, "progress", ledger), cosine(runs, "momentum", ledger)]
+            for name, runs in variants.items()]
     return markdown(columns, rows)
 
 

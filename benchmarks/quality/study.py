@@ -49,7 +49,7 @@ def finish(runs: Iterable[Run], preset: Preset, ledger: Ledger, title: str = "ru
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="size of the study (%(default)s)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(all, with tables and figures; seeds needs tuning)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(all, then tables and figures)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="finished runs, also those of before (%(default)s)")
     parser.add_argument("--figures", type=Path, default=BENCHMARKS.parent / "docs" / "figures", help="folder (%(default)s)")
     args = parser.parse_args()
