@@ -6,27 +6,32 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from choice import at_best_rate
+from choice import Chosen, at_best_rate
 from ledger import Ledger
 from methods import LOCAL, SYNCHRONOUS, Preset, Run, ablations, tuning
 
 LINK = Path(__file__).resolve().parent.parent / "results" / "link.json"
 STARTS = {True: "Local after the synchronous warm-up", False: "Local from the first step"}
+PAIRS = (  # what the papers compare
+    ("DES-LOC", "Local Adam"), ("FAVG+OPT", "DES-LOC"), ("FAVG-OPT", "DES-LOC"), ("DES-LOC-Nesterov", "DES-LOC"),
+    ("MT-DAO", "synchronous QH"), ("MT-DAO", "synchronous AdamW"), ("MT-DAO", "Local Adam"),
+    ("MT-DAO, ADOPT", "synchronous QH, ADOPT"), ("MT-DAO, ADOPT", "synchronous ADOPT"), ("MT-DAO, ADOPT", "Local ADOPT"),
+    ("MT-DAO, two momenta", "MT-DAO"), ("MT-DAO, two momenta", "DES-LOC"),
+)
 ON_THE_LINK = {"synchronous AdamW": "ddp", "Local Adam": "local-adam", "DES-LOC": "des-loc", "MT-DAO": "mt-dao"}
 
 
 def tables(preset: Preset, ledger: Ledger) -> dict[str, str]:
     """Title -> table, in the order of the document."""
     chosen = at_best_rate(preset, ledger)
-    named = {title: methods_table(title, warm_up, preset, ledger, chosen) for warm_up, title in STARTS.items()}
+    named = {title: methods_table(title, warm_up, ledger, chosen) for warm_up, title in STARTS.items()}
+    named |= {"pairs": pairs_table(ledger, chosen), "warm-up": warm_up_table(ledger, chosen)}
     named["rates"] = rates_table(preset, ledger)
     named |= {title: ablation_table(title, preset, ledger) for title in ablations(preset)}
     return named | {"time to a loss": clock_table(preset, ledger)}
 
 
-def methods_table(
-    title: str, warm_up: bool, preset: Preset, ledger: Ledger, chosen: dict[tuple[str, bool], list[Run]]
-) -> str:
+def methods_table(title: str, warm_up: bool, ledger: Ledger, chosen: Chosen) -> str:
     """Every method at its best rate, over all seeds; perplexities against synchronous AdamW's of the same seed."""
     first = chosen["synchronous AdamW", False]
     columns = [title, "rate", "validation, nats", "lowest to highest", "perplexity, %", "MB sent", "times less",
@@ -40,6 +45,19 @@ def methods_table(
                      against(runs, first, ledger), f"{sent / 1e6:.1f}", f"{all_sent / sent:.1f}",
                      cosine(runs, "progress", ledger), cosine(runs, "momentum", ledger)])
     return markdown(columns, rows)
+
+
+def pairs_table(ledger: Ledger, chosen: Chosen) -> str:
+    """Perplexities of one method against another's of the same seed, each at its best rate."""
+    rows = [[f"{name} against {other}", *(against(chosen[name, warm_up], chosen[other, warm_up and other in LOCAL], ledger)
+                                          for warm_up in STARTS)] for name, other in PAIRS]
+    return markdown(["perplexity, %", *(f"{title[0].lower()}{title[1:]}" for title in STARTS.values())], rows)
+
+
+def warm_up_table(ledger: Ledger, chosen: Chosen) -> str:
+    """Perplexities after the warm-up against those without one, of the same seed, each at its best rate."""
+    rows = [[name, against(chosen[name, True], chosen[name, False], ledger)] for name in LOCAL]
+    return markdown(["the warm-up brings", "perplexity, %"], rows)
 
 
 def rates_table(preset: Preset, ledger: Ledger) -> str:
