@@ -37,7 +37,7 @@ class Preset:
     schedule: str = "cosine"  # of the rate, see small_gpt.py
     replicas: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)  # rates are compared on the first
-    ablation_seeds: tuple[int, ...] = (0, 1)
+    ablation_seeds: tuple[int, ...] = (0,)
     look: int = 48  # steps between looks at the validation loss
     held_out: int = 4  # batches of 64 windows to look at
     device: str = "cpu"
@@ -196,6 +196,6 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
         for delay in (2, 4, 8) for compensated in (True, False)
     }
     titled["Replicas"] = {
-        f"{name}, M = {count}": variant(name, replicas=count)[:1] for count in (4, 8, 16) for name in ("DES-LOC", "MT-DAO")
+        f"{name}, M = {count}": variant(name, replicas=count) for count in (4, 8, 16) for name in ("DES-LOC", "MT-DAO")
     }
     return titled
