@@ -27,16 +27,15 @@ STYLES = {  # colours tell algorithms apart, lines rules
 
 
 def draw(preset: Preset, ledger: Ledger, folder: Path) -> None:
-    """Validation loss against steps, and at the end against bytes: every method at its best rate, mean of all seeds."""
+    """Validation loss against steps, and at the end against bytes: every method at its best rate, mean of all seeds (bars: lowest to highest)."""
     folder.mkdir(parents=True, exist_ok=True)
     chosen = at_best_rate(preset, ledger)
-    for file, panel, labels in zip(FIGURES, (_curve, _point), (("steps", "log"), ("MB sent by a replica", "linear"))):
+    for file, panel, label in zip(FIGURES, (_curve, _point), ("steps", "MB sent by a replica")):
         figure, panels = plt.subplots(1, len(STARTS), figsize=(11, 4.6), layout="constrained", sharey=True)
         for axes, (warm_up, title) in zip(panels, STARTS.items()):
             for name, method in METHODS.items():
                 panel(axes, name, chosen[name, warm_up and not method.synchronous], ledger)
-            axes.set(title=title, xlabel=labels[0])
-            axes.set_xscale("log")
+            axes.set(title=title, xlabel=label)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel("validation loss, nats per byte")
@@ -48,10 +47,8 @@ def draw(preset: Preset, ledger: Ledger, folder: Path) -> None:
 
 def _curve(axes: Axes, name: str, runs: Sequence[Run], ledger: Ledger) -> None:
     colour, line, _ = STYLES[name]
-    losses = np.array([ledger[each]["validation"] for each in runs], dtype=float)
-    steps = ledger[runs[0]]["steps"]
-    axes.plot(steps, losses.mean(0), color=colour, linestyle=line, label=name, linewidth=1.4)
-    axes.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.12, linewidth=0)
+    losses = np.array([ledger[each]["validation"] for each in runs], dtype=float).mean(0)
+    axes.plot(ledger[runs[0]]["steps"][1:], losses[1:], color=colour, linestyle=line, label=name, linewidth=1.4)
 
 
 def _point(axes: Axes, name: str, runs: Sequence[Run], ledger: Ledger) -> None:
