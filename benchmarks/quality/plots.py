@@ -41,7 +41,7 @@ def draw(preset: Preset, ledger: Ledger, folder: Path) -> None:
         panels[0].set_ylabel("validation loss, nats per byte")
         names = panels[0].get_legend_handles_labels()
         figure.legend(*names, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
-        figure.savefig(folder / file, dpi=110)
+        figure.savefig(folder / file, dpi=90)
         plt.close(figure)
 
 
