@@ -24,10 +24,10 @@ import torch
 from curves import draw
 from rich.console import Console
 from rich.progress import Progress
-from small_gpt import GPTConfig, small_gpt, warmup_cosine
+from small_gpt import GPTConfig, small_gpt
 
 from deslo_plugin.config import read_file
-from deslo_plugin.simulation import Failures, Growth, simulate
+from deslo_plugin.simulation import Failures, Growth, simulate, warmup_cosine
 from deslo_plugin.simulation.membership import Membership, constant
 
 HERE = Path(__file__).resolve().parent

@@ -1,10 +1,9 @@
 """The byte-level GPT of examples/ as an objective of simulated replicas."""
 
 import functools
-import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -52,21 +51,3 @@ def small_gpt(
 @functools.cache
 def _text() -> tuple[Tensor, Tensor]:
     return split(load_bytes(), 0.05)
-
-
-def warmup_cosine(steps: int) -> Callable[[int], float]:
-    """Linear over the first twentieth of ``steps``, then a cosine to a tenth: as in configs/."""
-    warmup = max(1, steps // 20)
-
-    def rate(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
-
-    return rate
-
-
-def warmup_hold(steps: int) -> Callable[[int], float]:
-    """Linear over the first tenth of ``steps``, constant, and over the last tenth 1 - sqrt: as in MT-DAO's public code."""
-    tenth = max(1, steps // 10)
-    return lambda step: min((step + 1) / tenth, 1 - math.sqrt(max(0.0, (step - (steps - tenth)) / tenth)))

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/toy.py
 
 Writes benchmarks/results/toy.json and docs/figures/toy.png. The paper gives the function, 256 workers, the noise (sigma 1.5
-for all; or, non-IID, a deviation for each worker drawn from N(0, 3)) and the periods; rates, betas and start are ours.
+for all; or, non-IID, a deviation for each worker drawn from N(0, 3)) and the periods; rates, betas and start are ours, and
+stand in configs/toy/. ``deslo simulate`` makes one panel of the figure: docs/simulate.md.
 """
 
 import json
@@ -22,37 +23,29 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.progress import track
 
-from deslo_plugin.simulation import Rosenbrock, simulate
-from deslo_plugin.simulation.objectives import normal
+from deslo_plugin.simulation import simulate
+from deslo_plugin.simulation.contest import follow, read_contestants
+from deslo_plugin.simulation.scene import START, Scene
 
 HERE = Path(__file__).resolve().parent
 RESULTS, FIGURE = HERE / "results" / "toy.json", HERE.parent / "docs" / "figures" / "toy.png"
 REPLICAS, STEPS, LOOK, SEEDS = 256, 7680, 16, [0, 1, 2]
-START, BETAS = [-1.2, 1.0], [0.9964, 0.999]  # half-lives 192 and 693
 PERIOD = 192
-ALGORITHMS = {
-    "DES-LOC": {"sync_every": {"params": PERIOD, "exp_avg": PERIOD, "exp_avg_sq": 692}},
-    "Local Adam": {"sync_every": {"params": PERIOD, "exp_avg": PERIOD, "exp_avg_sq": PERIOD}},
-    "FAVG+OPT": {"sync_every": {"params": PERIOD, "exp_avg": None, "exp_avg_sq": None}},
-    "FAVG-OPT": {"sync_every": {"params": PERIOD, "exp_avg": None, "exp_avg_sq": None}, "reset_momenta": True},
-}
-SCENES = {  # -> rate, deviation of the noise, whether it is every replica's own
-    "rate 0.03, noise of deviation 1.5": (0.03, 1.5, False),
-    "rate 0.01, noise of deviation 1.5": (0.01, 1.5, False),
-    "rate 0.03, deviations drawn from N(0, 3)": (0.03, 3.0, True),
+ALGORITHMS = {"DES-LOC": "toy/des-loc", "Local Adam": "toy/local-adam", "FAVG+OPT": "toy/favg+opt", "FAVG-OPT": "toy/favg-opt"}
+SCENES = {  # -> rate, and how replicas' noise differs
+    "rate 0.03, noise of deviation 1.5": (0.03, 0.0),
+    "rate 0.01, noise of deviation 1.5": (0.01, 0.0),
+    "rate 0.03, deviations drawn from N(0, 3)": (0.03, 3.0),
 }
 
 
-def curve(scene: str, name: str, seed: int) -> list[float]:
+def curve(scene: str, name: str, seed: int, *, steps: int = STEPS) -> list[float]:
     """f at the mean of the replicas' parameters, every 16 steps."""
-    lr, sigma, own = SCENES[scene]
-    sigmas = sigma * (normal(seed, -3, REPLICAS).abs() if own else torch.ones(REPLICAS))
-    objective = Rosenbrock(torch.tensor(START), sigmas, replicas=REPLICAS, seed=seed)
-    config = {"optimizer": {"params": {"lr": lr, "betas": BETAS} | ALGORITHMS[name]}}
-    return [
-        float(objective.evaluate(moment.replicas.state("params").mean(0, keepdim=True)))
-        for moment in simulate(objective, config, replicas=REPLICAS, steps=STEPS) if moment.steps % LOOK == 0
-    ]
+    lr, noniid = SCENES[scene]
+    (contestant,) = read_contestants([str(HERE.parent / "configs" / f"{ALGORITHMS[name]}.json")], lr=lr)
+    objective = Scene(replicas=REPLICAS, steps=steps, noniid=noniid).build(seed)
+    moments = simulate(objective, contestant.config, replicas=REPLICAS, steps=steps)
+    return follow(objective, moments, every=LOOK, seed=seed).losses
 
 
 def table(scene: str, algorithms: dict[str, list[list[float]]]) -> str:
@@ -92,7 +85,7 @@ def main() -> None:
     for scene, name, seed in track(runs, console=Console(stderr=True)):
         results[scene][name].append([float(f"{value:.3g}") for value in curve(scene, name, seed)])
     head = {"command": "python benchmarks/toy.py", "torch": torch.__version__, "machine": platform.machine(),
-            "replicas": REPLICAS, "betas": BETAS, "start": START, "algorithms": ALGORITHMS, "scenes": SCENES, "every": LOOK}
+            "replicas": REPLICAS, "start": START, "algorithms": ALGORITHMS, "scenes": SCENES, "every": LOOK}
     RESULTS.write_text(json.dumps(head | {"f": results}) + "\n")
     draw(results)
     for scene, algorithms in results.items():

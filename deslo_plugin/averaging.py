@@ -2,20 +2,23 @@
 
 import functools
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deslo_plugin.adaptive import adaptive, shortest
 from deslo_plugin.clock import Clock, Cohort
 from deslo_plugin.collectives import Average
 from deslo_plugin.config import DesloConfig
 from deslo_plugin.late import Late
-from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS
+from deslo_plugin.log import say
+from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS, every
 from deslo_plugin.outer import mean_
-from deslo_plugin.schedule import due
+from deslo_plugin.schedule import Periods, due
 from deslo_plugin.shards import local
+from deslo_plugin.spread import Spread
 from deslo_plugin.sync import States, Synchronizer, Weigh, finite
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter, SyncEvent
@@ -34,7 +37,7 @@ class Averaging:
         clock: how many steps each parameter has completed.
         groups: what to average, where that is not the optimizer's param groups.
         receive: writes what landed, given (cohort, states, means); the plain mean by default.
-        emit: called with every ``SyncEvent``.
+        emit: called with every ``SyncEvent``, the first of ``listeners``.
     """
 
     def __init__(
@@ -49,10 +52,12 @@ class Averaging:
         emit: Callable[[SyncEvent], object] | None = None,
     ):
         self.optimizer, self.deslo, self.average, self.clock = optimizer, deslo, average, clock
-        self._groups, self.meter, self._emit = groups, Meter(), emit
+        self._groups, self.meter, self.listeners = groups, Meter(), [emit] if emit else []
         self.skips_nonfinite = deslo.on_nonfinite == "skip"
-        self._receive = receive or (lambda cohort, states, means: write_means(states, means))
+        self.receive = receive or (lambda cohort, states, means: write_means(states, means))
         self._sync, self.late = self._synchronizer(average), Late(getattr(torch, deslo.wire_dtype))
+        self._spread = Spread(average, self.record)
+        self._periods: dict[int, Periods] = {}  # of each param group, by its id
         self._buffers: Sequence[Tensor] = ()
         self._convened = False
         self._met = 0
@@ -90,6 +95,8 @@ class Averaging:
             self.clock.set(cohort, cohort.steps + 1)
             cohorts[index] = cohort._replace(steps=cohort.steps + 1)
             self._tick_samples(cohorts[index])
+        if cohorts:
+            self.meter.tick(cohorts[0].steps)
         if any(map(self._names_due, cohorts)) and self._convene():
             cohorts = self._cohorts()
         self._depart(cohorts)
@@ -102,17 +109,24 @@ class Averaging:
             for cohort in cohorts:
                 states = self._due(cohort)
                 self._sync.launch(cohort.steps, cohort.params, states, self._weigh(cohort))
+                self._spread.launch(cohort.params, _adaptive(cohort, states))
                 if self.deslo.delay > 1:
                     self.late.keep(cohort.params, states)
 
     def _cohorts(self) -> list[Cohort]:
-        return [cohort for group in self.groups for cohort in self.clock.cohorts(group)]
+        cohorts = [cohort for group in self.groups for cohort in self.clock.cohorts(group)]
+        self._periods |= {id(cohort.group): cohort.periods for cohort in cohorts}
+        return cohorts
 
     def _convene(self) -> bool:
         start = time.perf_counter()
         replaced = self.average.convene()
         self.meter.seconds_exposed += time.perf_counter() - start
         return replaced
+
+    def periods(self, group: Group) -> Periods:
+        """The periods in force in a param group; adaptive ones change (where ZeRO cuts a group, those of its last part)."""
+        return self._periods.get(id(group), shortest(group["sync_every"]))
 
     @property
     def diverged(self) -> bool:
@@ -126,9 +140,22 @@ class Averaging:
     def abandon(self) -> None:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
         self._sync.abandon()
+        self._spread.abandon()
         self.late.clear()
         if self._samples:
             self._samples.forget()
+
+    def aside(self) -> dict[str, Any]:
+        """What this rank knows of its averages beside the optimizer's state: values that were launched, samples seen."""
+        params = list(self.optimizer.state)
+        return {"late": self.late.saved(params), "samples": self._samples.saved(params) if self._samples else None}
+
+    def put_aside(self, aside: Mapping[str, Any]) -> None:
+        """Goes on from what ``aside`` gave, with a state that has as many parameters in the same order."""
+        params = list(self.optimizer.state)
+        self.late.load(params, aside["late"])
+        if self._samples and aside["samples"]:
+            self._samples.load(params, aside["samples"])
 
     def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The means of any floating tensors in at least float32, counted under ``name``; they stay as they are. Collective."""
@@ -185,6 +212,7 @@ class Averaging:
         sent = [states if self.deslo.delay == 1 else self.late.launched(cohort.params, states) for cohort, states in due]
         for (cohort, _), states in zip(due, sent):  # all that is due flies before the first lands: it arrives or not as one
             self._sync.launch_absent(cohort.steps, cohort.params, states, self._weigh(cohort))
+            self._spread.launch(cohort.params, _adaptive(cohort, states))
         meeting = [cohort for cohort, states in due if PARAMS in states] if self._buffers else []
         buffers = {BUFFERS: self._buffers}
         if meeting:
@@ -194,13 +222,28 @@ class Averaging:
             means = self._sync.land(cohort.steps, cohort.params, launched)
             if means is None:
                 landed = False
-            elif self.deslo.delay == 1:
-                self._receive(cohort, states, means)
+                self._spread.abandon()
+                continue
+            self._adapt(cohort, means)
+            if self.deslo.delay == 1:
+                self.receive(cohort, states, means)
             else:
                 self.late.land(cohort.params, states, means)
         if meeting and (means := self._buffer_sync.land(meeting[0].steps, self._buffers, buffers)):
             write_means(buffers, means)
         self.meter.refused_averages += not landed
+
+    def _adapt(self, cohort: Cohort, means: States) -> None:
+        """Lets the drift that an average has found choose the periods of its adaptive states from now on."""
+        for state, mean in _adaptive(cohort, means).items():
+            drift = self._spread.land(cohort.steps, cohort.params, state, mean)
+            before, bounds = cohort.periods[state], cohort.group["sync_every"][state]
+            period = cohort.periods[state] = bounds.after(cohort.steps, before, drift)
+            for param in cohort.params:
+                self.optimizer.state[param][every(state)] = torch.tensor(float(period))
+            if period != before:
+                say(f"deslo: {state} is averaged every {period} steps now, after step {cohort.steps} found drift {drift:.3g} at "
+                    f"every {before} ({bounds})")
 
     def _weigh(self, cohort: Cohort, like: str | None = None) -> Weigh | None:
         """What this rank has seen since the last average of a state of ``cohort``, or of its state ``like``."""
@@ -216,19 +259,24 @@ class Averaging:
         return {state: self.gather(state, cohort.params) for state in self._names_due(cohort)}
 
     def _names_due(self, cohort: Cohort) -> tuple[str, ...]:
-        return due(cohort.group["sync_every"], cohort.steps) if cohort.steps > self.deslo.synchronous_steps else ()
+        return due(cohort.periods, cohort.steps) if cohort.steps > self.deslo.synchronous_steps else ()
 
     def _synchronizer(self, average: Average, wire_dtype: torch.dtype | None = None) -> Synchronizer:
         wire, chunk = wire_dtype or getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_mb << 20
         return Synchronizer(average, wire_dtype=wire, bucket_bytes=chunk, emit=self.record)
 
     def record(self, event: SyncEvent) -> None:
-        """Counts ``event`` and passes it on to ``emit``."""
+        """Counts ``event`` and passes it on to ``emit`` and to those who listen."""
         self.meter(event)
         if self.average.progress:
             self.average.progress.waited(event.seconds_exposed)
-        if self._emit is not None:
-            self._emit(event)
+        for listener in self.listeners:
+            listener(event)
+
+
+def _adaptive(cohort: Cohort, states: States) -> States:
+    """Those of ``states`` whose periods adapt."""
+    return {state: states[state] for state in adaptive(cohort.group["sync_every"]) if state in states}
 
 
 def write_means(states: States, means: States) -> None:

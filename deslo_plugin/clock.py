@@ -1,22 +1,26 @@
 """How many steps a parameter has completed: the clock that periods are counted on."""
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from deslo_plugin.names import STEP
+from deslo_plugin.adaptive import Schedule, adaptive
+from deslo_plugin.names import STEP, every
+from deslo_plugin.schedule import Periods
 
 GROUP_STEP = "deslo_step"  # key of a param group
 
 
 class Cohort(NamedTuple):
-    """Parameters of one param group and device that have completed the same number of steps."""
+    """Parameters of one param group and device that have completed the same number of steps, with the same periods now."""
 
     steps: int
     group: MutableMapping[str, Any]
     params: list[Tensor]
+    periods: Periods
 
 
 class Clock(Protocol):
@@ -30,8 +34,12 @@ class Clock(Protocol):
         """From now on the parameters of ``cohort`` have completed ``steps``."""
 
 
+
 class ParameterClock:
-    """A clock in the state of each parameter, ``state[p]["step"]``: right however a framework cuts a step into calls."""
+    """A clock in the state of each parameter, ``state[p]["step"]``: right however a framework cuts a step into calls.
+
+    Periods that adapt are there as well (``names.every``): what lands together decides together, and checkpoints have it.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, create: Callable[[Tensor], dict[str, Any]]):
         self._optimizer, self._create = optimizer, create
@@ -41,7 +49,21 @@ class ParameterClock:
 
     def cohorts(self, group: MutableMapping[str, Any]) -> Iterator[Cohort]:
         for steps, params in self.by_steps(group["params"]):
-            yield Cohort(steps, group, params)
+            for periods, same in self._by_periods(group["sync_every"], params):
+                yield Cohort(steps, group, same, periods)
+
+    def _by_periods(self, schedule: Schedule, params: list[Tensor]) -> Iterator[tuple[Periods, list[Tensor]]]:
+        adapt = adaptive(schedule)
+        if not adapt:
+            yield schedule, params
+            return
+
+        def now(param: Tensor) -> dict[str, int]:
+            state = self._optimizer.state[param]
+            return {name: bounds.allowed(int(state.get(every(name), 0))) for name, bounds in adapt.items()}
+
+        for periods, same in groupby(sorted(params, key=lambda param: [*now(param).values()]), now):
+            yield {**schedule, **periods}, list(same)
 
     def by_steps(self, params: Sequence[Tensor], since: str | None = None) -> Iterator[tuple[int, list[Tensor]]]:
         """Parameters by clock and device; with ``since`` by the steps since that state's value."""
@@ -67,7 +89,7 @@ class GroupClock:
         by_device: dict[torch.device, list[Tensor]] = {}
         for param in group["params"]:
             by_device.setdefault(param.device, []).append(param)
-        return (Cohort(group.get(GROUP_STEP, 0), group, params) for params in by_device.values())
+        return (Cohort(group.get(GROUP_STEP, 0), group, params, group["sync_every"]) for params in by_device.values())
 
     def set(self, cohort: Cohort, steps: int) -> None:
         cohort.group[GROUP_STEP] = steps

@@ -12,8 +12,10 @@ from typing import Any
 
 import yaml
 
+from deslo_plugin.adaptive import Schedule, adaptive, shortest
 from deslo_plugin.names import PARAMS, SECOND_MOMENT, first_momenta
-from deslo_plugin.periods import read_momenta, read_periods
+from deslo_plugin.periods import adaptive_asked, read_momenta, read_periods
+from deslo_plugin.recording import Telemetry, read_telemetry
 from deslo_plugin.rules import RULES
 from deslo_plugin.schedule import Periods
 from deslo_plugin.strict import ConfigError, Reader, shown
@@ -50,7 +52,7 @@ class OptimizerConfig:
     weight_decay: float
     bias_correction: bool
     clip_value: float | None
-    periods: Periods
+    periods: Schedule
     period_sources: Mapping[str, str]
     reset_momenta: bool
     outer: Outer | None
@@ -78,7 +80,7 @@ class DesloConfig:
 
     ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``delay`` is the
     number of forwards and backwards that an average travels under, ``weights`` what a replica counts in an average: as much as
-    any other, or what it has seen; ``checkpoint`` is what ``save`` saves.
+    any other, or what it has seen; ``checkpoint`` is what ``save`` saves; ``telemetry`` is what is written down, if anything.
     """
 
     replica_size: int | str = "auto"
@@ -94,6 +96,7 @@ class DesloConfig:
     timeout_s: float = 600.0
     checkpoint: str = "average"
     weights: str = "equal"
+    telemetry: Telemetry | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,19 +202,31 @@ def read_deslo(block: Any) -> DesloConfig:
         timeout_s=reader.number("timeout_s", 600.0, low=1.0),
         checkpoint=reader.choice("checkpoint", "average", CHECKPOINTS),
         weights=reader.choice("weights", "equal", ["equal", "samples"]),
+        telemetry=read_telemetry(reader),
     )
     reader.finish()
+    if config.telemetry and config.telemetry.pseudo_gradient and config.delay > 1:
+        reader.refuse("telemetry.pseudo_gradient", "false with a delay above 1", "true", "remove one: parameters have moved on "
+                      "when such an average lands")
     if config.delay > 1 and not config.overlap:
         reader.refuse("delay", "1 without overlap", str(config.delay), "remove it, or take when 'before_update' with overlap")
     return config
 
 
-def expect_landing(delay: int, periods: Periods, of: str = "") -> None:
-    """Refuses a period that is shorter than ``deslo.delay``: its next average would start before this one has landed."""
-    for state, period in periods.items():
-        if period and period < delay:
-            raise ConfigError("deslo.delay", f"at most {period}, the period of {state}{of}", str(delay),
+def expect_averages(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
+    """Refuses periods that cannot be kept.
+
+    One shorter than ``deslo.delay``: its next average would start before this one has landed. An adaptive one where replicas
+    are weighted: the drift that it goes by is that of equals.
+    """
+    for state, period in shortest(periods).items():
+        if period and period < deslo.delay:
+            raise ConfigError("deslo.delay", f"at most {period}, the period of {state}{of}", str(deslo.delay),
                               "lower it, or raise that period")
+    for state in adaptive(periods):
+        if deslo.weights != "equal":
+            raise ConfigError("deslo.weights", f'"equal" with an adaptive period of {state}{of}', repr(deslo.weights),
+                              "remove it, or give that state a number of steps")
 
 
 def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
@@ -223,7 +238,8 @@ def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
         for other in (name for name, given in others.items() if given):
             raise ConfigError("deslo.delay", f"1 with {other}", str(deslo.delay),
                               "remove one: it cannot take in an average that is some updates old")
-        expect_landing(deslo.delay, optimizer.periods)
+    if optimizer is not None:
+        expect_averages(deslo, optimizer.periods)
     return Config(optimizer=optimizer, deslo=deslo)
 
 
@@ -243,7 +259,10 @@ def _stock_periods(reader: Reader) -> Periods | None:
         return None
     every = Reader(f"{reader.where}.sync_every", block)
     periods = {PARAMS: every.whole(PARAMS)}
-    periods |= {state: every.whole(state, also=(None,)) for state in block if state != PARAMS}
+    for state in block:
+        if state != PARAMS:
+            hint = "give steps: periods adapt with DesLoc only" if adaptive_asked(every, state) else ""
+            periods[state] = every.whole(state, also=(None,), hint=hint)
     every.finish()
     return periods
 

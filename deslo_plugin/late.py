@@ -75,3 +75,12 @@ class Late:
     def clear(self) -> None:
         """Forgets what flew."""
         self._kept.clear()
+
+    def saved(self, params: Sequence[Tensor]) -> list[tuple[int, str, Tensor, float]]:
+        """What flies: place in ``params``, state, launched value on the CPU, factor."""
+        place = {param: index for index, param in enumerate(params)}
+        return [(place[param], state, kept.launched.cpu(), kept.factor) for (param, state), kept in self._kept.items()]
+
+    def load(self, params: Sequence[Tensor], saved: Sequence[tuple[int, str, Tensor, float]]) -> None:
+        """Makes ``saved`` what flies: launched once more when it is to land, from the same values."""
+        self._kept = {(params[i], state): _Kept(launched.to(params[i].device), factor) for i, state, launched, factor in saved}

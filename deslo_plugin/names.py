@@ -16,6 +16,11 @@ OUTER_PARAMS = "outer_params"  # parameters after the last outer step (outer opt
 OUTER_MOMENTUM = "outer_momentum"
 
 
+def every(state: str) -> str:
+    """Where a parameter keeps the period in force of a ``state`` whose period adapts; 0 before its first average."""
+    return f"{state}_every"
+
+
 def first_momenta(count: int) -> tuple[str, ...]:
     """``("exp_avg", "exp_avg_2", ..., "exp_avg_<count>")``."""
     return tuple("exp_avg" if j == 1 else f"exp_avg_{j}" for j in range(1, count + 1))

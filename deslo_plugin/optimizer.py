@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deslo_plugin.adaptive import adaptive
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.clock import Cohort, ParameterClock
 from deslo_plugin.collectives import Alone, Average, left_alone
-from deslo_plugin.config import Config, expect_landing, load_config
-from deslo_plugin.names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP
+from deslo_plugin.config import Config, expect_averages, load_config
+from deslo_plugin.names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP, every
 from deslo_plugin.ops import RULES
 from deslo_plugin.outer import mean_, nesterov_
 from deslo_plugin.periods import group_periods
@@ -34,8 +35,8 @@ class DesLoc(torch.optim.Optimizer):
 
     State of each parameter, float32 (float64 for float64 parameters) unless said otherwise: the momenta under their
     names (bfloat16 if ``state_dtype`` says so: rounded at random by the rule, to nearest where an average lands), ``step``
-    (completed steps, 0-dim float32) and ``origin`` (0-dim float32), and with an outer optimizer ``outer_params`` and
-    ``outer_momentum``.
+    (completed steps, 0-dim float32) and ``origin`` (0-dim float32), of momenta with adaptive periods ``<name>_every`` (0-dim
+    float32), and with an outer optimizer ``outer_params`` and ``outer_momentum``.
 
     Raises ``ConfigError`` for a config that cannot be meant; from ``step``, ``NonFiniteError`` if any replica brings
     NaN or inf to an average, and ``AverageError`` if an average times out.
@@ -94,7 +95,7 @@ class DesLoc(torch.optim.Optimizer):
         group, optimizer = self.param_groups[-1], self.config.optimizer
         where = f"param group {len(self.param_groups) - 1}"
         group["sync_every"] = group_periods(group["sync_every"], optimizer.periods, optimizer.beta_of, where)
-        expect_landing(self.config.deslo.delay, group["sync_every"], f" of {where}")
+        expect_averages(self.config.deslo, group["sync_every"], f" of {where}")
         if self.armed:
             for param in group["params"]:
                 self._create_state(param)
@@ -176,13 +177,20 @@ class DesLoc(torch.optim.Optimizer):
             raise ConfigError("optimizer.params.state_dtype", "'float32' with float64 parameters", "'bfloat16'",
                               "remove it: float64 parameters have float64 momenta")
         moment_dtype = torch.bfloat16 if optimizer.state_dtype == "bfloat16" else dtype
-        state[STEP], state[ORIGIN] = torch.zeros(()), torch.zeros(())
+        for counter in self._counters:
+            state[counter] = torch.zeros(())
         for moment in optimizer.moments:
             state[moment] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
         if optimizer.outer:
             state[OUTER_PARAMS] = param.detach().to(dtype, copy=True)
             state[OUTER_MOMENTUM] = torch.zeros_like(state[OUTER_PARAMS])
         return state
+
+    @property
+    def _counters(self) -> list[str]:
+        """The 0-dim states of a parameter, which stay on the host."""
+        adapt = {state for group in self.param_groups for state in adaptive(group["sync_every"])}
+        return [STEP, ORIGIN, *(every(state) for state in self.config.optimizer.moments if state in adapt)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads states and drops averages in flight; the periods, and the dtypes of states, stay those of the config."""
@@ -198,7 +206,7 @@ class DesLoc(torch.optim.Optimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for index, param in zip(saved, params):
             for name, value in state_dict["state"].get(index, {}).items():
-                device = "cpu" if name in (STEP, ORIGIN) else param.device
+                device = "cpu" if name in self._counters else param.device
                 dtype = dtypes.get(param, {}).get(name, value.dtype)
                 self.state[param][name] = value.detach().to(device, dtype, copy=True)
 

@@ -1,7 +1,8 @@
 """Which momenta the user asked for, and which period each state gets and why.
 
 A period left out takes the papers' robust default, 3x that of ``params`` for a first momentum and 6x for the second
-(arXiv 2505.22549, App. I); ``"half_life"`` is round(tau(beta)) of that momentum; ``null`` is never.
+(arXiv 2505.22549, App. I); ``"half_life"`` is round(tau(beta)) of that momentum; ``null`` is never; ``"adaptive"``, or
+``{"adaptive": {"min": ..., "max": ..., "drift": ...}}``, follows the drift that averages find.
 """
 
 import math
@@ -9,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from deslo_plugin.adaptive import Adaptive, Schedule, adaptive
 from deslo_plugin.names import PARAMS, SECOND_MOMENT, first_momenta
-from deslo_plugin.schedule import Periods, half_life, half_life_period
+from deslo_plugin.schedule import half_life, half_life_period
 from deslo_plugin.strict import ConfigError, Reader, shown
 
 DEFAULT_PERIOD = 32
 MULTIPLE_OF_PARAMS = {"first": 3, "second": 6}
+LONGEST, DRIFT = 16, 0.5  # of an adaptive period: times the shortest, and what its averages should find
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def _from_betas(reader: Reader, betas: Any, adaptive: bool) -> Momenta:
     return Momenta((beta1,), (1.0,), beta2[0] if beta2 else None, {})
 
 
-def read_periods(reader: Reader, momenta: Momenta) -> tuple[dict[str, int | None], dict[str, str]]:
+def read_periods(reader: Reader, momenta: Momenta) -> tuple[Schedule, dict[str, str]]:
     """(period of every state, why it is what it is), from ``sync_every`` and what the momenta carry themselves."""
     where, block = f"{reader.where}.sync_every", reader.take("sync_every", {})
     every = Reader(where, block)
@@ -85,12 +88,12 @@ def read_periods(reader: Reader, momenta: Momenta) -> tuple[dict[str, int | None
 
     periods, sources = {}, {}
     sources[PARAMS] = "given" if PARAMS in every else "default"
-    periods[PARAMS] = every.whole(PARAMS, DEFAULT_PERIOD)
+    periods[PARAMS] = _period(every, PARAMS, None, DEFAULT_PERIOD)
     for state, beta in momenta.beta_of.items():
         if state in every:
             half_life_asked = {**block, **momenta.sync_every}[state] == "half_life"
             sources[state] = f"half-life of {beta:g}" if half_life_asked else "given"
-            periods[state] = _period(every, state, beta)
+            periods[state] = _period(every, state, beta, periods[PARAMS])
         else:
             multiple = MULTIPLE_OF_PARAMS["second" if state == SECOND_MOMENT else "first"]
             sources[state] = f"{multiple} x params"
@@ -99,24 +102,58 @@ def read_periods(reader: Reader, momenta: Momenta) -> tuple[dict[str, int | None
     return periods, sources
 
 
-def group_periods(sync_every: Any, periods: Periods, beta_of: Mapping[str, float], where: str) -> dict[str, int | None]:
+def group_periods(sync_every: Any, periods: Schedule, beta_of: Mapping[str, float], where: str) -> Schedule:
     """A param group's own ``sync_every`` over the config's: states it does not name keep the config's period."""
     own = Reader(f"{where}.sync_every", sync_every)
-    resolved = {
-        state: _period(own, state, beta_of.get(state)) if state in own else own.take(state, period)
-        for state, period in periods.items()
-    }
+    resolved: dict[str, int | None | Adaptive] = {}
+    for state, period in periods.items():
+        params = resolved.get(PARAMS)
+        resolved[state] = _period(own, state, beta_of.get(state), params) if state in own else own.take(state, period)
     own.finish()
+    for state, bounds in adaptive(resolved).items():
+        if bounds.min % resolved[PARAMS]:
+            raise ConfigError(f"{where}.sync_every.{state}", f"a multiple of {resolved[PARAMS]}, this group's period of {PARAMS}, "
+                              "as min", f"{bounds.min}, the config's", f"give {state} a period here as well")
     return resolved
 
 
-def _period(reader: Reader, state: str, beta: float | None) -> int | None:
-    """The period written for one state. ``beta`` is None for the parameters, which must meet at some time."""
+def _period(reader: Reader, state: str, beta: float | None, params: int) -> int | None | Adaptive:
+    """The period written for one state. ``beta`` is None for the parameters, which must meet at some time.
+
+    ``params`` is the parameters' period, for which their own is the default.
+    """
+    asked = adaptive_asked(reader, state)
     if beta is None:
-        return reader.whole(state)
+        return reader.whole(state, params, hint="give steps: adaptive periods are multiples of this one" if asked else "")
+    if asked:
+        return _adaptive(reader, state, params)
     hint = f"(the half-life of beta {beta:g} is {half_life(beta):.1f} steps)"
-    period = reader.whole(state, also=("half_life", None), hint=f'give steps, "half_life" {hint}, or null for never')
+    period = reader.whole(state, also=("half_life", None), hint=f'give steps, "half_life" {hint}, "adaptive", or null for never')
     return half_life_period(beta) if period == "half_life" else period
+
+
+def adaptive_asked(reader: Reader, state: str) -> bool:
+    """Whether an adaptive period is written for ``state``."""
+    written = reader.look(state)
+    return written == "adaptive" or isinstance(written, Mapping)
+
+
+def _adaptive(reader: Reader, state: str, params: int) -> Adaptive:
+    written = reader.take(state)
+    form = Reader(f"{reader.where}.{state}", {} if written == "adaptive" else written)
+    bounds = Reader(f"{form.where}.adaptive", form.take("adaptive", {}))
+    form.finish()
+    shortest = bounds.whole("min", params)
+    longest = bounds.whole("max", LONGEST * shortest)
+    drift = bounds.number("drift", DRIFT)
+    bounds.finish()
+    if shortest % params:
+        bounds.refuse("min", f"a multiple of {params}, the period of {PARAMS}", str(shortest), "averages must fall together")
+    if longest not in (shortest << doubled for doubled in range(1, 64)):
+        bounds.refuse("max", f"{shortest} (min) times 2, 4, 8, ...", str(longest), "correct it; for one period write its steps")
+    if drift == 0:
+        bounds.refuse("drift", "a number > 0", "0", f"write {shortest} to average at the shortest period always")
+    return Adaptive(shortest, longest, drift)
 
 
 def _taken(reader: Reader, key: str, state: str) -> dict[str, Any]:

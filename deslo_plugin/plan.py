@@ -1,8 +1,9 @@
 """What moves, when, between whom, and how many bytes: known before the first step, without a process group."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from deslo_plugin.adaptive import Schedule, adaptive, longest, shortest
 from deslo_plugin.config import Config, OptimizerConfig
 from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS
 from deslo_plugin.schedule import Periods, due, vectors_per_step
@@ -15,12 +16,12 @@ HORIZON = 100_000  # steps that next_sync looks ahead
 @dataclass(frozen=True)
 class GroupPlan:
     """One param group: ``numel`` elements on this rank. An average of a state sends ``bytes_per_event[state]`` from it, a
-    step of the synchronous warm-up ``gradient_bytes``."""
+    step of the synchronous warm-up ``gradient_bytes``. Of adaptive periods nobody knows more in advance than their bounds."""
 
     numel: int
     bytes_per_event: Mapping[str, int]
     gradient_bytes: int
-    periods: Periods
+    periods: Schedule
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,38 @@ class Plan:
     topology: Topology
     groups: tuple[GroupPlan, ...]
     buffer_bytes: int = 0
+    divisor: int = 1
+
+    @property
+    def synchronous_bytes(self) -> int:
+        """What this rank would send at every step of synchronous training, in wire dtype and split as averages are."""
+        return sum(group.bytes_per_event[PARAMS] for group in self.groups)
+
+    @property
+    def flight_bytes(self) -> int:
+        """Memory that averages take on this rank while all states fly at once: copies in wire dtype, two with a delay."""
+        sent = sum(group.bytes_per_event[state] for group in self.groups for state, period in group.periods.items() if period)
+        return (sent + self.buffer_bytes) * self.divisor * (2 if self.config.deslo.delay > 1 else 1)
 
     @property
     def vectors_per_step(self) -> float:
-        """Parameter vectors moved between replicas per step; synchronous training moves 1."""
+        """Parameter vectors moved between replicas per step, at most; synchronous training moves 1."""
+        return self._vectors_per_step(shortest)
+
+    def _vectors_per_step(self, at: Callable[[Schedule], Periods]) -> float:
         total = sum(group.numel for group in self.groups) or 1
-        return sum(group.numel * vectors_per_step(group.periods) for group in self.groups) / total
+        return sum(group.numel * vectors_per_step(at(group.periods)) for group in self.groups) / total
 
     def bytes_at(self, steps: int) -> dict[str, int]:
-        """State -> bytes that this rank sends for the averages due after ``steps`` completed steps."""
+        """State -> bytes that this rank sends for the averages due after ``steps`` completed steps.
+
+        A state whose period adapts is counted wherever it may be due: at its shortest period.
+        """
         if steps <= self.config.deslo.synchronous_steps:
             return {GRADIENTS: sum(group.gradient_bytes for group in self.groups)} if steps > 0 else {}
         sent: dict[str, int] = {}
         for group in self.groups:
-            for state in due(group.periods, steps):
+            for state in due(shortest(group.periods), steps):
                 sent[state] = sent.get(state, 0) + group.bytes_per_event[state]
         return sent | ({BUFFERS: self.buffer_bytes} if self.buffer_bytes and PARAMS in sent else {})
 
@@ -71,7 +90,7 @@ class Plan:
                 source = "given" if opt is None else opt.period_sources[state]
                 if opt is not None and period != opt.periods[state]:
                     source = "its own period"
-                every = f"every {period} steps" if period else "never averaged"
+                every = f"every {period} steps" if isinstance(period, int) else str(period) if period else "never averaged"
                 each = f", {group.bytes_per_event[state]:,} bytes from each rank" if period else ""
                 lines.append(f"  {state + name}: {every} ({source}){each}")
         if self.buffer_bytes:
@@ -80,8 +99,15 @@ class Plan:
             lines.append(f"  outer Nesterov step on averaged params: lr {opt.outer.lr:g}, momentum {opt.outer.momentum:g}")
         if opt is not None and opt.reset_momenta:
             lines.append("  momenta are reset after each average of params")
-        moved = self.vectors_per_step
-        lines.append(f"  {moved:.4g} parameter vectors per step between replicas: {1 / moved:.1f} times fewer than synchronous training")
+        moved = dict.fromkeys(self._vectors_per_step(at) for at in (longest, shortest))  # one number, or from and to
+        lines.append(f"  {' to '.join(f'{each:.4g}' for each in moved)} parameter vectors per step between replicas: "
+                     f"{' to '.join(f'{1 / each:.1f}' for each in reversed(moved))} times fewer than synchronous training")
+        memory = f"  memory: up to {self.flight_bytes:,} bytes on each rank while averages fly"
+        measured = deslo.telemetry is not None and deslo.telemetry.pseudo_gradient
+        lines.append(memory + ", and one more copy of the parameters for the pseudo-gradient" * measured)
+        never = dict.fromkeys(state for group in self.groups for state, period in group.periods.items() if not period)
+        never = ["gradients" + " after those steps" * bool(deslo.synchronous_steps), *never, *["buffers"][: not self.buffer_bytes]]
+        lines.append(f"  not averaged: {', '.join(never)}")
         return "\n".join(lines)
 
 
@@ -94,7 +120,7 @@ def _direction(optimizer: OptimizerConfig | None) -> str:
 
 
 def make_plan(
-    config: Config, numels: Sequence[int], periods: Sequence[Periods], topology: Topology, *, divisor: int = 1,
+    config: Config, numels: Sequence[int], periods: Sequence[Schedule], topology: Topology, *, divisor: int = 1,
     gradient_bytes: Sequence[int] | None = None, buffer_bytes: int = 0, others: Sequence[Mapping[str, int]] | None = None,
 ) -> Plan:
     """A plan for param groups of ``numels`` elements on this rank; ``divisor`` ranks split each average between them.
@@ -104,7 +130,7 @@ def make_plan(
         others: for each group, the elements of those states that are not of the parameters' sizes.
     """
 
-    word = BYTES[config.deslo.wire_dtype]
+    word, spread = BYTES[config.deslo.wire_dtype], BYTES["float64"]  # the latter travels with states whose periods adapt
     weight = word if config.deslo.weights == "samples" else 0  # travels with each state of each group, and with buffers
 
     def sent(numel: int) -> int:
@@ -113,10 +139,13 @@ def make_plan(
     groups = tuple(
         GroupPlan(
             numel=numel,
-            bytes_per_event={state: sent((others[index] if others else {}).get(state, numel)) + weight for state in own},
+            bytes_per_event={
+                state: sent((others[index] if others else {}).get(state, numel)) + weight + spread * (state in adaptive(own))
+                for state in own
+            },
             gradient_bytes=gradient_bytes[index] if gradient_bytes else sent(numel),
             periods=own,
         )
         for index, (numel, own) in enumerate(zip(numels, periods, strict=True))
     )
-    return Plan(config, topology, groups, buffer_bytes + weight if buffer_bytes else 0)
+    return Plan(config, topology, groups, buffer_bytes + weight if buffer_bytes else 0, divisor)

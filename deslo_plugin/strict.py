@@ -38,6 +38,10 @@ class Reader:
     def __contains__(self, key: str) -> bool:
         return key in self._rest
 
+    def look(self, key: str) -> Any:
+        """The raw value, left to be taken; None where there is none."""
+        return self._rest.get(key)
+
     def take(self, key: str, default: Any = None) -> Any:
         """The raw value, unchecked."""
         self._known.append(key)

@@ -30,6 +30,7 @@ class _Flight:
     bucket: Bucket
     works: list[Work]
     bytes: int
+    start: float  # by time.perf_counter
 
 
 class Synchronizer:
@@ -51,16 +52,19 @@ class Synchronizer:
         """
         self._tell(steps, states)
         for state, tensors in states.items():
-            bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.average.divisor)
-            sent = sum(chunk.nbytes for chunk in bucket.chunks) // self.average.divisor
-            if weigh is None:
-                works = [self.average.start(chunk) for chunk in bucket.chunks]
-            else:
-                works = start_weighted(self.average, weigh(state), bucket.chunks, self.wire_dtype, tensors[0].device)
-                sent += self.wire_dtype.itemsize
-            flight = _Flight(steps, bucket, works, sent)
+            flight = self._start(steps, tensors, weigh and weigh(state))
             for seat, param in enumerate(params):
                 self._flights[param, state] = flight, seat
+
+    @torch.profiler.record_function("deslo::launch")
+    def _start(self, steps: int, tensors: Sequence[Tensor], weight: float | None) -> _Flight:
+        start = time.perf_counter()
+        bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.average.divisor)
+        sent = sum(chunk.nbytes for chunk in bucket.chunks) // self.average.divisor
+        if weight is None:
+            return _Flight(steps, bucket, [self.average.start(chunk) for chunk in bucket.chunks], sent, start)
+        works = start_weighted(self.average, weight, bucket.chunks, self.wire_dtype, tensors[0].device)
+        return _Flight(steps, bucket, works, sent + self.wire_dtype.itemsize, start)
 
     @torch.profiler.record_function("deslo::land")
     def land(self, steps: int, params: Sequence[Tensor], states: States) -> dict[str, list[Tensor]] | None:
@@ -74,23 +78,26 @@ class Synchronizer:
         flights = {state: list({id(flight): flight for flight, _ in taken}.values()) for state, taken in seats.items()}
 
         start = time.perf_counter()
-        for flight in (flight for each in flights.values() for flight in each):
-            if flight.steps != steps:
-                raise RuntimeError(f"an average launched for step {flight.steps} was about to land at step {steps}")
-            for work in flight.works:
-                work.wait()
+        with torch.profiler.record_function("deslo::wait"):
+            for flight in (flight for each in flights.values() for flight in each):
+                if flight.steps != steps:
+                    raise RuntimeError(f"an average launched for step {flight.steps} was about to land at step {steps}")
+                for work in flight.works:
+                    work.wait()
         if not self.average.landed():
             return None
         means = {state: [flight.bucket.views[seat] for flight, seat in taken] for state, taken in seats.items()}
         sums = {state: measure(states[state], mean) for state, mean in means.items()}
         drift = {state: drift_of(each) for state, each in sums.items()}  # reads the sums, so that a GPU's wait ends here
         self._refuse_nonfinite(steps, flights, states, drift)
-        exposed = time.perf_counter() - start
+        end = time.perf_counter()
 
         sent = {state: sum(flight.bytes for flight in each) for state, each in flights.items()}
-        self.emit(SyncEvent(steps, sent, exposed, drift))
+        flown = {state: end - min(flight.start for flight in each) for state, each in flights.items()}
+        self.emit(SyncEvent(steps, sent, end - start, drift, flown))
         return means
 
+    @torch.profiler.record_function("deslo::mean")
     def mean(self, steps: int, states: States) -> dict[str, list[Tensor]]:
         """The means of ``states`` in wire dtype, launched and waited for, whatever they hold."""
         self._tell(steps, states)
@@ -101,7 +108,8 @@ class Synchronizer:
                 work.wait()
             means[state] = bucket.views
             sent[state] = sum(chunk.nbytes for chunk in bucket.chunks) // self.average.divisor
-        self.emit(SyncEvent(steps, sent, time.perf_counter() - start, {}))
+        seconds = time.perf_counter() - start
+        self.emit(SyncEvent(steps, sent, seconds, {}, dict.fromkeys(states, seconds)))
         return means
 
     def abandon(self) -> None:

@@ -9,17 +9,20 @@ from deslo_plugin.drift import Drift
 @dataclass(frozen=True)
 class SyncEvent:
     """One average: after ``steps`` completed steps, ``bytes`` sent by this rank and ``drift`` found, both by state, and the
-    seconds waited for it."""
+    seconds waited for it. ``seconds_in_flight``: by state, from its launch until it was here and looked at."""
 
     steps: int
     bytes: dict[str, int]
     seconds_exposed: float
     drift: dict[str, Drift]
+    seconds_in_flight: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Meter:
     """Sums of ``SyncEvent``, and the latest drift of each state: an ``emit`` callback of the synchroniser.
+
+    ``steps`` are those taken since this process attached, whatever the clock said then.
 
     ``refused_averages`` did not arrive at every replica and were written by none, where replicas may come and go.
     """
@@ -27,10 +30,12 @@ class Meter:
     bytes: Counter[str] = field(default_factory=Counter)
     events: Counter[str] = field(default_factory=Counter)
     seconds_exposed: float = 0.0
+    steps: int = 0
     skipped_steps: int = 0
     refused_averages: int = 0
     drift: dict[str, Drift] = field(default_factory=dict)
     _counted: dict[str, int] = field(default_factory=dict)
+    _clock: int = -1
 
     def __call__(self, event: SyncEvent) -> None:
         self.bytes.update(event.bytes)
@@ -40,3 +45,8 @@ class Meter:
         self._counted.update(dict.fromkeys(new, event.steps))
         self.seconds_exposed += event.seconds_exposed
         self.drift.update(event.drift)
+
+    def tick(self, clock: int) -> None:
+        """A step was completed, and parameters have ``clock`` behind them: a framework may call for each group of them."""
+        self.steps += clock != self._clock
+        self._clock = clock

@@ -29,6 +29,16 @@ class Samples:
         self._total = 0.0
         self._at: dict[Tensor, dict[int, float]] = {}  # a cohort's first parameter -> completed steps -> the total then
 
+    def saved(self, params: Sequence[Tensor]) -> tuple[bool, float, dict[int, dict[int, float]]]:
+        """All of it, with cohorts by the place of their first parameter in ``params``."""
+        place = {param: index for index, param in enumerate(params)}
+        return self._told, self._total, {place[param]: dict(at) for param, at in self._at.items()}
+
+    def load(self, params: Sequence[Tensor], saved: tuple[bool, float, dict[int, dict[int, float]]]) -> None:
+        """Goes on from what was ``saved``."""
+        self._told, self._total, at = saved
+        self._at = {params[index]: dict(totals) for index, totals in at.items()}
+
     def saw(self, samples: float) -> None:
         """``samples`` are in the gradients of the step that this rank is taking; several calls in a step add up."""
         if isinstance(samples, bool) or not isinstance(samples, int | float) or not (isfinite(samples) and samples >= 0):

@@ -54,12 +54,16 @@ def train(args: Namespace) -> Result:
     with display(args.steps) if dist.get_rank() == 0 else contextlib.nullcontext() as show:
         for step in range(1, args.steps + 1):
             loss = job.step([next(data) for _ in range(accumulation)])
+            if job.deslo:
+                job.deslo.log(loss=loss, tokens=micro * accumulation * shape.context)
             if show:
                 loss_mean = loss.item() if loss_mean is None else 0.9 * loss_mean + 0.1 * loss.item()
                 speed = step * step_tokens / (time.perf_counter() - begin)
                 show(Status(step, loss_mean, speed, *traffic(step)))
     dist.barrier()
     seconds = time.perf_counter() - begin
+    if job.deslo:
+        job.deslo.end()
 
     moved, _ = traffic(args.steps)
     return Result(

@@ -152,6 +152,25 @@ def refused_by_torch(kind: str, config: dict) -> dict[str, str]:
     return said
 
 
+def resumed_with_samples(config: dict, folder: str) -> tuple[dict, dict]:
+    """``resumed`` of replicas that count by what they have seen: four steps before, six after."""
+    import deslo_plugin
+
+    def train(job: Job, steps: range) -> dict:
+        for step in steps:
+            job.attachment.saw(1 + dist.get_rank() + step % 3)
+            job.train(range(step, step + 1))
+        return job.states()
+
+    job = Job("plain", config)
+    train(job, range(4))
+    deslo_plugin.save(folder, job.model, mode="exact")
+    straight = train(job, range(4, 10))
+    job = Job("plain", config)
+    deslo_plugin.load(folder, job.model)
+    return straight, train(job, range(4, 10))
+
+
 def two_optimizers(folder: str) -> dict:
     """Muon and AdamW step one model: what comes of going on after a save, and of loading it into new ones."""
     import deslo_plugin

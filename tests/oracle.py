@@ -5,7 +5,7 @@ of (replica, step, vectors). Equation numbers: DES-LOC, arXiv 2505.22549; MT-DAO
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Setting:
     after_update: bool = False
     reset: bool = False
     outer: tuple[float, float] | None = None  # (outer lr, momentum)
+    adaptive: dict[str, tuple[int, float]] = field(default_factory=dict)  # "u1" -> (longest period, drift); ``periods``: shortest
     delay: int = 1  # steps from the launch of an average to the one at whose start it lands, counting that one
 
 
@@ -67,6 +68,8 @@ def train(
     ``samples(replica, step)`` is what a replica sees in a step: a state averaged every K steps weighs it by the last K.
     In the first ``synchronous_steps`` all replicas step by their mean gradient, and there is nothing to average.
     """
+    settings = [replace(s, periods=dict(s.periods)) for s in settings]
+    shortest = [dict(s.periods) for s in settings]
     world = [[_start(s, x.double()) for s, x in zip(settings, starts)] for _ in range(replicas)]
     for t in range(steps):
         # gradients are taken at the parameters as they are before the average of this step
@@ -83,6 +86,10 @@ def train(
                 seen = [sum(samples(m, i) for i in since) if samples else 1.0 for m in range(replicas)]
                 return sum(w * of(group) for w, group in zip(seen, groups)) / sum(seen)
 
+            now = t + 1 if s.after_update else t
+            adapt = [key for key in s.adaptive if now > synchronous_steps and now % s.periods[key] == 0]
+            if not s.after_update:
+                found = {key: _drift([_state(group, key) for group in column]) for key in adapt}
             if s.delay > 1:
                 if averages:
                     _launch(column, s, t, mean)
@@ -96,8 +103,21 @@ def train(
                 if t < synchronous_steps:
                     group.anchor = group.x.clone()  # the outer optimizer begins where the warm-up ends
             if s.after_update and t + 1 > synchronous_steps:
+                found = {key: _drift([_state(group, key) for group in column]) for key in adapt}
                 _average(column, s, t + 1, mean)
+            for key in adapt:
+                longest, drift = s.adaptive[key]
+                if found[key] > drift:
+                    s.periods[key] = max(s.periods[key] // 2, shortest[index][key])
+                elif found[key] < drift / 2 and now % (2 * s.periods[key]) == 0:
+                    s.periods[key] = min(s.periods[key] * 2, longest)
     return world
+
+
+def _drift(each: list[Tensor]) -> float:
+    """Root mean square distance from the mean over replicas, in lengths of that mean."""
+    mean = torch.stack(each).mean(0)
+    return float(torch.stack([(one - mean).square().sum() for one in each]).mean().sqrt() / mean.norm())
 
 
 def _start(s: Setting, x: Tensor) -> Group:
@@ -201,14 +221,20 @@ def _update(group: Group, s: Setting, g: Tensor) -> None:
 
 def blocks(s: Setting, **deslo: object) -> dict:
     """The two config blocks that mean ``s``, with ``deslo`` as given."""
+    def every(key: str) -> object:
+        if key not in s.adaptive:
+            return s.periods[key]
+        longest, drift = s.adaptive[key]
+        return {"adaptive": {"min": s.periods[key], "max": longest, "drift": drift}}
+
     momenta = [
-        {"beta": beta, "weight": weight, "sync_every": s.periods[f"u{j + 1}"]}
+        {"beta": beta, "weight": weight, "sync_every": every(f"u{j + 1}")}
         for j, (beta, weight) in enumerate(zip(s.betas, s.weights))
     ]
     params = {"rule": s.rule, "lr": s.lr, "weight_decay": s.weight_decay, "momenta": momenta}
     params["sync_every"] = {"params": s.periods["x"]}
     if s.rule != "sgdm":
-        params |= {"eps": s.eps, "second_moment": {"beta": s.beta2, "sync_every": s.periods["v"]}}
+        params |= {"eps": s.eps, "second_moment": {"beta": s.beta2, "sync_every": every("v")}}
     if s.rule == "adam":
         params["bias_correction"] = s.bias_correction
     if s.value_clip is not None:

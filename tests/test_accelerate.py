@@ -53,26 +53,6 @@ def saving(optimizer, mode):
     return config | {"deslo": config["deslo"] | {"checkpoint": mode}}
 
 
-def saving(optimizer, mode):
-    config = blocks(S, replica_size=2) if optimizer == "DesLoc" else STOCK
-    return config | {"deslo": config["deslo"] | {"checkpoint": mode}}
-
-
-def saving(optimizer, mode):
-    config = blocks(S, replica_size=2) if optimizer == "DesLoc" else STOCK
-    return config | {"deslo": config["deslo"] | {"checkpoint": mode}}
-
-
-def saving(optimizer, mode):
-    config = blocks(S, replica_size=2) if optimizer == "DesLoc" else STOCK
-    return config | {"deslo": config["deslo"] | {"checkpoint": mode}}
-
-
-def saving(optimizer, mode):
-    config = blocks(S, replica_size=2) if optimizer == "DesLoc" else STOCK
-    return config | {"deslo": config["deslo"] | {"checkpoint": mode}}
-
-
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("optimizer", ["DesLoc", "AdamW"])
 def test_training_repeats_from_an_exact_save_state(four, tmp_path, kind, optimizer):

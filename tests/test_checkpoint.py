@@ -42,6 +42,18 @@ def test_an_exact_resume_changes_no_bit(four, tmp_path, kind, before):
         assert result["losses"] and result["random"] and result["extra"] == {"rank": rank, "batch": before}
 
 
+@pytest.mark.parametrize("kind, before", [("plain", 3), ("ddp", 6), ("hsdp", 4), ("zero 2", 6), ("zero 3", 7)])  # some land next
+def test_an_exact_resume_under_averages_that_fly_for_two_steps_changes_no_bit(four, tmp_path, kind, before):
+    config = config_for(kind, delay=2)
+    for result in four().run(jobs.resumed, kind, config, str(tmp_path / "c"), "exact", before, 6):
+        same(result["straight"], result["loaded"])
+
+
+def test_an_exact_resume_keeps_the_samples_that_weigh_a_replica(four, tmp_path):
+    for straight, loaded in four().run(jobs.resumed_with_samples, blocks(S, weights="samples"), str(tmp_path / "c")):
+        same(straight, loaded)
+
+
 @pytest.mark.parametrize("kind", ["plain", "hsdp", "zero 0", "zero 2", "zero 3"])
 def test_an_exact_resume_in_bf16_changes_no_bit(four, tmp_path, kind):
     config = config_for(kind) | {"bf16": {"enabled": True}}

@@ -11,7 +11,7 @@ import pytest
 from train import arguments
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path for path in (ROOT / "examples" / "launch").iterdir() if path.name != "hostfile")
+SCRIPTS = sorted(path for path in (ROOT / "examples" / "launch").iterdir() if path.name not in ("hostfile", "torchft.sh"))
 NODE = {"HEAD": "127.0.0.1", "NODE": "1", "RANKS": "8"}
 SLURM = {
     "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_CPUS_PER_TASK": "64", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
@@ -65,6 +65,19 @@ def test_what_a_script_starts_exists_and_understands_its_options(script, tmp_pat
     options[options.index("--config") + 1] = str(ROOT / options[options.index("--config") + 1])
     args = arguments(options)
     assert (args.steps, args.replica_size) == (7, "auto")
+
+
+def test_a_replica_is_started_until_it_ends_well(tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$TORCHFT_LIGHTHOUSE $@"\nmkdir "$0.again" 2>/dev/null && exit 1\nexit 0\n')
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    for name in ("python", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"HEAD": "host", "REPLICA": "a", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    script = ["bash", ROOT / "examples/launch/torchft.sh", "--steps", "7"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    started = "http://host:29510 examples/live.py --replica a --steps 7"
+    assert done.stdout.splitlines() == [started, started] and "ended with 1" in done.stderr
+    assert all(f'"{option}"' in (ROOT / "examples/live.py").read_text() for option in ("--replica", "--steps"))
 
 
 def test_two_nodes_are_two_replicas(tmp_path):

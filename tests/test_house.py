@@ -10,16 +10,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
-    {"version", "names", "rules", "schedule", "strict", "rounding"},
-    {"periods", "config", "topology", "plan"},
+    {"version", "names", "rules", "schedule", "adaptive", "strict", "rounding", "theory"},
+    {"periods", "recording", "config", "topology", "plan", "alternatives", "forecast", "methods"},
     {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
-     "landing", "arguments", "shards"},
-    {"sync", "outer", "clock", "late"},
+     "landing", "arguments", "shards", "probe", "journal"},
+    {"sync", "outer", "clock", "late", "pseudo_gradient", "spread"},
     {"averaging"},
-    {"optimizer", "stock"},
+    {"optimizer", "stock", "recorder"},
     {"simulation"},
-    {"frameworks"},
+    {"frameworks", "report"},
     {"", "run"},
+    {"cli"},
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
 

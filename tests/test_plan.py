@@ -71,7 +71,8 @@ def test_planned_bytes_and_next_average():
 def test_banner_says_every_period_and_where_it_comes_from():
     text = plan({"sync_every": {"params": 4, "exp_avg": "half_life", "exp_avg_sq": None}, "outer": {}}).describe()
     for words in ("2 replica(s) of 2 rank(s)", "params: every 4 steps (given), 4,000 bytes", "half-life of 0.9",
-                  "exp_avg_sq: never averaged", "outer Nesterov", "times fewer than synchronous"):
+                  "exp_avg_sq: never averaged", "outer Nesterov", "times fewer than synchronous",
+                  "up to 8,000 bytes on each rank while averages fly", "not averaged: gradients, exp_avg_sq, buffers"):
         assert words in text
     assert "nothing to average" in plan(replica_size=4).describe()
 

@@ -50,6 +50,7 @@ def expect_equal_ends(job, never_left):
 
 CASES = {
     "adam": {"config": desloc()},
+    "adaptive": {"config": desloc(sync_every=EVERY | {"exp_avg_sq": {"adaptive": {"min": 4, "max": 8, "drift": 1.0}}})},
     "adopt, after_update, outer": {
         "config": desloc("after_update", rule="adopt", betas=[0.9, 0.99], outer={"lr": 0.9, "momentum": 0.5})},
     "stock AdamW": {"config": {"deslo": {"sync_every": EVERY, "when": "after_update", "timeout_s": 30}}, "stock": True},

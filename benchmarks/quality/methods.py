@@ -34,7 +34,7 @@ class Preset:
     slow_beta: float
     slow_weight: float
     adopt_beta2: float
-    schedule: str = "cosine"  # of the rate, see small_gpt.py
+    schedule: str = "cosine"  # of the rate, see trial.py
     replicas: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)  # rates are compared on the first
     ablation_seeds: tuple[int, ...] = (0,)

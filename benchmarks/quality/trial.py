@@ -1,18 +1,27 @@
 """One run of the study: replicas trained in one process, and what became of them."""
 
+import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from methods import Preset, Run
-from small_gpt import small_gpt, warmup_cosine, warmup_hold
+from small_gpt import small_gpt
 from torch import Tensor
 
 from deslo_plugin import NonFiniteError
 from deslo_plugin.late import Late
 from deslo_plugin.names import OUTER_MOMENTUM, OUTER_PARAMS, PARAMS
 from deslo_plugin.outer import nesterov_
-from deslo_plugin.simulation import Moment, Replicas, simulate
+from deslo_plugin.simulation import Moment, Replicas, simulate, warmup_cosine
+
+
+def warmup_hold(steps: int) -> Callable[[int], float]:
+    """Linear over the first tenth of ``steps``, constant, and over the last tenth 1 - sqrt: as in MT-DAO's public code."""
+    tenth = max(1, steps // 10)
+    return lambda step: min((step + 1) / tenth, 1 - math.sqrt(max(0.0, (step - (steps - tenth)) / tenth)))
+
 
 SCHEDULES = {"cosine": warmup_cosine, "hold": warmup_hold}
 

@@ -16,6 +16,7 @@ from deslo_plugin.frameworks.attach import attach
 from deslo_plugin.frameworks.attachment import attached
 from deslo_plugin.frameworks.checkpoint import load, save
 from deslo_plugin.frameworks.export import averaged_state_dict
+from deslo_plugin.frameworks.telemetry import add_scalars
 from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.strict import ConfigError
@@ -78,7 +79,7 @@ def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, 
         if not hasattr(model, "deslo"):
             raise ConfigError("attach_accelerator", 'a DeepSpeed JSON with a "deslo" block', "none", "pass config=, or add it")
         accelerator.deslo = model.deslo
-        return
+        return _track(accelerator)
     for kind, found in (("model", accelerator._models), ("optimizer", accelerator._optimizers)):
         if len(found) != 1:
             raise ConfigError("attach_accelerator", f"one prepared {kind}", str(len(found)),
@@ -86,6 +87,13 @@ def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, 
     optimizer = accelerator._optimizers[0]
     accelerator.deslo = attach(model, optimizer, None if isinstance(optimizer.optimizer, DesLoc) else config, emit=emit)
     _save_the_truth(accelerator, model)
+    _track(accelerator)
+
+
+def _track(accelerator: Accelerator) -> None:
+    """The scalars of averages go to the trackers that ``accelerator.log`` knows then, by completed steps."""
+    if accelerator.is_main_process:
+        add_scalars(accelerator.deslo, lambda scalars, steps: accelerator.log(scalars, step=steps))
 
 
 def _save_the_truth(accelerator: Accelerator, model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from deslo_plugin.frameworks import ddp, fsdp, torchft
 from deslo_plugin.frameworks.attachment import Attachment, attached
 from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
 from deslo_plugin.frameworks.one_model import refuse_one_replica
+from deslo_plugin.frameworks.telemetry import start_telemetry
 from deslo_plugin.frameworks.warmup import GradientAveraging
 from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
@@ -94,6 +95,7 @@ def attach(
     refuse_one_replica(attachment, optimizer, *([model, model.module] if isinstance(model, DistributedDataParallel) else [model]))
     say(attachment.plan.describe())
     say_placement(topology, groups.world)
+    start_telemetry(attachment)
     return attachment
 
 
@@ -106,6 +108,7 @@ def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, e
     optimizer.deslo = Attachment(averaging, groups, config, numels)
     attached.setdefault(model, []).append(optimizer.deslo)
     say(optimizer.deslo.plan.describe())
+    start_telemetry(optimizer.deslo)
     return optimizer.deslo
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,7 +11,10 @@ import torch
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import Groups
 from deslo_plugin.config import Config
+from deslo_plugin.log import say
 from deslo_plugin.plan import Plan, make_plan
+from deslo_plugin.recorder import Recorder
+from deslo_plugin.schedule import Periods
 from deslo_plugin.stock import NUMELS, StockAveraging
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter
@@ -50,6 +54,31 @@ class Attachment:
     def meter(self) -> Meter:
         return self.averaging.meter
 
+    @cached_property
+    def recorder(self) -> Recorder:
+        """What is written down and passed on of this attachment; nothing without ``deslo.telemetry`` and trackers."""
+        return Recorder(self.averaging)
+
+    def log(self, **values: Any) -> None:
+        """Writes numbers of this rank beside its averages, for ``deslo report``: call it once a step, on every rank.
+
+        ``loss``: of this rank's batch, ``tokens``: in it, are what the report draws; other names are kept. A tensor is read
+        when it is there: no GPU is waited for. Does nothing without ``deslo.telemetry``, and on ranks that write no file.
+        Raises ``ConfigError`` for what is no number.
+        """
+        self.recorder.log(values)
+
+    def summary(self) -> str:
+        """What averaging has moved, cost and found since this process attached, a line for each state."""
+        return self.recorder.summary(self.plan)
+
+    def end(self) -> None:
+        """Writes what telemetry has not written yet, and says the summary. The end of the process does that too, but not that
+        of ``os._exit`` or a kill, which lose the last second. Does nothing without ``deslo.telemetry``."""
+        if self.config.deslo.telemetry is not None and not self.recorder.ended:
+            self.recorder.end(self.plan)
+            say(self.summary())
+
     def saw(self, samples: float) -> None:
         """Tells the samples (or tokens, counted alike on every rank) in the gradients of this rank's next step, for
         ``deslo.weights: "samples"``; calls add up, as over micro-batches."""
@@ -75,8 +104,13 @@ class Attachment:
         return progress.rates() if progress else {}
 
     @property
+    def periods(self) -> list[Periods]:
+        """Of each param group, state -> the period in force: those that adapt change at averages, the same on every rank."""
+        return [dict(self.averaging.periods(group)) for group in self.averaging.groups]
+
+    @property
     def plan(self) -> Plan:
-        """By the periods as they are now: those of a stock optimizer's states are known after its first step."""
+        """By the periods as they are configured: those of a stock optimizer's states are known after its first step."""
         return make_plan(
             self.config, self.numels, [group["sync_every"] for group in self.averaging.groups], self.topology,
             divisor=self.averaging.average.divisor, gradient_bytes=self.gradient_bytes, buffer_bytes=self.buffer_bytes,

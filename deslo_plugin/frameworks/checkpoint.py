@@ -55,8 +55,6 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
         raise ConfigError("save(mode=...)", f"one of {', '.join(CHECKPOINTS)}", repr(mode), "choose one")
     holder, topology, world = holder_of(model, attachments), attachment.topology, attachment.groups.world
     first, part = topology.rank == min(topology.ranks), final.with_name(final.name + PART)
-    if mode == "exact":
-        _refuse_what_exact_would_lose(attachment)
     all_or_none(lambda: _begin(part) if first else None, world)
     all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
     if mode == "sync":
@@ -66,8 +64,10 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
         tree |= _means(tree, attachment)
     where, name, group = _place(part, mode, attachment)
     if first or mode == "exact":
-        random_state = _random_state() if mode == "exact" else None
-        tree[name] = pickle.dumps({"random": random_state, "aside": holder.aside(), "extra": dict(extra or {})})
+        own = {"aside": holder.aside(), "extra": dict(extra or {})}
+        if mode == "exact":
+            own |= {"random": _random_state(), "averaging": [each.averaging.aside() for each in attachments]}
+        tree[name] = pickle.dumps(own)
     dcp.save(tree, checkpoint_id=where, process_group=group, planner=SaveFragments(flatten_state_dict=False))
     numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
     proof = Proof(mode, topology.rows, attachment.averaging.steps, holder.states, numbers)
@@ -127,6 +127,8 @@ def load(path: str | Path, model: Any) -> dict[str, Any]:
     own = pickle.loads(content.pop(name))
     if proof.mode == "exact":
         _set_random_state(own["random"])
+        for each, aside in zip(attachments, own["averaging"]):
+            each.averaging.put_aside(aside)
     elif len(proof.rows) != topology.replicas:
         say(f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all replicas "
             "changes with them, the learning rate stays as it was saved")
@@ -153,16 +155,6 @@ def saved_state_dict(path: str | Path) -> dict[str, Tensor]:
     state = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
     dcp.load(state, checkpoint_id=folder, no_dist=True, planner=LoadFragments(flatten_state_dict=False))
     return {name.split("/", 1)[1]: tensor for name, tensor in state.items()}
-
-
-def _refuse_what_exact_would_lose(attachment: Attachment) -> None:
-    deslo, where = attachment.config.deslo, 'save(mode="exact")'
-    if len(attachment.averaging.late):
-        raise ConfigError(where, "no average in flight, or one that lands at the next step", f"one with delay {deslo.delay}",
-                          f"save {deslo.delay} steps later, or another mode")
-    if deslo.weights != "equal":
-        raise ConfigError(where, 'deslo.weights "equal"', repr(deslo.weights),
-                          "save another mode: what the ranks have seen (saw) is not in a checkpoint")
 
 
 def _take_over(saved: Sequence[Mapping[str, float]], groups: Sequence[dict[str, Any]]) -> None:

@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deslo_plugin.adaptive import adaptive
 from deslo_plugin.agreement import agree, digests
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import Groups, gathered
 from deslo_plugin.config import Config, as_dict
 from deslo_plugin.log import say
+from deslo_plugin.ops import native
 from deslo_plugin.topology import Topology, spread
 
 SEED_ALIKE = 'seed every rank alike, or set "deslo": {"initial_params": "broadcast"} to start from replica 0'
@@ -56,7 +58,15 @@ def optimizer_traits(averaging: Averaging, config: Config) -> dict[str, Any]:
         for index, group in enumerate(averaging.optimizer.param_groups)
         for key in ("lr", "weight_decay", "sync_every") if key in group
     }
-    return as_dict(config) | of_groups | {"type": type(averaging.optimizer).__name__}
+    kind = {"type": type(averaging.optimizer).__name__}
+    if any(adaptive(group["sync_every"]) for group in averaging.groups):
+        kind["kernels, which measure what adaptive periods go by,"] = f"{native()} on {_device_of(averaging)}"
+    return as_dict(config) | of_groups | kind
+
+
+def _device_of(averaging: Averaging) -> str:
+    device = next(iter(averaging.optimizer.state)).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def equal_replicas(

@@ -61,6 +61,7 @@ class Preemption:
         save(path, self.model, mode=mode, extra=extra)
         for each in self._attachments:
             each.averaging.abandon()
+            each.end()
         say(f"deslo: saved {path} after step {self._steps}, leaving")
         logging.shutdown()
         sys.stdout.flush()

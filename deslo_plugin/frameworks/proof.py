@@ -76,12 +76,16 @@ def read_proof(folder: Path) -> Proof:
 
 
 def prove(folder: Path, world: dist.ProcessGroup | None) -> None:
-    """Measures every file again; raises ``ConfigError`` on every rank, with a file that differs."""
+    """Raises ``ConfigError`` on every rank, with a file that is not as it was saved. Collective."""
+    for name, problem in damaged(folder, world).items():
+        raise ConfigError(f"load({str(folder)!r})", "files as they were saved", f"{name}: {problem}", "take another checkpoint")
+
+
+def damaged(folder: Path, world: dist.ProcessGroup | None) -> dict[str, str]:
+    """File -> what is wrong with it, of all that ``deslo.json`` names, measured again. Collective."""
     saved, found = json.loads((folder / NAME).read_text())["files"], measured(folder, world)
-    for name in saved:
-        if found.get(name) != saved[name]:
-            got = "missing" if name not in found else "other bytes than were saved" if isinstance(found[name], list) else found[name]
-            raise ConfigError(f"load({str(folder)!r})", "files as they were saved", f"{name}: {got}", "take another checkpoint")
+    problems = {name: found.get(name, "missing") for name in saved if found.get(name) != saved[name]}
+    return {name: "other bytes than were saved" if isinstance(got, list) else got for name, got in problems.items()}
 
 
 def _checksum(content: Mapping[str, Any]) -> int:

@@ -7,8 +7,9 @@ from deslo_plugin.simulation.membership import Failures, Growth
 from deslo_plugin.simulation.network import Network
 from deslo_plugin.simulation.objectives import Logistic, Objective, Quadratic, Rosenbrock
 from deslo_plugin.simulation.replicas import Replicas
-from deslo_plugin.simulation.run import Moment, simulate
+from deslo_plugin.simulation.run import Moment, simulate, warmup_cosine
 
 __all__ = [
     "Failures", "Growth", "Logistic", "Moment", "Network", "Objective", "Quadratic", "Replicas", "Rosenbrock", "simulate",
+    "warmup_cosine",
 ]

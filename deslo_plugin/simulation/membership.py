@@ -1,11 +1,12 @@
 """Who takes part, and from when: called before every step with (completed steps, replicas)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from deslo_plugin.simulation.replicas import Replicas
+from deslo_plugin.strict import Reader
 
 Membership = Callable[[int, Replicas], object]
 
@@ -16,11 +17,18 @@ def constant(steps: int, replicas: Replicas) -> None:
 
 @dataclass(frozen=True)
 class Growth:
-    """``count`` replicas join after ``at`` steps, with the mean of everything, or of parameters alone."""
+    """``count`` replicas join after ``at`` steps, with the mean of everything, or of parameters alone.
+
+    Raises ``ConfigError`` unless both are whole numbers >= 1.
+    """
 
     at: int
     count: int
     momenta: bool = True
+
+    def __post_init__(self) -> None:
+        given = Reader("Growth", asdict(self))
+        given.whole("at"), given.whole("count")
 
     def __call__(self, steps: int, replicas: Replicas) -> None:
         if steps == self.at:
@@ -30,10 +38,13 @@ class Growth:
 
 @dataclass(frozen=True)
 class Failures:
-    """After every ``every`` steps, ``share`` of the replicas that are there fail, one at least, and lose all they had.
+    """After every ``every`` steps, ``share`` of the replicas that are there fail, and lose all they had.
 
-    A replica that has been absent for ``absent`` steps or more comes back when parameters are next averaged, with the mean
-    of everything, or of parameters alone. Who fails is drawn from ``seed``, alike for every algorithm.
+    At least one fails, and at least one stays. A replica that has been absent for ``absent`` steps or more comes back when
+    parameters are next averaged, with the mean of everything, or of parameters alone. Who fails is drawn from ``seed``,
+    alike for every algorithm.
+
+    Raises ``ConfigError`` unless ``every`` and ``absent`` are whole numbers >= 1, and ``share`` lies between 0 and 1.
     """
 
     every: int
@@ -42,11 +53,17 @@ class Failures:
     momenta: bool = True
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        given = Reader("Failures", asdict(self))
+        given.whole("every"), given.whole("absent")
+        if not given.number("share", below=1.0):
+            given.refuse("share", "a number > 0", "0", "leave failures out if none are wanted")
+
     def __call__(self, steps: int, replicas: Replicas) -> None:
         healed = [replica for replica, since in replicas.away.items() if steps - since >= self.absent]
         if healed and replicas.meets(steps):
             replicas.join(healed, momenta=self.momenta)
         if steps and steps % self.every == 0:
             here, generator = replicas.ids, torch.Generator().manual_seed(1_000_003 * self.seed + steps)
-            failing = torch.randperm(len(here), generator=generator)[: max(1, round(self.share * len(here)))]
-            replicas.leave(here[index] for index in failing)
+            count = min(max(1, round(self.share * len(here))), len(here) - 1)
+            replicas.leave(here[index] for index in torch.randperm(len(here), generator=generator)[:count])

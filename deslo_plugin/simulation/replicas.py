@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deslo_plugin.adaptive import shortest
 from deslo_plugin.collectives import Alone, Work
 from deslo_plugin.config import Config, load_config
 from deslo_plugin.names import ORIGIN, PARAMS, STEP
@@ -24,11 +25,11 @@ class RowMean(Alone):
     ``divisor`` is M: each replica sends its row of a chunk, and bytes are counted as one replica's.
     """
 
-    def __init__(self, replicas: int, size: int):
-        self.divisor, self.size = replicas, size
+    def __init__(self, replicas: int):
+        self.divisor = replicas
 
     def start(self, chunk: Tensor) -> Work:
-        rows = chunk.view(self.divisor, self.size)
+        rows = chunk.view(self.divisor, -1)
         rows.copy_(rows.mean(0))
         return super().start(chunk)
 
@@ -45,16 +46,18 @@ class Replicas:
         config: both blocks, as ``DesLoc`` takes them. Of ``deslo``, what says how ranks are connected has no meaning here.
         count: replicas at the start, numbered from 0.
 
-    Raises ``ConfigError`` for a config without ``DesLoc``, and for ``on_nonfinite: "skip"``: rows step together.
+    Raises ``ConfigError`` for a config without ``DesLoc``, for ``on_nonfinite: "skip"``: rows step together, and for
+    ``weights: "samples"``: the mean over rows counts all alike.
     """
 
     def __init__(self, start: Tensor, config: Config | Mapping[str, Any] | str | Path, count: int):
         if start.ndim != 1 or count < 1:
             raise ValueError(f"Replicas: expected start of shape (n,) and a count >= 1, got {list(start.shape)} and {count}")
         config = load_config(config)
-        if config.deslo.on_nonfinite == "skip":
-            raise ConfigError("deslo.on_nonfinite", '"stop" where replicas are simulated', '"skip"', "remove it")
-        self._mean = RowMean(count, start.numel())
+        for key, only in (("on_nonfinite", "stop"), ("weights", "equal")):
+            if (value := getattr(config.deslo, key)) != only:
+                raise ConfigError(f"deslo.{key}", f'"{only}" where replicas are simulated', f'"{value}"', "remove it")
+        self._mean = RowMean(count)
         rows = start.detach().expand(count, -1).clone()
         self.optimizer = DesLoc([rows], replace(config, deslo=replace(config.deslo, bucket_mb=UNCUT)), average=self._mean)
         self.ids = list(range(count))
@@ -76,7 +79,7 @@ class Replicas:
 
     def meets(self, steps: int) -> bool:
         """Whether parameters are averaged once ``steps`` steps are complete."""
-        return PARAMS in due(self.config.optimizer.periods, steps)
+        return PARAMS in due(shortest(self.config.optimizer.periods), steps)
 
     @torch.no_grad()
     def step(self, gradients: Tensor, *, rate: float = 1.0, norm_clip: float | None = None) -> None:
@@ -144,13 +147,15 @@ class Replicas:
     def _seat(self, ids: Sequence[int], states: Mapping[str, Tensor], origins: Tensor) -> None:
         """Everyone takes a row: those whose rule began together in one block."""
         steps, optimizer = float(self.steps), self.optimizer
+        before = optimizer.state[self._blocks[0]]  # its periods are those of all
         optimizer.averaging.abandon()  # what flies was launched of the old rows; it is taken anew when it lands
         optimizer.state.clear()
         self._group["params"], self.ids = [], []
         for origin in origins.unique():
             rows = (origins == origin).nonzero().flatten().tolist()
             block = states[PARAMS][rows]
-            optimizer.state[block] = {STEP: torch.tensor(steps), ORIGIN: origin.clone()}
+            optimizer.state[block] = {name: value.clone() for name, value in before.items() if not value.ndim}
+            optimizer.state[block] |= {STEP: torch.tensor(steps), ORIGIN: origin.clone()}
             optimizer.state[block] |= {name: each[rows] for name, each in states.items() if name != PARAMS}
             self._group["params"].append(block)
             self.ids += [ids[row] for row in rows]

@@ -1,5 +1,6 @@
 """The training loop of a simulation, one step at a time: whoever iterates decides what to look at, and when to stop."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,3 +46,15 @@ def simulate(
         (gradients,) = torch.autograd.grad(losses.sum(), x)
         world.step(gradients, rate=rate(step), norm_clip=norm_clip)
         yield Moment(step + 1, losses.detach(), world)
+
+
+def warmup_cosine(steps: int) -> Callable[[int], float]:
+    """A ``rate`` as in configs/: linear over the first twentieth of ``steps``, then a cosine to a tenth."""
+    warmup = max(1, steps // 20)
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+
+    return rate

@@ -24,6 +24,7 @@ from deslo_plugin.frameworks.deepspeed import checkpoint, zero
 from deslo_plugin.frameworks.deepspeed.groups import ReplicaUnit, active, groups_of
 from deslo_plugin.frameworks.deepspeed.job import compared, job_of, refuse_unsupported
 from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
+from deslo_plugin.frameworks.telemetry import add_scalars, start_telemetry
 from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.stock import StockAveraging
@@ -131,11 +132,17 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     engine._take_model_step = (_averaged if stock else _kept_in_step)(engine, engine._take_model_step)
     if deslo.synchronous_steps:
         engine._take_model_step = _warmed_up(engine, engine._take_model_step)
+    engine._take_model_step = _recorded(engine, engine._take_model_step)
     checkpoint.save_the_truth(engine)
     for name in OUTSIDE:
         setattr(engine, name, _with_groups(unit, getattr(engine, name)))
     say(engine.deslo.plan.describe())
     say_placement(groups.topology, groups.world)
+    start_telemetry(engine.deslo)
+    if engine.monitor.enabled and dist.get_rank() == 0:
+        # its own scalars go by samples, and some of its writers take nothing that goes back
+        add_scalars(engine.deslo, lambda scalars, _: engine.monitor.write_events(
+            [(name, value, engine.global_samples) for name, value in scalars.items()]))
 
 
 def _with_groups(unit: ReplicaUnit, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,6 +162,17 @@ def _warmed_up(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
         if engine.global_steps < engine.deslo.config.deslo.synchronous_steps:
             engine.deslo.averaging.average_gradients(engine.global_steps + 1, zero.gradients(engine))
         take_model_step(lr_kwargs)
+
+    return step
+
+
+def _recorded(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
+    """A step of the engine, which may be several of the optimizer, has ended."""
+
+    @functools.wraps(take_model_step)
+    def step(lr_kwargs: Any) -> None:
+        take_model_step(lr_kwargs)
+        engine.deslo.recorder.step_ended()
 
     return step
 

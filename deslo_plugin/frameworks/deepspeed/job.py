@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from deslo_plugin.config import DesloConfig, load_config, read_deslo
+from deslo_plugin.config import DesloConfig, expect_averages, load_config, read_deslo
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.strict import ConfigError, shown
 
@@ -66,6 +66,7 @@ def _take_block(optimizer: DesLoc, block: Any) -> None:
         deslo = read_deslo(block)
         if deslo.sync_every is not None:
             raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "give the periods to DesLoc")
+        expect_averages(deslo, optimizer.config.optimizer.periods)
         optimizer.config = replace(optimizer.config, deslo=deslo)
     optimizer.armed = False
 

@@ -1,0 +1,1 @@
+"""What runs have written (``deslo.telemetry``), as figures, charts and a page: ``deslo report``."""
