@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from small_gpt import GPTConfig, small_gpt, warmup_cosine
+from small_gpt import GPTConfig, small_gpt
 
-from deslo_plugin.simulation import simulate
+from deslo_plugin.simulation import simulate, warmup_cosine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "adaptive.json"
 SHAPE = GPTConfig(dim=64, layers=2, heads=4, context=64)

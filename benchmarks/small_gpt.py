@@ -1,5 +1,6 @@
 """The byte-level GPT of examples/ as an objective of simulated replicas."""
 
+import functools
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,23 +22,32 @@ HELD_OUT = 64  # windows of a held-out batch
 warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented the batching rule")
 
 
-def small_gpt(shape: GPTConfig, *, sequences: int, replicas: int, seed: int, held_out: int = 1) -> Network:
+def small_gpt(
+    shape: GPTConfig, *, sequences: int, replicas: int, seed: int, held_out: int = 1, shards: bool = False, device: str = "cpu"
+) -> Network:
     """A GPT initialised from ``seed``, on windows of the standard library's text drawn for (seed, step, replica).
 
-    ``sequences`` windows for each replica and step; ``replicas`` is how many ever take part; ``held_out`` batches of 64
-    windows to judge by, the same for every seed.
+    ``sequences`` windows for each replica and step; ``replicas`` is how many ever take part, and with ``shards`` each draws
+    from a part of the text of its own; ``held_out`` batches of 64 windows to judge by, the same for every seed.
     """
-    train, validation = split(load_bytes(), 0.05)
+    train, validation = _text()
     torch.manual_seed(seed)
     span = torch.arange(shape.context + 1)
+    part = len(train) // replicas if shards else len(train)
+    firsts = torch.arange(replicas)[:, None] * part if shards else 0
 
     def batches(ids: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
-        starts = torch.randint(len(train) - shape.context, (replicas, sequences), generator=generator)[ids]
-        windows = train[starts[..., None] + span].long()
+        starts = (firsts + torch.randint(part - shape.context, (replicas, sequences), generator=generator))[ids]
+        windows = train[starts[..., None] + span].long().to(device)
         return windows[..., :-1], windows[..., 1:]
 
     windows = Windows(validation, shape.context, seed=0)
     batch = [windows[index] for index in range(HELD_OUT * held_out)]
-    tokens, targets = (torch.stack(each).split(HELD_OUT) for each in zip(*batch))
-    return Network(GPT(shape), batches, list(zip(tokens, targets)))
+    tokens, targets = (torch.stack(each).to(device).split(HELD_OUT) for each in zip(*batch))
+    return Network(GPT(shape).to(device), batches, list(zip(tokens, targets)))
+
+
+@functools.cache
+def _text() -> tuple[Tensor, Tensor]:
+    return split(load_bytes(), 0.05)

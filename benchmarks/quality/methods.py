@@ -1,0 +1,201 @@
+"""What the study trains: sizes, methods, the grid of rates and the ablations, as one table that says all of it.
+
+Hyper-parameters are those of configs/. What a preset changes: periods (a multiple of those in configs/), and the long memories,
+which must be short against its run: the slow beta of MT-DAO, beta2 of ADOPT.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from small_gpt import GPTConfig
+
+from deslo_plugin.config import read_file
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+WRITTEN_FOR = 32  # sync_every.params in configs/
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The size of a study. ``period`` is K_x; a run is ``steps`` steps of ``sequences`` windows for each replica."""
+
+    shape: GPTConfig
+    sequences: int
+    steps: int
+    period: int
+    warm_up: int  # synchronous steps of those runs that have some
+    rates: tuple[float, ...]  # the grid, the same for every method
+    ablation_rate: float
+    slow_beta: float
+    slow_weight: float
+    adopt_beta2: float
+    schedule: str = "cosine"  # of the rate, see trial.py
+    replicas: int = 4
+    seeds: tuple[int, ...] = (0, 1, 2)  # rates are compared on the first
+    ablation_seeds: tuple[int, ...] = (0,)
+    look: int = 48  # steps between looks at the validation loss
+    held_out: int = 4  # batches of 64 windows to look at
+    device: str = "cpu"
+    bfloat16: bool = False  # forward and backward; parameters, momenta and what travels stay float32
+
+
+PRESETS = {
+    "cpu": Preset(
+        shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=384, period=8, warm_up=48,
+        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2), ablation_rate=6e-3, slow_beta=0.97, slow_weight=0.9, adopt_beta2=0.999,
+    ),
+    # the recipe of MT-DAO's author at 16M, on bytes: their vocabulary would be 12.9M of the parameters
+    "gpu": Preset(
+        shape=GPTConfig(dim=256, layers=4, heads=4, context=2048), sequences=16, steps=5120, period=32, warm_up=512,
+        rates=(2**-10, 2**-9, 2**-8, 2**-7), ablation_rate=2**-9, slow_beta=0.999, slow_weight=0.98, adopt_beta2=0.9999,
+        schedule="hold", look=128, held_out=8, device="cuda", bfloat16=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A file of configs/, with other ``params`` where it has no file of its own. ``synchronous``: gradients averaged always."""
+
+    config: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    synchronous: bool = False
+
+
+ALIKE = {"sync_every": dict.fromkeys(("params", "exp_avg", "exp_avg_sq"), WRITTEN_FOR)}
+METHODS = {
+    "synchronous AdamW": Method("des-loc-adam", synchronous=True),
+    "synchronous ADOPT": Method("des-loc-adopt", synchronous=True),
+    "synchronous QH": Method("mt-dao-adam-qh", synchronous=True),
+    "synchronous QH, ADOPT": Method("mt-dao-adopt-qh", synchronous=True),
+    "Local Adam": Method("local-adam"),
+    "Local ADOPT": Method("des-loc-adopt", ALIKE),
+    "FAVG+OPT": Method("favg+opt"),
+    "FAVG-OPT": Method("favg-opt"),
+    "DiLoCo": Method("diloco"),
+    "DES-LOC": Method("des-loc-adam"),
+    "DES-LOC-Nesterov": Method("des-loc-nesterov"),
+    "MT-DAO": Method("mt-dao-adam-qh"),
+    "MT-DAO, ADOPT": Method("mt-dao-adopt-qh"),
+    "MT-DAO, two momenta": Method("mt-dao-adam-n2"),
+}
+SYNCHRONOUS = [name for name, method in METHODS.items() if method.synchronous]
+LOCAL = [name for name, method in METHODS.items() if not method.synchronous]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a preset: equal runs have equal results, whatever they are called."""
+
+    blocks: Mapping[str, Any]
+    norm_clip: float
+    replicas: int
+    seed: int
+    shards: bool = False  # each replica reads a part of the corpus of its own
+    compensated: bool = True  # late averages land as exactly as local steps allow; else as if no update had been in between
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def run(
+    preset: Preset, name: str, *, rate: float, seed: int, warm_up: bool, period: int | None = None,
+    sync_every: Mapping[str, int | None] | None = None, slow: Mapping[str, float] | None = None,
+    deslo: Mapping[str, Any] | None = None, replicas: int | None = None, **options: bool,
+) -> Run:
+    """A run of method ``name``.
+
+    ``period`` replaces the preset's K_x, all others keep their ratio to it; ``sync_every`` replaces single periods after
+    that; ``slow`` replaces beta or weight of the slow momentum; ``deslo`` adds keys there; ``options`` are fields of ``Run``.
+    """
+    method, file = METHODS[name], read_file(CONFIGS / f"{METHODS[name].config}.json")
+    period = preset.period if period is None or method.synchronous else period
+    params = deepcopy(file["optimizer"]["params"] | method.params) | {"lr": rate}
+    scaled = lambda every: every and every * period // WRITTEN_FOR  # noqa: E731
+    params["sync_every"] = {state: scaled(every) for state, every in params["sync_every"].items()}
+    if "momenta" in params:
+        for entry in (*params["momenta"], params["second_moment"]):
+            entry["sync_every"] = scaled(entry["sync_every"])
+        params["momenta"][-1]["beta"] = preset.slow_beta
+        if len(params["momenta"]) == 1:
+            params["momenta"][-1]["weight"] = preset.slow_weight
+        params["momenta"][-1] |= slow or {}
+    if params["rule"] == "adopt":
+        if "momenta" in params:
+            params["second_moment"]["beta"] = preset.adopt_beta2
+        else:
+            params["betas"][1] = preset.adopt_beta2
+    for state, every in (sync_every or {}).items():
+        if "momenta" in params and state != "params":
+            (params["second_moment"] if state == "exp_avg_sq" else params["momenta"][0])["sync_every"] = every
+        else:
+            params["sync_every"][state] = every
+    steps = preset.steps if method.synchronous else preset.warm_up if warm_up else 0
+    blocks = {"optimizer": {"params": params}, "deslo": {"synchronous_steps": steps} | (deslo or {})}
+    return Run(blocks, file["gradient_clipping"], replicas or preset.replicas, seed, **options)
+
+
+def tuning(preset: Preset) -> dict[tuple[str, bool], dict[float, Run]]:
+    """(method, warm-up) -> rate -> its run on the first seed; synchronous methods have no warm-up to tell apart."""
+    variants = [*((name, False) for name in SYNCHRONOUS), *((name, warm_up) for warm_up in (True, False) for name in LOCAL)]
+    return {
+        (name, warm_up): {rate: run(preset, name, rate=rate, seed=preset.seeds[0], warm_up=warm_up) for rate in preset.rates}
+        for name, warm_up in variants
+    }
+
+
+Ablation = Mapping[str, list[Run]]
+"""Variant -> its run for each seed; the first is what the others are compared with."""
+
+
+def ablations(preset: Preset) -> dict[str, Ablation]:
+    """Title -> variants. All at one rate, and local after the synchronous warm-up."""
+    K, titled = preset.period, {}
+
+    def variant(name: str, **changes: Any) -> list[Run]:
+        at = {"rate": preset.ablation_rate, "warm_up": True} | changes
+        return [run(preset, name, seed=seed, **at) for seed in preset.ablation_seeds]
+
+    for name in ("DES-LOC", "MT-DAO"):
+        fixed = {"exp_avg": 3 * K, "exp_avg_sq": 6 * K} if name == "DES-LOC" else {"exp_avg": K, "exp_avg_sq": K}
+        titled[f"Period of the parameters, {name}"] = {
+            f"K_x {every}, momenta {fixed['exp_avg']} / {fixed['exp_avg_sq']}":
+                variant(name, sync_every={"params": every, **fixed}) for every in (K, K // 2, 4 * K, 16 * K)
+        }
+    slow, long = preset.slow_beta, 1 - (1 - preset.slow_beta) / 3
+    titled["Periods of 32"] = {
+        name: variant(name, period=4 * K)
+        for name in ("synchronous AdamW", "Local Adam", "DES-LOC", "MT-DAO", "Local ADOPT", "MT-DAO, ADOPT")
+    } | {f"{name}, beta {long:.4g}": variant(name, period=4 * K, slow={"beta": round(long, 4)})
+         for name in ("MT-DAO", "MT-DAO, ADOPT")}
+    titled["Momenta at equal traffic"] = {
+        f"K_u {u or 'never'}, K_v {v or 'never'}": variant("DES-LOC", sync_every={"exp_avg": u, "exp_avg_sq": v})
+        for u, v in ((3 * K, 6 * K), (6 * K, 3 * K), (4 * K, 4 * K), (2 * K, None), (None, 2 * K))
+    }
+    titled["Slow momentum of MT-DAO"] = {
+        f"beta {beta:.4g}, weight {weight}": variant("MT-DAO", slow={"beta": round(beta, 4), "weight": weight})
+        for beta in (slow, 1 - (1 - slow) * 5 / 3, long) for weight in (0.9, 0.8, 0.98)
+    }
+    titled["Where in the step"] = {
+        f"{name}, {when}": variant(name, deslo={} if when == "before_update" else {"when": when})
+        for name in ("DES-LOC", "MT-DAO") for when in ("before_update", "after_update")
+    }
+    compared = ("synchronous AdamW", "Local Adam", "DES-LOC", "FAVG+OPT", "MT-DAO")
+    titled["Another part of the corpus for each replica"] = {
+        f"{name}{', own part' if shards else ''}": variant(name, shards=shards) for shards in (False, True) for name in compared
+    }
+    titled["Delay"] = {"1": variant("DES-LOC")} | {
+        f"{delay}{'' if compensated else ', without beta^d'}":
+            variant("DES-LOC", deslo={"delay": delay}, compensated=compensated)
+        for delay in (2, 4, 8) for compensated in (True, False)
+    }
+    titled["Replicas"] = {
+        f"{name}, M = {count}": variant(name, replicas=count) for count in (4, 8, 16) for name in ("DES-LOC", "MT-DAO")
+    }
+    return titled

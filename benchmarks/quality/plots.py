@@ -1,0 +1,59 @@
+"""The figures of docs/results.md."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from choice import at_best_rate
+from ledger import Ledger
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from methods import METHODS, Preset, Run
+from report import STARTS
+
+FIGURES = ("quality-curves.png", "quality-bytes.png")
+STYLES = {  # colours tell algorithms apart, lines rules
+    "synchronous AdamW": ("#000000", "-", "o"), "synchronous ADOPT": ("#000000", "--", "s"),
+    "synchronous QH": ("#777777", "-", "o"), "synchronous QH, ADOPT": ("#777777", "--", "s"),
+    "Local Adam": ("#e69f00", "-", "o"), "Local ADOPT": ("#e69f00", "--", "s"),
+    "FAVG+OPT": ("#d55e00", "-", "o"), "FAVG-OPT": ("#cc79a7", "-", "o"),
+    "DiLoCo": ("#8c564b", "-", "o"), "DES-LOC-Nesterov": ("#56b4e9", "-", "o"), "DES-LOC": ("#0072b2", "-", "o"),
+    "MT-DAO": ("#009e73", "-", "o"), "MT-DAO, ADOPT": ("#009e73", "--", "s"), "MT-DAO, two momenta": ("#6a3d9a", "-", "o"),
+}
+
+
+def draw(preset: Preset, ledger: Ledger, folder: Path) -> None:
+    """Validation loss against steps, and at the end against bytes: every method at its best rate, mean of all seeds (bars: lowest to highest)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = at_best_rate(preset, ledger)
+    for file, panel, label in zip(FIGURES, (_curve, _point), ("steps", "MB sent by a replica")):
+        figure, panels = plt.subplots(1, len(STARTS), figsize=(11, 4.6), layout="constrained", sharey=True)
+        for axes, (warm_up, title) in zip(panels, STARTS.items()):
+            for name, method in METHODS.items():
+                panel(axes, name, chosen[name, warm_up and not method.synchronous], ledger)
+            axes.set(title=title, xlabel=label)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel("validation loss, nats per byte")
+        names = panels[0].get_legend_handles_labels()
+        figure.legend(*names, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
+        figure.savefig(folder / file, dpi=90)
+        plt.close(figure)
+
+
+def _curve(axes: Axes, name: str, runs: Sequence[Run], ledger: Ledger) -> None:
+    colour, line, _ = STYLES[name]
+    losses = np.array([ledger[each]["validation"] for each in runs], dtype=float).mean(0)
+    axes.plot(ledger[runs[0]]["steps"][1:], losses[1:], color=colour, linestyle=line, label=name, linewidth=1.4)
+
+
+def _point(axes: Axes, name: str, runs: Sequence[Run], ledger: Ledger) -> None:
+    colour, _, marker = STYLES[name]
+    ends = np.array([ledger.final(each) for each in runs], dtype=float)
+    spread = [[ends.mean() - ends.min()], [ends.max() - ends.mean()]]
+    sent = ledger[runs[0]]["bytes"] / 1e6
+    axes.errorbar(sent, ends.mean(), yerr=spread, color=colour, marker=marker, label=name, linestyle="", capsize=2)
