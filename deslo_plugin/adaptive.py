@@ -56,6 +56,11 @@ def adaptive(schedule: Schedule) -> dict[str, Adaptive]:
     return {state: period for state, period in schedule.items() if isinstance(period, Adaptive)}
 
 
+def written(schedule: Schedule) -> dict[str, int | str | None]:
+    """As JSON holds it: of those that adapt, the bounds in words."""
+    return {state: str(period) if isinstance(period, Adaptive) else period for state, period in schedule.items()}
+
+
 def shortest(schedule: Schedule) -> Periods:
     """Every period at its shortest, where each starts."""
     return {state: getattr(period, "min", period) for state, period in schedule.items()}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deslo_plugin.adaptive import written
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.config import as_dict
 from deslo_plugin.journal import Journal
@@ -140,7 +141,7 @@ def _planned(plan: Plan) -> dict[str, Any]:
     stock = plan.config.deslo.sync_every  # which states each group has is known after the first step
     return {
         "synchronous_bytes": plan.synchronous_bytes,
-        "groups": [{"periods": dict(stock or group.periods), "numel": group.numel} for group in plan.groups],
+        "groups": [{"periods": written(stock or group.periods), "numel": group.numel} for group in plan.groups],
         "config": as_dict(plan.config),
     }
 

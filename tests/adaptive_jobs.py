@@ -12,7 +12,7 @@ def run(kind: str, config: dict, steps: int, folder: str = "") -> dict:
 
     job = Job(kind, config)
     events: list[SyncEvent] = []
-    job.attachment.averaging._emit = events.append
+    job.attachment.averaging.listeners.append(events.append)
     periods = [job.attachment.periods]
     for step in range(steps):
         job.train(range(step, step + 1))
@@ -27,6 +27,7 @@ def run(kind: str, config: dict, steps: int, folder: str = "") -> dict:
         "each": [dict(group.bytes_per_event) for group in plan.groups],
         "planned": {state: sum(plan.bytes_at(t).get(state, 0) for t in range(1, steps)) for state in meter.bytes},
     }
+    job.attachment.end()
     if folder:
         deslo_plugin.save(folder, job.model, mode="average")
     job.close()

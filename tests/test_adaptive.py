@@ -16,6 +16,8 @@ from worlds import threads
 from deslo_plugin import ConfigError, DesLoc, load_config
 from deslo_plugin.adaptive import Adaptive
 from deslo_plugin.plan import make_plan
+from deslo_plugin.report.page import rows
+from deslo_plugin.report.run import Run
 from deslo_plugin.simulation import Replicas
 from deslo_plugin.topology import contiguous
 
@@ -179,6 +181,14 @@ def test_the_banner_says_the_bounds():
                   "0.1484 to 0.375 parameter vectors per step between replicas: 2.7 to 6.7 times fewer than synchronous"):
         assert words in text, text
     assert plan.bytes_at(8) == {"params": 4000, "exp_avg": 4008, "exp_avg_sq": 4008} and plan.bytes_at(12) == {}
+
+
+def test_telemetry_and_report_say_the_bounds_of_each_param_group(four, tmp_path):
+    four().run(adaptive_jobs.run, "hsdp", config_for("hsdp", telemetry={"path": str(tmp_path)}), 14)
+    run = Run(tmp_path)
+    first = "3 / adaptive, every 6 to 12 steps for drift 1.25 / adaptive, every 6 to 24 steps for drift 0.32"
+    assert ["periods", f"{first}; 2{first[1:]}"] in rows([run])
+    assert sum(run.bytes.values()) > 0 and set(run.drift) == {"params", "exp_avg", "exp_avg_sq"}
 
 
 def test_param_groups_have_bounds_of_their_own():

@@ -11,9 +11,9 @@ sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "quality")]
 
 import plots  # noqa: E402
 import study  # noqa: E402
+from findings import reached, tables  # noqa: E402
 from ledger import Ledger  # noqa: E402
 from methods import LOCAL, METHODS, PRESETS, run, tuning  # noqa: E402
-from report import reached, tables  # noqa: E402
 from small_gpt import GPTConfig, small_gpt  # noqa: E402
 from trial import train  # noqa: E402
 

@@ -74,14 +74,14 @@ def die_inside_an_average(manager: Manager, doom: Path) -> None:
 
 def note_means(averaging: Any, means_of: dict[str, str]) -> None:
     """From now on ``means_of`` gets a digest of every mean that is written, by step and state."""
-    inner = averaging._receive
+    inner = averaging.receive
 
     def receive(cohort: Any, states: Any, means: Any) -> None:
         for name, mean in means.items():
             means_of[f"{cohort.steps} {name}"] = str(digests((str(index), tensor) for index, tensor in enumerate(mean)))
         inner(cohort, states, means)
 
-    averaging._receive = receive
+    averaging.receive = receive
 
 
 def states(attachment: Any, model: nn.Module, scheduler: Any) -> dict[str, str]:

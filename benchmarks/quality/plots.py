@@ -9,11 +9,11 @@ matplotlib.use("Agg")
 
 import numpy as np
 from choice import at_best_rate
+from findings import STARTS
 from ledger import Ledger
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from methods import METHODS, Preset, Run
-from report import STARTS
 
 FIGURES = ("quality-curves.png", "quality-bytes.png")
 STYLES = {  # colours tell algorithms apart, lines rules

@@ -17,10 +17,10 @@ sys.path.append(str(BENCHMARKS))
 
 import torch  # noqa: E402
 from choice import at_best_rate  # noqa: E402
+from findings import tables  # noqa: E402
 from ledger import Ledger  # noqa: E402
 from methods import PRESETS, Preset, Run, ablations, tuning  # noqa: E402
 from plots import draw  # noqa: E402
-from report import tables  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from trial import train  # noqa: E402

@@ -71,8 +71,8 @@ def markdown(runs: Sequence[Run], picture: str | None = None) -> str:
 
 
 def _periods(run: Run) -> str:
-    periods = run.start["groups"][0]["periods"]
-    return " / ".join(str(period or "never") for period in periods.values()) + (" ..." if len(run.start["groups"]) > 1 else "")
+    groups = (" / ".join(str(period or "never") for period in group["periods"].values()) for group in run.start["groups"])
+    return "; ".join(dict.fromkeys(groups))  # of param groups, where they differ
 
 
 def _last(run: Run, state: str) -> str:
