@@ -25,13 +25,22 @@ LIGHTHOUSES: list[Any] = []  # torchft's servers live as long as their process
 STORES: list[Any] = []
 
 
+def local_adam(model: nn.Module) -> DesLoc:
+    return DesLoc(model.parameters(), lr=1e-3, sync_every={"params": NEVER})
+
+
 @dataclass(frozen=True)
 class Setting:
-    """The model, ``sequences`` per rank and step, and K: steps between averages of the parameters."""
+    """The model, ``sequences`` per rank and step, K: steps between averages of the parameters.
+
+    Peers train with ``optimizer``, which averages nothing; those that can average gradients for the first ``warm_up`` steps.
+    """
 
     shape: GPTConfig
     sequences: int
     period: int
+    warm_up: int = 0
+    optimizer: Callable[[nn.Module], DesLoc] = local_adam
 
 
 @dataclass
@@ -84,18 +93,14 @@ def every(period: int, model: nn.Module) -> Callable[[int], int]:
     return lambda steps: size if steps % period == 0 else 0
 
 
-def local_adam(model: nn.Module) -> DesLoc:
-    return DesLoc(model.parameters(), lr=1e-3, sync_every={"params": NEVER})
-
-
 def alone(setting: Setting) -> Running:
     model = GPT(setting.shape)
-    return Running(model, local_adam(model), lambda steps: 0)
+    return Running(model, setting.optimizer(model), lambda steps: 0)
 
 
 def ddp(setting: Setting) -> Running:
     model = wrapped(setting)
-    return Running(model, local_adam(model), every(1, model))
+    return Running(model, setting.optimizer(model), every(1, model))
 
 
 def wrapped(setting: Setting) -> DistributedDataParallel:
@@ -117,12 +122,12 @@ def sharded(setting: Setting, on: DeviceMesh) -> nn.Module:
 
 def fsdp_alone(setting: Setting) -> Running:
     model = sharded(setting, mesh()["shard"])
-    return Running(model, local_adam(model), lambda steps: 0)
+    return Running(model, setting.optimizer(model), lambda steps: 0)
 
 
 def hsdp(setting: Setting) -> Running:
     model = sharded(setting, mesh())
-    return Running(model, local_adam(model), every(1, model))
+    return Running(model, setting.optimizer(model), every(1, model))
 
 
 def accelerate_local_sgd(setting: Setting) -> Running:
@@ -130,7 +135,7 @@ def accelerate_local_sgd(setting: Setting) -> Running:
     from accelerate.local_sgd import LocalSGD
 
     accelerator, model = Accelerator(cpu=True), GPT(setting.shape)
-    model, optimizer = accelerator.prepare(model, local_adam(model))
+    model, optimizer = accelerator.prepare(model, setting.optimizer(model))
     local_sgd = LocalSGD(accelerator, model, local_sgd_steps=setting.period).__enter__()
     return Running(model, optimizer, every(setting.period, model), after=local_sgd.step)
 
@@ -142,9 +147,9 @@ def post_local_sgd(setting: Setting) -> Running:
 
     model = wrapped(setting)
     inside, _ = dist.new_subgroups(group_size=1)
-    model.register_comm_hook(PostLocalSGDState(None, inside, start_localSGD_iter=0), post_localSGD_hook)
+    model.register_comm_hook(PostLocalSGDState(None, inside, start_localSGD_iter=setting.warm_up), post_localSGD_hook)
     averages = every(setting.period, model)
-    optimizer = PostLocalSGDOptimizer(local_adam(model), PeriodicModelAverager(setting.period))
+    optimizer = PostLocalSGDOptimizer(setting.optimizer(model), PeriodicModelAverager(setting.period, setting.warm_up))
     return Running(model, optimizer, lambda steps: averages(steps - 1))  # it averages after steps 1, K + 1, ...
 
 
@@ -152,7 +157,7 @@ def torchft_local_sgd(setting: Setting) -> Running:
     from torchft.local_sgd import LocalSGD
 
     model = GPT(setting.shape)
-    optimizer = local_adam(model)
+    optimizer = setting.optimizer(model)
     LocalSGD(torchft_manager("local-sgd"), model, optimizer, sync_every=setting.period).__enter__()
     return Running(model, optimizer, every(setting.period, model))
 
@@ -161,7 +166,7 @@ def torchft_diloco(setting: Setting) -> Running:
     from torchft.local_sgd import DiLoCo
 
     model = GPT(setting.shape)
-    inner, outer = local_adam(model), torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
+    inner, outer = setting.optimizer(model), torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
     DiLoCo(torchft_manager("diloco"), [model], inner, outer, sync_every=setting.period).__enter__()
     return Running(model, inner, every(setting.period, model))
 

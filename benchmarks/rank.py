@@ -8,8 +8,10 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,12 +53,13 @@ class Rank:
         dist.barrier()
 
 
-def main() -> None:
+def serve(rank_of: Callable[[], Any]) -> None:
+    """Answers requests of ``World.ask`` with the methods of ``rank_of()``, made once there is a world, until it is to leave."""
     pipe, lifetime = Connection(int(sys.argv[1])), float(sys.argv[2])
     faulthandler.dump_traceback_later(lifetime, exit=True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method="env://", timeout=timedelta(seconds=100))
-    rank = Rank()
+    rank = rank_of()
     while True:
         try:
             what, args = pipe.recv()
@@ -71,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Rank)

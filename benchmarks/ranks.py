@@ -20,12 +20,12 @@ class RankError(RuntimeError):
 
 
 class World:
-    """``per_node`` single-threaded gloo ranks on each of ``nodes`` (network namespaces), node by node.
+    """``per_node`` single-threaded gloo ranks on each of ``nodes`` (network namespaces), node by node, that run ``script``.
 
     A context: at its end every process is gone, in peace if all went well, else killed.
     """
 
-    def __init__(self, nodes: Sequence[str], per_node: int, logs: Path, *, lifetime_s: float):
+    def __init__(self, nodes: Sequence[str], per_node: int, logs: Path, *, lifetime_s: float, script: str = "rank.py"):
         self.size = len(nodes) * per_node
         self._pipes: list[Connection] = []
         self._processes: list[subprocess.Popen] = []
@@ -38,7 +38,7 @@ class World:
                 "GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "link",
                 "PYTHONPATH": os.pathsep.join([str(HERE.parent / "examples"), *sys.path]),
             }
-            command = ["ip", "netns", "exec", nodes[rank // per_node], sys.executable, str(HERE / "rank.py"),
+            command = ["ip", "netns", "exec", nodes[rank // per_node], sys.executable, str(HERE / script),
                        str(theirs.fileno()), str(lifetime_s)]
             with log.open("w") as file:  # of its own session: Ctrl-C is for the leader, who then ends it
                 self._processes.append(subprocess.Popen(

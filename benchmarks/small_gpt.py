@@ -3,7 +3,7 @@
 import functools
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,16 +22,32 @@ HELD_OUT = 64  # windows of a held-out batch
 warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented the batching rule")
 
 
+Batches = Callable[[Sequence[int], int], tuple[Tensor, Tensor]]
+"""(replicas, step) -> tokens and targets, (len(replicas), sequences, context) each."""
+
+
 def small_gpt(
     shape: GPTConfig, *, sequences: int, replicas: int, seed: int, held_out: int = 1, shards: bool = False, device: str = "cpu"
 ) -> Network:
-    """A GPT initialised from ``seed``, on windows of the standard library's text drawn for (seed, step, replica).
+    """A GPT initialised from ``seed``, on windows drawn for (seed, step, replica), judged by ``held_out`` batches."""
+    batches = drawn(shape, sequences=sequences, replicas=replicas, seed=seed, shards=shards, device=device)
+    return Network(initial(shape, seed).to(device), batches, kept(shape, held_out, device))
+
+
+def initial(shape: GPTConfig, seed: int) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(shape)
+
+
+def drawn(
+    shape: GPTConfig, *, sequences: int, replicas: int, seed: int, shards: bool = False, device: str = "cpu"
+) -> Batches:
+    """Windows of the standard library's text, drawn for (seed, step, replica).
 
     ``sequences`` windows for each replica and step; ``replicas`` is how many ever take part, and with ``shards`` each draws
-    from a part of the text of its own; ``held_out`` batches of 64 windows to judge by, the same for every seed.
+    from a part of the text of its own.
     """
-    train, validation = _text()
-    torch.manual_seed(seed)
+    train, _ = _text()
     span = torch.arange(shape.context + 1)
     part = len(train) // replicas if shards else len(train)
     firsts = torch.arange(replicas)[:, None] * part if shards else 0
@@ -42,10 +58,15 @@ def small_gpt(
         windows = train[starts[..., None] + span].long().to(device)
         return windows[..., :-1], windows[..., 1:]
 
-    windows = Windows(validation, shape.context, seed=0)
+    return batches
+
+
+def kept(shape: GPTConfig, held_out: int, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
+    """``held_out`` batches of 64 windows of text that is never trained on, the same for every seed."""
+    windows = Windows(_text()[1], shape.context, seed=0)
     batch = [windows[index] for index in range(HELD_OUT * held_out)]
     tokens, targets = (torch.stack(each).to(device).split(HELD_OUT) for each in zip(*batch))
-    return Network(GPT(shape).to(device), batches, list(zip(tokens, targets)))
+    return list(zip(tokens, targets))
 
 
 @functools.cache

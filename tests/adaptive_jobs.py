@@ -51,10 +51,13 @@ def refused_on_other_kernels(config: dict) -> str:
     """What is said where rank 3 measures with other kernels than the rest."""
     from deslo_plugin.frameworks import equality
 
+    own = equality.native
     if dist.get_rank() == 3:
         equality.native = lambda: "another"
     try:
         Job("plain", config)
     except ValueError as error:
         return str(error)
+    finally:
+        equality.native = own
     return "no error"

@@ -11,25 +11,21 @@ sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "quality")]
 
 import plots  # noqa: E402
 import study  # noqa: E402
-from findings import reached, tables  # noqa: E402
+from findings import tables  # noqa: E402
 from ledger import Ledger  # noqa: E402
 from methods import LOCAL, METHODS, PRESETS, run, tuning  # noqa: E402
 from small_gpt import GPTConfig, small_gpt  # noqa: E402
 from trial import train  # noqa: E402
 
 GUESS = 5.545  # nats: one of 256 bytes
-CPU = PRESETS["cpu"]
+SHORT = PRESETS["short"]
+STUDIES = ("short", "long")
 TINY = {"shape": GPTConfig(dim=16, layers=1, heads=2, context=16), "sequences": 2, "steps": 32, "warm_up": 8, "look": 16,
         "period": 4, "held_out": 1}
-SMALL = replace(CPU, **TINY)
+SMALL = replace(SHORT, **TINY)
 TEXT = (ROOT / "docs" / "results.md").read_text()
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
-
-
-@pytest.fixture(scope="module")
-def finished():
-    return Ledger(study.RESULTS, CPU)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -81,22 +77,22 @@ def test_runs_of_another_size_have_another_file(tmp_path):
 
 
 def test_every_method_has_the_same_grid_of_rates_and_a_start_of_each_kind():
-    grids = tuning(CPU)
-    assert {tuple(grid) for grid in grids.values()} == {CPU.rates}
+    grids = tuning(SHORT)
+    assert {tuple(grid) for grid in grids.values()} == {SHORT.rates}
     assert set(grids) == {(name, False) for name in METHODS} | {(name, True) for name in LOCAL}
 
 
-def test_a_target_is_reached_between_looks():
-    assert reached(2.5, [10, 20, 30], [4.0, 3.0, 2.0]) == 25.0
-
-
-def test_the_document_is_of_the_whole_study(finished):
-    missing = [each for part in study.PARTS for each in study.wanted(part, CPU, finished) if each not in finished]
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_document_is_of_the_whole_study(name):
+    finished = Ledger(study.results(name), PRESETS[name])
+    missing = [each for part in study.PARTS for each in study.wanted(part, PRESETS[name], finished) if each not in finished]
     assert not missing
 
 
-def test_every_table_and_figure_is_shown_as_it_came_out(finished):
-    for title, table in tables(CPU, finished).items():
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_table_and_figure_is_shown_as_it_came_out(name):
+    for title, table in tables(PRESETS[name], Ledger(study.results(name), PRESETS[name])).items():
         assert table in TEXT, title
-    for file in plots.FIGURES:
+    for kind in plots.FIGURES:
+        file = plots.file(name, kind)
         assert f"](figures/{file})" in TEXT and (ROOT / "docs" / "figures" / file).is_file()

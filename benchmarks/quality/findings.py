@@ -1,16 +1,13 @@
 """The tables of docs/results.md, from finished runs."""
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 from choice import Chosen, at_best_rate
 from ledger import Ledger
 from methods import LOCAL, SYNCHRONOUS, Preset, Run, ablations, tuning
 
-LINK = Path(__file__).resolve().parent.parent / "results" / "link.json"
 STARTS = {True: "Local after the synchronous warm-up", False: "Local from the first step"}
 PAIRS = (  # what the papers compare
     ("DES-LOC", "Local Adam"), ("FAVG+OPT", "DES-LOC"), ("FAVG-OPT", "DES-LOC"), ("DES-LOC-Nesterov", "DES-LOC"),
@@ -18,23 +15,23 @@ PAIRS = (  # what the papers compare
     ("MT-DAO, ADOPT", "synchronous QH, ADOPT"), ("MT-DAO, ADOPT", "synchronous ADOPT"), ("MT-DAO, ADOPT", "Local ADOPT"),
     ("MT-DAO, two momenta", "MT-DAO"), ("MT-DAO, two momenta", "DES-LOC"),
 )
-ON_THE_LINK = {"synchronous AdamW": "ddp", "Local Adam": "local-adam", "DES-LOC": "des-loc", "MT-DAO": "mt-dao"}
 
 
 def tables(preset: Preset, ledger: Ledger) -> dict[str, str]:
     """Title -> table, in the order of the document."""
     chosen = at_best_rate(preset, ledger)
-    named = {title: methods_table(title, warm_up, ledger, chosen) for warm_up, title in STARTS.items()}
-    named |= {"pairs": pairs_table(ledger, chosen), "warm-up": warm_up_table(ledger, chosen)}
+    named = {STARTS[warm_up]: methods_table(warm_up, ledger, chosen) for warm_up in preset.starts}
+    named["pairs"] = pairs_table(preset, ledger, chosen)
+    if len(preset.starts) > 1:
+        named["warm-up"] = warm_up_table(ledger, chosen)
     named["rates"] = rates_table(preset, ledger)
-    named |= {title: ablation_table(title, preset, ledger) for title in ablations(preset)}
-    return named | {"time to a loss": clock_table(preset, ledger)}
+    return named | {title: ablation_table(title, preset, ledger) for title in ablations(preset)}
 
 
-def methods_table(title: str, warm_up: bool, ledger: Ledger, chosen: Chosen) -> str:
+def methods_table(warm_up: bool, ledger: Ledger, chosen: Chosen) -> str:
     """Every method at its best rate, over all seeds; perplexities against synchronous AdamW's of the same seed."""
     first = chosen["synchronous AdamW", False]
-    columns = [title, "rate", "validation, nats", "lowest to highest", "perplexity, %", "MB sent", "times less",
+    columns = [STARTS[warm_up], "rate", "validation, nats", "lowest to highest", "perplexity, %", "MB sent", "times less",
                "cosine of progress", "of momentum"]
     rows = []
     for name in (*SYNCHRONOUS, *LOCAL):
@@ -47,11 +44,11 @@ def methods_table(title: str, warm_up: bool, ledger: Ledger, chosen: Chosen) -> 
     return markdown(columns, rows)
 
 
-def pairs_table(ledger: Ledger, chosen: Chosen) -> str:
+def pairs_table(preset: Preset, ledger: Ledger, chosen: Chosen) -> str:
     """Perplexities of one method against another's of the same seed, each at its best rate."""
     rows = [[f"{name} against {other}", *(against(chosen[name, warm_up], chosen[other, warm_up and other in LOCAL], ledger)
-                                          for warm_up in STARTS)] for name, other in PAIRS]
-    return markdown(["perplexity, %", *(f"{title[0].lower()}{title[1:]}" for title in STARTS.values())], rows)
+                                          for warm_up in preset.starts)] for name, other in PAIRS]
+    return markdown(["perplexity, %", *(STARTS[warm_up].replace("Local", "local", 1) for warm_up in preset.starts)], rows)
 
 
 def warm_up_table(ledger: Ledger, chosen: Chosen) -> str:
@@ -78,32 +75,6 @@ def ablation_table(title: str, preset: Preset, ledger: Ledger) -> str:
              f"{ledger[runs[0]]['bytes'] / 1e6:.1f}", cosine(runs, "progress", ledger), cosine(runs, "momentum", ledger)]
             for name, runs in variants.items()]
     return markdown(columns, rows)
-
-
-def clock_table(preset: Preset, ledger: Ledger) -> str:
-    """Steps of the study times mean steps of benchmarks/link.py: to the loss that the slowest reaches at its end."""
-    variants = {name: ablations(preset)["Periods of 32"][name] for name in ON_THE_LINK}
-    curves = {name: [statistics.mean(column) for column in zip(*(ledger[each]["validation"] for each in runs))]
-              for name, runs in variants.items()}
-    target = max(curve[-1] for curve in curves.values())
-    looks = range(preset.look, preset.steps + 1, preset.look)
-    link = json.loads(LINK.read_text())["rates"]
-    milliseconds = {rate: {row["name"]: row["floor_ms"] * (1 + row["exposed"]) for row in rows} for rate, rows in link.items()}
-    rows = []
-    for name, curve in curves.items():
-        needed, warm_up = reached(target, looks, curve), 0 if name in SYNCHRONOUS else preset.warm_up
-        times = [(warm_up * each["ddp"] + (needed - warm_up) * each[ON_THE_LINK[name]]) / 1e3 for each in milliseconds.values()]
-        rows.append([name, f"{needed:.0f}", *(f"{seconds:.1f}" for seconds in times)])
-    return markdown([f"to {target:.3f} nats", "steps", *(f"{rate}, s" for rate in milliseconds)], rows)
-
-
-def reached(target: float, looks: Sequence[int], curve: Sequence[float]) -> float:
-    """Steps after which ``curve`` is first at ``target``, linear between looks."""
-    points = list(zip(looks, curve))
-    for (before, high), (after, low) in zip(points, points[1:]):
-        if low <= target:
-            return before + (after - before) * (high - target) / (high - low)
-    raise ValueError(f"expected a curve that reaches {target}, got an end of {curve[-1]}")
 
 
 def against(runs: Sequence[Run], first: Sequence[Run], ledger: Ledger) -> str:

@@ -14,7 +14,7 @@ import torch
 from methods import Preset, Run
 
 
-CHOICES = ("rates", "ablation_rate", "seeds", "ablation_seeds")  # of a preset: which runs there are, not what becomes of them
+CHOICES = ("rates", "starts", "ablation_rate", "seeds", "ablation_seeds")  # of a preset: which runs there are, not what becomes of them
 
 
 class Ledger:
@@ -27,10 +27,10 @@ class Ledger:
         self.path = path
         self._preset = json.loads(json.dumps(asdict(preset)))
         whole = json.loads(path.read_text()) if path.exists() else {"preset": self._preset, "runs": {}}
-        if changed := [name for name, value in self._preset.items() if name not in CHOICES and whole["preset"][name] != value]:
+        if changed := [name for name, value in self._preset.items() if name not in CHOICES and whole["preset"].get(name) != value]:
             raise ValueError(f"{path}: expected runs of the same {', '.join(changed)}, got others; give another --out")
         self.runs: dict[str, dict[str, Any]] = whole["runs"]
-        self._head = {"command": shlex.join(["python", "benchmarks/quality/study.py", *sys.argv[1:]]), "commit": _commit(),
+        self._head = {"command": shlex.join(["python", "benchmarks/quality/study.py", *sys.argv[1:]]), "commit": commit(),
                       "machine": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}",
                       "preset": self._preset}
 
@@ -53,7 +53,7 @@ class Ledger:
         return self[run]["validation"][-1]
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit that the latest runs were made with, "+" where the tree differs from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -30,14 +30,15 @@ class Preset:
     period: int
     warm_up: int  # synchronous steps of those runs that have some
     rates: tuple[float, ...]  # the grid, the same for every method
-    ablation_rate: float
     slow_beta: float
     slow_weight: float
     adopt_beta2: float
+    starts: tuple[bool, ...] = (True, False)  # local after the synchronous warm-up, from the first step
+    ablation_rate: float | None = None  # None: a study without ablations
     schedule: str = "cosine"  # of the rate, see trial.py
     replicas: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)  # rates are compared on the first
-    ablation_seeds: tuple[int, ...] = (0,)
+    ablation_seeds: tuple[int, ...] = (0, 1)
     look: int = 48  # steps between looks at the validation loss
     held_out: int = 4  # batches of 64 windows to look at
     device: str = "cpu"
@@ -45,14 +46,18 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(
+    "short": Preset(
         shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=384, period=8, warm_up=48,
         rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2), ablation_rate=6e-3, slow_beta=0.97, slow_weight=0.9, adopt_beta2=0.999,
+    ),
+    "long": Preset(
+        shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=3072, period=32, warm_up=192, starts=(True,),
+        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2), slow_beta=0.99, slow_weight=0.9, adopt_beta2=0.999, look=96, held_out=8,
     ),
     # the recipe of MT-DAO's author at 16M, on bytes: their vocabulary would be 12.9M of the parameters
     "gpu": Preset(
         shape=GPTConfig(dim=256, layers=4, heads=4, context=2048), sequences=16, steps=5120, period=32, warm_up=512,
-        rates=(2**-10, 2**-9, 2**-8, 2**-7), ablation_rate=2**-9, slow_beta=0.999, slow_weight=0.98, adopt_beta2=0.9999,
+        rates=(2**-10, 2**-9, 2**-8, 2**-7), slow_beta=0.999, slow_weight=0.98, adopt_beta2=0.9999,
         schedule="hold", look=128, held_out=8, device="cuda", bfloat16=True,
     ),
 }
@@ -107,12 +112,14 @@ class Run:
 def run(
     preset: Preset, name: str, *, rate: float, seed: int, warm_up: bool, period: int | None = None,
     sync_every: Mapping[str, int | None] | None = None, slow: Mapping[str, float] | None = None,
-    deslo: Mapping[str, Any] | None = None, replicas: int | None = None, **options: bool,
+    outer: Mapping[str, float] | None = None, deslo: Mapping[str, Any] | None = None, replicas: int | None = None,
+    **options: bool,
 ) -> Run:
     """A run of method ``name``.
 
     ``period`` replaces the preset's K_x, all others keep their ratio to it; ``sync_every`` replaces single periods after
-    that; ``slow`` replaces beta or weight of the slow momentum; ``deslo`` adds keys there; ``options`` are fields of ``Run``.
+    that; ``slow`` replaces beta or weight of the slow momentum; ``outer`` the outer optimizer; ``deslo`` adds keys there;
+    ``options`` are fields of ``Run``.
     """
     method, file = METHODS[name], read_file(CONFIGS / f"{METHODS[name].config}.json")
     period = preset.period if period is None or method.synchronous else period
@@ -131,6 +138,8 @@ def run(
             params["second_moment"]["beta"] = preset.adopt_beta2
         else:
             params["betas"][1] = preset.adopt_beta2
+    if outer:
+        params["outer"] = dict(outer)
     for state, every in (sync_every or {}).items():
         if "momenta" in params and state != "params":
             (params["second_moment"] if state == "exp_avg_sq" else params["momenta"][0])["sync_every"] = every
@@ -143,7 +152,7 @@ def run(
 
 def tuning(preset: Preset) -> dict[tuple[str, bool], dict[float, Run]]:
     """(method, warm-up) -> rate -> its run on the first seed; synchronous methods have no warm-up to tell apart."""
-    variants = [*((name, False) for name in SYNCHRONOUS), *((name, warm_up) for warm_up in (True, False) for name in LOCAL)]
+    variants = [*((name, False) for name in SYNCHRONOUS), *((name, warm_up) for warm_up in preset.starts for name in LOCAL)]
     return {
         (name, warm_up): {rate: run(preset, name, rate=rate, seed=preset.seeds[0], warm_up=warm_up) for rate in preset.rates}
         for name, warm_up in variants
@@ -156,6 +165,8 @@ Ablation = Mapping[str, list[Run]]
 
 def ablations(preset: Preset) -> dict[str, Ablation]:
     """Title -> variants. All at one rate, and local after the synchronous warm-up."""
+    if preset.ablation_rate is None:
+        return {}
     K, titled = preset.period, {}
 
     def variant(name: str, **changes: Any) -> list[Run]:
@@ -182,6 +193,10 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
         f"beta {beta:.4g}, weight {weight}": variant("MT-DAO", slow={"beta": round(beta, 4), "weight": weight})
         for beta in (slow, 1 - (1 - slow) * 5 / 3, long) for weight in (0.9, 0.8, 0.98)
     }
+    titled["Outer step"] = {"DES-LOC, none": variant("DES-LOC")} | {
+        f"rate {rate:g}, momentum {momentum:g}": variant("DES-LOC", outer={"lr": rate, "momentum": momentum})
+        for rate, momentum in ((1.0, 0.9), (0.7, 0.9), (0.3, 0.9), (0.1, 0.9), (1.0, 0.5), (0.7, 0.5), (1.0, 0.2))
+    }
     titled["Where in the step"] = {
         f"{name}, {when}": variant(name, deslo={} if when == "before_update" else {"when": when})
         for name in ("DES-LOC", "MT-DAO") for when in ("before_update", "after_update")
@@ -196,6 +211,7 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
         for delay in (2, 4, 8) for compensated in (True, False)
     }
     titled["Replicas"] = {
-        f"{name}, M = {count}": variant(name, replicas=count) for count in (4, 8, 16) for name in ("DES-LOC", "MT-DAO")
+        f"{name}, M = {count}": variant(name, replicas=count)
+        for count in (4, 8, 16) for name in ("synchronous AdamW", "Local Adam", "DES-LOC", "MT-DAO")
     }
     return titled

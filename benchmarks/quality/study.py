@@ -1,15 +1,19 @@
 """Does it train as well as synchronous training? Methods at equal tokens and equally tuned, and the ablations behind defaults.
 
-    OMP_NUM_THREADS=1 python benchmarks/quality/study.py                             # the study of docs/results.md
-    python benchmarks/quality/study.py --preset gpu --out gpu.json --figures gpu     # hours on a GPU
+    python benchmarks/quality/study.py                  # long runs of every method: an hour on two cores
+    python benchmarks/quality/study.py --preset short   # short runs, from two starts, and the ablations: half an hour
+    python benchmarks/quality/study.py --preset gpu     # hours on a GPU
 
 Everything is simulated: M replicas are M rows of one matrix in one process, stepped by the same ``DesLoc`` that trains across
 nodes. Finished runs are kept: stopped and started again, it goes on where it was.
 """
 
+import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
@@ -25,7 +29,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from trial import train  # noqa: E402
 
-RESULTS = BENCHMARKS / "results" / "quality.json"
+FIGURES = BENCHMARKS.parent / "docs" / "figures"
 PARTS = ("tuning", "seeds", "ablations")
 
 
@@ -38,29 +42,36 @@ def wanted(part: str, preset: Preset, ledger: Ledger) -> list[Run]:
     return sorted((each for seeds in chosen for each in seeds), key=lambda each: each.seed)
 
 
-def finish(runs: Iterable[Run], preset: Preset, ledger: Ledger, title: str = "runs") -> int:
-    """Trains those of ``runs`` that the ledger lacks; returns how many."""
+def results(preset: str) -> Path:
+    """Where the finished runs of a preset are kept."""
+    return BENCHMARKS / "results" / f"quality-{preset}.json"
+
+
+def finish(runs: Iterable[Run], preset: Preset, ledger: Ledger, title: str = "runs", jobs: int = 1) -> int:
+    """Trains those of ``runs`` that the ledger lacks, ``jobs`` at a time, each in a process of one thread; returns how many."""
     missing = list({each.key: each for each in runs if each not in ledger}.values())
-    for each in track(missing, title, console=Console(stderr=True), disable=not missing):
-        ledger.write(each, train(each, preset))
+    if missing:
+        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            trained = {pool.submit(train, each, preset): each for each in missing}
+            for done in track(as_completed(trained), title, total=len(missing), console=Console(stderr=True)):
+                ledger.write(trained[done], done.result())
     return len(missing)
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="size of the study (%(default)s)")
+    parser.add_argument("--preset", choices=PRESETS, default="long", help="size of the study (%(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(all, then tables and figures)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="finished runs, also those of before (%(default)s)")
-    parser.add_argument("--figures", type=Path, default=BENCHMARKS.parent / "docs" / "figures", help="folder (%(default)s)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (one for each core; one on a GPU)")
     args = parser.parse_args()
 
-    torch.set_num_threads(1)
     preset = PRESETS[args.preset]
-    ledger = Ledger(args.out, preset)
+    jobs = args.jobs or (os.cpu_count() if preset.device == "cpu" else 1)
+    ledger = Ledger(results(args.preset), preset)
     for part in args.parts:
-        finish(wanted(part, preset, ledger), preset, ledger, part)
+        finish(wanted(part, preset, ledger), preset, ledger, part, jobs)
     if set(args.parts) == set(PARTS):
-        draw(preset, ledger, args.figures)
+        draw(preset, ledger, FIGURES, args.preset)
         print("\n\n".join(tables(preset, ledger).values()))
 
 
