@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin import DesLoc, attach
+from deslo_plugin.collectives import Alone
 
 NEVER = 10**9
 LIGHTHOUSES: list[Any] = []  # torchft's servers live as long as their process
@@ -26,7 +27,7 @@ STORES: list[Any] = []
 
 
 def local_adam(model: nn.Module) -> DesLoc:
-    return DesLoc(model.parameters(), lr=1e-3, sync_every={"params": NEVER})
+    return DesLoc(model.parameters(), lr=1e-3, sync_every={"params": NEVER}, average=Alone())
 
 
 @dataclass(frozen=True)

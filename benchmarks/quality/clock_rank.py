@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from trial import SCHEDULES  # noqa: E402
 
 from deslo_plugin import DesLoc, attach  # noqa: E402
+from deslo_plugin.collectives import Alone  # noqa: E402
 
 PEERS = {"ddp": ddp, "accelerate": accelerate_local_sgd, "post-local-sgd": post_local_sgd}
 
@@ -26,7 +27,7 @@ def build(how: str, run: Run, preset: Preset) -> Running:
     """A peer, or with ``how`` "ours" the run's own method; all from the run's start, with its update."""
     def local(model: nn.Module) -> DesLoc:
         params = run.blocks["optimizer"]["params"] | {"sync_every": {"params": NEVER}}
-        return DesLoc(model.parameters(), {"optimizer": {"params": params}, "deslo": {}})
+        return DesLoc(model.parameters(), {"optimizer": {"params": params}}, average=Alone())
 
     setting = Setting(preset.shape, preset.sequences, preset.period, preset.warm_up, local)
     torch.manual_seed(run.seed)

@@ -14,7 +14,7 @@ import torch
 from methods import Preset, Run
 
 
-CHOICES = ("rates", "starts", "ablation_rate", "seeds", "ablation_seeds")  # of a preset: which runs there are, not what becomes of them
+SIZE = ("shape", "sequences", "steps", "schedule", "look", "held_out", "device", "bfloat16")  # of a preset: what runs do not say
 
 
 class Ledger:
@@ -27,7 +27,7 @@ class Ledger:
         self.path = path
         self._preset = json.loads(json.dumps(asdict(preset)))
         whole = json.loads(path.read_text()) if path.exists() else {"preset": self._preset, "runs": {}}
-        if changed := [name for name, value in self._preset.items() if name not in CHOICES and whole["preset"].get(name) != value]:
+        if changed := [name for name in SIZE if whole["preset"][name] != self._preset[name]]:
             raise ValueError(f"{path}: expected runs of the same {', '.join(changed)}, got others; give another --out")
         self.runs: dict[str, dict[str, Any]] = whole["runs"]
         self._head = {"command": shlex.join(["python", "benchmarks/quality/study.py", *sys.argv[1:]]), "commit": commit(),

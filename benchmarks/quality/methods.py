@@ -1,7 +1,7 @@
 """What the study trains: sizes, methods, the grid of rates and the ablations, as one table that says all of it.
 
 Hyper-parameters are those of configs/. What a preset changes: periods (a multiple of those in configs/), and the long memories,
-which must be short against its run: the slow beta of MT-DAO, beta2 of ADOPT.
+which must be short against its run: the slow beta of MT-DAO, beta2 of ADOPT and, where that slow beta outlives it, of Adam.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class Preset:
     rates: tuple[float, ...]  # the grid, the same for every method
     slow_beta: float
     slow_weight: float
-    adopt_beta2: float
+    beta2: Mapping[str, float]  # by rule
     starts: tuple[bool, ...] = (True, False)  # local after the synchronous warm-up, from the first step
     ablation_rate: float | None = None  # None: a study without ablations
     schedule: str = "cosine"  # of the rate, see trial.py
@@ -48,17 +48,19 @@ class Preset:
 PRESETS = {
     "short": Preset(
         shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=384, period=8, warm_up=48,
-        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2), ablation_rate=6e-3, slow_beta=0.97, slow_weight=0.9, adopt_beta2=0.999,
+        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2), ablation_rate=6e-3, slow_beta=0.97, slow_weight=0.9,
+        beta2={"adam": 0.95, "adopt": 0.999},
     ),
     "long": Preset(
         shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=3072, period=32, warm_up=192, starts=(True,),
-        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2), slow_beta=0.99, slow_weight=0.9, adopt_beta2=0.999, look=96, held_out=8,
+        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2), slow_beta=0.99, slow_weight=0.9, look=96, held_out=8,
+        beta2={"adam": 0.99, "adopt": 0.999},
     ),
     # the recipe of MT-DAO's author at 16M, on bytes: their vocabulary would be 12.9M of the parameters
     "gpu": Preset(
         shape=GPTConfig(dim=256, layers=4, heads=4, context=2048), sequences=16, steps=5120, period=32, warm_up=512,
-        rates=(2**-10, 2**-9, 2**-8, 2**-7), slow_beta=0.999, slow_weight=0.98, adopt_beta2=0.9999,
-        schedule="hold", look=128, held_out=8, device="cuda", bfloat16=True,
+        rates=(2**-10, 2**-9, 2**-8, 2**-7), slow_beta=0.999, slow_weight=0.98,
+        beta2={"adam": 0.9999, "adopt": 0.9999}, schedule="hold", look=128, held_out=8, device="cuda", bfloat16=True,
     ),
 }
 
@@ -112,14 +114,14 @@ class Run:
 def run(
     preset: Preset, name: str, *, rate: float, seed: int, warm_up: bool, period: int | None = None,
     sync_every: Mapping[str, int | None] | None = None, slow: Mapping[str, float] | None = None,
-    outer: Mapping[str, float] | None = None, deslo: Mapping[str, Any] | None = None, replicas: int | None = None,
-    **options: bool,
+    outer: Mapping[str, float] | None = None, beta2: float | None = None,
+    deslo: Mapping[str, Any] | None = None, replicas: int | None = None, **options: bool,
 ) -> Run:
     """A run of method ``name``.
 
     ``period`` replaces the preset's K_x, all others keep their ratio to it; ``sync_every`` replaces single periods after
-    that; ``slow`` replaces beta or weight of the slow momentum; ``outer`` the outer optimizer; ``deslo`` adds keys there;
-    ``options`` are fields of ``Run``.
+    that; ``slow`` replaces beta or weight of the slow momentum; ``outer`` the outer optimizer; ``beta2`` the preset's;
+    ``deslo`` adds keys there; ``options`` are fields of ``Run``.
     """
     method, file = METHODS[name], read_file(CONFIGS / f"{METHODS[name].config}.json")
     period = preset.period if period is None or method.synchronous else period
@@ -133,11 +135,11 @@ def run(
         if len(params["momenta"]) == 1:
             params["momenta"][-1]["weight"] = preset.slow_weight
         params["momenta"][-1] |= slow or {}
-    if params["rule"] == "adopt":
-        if "momenta" in params:
-            params["second_moment"]["beta"] = preset.adopt_beta2
-        else:
-            params["betas"][1] = preset.adopt_beta2
+    beta2 = preset.beta2[params["rule"]] if beta2 is None else beta2
+    if "momenta" in params:
+        params["second_moment"]["beta"] = beta2
+    else:
+        params["betas"][1] = beta2
     if outer:
         params["outer"] = dict(outer)
     for state, every in (sync_every or {}).items():
@@ -192,6 +194,11 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
     titled["Slow momentum of MT-DAO"] = {
         f"beta {beta:.4g}, weight {weight}": variant("MT-DAO", slow={"beta": round(beta, 4), "weight": weight})
         for beta in (slow, 1 - (1 - slow) * 5 / 3, long) for weight in (0.9, 0.8, 0.98)
+    }
+    titled["Second moment"] = {
+        f"{name}, beta2 {beta2:g}": variant(name, beta2=beta2)
+        for name in ("synchronous AdamW", "synchronous QH", "Local Adam", "DES-LOC", "MT-DAO", "MT-DAO, two momenta")
+        for beta2 in (0.95, 0.99, 0.999)
     }
     titled["Outer step"] = {"DES-LOC, none": variant("DES-LOC")} | {
         f"rate {rate:g}, momentum {momentum:g}": variant("DES-LOC", outer={"lr": rate, "momentum": momentum})
