@@ -81,6 +81,9 @@ class Plan:
         lines = [f"deslo: {t.replicas} replica(s) of {t.replica_size} rank(s); {_direction(opt)}; {order}"]
         if t.replicas == 1:
             return lines[0] + "\n  one replica only: nothing to average, this is the plain optimizer"
+        if opt is not None and opt.rule == "adam":
+            lines += [f"  beware: beta {beta:g} outlives beta2 {opt.beta2:g}, with which Adam can diverge; take beta2 above "
+                      f"{beta**2:.4g}, or adopt" for beta in opt.betas if beta**2 >= opt.beta2]
         if deslo.synchronous_steps:
             each = sum(group.gradient_bytes for group in self.groups)
             lines.append(f"  gradients: at each of the first {deslo.synchronous_steps} steps, {each:,} bytes from each rank")

@@ -68,6 +68,14 @@ def test_planned_bytes_and_next_average():
     assert plan(numel=1001, divisor=2).bytes_at(32) == {"params": 501 * 4}
 
 
+@pytest.mark.parametrize("rule, betas, warned", [
+    ("adam", [0.9, 0.95], False), ("adam", [0.99, 0.95], True), ("adam", [0.99, 0.999], False), ("adopt", [0.99, 0.95], False),
+])
+def test_banner_warns_of_a_momentum_that_outlives_adams_second_moment(rule, betas, warned):
+    text = plan({"rule": rule, "betas": betas}).describe()
+    assert ("beware: beta 0.99 outlives beta2 0.95, with which Adam can diverge; take beta2 above 0.9801" in text) == warned
+
+
 def test_banner_says_every_period_and_where_it_comes_from():
     text = plan({"sync_every": {"params": 4, "exp_avg": "half_life", "exp_avg_sq": None}, "outer": {}}).describe()
     for words in ("2 replica(s) of 2 rank(s)", "params: every 4 steps (given), 4,000 bytes", "half-life of 0.9",

@@ -15,6 +15,7 @@ from deslo_plugin.strict import ConfigError
 WIDTH, DPI = 11, 110  # inches, and dots in each
 POINTS = 600  # of a line at most, each the mean of its neighbours
 FLIGHTS = 20  # that a timeline shows: the last
+FEW = 20  # values that are marked on their line: a single one has none
 LOOK = {"svg.fonttype": "none", "svg.hashsalt": "deslo", "font.size": 9, "legend.fontsize": 8,
         "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3}
 STYLES = ("-", "--", ":", "-.")  # of runs, where colours are states
@@ -124,7 +125,8 @@ def _drift(axes: Sequence[Any], runs: Sequence[Run], color_of: dict[str, str]) -
         for state, seen in run.drift.items():
             steps, label = _thin([each.steps for each in seen]), f"{state}, {run.name}" if len(runs) > 1 else state
             for axis, values in zip(axes, ([each.distance for each in seen], [each.cosine for each in seen])):
-                axis.plot(steps, _thin(values), STYLES[number % len(STYLES)], color=color_of[state], label=label, linewidth=1)
+                axis.plot(steps, _thin(values), STYLES[number % len(STYLES)], color=color_of[state], label=label, linewidth=1,
+                          marker="." if len(values) < FEW else None)
     axes[0].set(xlabel="steps", ylabel="relative distance", yscale="log")
     axes[1].set(xlabel="steps", ylabel="cosine")
     axes[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
