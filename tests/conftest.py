@@ -57,3 +57,20 @@ def emulated(kernels, tmp_path_factory):
     torch.ops.load_library(built)
     yield torch.ops.deslo_emulated
     library._destroy()
+
+
+@pytest.fixture
+def everywhere(kernels):
+    """Goes through the instruction sets of this machine and some counts of threads; what was set before is set again."""
+    threads, widest = torch.get_num_threads(), kernels.isa()
+
+    def settings(counts=(1, 2, 5)):
+        for isa in ("baseline", "avx2", "avx512")[: {"baseline": 1, "avx2": 2, "avx512": 3}[widest]]:
+            assert kernels.isa(isa) == isa
+            for count in counts:
+                torch.set_num_threads(count)
+                yield
+
+    yield settings
+    torch.set_num_threads(threads)
+    kernels.isa(widest)

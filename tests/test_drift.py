@@ -67,18 +67,9 @@ def test_the_cuda_kernel_takes_more_tensors_than_one_launch_holds(emulated):
 
 
 @pytest.mark.parametrize(("local", "mean"), [(l, m) for l in LOCAL for m in WIRE])
-def test_neither_threads_nor_instruction_set_change_a_bit(kernels, local, mean):
-    case, before, widest = tensors([*SIZES, 300_001], local, mean), torch.get_num_threads(), kernels.isa()
-    results = []
-    try:
-        for isa in ("baseline", "avx2", "avx512")[: {"baseline": 1, "avx2": 2, "avx512": 3}[widest]]:
-            kernels.isa(isa)
-            for count in (1, 2, 5):
-                torch.set_num_threads(count)
-                results.append(torch.ops.deslo.drift(*case))
-    finally:
-        torch.set_num_threads(before)
-        kernels.isa(widest)
+def test_neither_threads_nor_instruction_set_change_a_bit(everywhere, local, mean):
+    case = tensors([*SIZES, 300_001], local, mean)
+    results = [torch.ops.deslo.drift(*case) for _ in everywhere()]
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -55,18 +55,9 @@ def test_every_kernel_lands_the_mean(kernels, emulated, case):
 
 
 @pytest.mark.parametrize("types", TYPES, ids=str)
-def test_neither_threads_nor_instruction_set_change_a_bit(kernels, types):
-    case, before, widest = (*tensors([*SIZES, 300_001], types), 0.3), torch.get_num_threads(), kernels.isa()
-    results = []
-    try:
-        for isa in ("baseline", "avx2", "avx512")[: {"baseline": 1, "avx2": 2, "avx512": 3}[widest]]:
-            kernels.isa(isa)
-            for count in (1, 2, 5):
-                torch.set_num_threads(count)
-                results.append(torch.cat(landed(torch.ops.deslo.land_, *case)))
-    finally:
-        torch.set_num_threads(before)
-        kernels.isa(widest)
+def test_neither_threads_nor_instruction_set_change_a_bit(everywhere, types):
+    case = (*tensors([*SIZES, 300_001], types), 0.3)
+    results = [torch.cat(landed(torch.ops.deslo.land_, *case)) for _ in everywhere()]
     assert all(torch.equal(result, results[0]) for result in results)
 
 
