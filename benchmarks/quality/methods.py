@@ -6,7 +6,7 @@ which must be short against its run: the slow beta of MT-DAO, beta2 of ADOPT and
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,7 +34,8 @@ class Preset:
     slow_weight: float
     beta2: Mapping[str, float]  # by rule
     starts: tuple[bool, ...] = (True, False)  # local after the synchronous warm-up, from the first step
-    ablation_rate: float | None = None  # None: a study without ablations
+    ablated: tuple[str, ...] | None = None  # titles of ablations; None: all that there are
+    ablation_rate: float = 6e-3
     schedule: str = "cosine"  # of the rate, see trial.py
     replicas: int = 4
     seeds: tuple[int, ...] = (0, 1, 2)  # rates are compared on the first
@@ -48,19 +49,20 @@ class Preset:
 PRESETS = {
     "short": Preset(
         shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=384, period=8, warm_up=48,
-        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2), ablation_rate=6e-3, slow_beta=0.97, slow_weight=0.9,
+        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2), slow_beta=0.97, slow_weight=0.9,
         beta2={"adam": 0.95, "adopt": 0.999},
     ),
     "long": Preset(
         shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=3072, period=32, warm_up=192, starts=(True,),
         rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2), slow_beta=0.99, slow_weight=0.9, look=96, held_out=8,
-        beta2={"adam": 0.99, "adopt": 0.999},
+        beta2={"adam": 0.99, "adopt": 0.999}, ablation_seeds=(0,),
+        ablated=("Period of the parameters, DES-LOC", "Period of the parameters, MT-DAO", "Slow momentum of MT-DAO"),
     ),
     # the recipe of MT-DAO's author at 16M, on bytes: their vocabulary would be 12.9M of the parameters
     "gpu": Preset(
         shape=GPTConfig(dim=256, layers=4, heads=4, context=2048), sequences=16, steps=5120, period=32, warm_up=512,
         rates=(2**-10, 2**-9, 2**-8, 2**-7), slow_beta=0.999, slow_weight=0.98,
-        beta2={"adam": 0.9999, "adopt": 0.9999}, schedule="hold", look=128, held_out=8, device="cuda", bfloat16=True,
+        beta2={"adam": 0.9999, "adopt": 0.9999}, schedule="hold", ablated=(), look=128, held_out=8, device="cuda", bfloat16=True,
     ),
 }
 
@@ -104,24 +106,26 @@ class Run:
     replicas: int
     seed: int
     shards: bool = False  # each replica reads a part of the corpus of its own
+    sequences: int | None = None  # in place of the preset's
     compensated: bool = True  # late averages land as exactly as local steps allow; else as if no update had been in between
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        said = {name: value for name, value in asdict(self).items() if value is not None}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def run(
     preset: Preset, name: str, *, rate: float, seed: int, warm_up: bool, period: int | None = None,
     sync_every: Mapping[str, int | None] | None = None, slow: Mapping[str, float] | None = None,
-    outer: Mapping[str, float] | None = None, beta2: float | None = None,
-    deslo: Mapping[str, Any] | None = None, replicas: int | None = None, **options: bool,
+    weights: Sequence[float] = (), outer: Mapping[str, float] | None = None, beta2: float | None = None,
+    deslo: Mapping[str, Any] | None = None, replicas: int | None = None, **options: Any,
 ) -> Run:
     """A run of method ``name``.
 
     ``period`` replaces the preset's K_x, all others keep their ratio to it; ``sync_every`` replaces single periods after
-    that; ``slow`` replaces beta or weight of the slow momentum; ``outer`` the outer optimizer; ``beta2`` the preset's;
-    ``deslo`` adds keys there; ``options`` are fields of ``Run``.
+    that; ``slow`` replaces beta or weight of the slow momentum, ``weights`` those of all, ``outer`` the outer optimizer,
+    ``beta2`` the preset's; ``deslo`` adds keys there; ``options`` are fields of ``Run``.
     """
     method, file = METHODS[name], read_file(CONFIGS / f"{METHODS[name].config}.json")
     period = preset.period if period is None or method.synchronous else period
@@ -135,6 +139,8 @@ def run(
         if len(params["momenta"]) == 1:
             params["momenta"][-1]["weight"] = preset.slow_weight
         params["momenta"][-1] |= slow or {}
+        for entry, weight in zip(params["momenta"], weights):
+            entry["weight"] = weight
     beta2 = preset.beta2[params["rule"]] if beta2 is None else beta2
     if "momenta" in params:
         params["second_moment"]["beta"] = beta2
@@ -167,8 +173,6 @@ Ablation = Mapping[str, list[Run]]
 
 def ablations(preset: Preset) -> dict[str, Ablation]:
     """Title -> variants. All at one rate, and local after the synchronous warm-up."""
-    if preset.ablation_rate is None:
-        return {}
     K, titled = preset.period, {}
 
     def variant(name: str, **changes: Any) -> list[Run]:
@@ -179,7 +183,7 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
         fixed = {"exp_avg": 3 * K, "exp_avg_sq": 6 * K} if name == "DES-LOC" else {"exp_avg": K, "exp_avg_sq": K}
         titled[f"Period of the parameters, {name}"] = {
             f"K_x {every}, momenta {fixed['exp_avg']} / {fixed['exp_avg_sq']}":
-                variant(name, sync_every={"params": every, **fixed}) for every in (K, K // 2, 4 * K, 16 * K)
+                variant(name, sync_every={"params": every, **fixed}) for every in (K, K // 4, 4 * K, 16 * K)
         }
     slow, long = preset.slow_beta, 1 - (1 - preset.slow_beta) / 3
     titled["Periods of 32"] = {
@@ -193,7 +197,11 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
     }
     titled["Slow momentum of MT-DAO"] = {
         f"beta {beta:.4g}, weight {weight}": variant("MT-DAO", slow={"beta": round(beta, 4), "weight": weight})
-        for beta in (slow, 1 - (1 - slow) * 5 / 3, long) for weight in (0.9, 0.8, 0.98)
+        for beta in (slow, 1 - (1 - slow) * 3, long) for weight in (0.9, 0.8, 0.98)
+    }
+    titled["Two momenta, 0.9 and slow"] = {"DES-LOC, 0.9 alone": variant("DES-LOC")} | {
+        f"weights {first} and {second}": variant("MT-DAO, two momenta", weights=(first, second))
+        for first, second in ((0.5, 0.4), (0.8, 0.2), (0.7, 0.3), (0.5, 0.5), (0.3, 0.6))
     }
     titled["Second moment"] = {
         f"{name}, beta2 {beta2:g}": variant(name, beta2=beta2)
@@ -217,8 +225,13 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
             variant("DES-LOC", deslo={"delay": delay}, compensated=compensated)
         for delay in (2, 4, 8) for compensated in (True, False)
     }
+    titled["Windows of a replica and step"] = {
+        f"{name}, {count}": variant(name, sequences=None if count == preset.sequences else count)
+        for count in (preset.sequences, 4 * preset.sequences, 16 * preset.sequences)
+        for name in ("synchronous AdamW", "Local Adam", "DES-LOC", "MT-DAO")
+    }
     titled["Replicas"] = {
         f"{name}, M = {count}": variant(name, replicas=count)
         for count in (4, 8, 16) for name in ("synchronous AdamW", "Local Adam", "DES-LOC", "MT-DAO")
     }
-    return titled
+    return {title: variants for title, variants in titled.items() if preset.ablated is None or title in preset.ablated}

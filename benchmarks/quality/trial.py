@@ -41,7 +41,7 @@ def train(run: Run, preset: Preset) -> dict[str, Any]:
     averaged over replicas and over the second half of the run's periods, null where replicas never part.
     """
     config = {"optimizer": {"type": "DesLoc", **run.blocks["optimizer"]}, "deslo": run.blocks["deslo"]}
-    objective = small_gpt(preset.shape, sequences=preset.sequences, replicas=run.replicas, seed=run.seed,
+    objective = small_gpt(preset.shape, sequences=run.sequences or preset.sequences, replicas=run.replicas, seed=run.seed,
                           held_out=preset.held_out, shards=run.shards, device=preset.device)
     curve: dict[str, list[Any]] = {"steps": [], "validation": []}
     alignment = Alignment(preset.steps)
