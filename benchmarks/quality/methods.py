@@ -56,7 +56,8 @@ PRESETS = {
         shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=3072, period=32, warm_up=192, starts=(True,),
         rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2), slow_beta=0.99, slow_weight=0.9, look=96, held_out=8,
         beta2={"adam": 0.99, "adopt": 0.999}, ablation_seeds=(0,),
-        ablated=("Period of the parameters, DES-LOC", "Period of the parameters, MT-DAO", "Slow momentum of MT-DAO"),
+        ablated=("Period of the parameters, DES-LOC", "Period of the parameters, MT-DAO", "Slow momentum of MT-DAO",
+                 "The raw gradient beside a momentum of 0.9"),
     ),
     # the recipe of MT-DAO's author at 16M, on bytes: their vocabulary would be 12.9M of the parameters
     "gpu": Preset(
@@ -179,8 +180,9 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
         at = {"rate": preset.ablation_rate, "warm_up": True} | changes
         return [run(preset, name, seed=seed, **at) for seed in preset.ablation_seeds]
 
+    apart = {"exp_avg": 3 * K, "exp_avg_sq": 6 * K}
     for name in ("DES-LOC", "MT-DAO"):
-        fixed = {"exp_avg": 3 * K, "exp_avg_sq": 6 * K} if name == "DES-LOC" else {"exp_avg": K, "exp_avg_sq": K}
+        fixed = apart if name == "DES-LOC" else {"exp_avg": K, "exp_avg_sq": K}
         titled[f"Period of the parameters, {name}"] = {
             f"K_x {every}, momenta {fixed['exp_avg']} / {fixed['exp_avg_sq']}":
                 variant(name, sync_every={"params": every, **fixed}) for every in (K, K // 4, 4 * K, 16 * K)
@@ -198,6 +200,14 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
     titled["Slow momentum of MT-DAO"] = {
         f"beta {beta:.4g}, weight {weight}": variant("MT-DAO", slow={"beta": round(beta, 4), "weight": weight})
         for beta in (slow, 1 - (1 - slow) * 3, long) for weight in (0.9, 0.8, 0.98)
+    }
+    titled["The raw gradient beside a momentum of 0.9"] = {"weight 1: Local Adam": variant("Local Adam")} | {
+        f"weight {weight}": variant("MT-DAO", slow={"beta": 0.9, "weight": weight}) for weight in (0.9, 0.8, 0.6, 0.4)
+    } | {
+        "weight 1, 3x / 6x: DES-LOC": variant("DES-LOC"),
+        "weight 0.8, 3x / 6x": variant("MT-DAO", slow={"beta": 0.9, "weight": 0.8}, sync_every=apart),
+        "weight 1, synchronous": variant("synchronous AdamW"),
+        "weight 0.8, synchronous": variant("synchronous QH", slow={"beta": 0.9, "weight": 0.8}),
     }
     titled["Two momenta, 0.9 and slow"] = {"DES-LOC, 0.9 alone": variant("DES-LOC")} | {
         f"weights {first} and {second}": variant("MT-DAO, two momenta", weights=(first, second))
