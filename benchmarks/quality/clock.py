@@ -47,7 +47,7 @@ ENTRANTS = {  # title -> how it is built, and whose run it is in the study: the 
     "torch PostLocalSGD": ("post-local-sgd", "FAVG+OPT"),
     "Local Adam": ("ours", "Local Adam"),
     "DES-LOC": ("ours", "DES-LOC"),
-    "MT-DAO": ("ours", "MT-DAO"),
+    "DES-LOC-QH": ("ours", "DES-LOC-QH"),
     "MT-DAO, two momenta": ("ours", "MT-DAO, two momenta"),
 }
 Entrants = Mapping[str, tuple[str, Run]]

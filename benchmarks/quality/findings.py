@@ -11,6 +11,7 @@ from methods import LOCAL, SYNCHRONOUS, Preset, Run, ablations, tuning
 STARTS = {True: "Local after the synchronous warm-up", False: "Local from the first step"}
 PAIRS = (  # what the papers compare
     ("DES-LOC", "Local Adam"), ("FAVG+OPT", "DES-LOC"), ("FAVG-OPT", "DES-LOC"), ("DES-LOC-Nesterov", "DES-LOC"),
+    ("DES-LOC-QH", "DES-LOC"), ("DES-LOC-QH", "synchronous AdamW"),
     ("MT-DAO", "synchronous QH"), ("MT-DAO", "synchronous AdamW"), ("MT-DAO", "Local Adam"),
     ("MT-DAO, ADOPT", "synchronous QH, ADOPT"), ("MT-DAO, ADOPT", "synchronous ADOPT"), ("MT-DAO, ADOPT", "Local ADOPT"),
     ("MT-DAO, two momenta", "MT-DAO"), ("MT-DAO, two momenta", "DES-LOC"),

@@ -55,7 +55,7 @@ PRESETS = {
     "long": Preset(
         shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=3072, period=32, warm_up=192, starts=(True,),
         rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2), slow_beta=0.99, slow_weight=0.9, look=96, held_out=8,
-        beta2={"adam": 0.99, "adopt": 0.999}, ablation_seeds=(0,),
+        beta2={"adam": 0.99, "adopt": 0.999},
         ablated=("Period of the parameters, DES-LOC", "Period of the parameters, MT-DAO", "Slow momentum of MT-DAO",
                  "The raw gradient beside a momentum of 0.9"),
     ),
@@ -70,11 +70,13 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A file of configs/, with other ``params`` where it has no file of its own. ``synchronous``: gradients averaged always."""
+    """A file of configs/, with other ``params`` where it has no file of its own. ``synchronous``: gradients averaged always;
+    ``slow``: its last momentum is scaled to the run."""
 
     config: str
     params: Mapping[str, Any] = field(default_factory=dict)
     synchronous: bool = False
+    slow: bool = True
 
 
 ALIKE = {"sync_every": dict.fromkeys(("params", "exp_avg", "exp_avg_sq"), WRITTEN_FOR)}
@@ -89,6 +91,7 @@ METHODS = {
     "FAVG-OPT": Method("favg-opt"),
     "DiLoCo": Method("diloco"),
     "DES-LOC": Method("des-loc-adam"),
+    "DES-LOC-QH": Method("des-loc-adam-qh", slow=False),
     "DES-LOC-Nesterov": Method("des-loc-nesterov"),
     "MT-DAO": Method("mt-dao-adam-qh"),
     "MT-DAO, ADOPT": Method("mt-dao-adopt-qh"),
@@ -136,9 +139,10 @@ def run(
     if "momenta" in params:
         for entry in (*params["momenta"], params["second_moment"]):
             entry["sync_every"] = scaled(entry["sync_every"])
-        params["momenta"][-1]["beta"] = preset.slow_beta
-        if len(params["momenta"]) == 1:
-            params["momenta"][-1]["weight"] = preset.slow_weight
+        if method.slow:
+            params["momenta"][-1]["beta"] = preset.slow_beta
+            if len(params["momenta"]) == 1:
+                params["momenta"][-1]["weight"] = preset.slow_weight
         params["momenta"][-1] |= slow or {}
         for entry, weight in zip(params["momenta"], weights):
             entry["weight"] = weight
@@ -205,7 +209,7 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
         f"weight {weight}": variant("MT-DAO", slow={"beta": 0.9, "weight": weight}) for weight in (0.9, 0.8, 0.6, 0.4)
     } | {
         "weight 1, 3x / 6x: DES-LOC": variant("DES-LOC"),
-        "weight 0.8, 3x / 6x": variant("MT-DAO", slow={"beta": 0.9, "weight": 0.8}, sync_every=apart),
+        "weight 0.8, 3x / 6x: DES-LOC-QH": variant("DES-LOC-QH"),
         "weight 1, synchronous": variant("synchronous AdamW"),
         "weight 0.8, synchronous": variant("synchronous QH", slow={"beta": 0.9, "weight": 0.8}),
     }

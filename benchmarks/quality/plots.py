@@ -22,11 +22,12 @@ STYLES = {  # colours tell algorithms apart, lines rules
     "Local Adam": ("#e69f00", "-", "o"), "Local ADOPT": ("#e69f00", "--", "s"),
     "FAVG+OPT": ("#d55e00", "-", "o"), "FAVG-OPT": ("#cc79a7", "-", "o"),
     "DiLoCo": ("#8c564b", "-", "o"), "DES-LOC-Nesterov": ("#56b4e9", "-", "o"), "DES-LOC": ("#0072b2", "-", "o"),
+    "DES-LOC-QH": ("#0072b2", "--", "s"),
     "MT-DAO": ("#009e73", "-", "o"), "MT-DAO, ADOPT": ("#009e73", "--", "s"), "MT-DAO, two momenta": ("#6a3d9a", "-", "o"),
 }
 CLOCK_STYLES = {
     "DDP": ("#000000", "-"), "Accelerate LocalSGD": ("#d55e00", ":"), "torch PostLocalSGD": ("#d55e00", "--"),
-    **{name: STYLES[name][:2] for name in ("Local Adam", "DES-LOC", "MT-DAO", "MT-DAO, two momenta")},
+    **{name: STYLES[name][:2] for name in ("Local Adam", "DES-LOC", "DES-LOC-QH", "MT-DAO, two momenta")},
 }
 
 
