@@ -1,5 +1,6 @@
 """The study of docs/results.md: every method trains, finished runs are not repeated, and the document shows what came out."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "quality")]
 
+import clock  # noqa: E402
+import extrapolate  # noqa: E402
 import plots  # noqa: E402
 import study  # noqa: E402
 from findings import tables  # noqa: E402
@@ -96,3 +99,31 @@ def test_every_table_and_figure_is_shown_as_it_came_out(name):
     for kind in plots.FIGURES:
         file = plots.file(name, kind)
         assert f"](figures/{file})" in TEXT and (ROOT / "docs" / "figures" / file).is_file()
+
+
+def test_no_average_travels_while_the_clock_stands():
+    long = PRESETS["long"]
+    *looks, end = clock.looks(long)
+    assert end == long.steps and len(looks) > 10
+    assert all(look % long.period == long.period // 2 for look in looks)
+
+
+def test_a_target_is_reached_between_looks_or_never():
+    curve = {"steps": [10, 20, 30], "seconds": [1.0, 3.0, 4.0], "losses": [4.0, 3.0, 2.0]}
+    assert clock.reached(2.5, curve) == (25.0, 3.5)
+    assert clock.reached(1.9, curve) is None
+
+
+def test_processes_on_two_nodes_train_as_the_simulated_replicas():
+    """The same data, start and rates: what is left between them is how float32 sums are ordered, over 3,072 steps."""
+    rates, finished = json.loads(clock.RESULTS.read_text())["rates"], Ledger(study.results("long"), PRESETS["long"])
+    for title, (how, run) in clock.entrants(PRESETS["long"], finished).items():
+        if title in LOCAL or how == "ddp":
+            ends = [curves[title]["losses"][-1] for curves in rates.values()]
+            assert ends == pytest.approx([finished.final(run)] * len(ends), abs=0.02), title
+
+
+def test_the_document_shows_the_clock_and_the_planners_hours():
+    tables = [*clock.tables(json.loads(clock.RESULTS.read_text())), extrapolate.markdown()]
+    assert all(table in TEXT for table in tables)
+    assert "](figures/clock.png)" in TEXT and (ROOT / "docs" / "figures" / "clock.png").is_file()

@@ -57,7 +57,7 @@ PRESETS = {
         rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2), slow_beta=0.99, slow_weight=0.9, look=96, held_out=8,
         beta2={"adam": 0.99, "adopt": 0.999},
         ablated=("Period of the parameters, DES-LOC", "Period of the parameters, MT-DAO", "Slow momentum of MT-DAO",
-                 "The raw gradient beside a momentum of 0.9"),
+                 "The raw gradient beside a momentum of 0.9", "Second moment"),
     ),
     # the recipe of MT-DAO's author at 16M, on bytes: their vocabulary would be 12.9M of the parameters
     "gpu": Preset(
