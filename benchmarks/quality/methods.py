@@ -57,7 +57,7 @@ PRESETS = {
         rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2), slow_beta=0.99, slow_weight=0.9, look=96, held_out=8,
         beta2={"adam": 0.99, "adopt": 0.999},
         ablated=("Period of the parameters, DES-LOC", "Period of the parameters, MT-DAO", "Slow momentum of MT-DAO",
-                 "The raw gradient beside a momentum of 0.9", "Second moment"),
+                 "The raw gradient beside a momentum of 0.9", "Second moment", "Fewer synchronous steps"),
     ),
     # the recipe of MT-DAO's author at 16M, on bytes: their vocabulary would be 12.9M of the parameters
     "gpu": Preset(
@@ -111,6 +111,7 @@ class Run:
     seed: int
     shards: bool = False  # each replica reads a part of the corpus of its own
     sequences: int | None = None  # in place of the preset's
+    steps: int | None = None  # in place of the preset's, with the schedule of the rate
     compensated: bool = True  # late averages land as exactly as local steps allow; else as if no update had been in between
 
     @property
@@ -226,6 +227,10 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
         f"rate {rate:g}, momentum {momentum:g}": variant("DES-LOC", outer={"lr": rate, "momentum": momentum})
         for rate, momentum in ((1.0, 0.9), (0.7, 0.9), (0.3, 0.9), (0.1, 0.9), (1.0, 0.5), (0.7, 0.5), (1.0, 0.2))
     }
+    titled["Fewer synchronous steps"] = {f"{name}, {preset.steps} steps": variant(name) for name in ("DES-LOC", "DES-LOC-QH")} | {
+        f"synchronous AdamW, {steps} steps": variant("synchronous AdamW", steps=None if steps == preset.steps else steps)
+        for steps in (preset.steps, 3 * preset.steps // 4, preset.steps // 2, 3 * preset.steps // 8)
+    }
     titled["Where in the step"] = {
         f"{name}, {when}": variant(name, deslo={} if when == "before_update" else {"when": when})
         for name in ("DES-LOC", "MT-DAO") for when in ("before_update", "after_update")
@@ -239,13 +244,8 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
             variant("DES-LOC", deslo={"delay": delay}, compensated=compensated)
         for delay in (2, 4, 8) for compensated in (True, False)
     }
-    titled["Windows of a replica and step"] = {
-        f"{name}, {count}": variant(name, sequences=None if count == preset.sequences else count)
-        for count in (preset.sequences, 4 * preset.sequences, 16 * preset.sequences)
-        for name in ("synchronous AdamW", "Local Adam", "DES-LOC", "MT-DAO")
-    }
-    titled["Replicas"] = {
-        f"{name}, M = {count}": variant(name, replicas=count)
-        for count in (4, 8, 16) for name in ("synchronous AdamW", "Local Adam", "DES-LOC", "MT-DAO")
-    }
+    compared = ("synchronous AdamW", "Local Adam", "DES-LOC", "MT-DAO")
+    for count, windows in ((4, 4), (4, 16), (4, 64), (8, 4), (16, 4)):
+        sizes = {"replicas": count, "sequences": None if windows == preset.sequences else windows}
+        titled[f"{count} replicas, {windows} windows each"] = {name: variant(name, **sizes) for name in compared}
     return {title: variants for title, variants in titled.items() if preset.ablated is None or title in preset.ablated}

@@ -13,6 +13,7 @@ from findings import STARTS
 from ledger import Ledger
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 from methods import METHODS, Preset, Run
 
 FIGURES = ("curves", "bytes")
@@ -75,6 +76,9 @@ def clock_figure(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]
             colour, line = CLOCK_STYLES[name]
             axes.plot(curve["seconds"][1:], curve["losses"][1:], color=colour, linestyle=line, label=name, linewidth=1.4)
         axes.set(title=rate, xlabel="seconds of training", xscale="log")
+        axes.set_xticks((2, 5, 10, 20, 50, 100), minor=False)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         _plain(axes)
     panels[0].set_ylabel("validation loss, nats per byte")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")

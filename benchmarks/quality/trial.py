@@ -43,13 +43,14 @@ def train(run: Run, preset: Preset) -> dict[str, Any]:
     config = {"optimizer": {"type": "DesLoc", **run.blocks["optimizer"]}, "deslo": run.blocks["deslo"]}
     objective = small_gpt(preset.shape, sequences=run.sequences or preset.sequences, replicas=run.replicas, seed=run.seed,
                           held_out=preset.held_out, shards=run.shards, device=preset.device)
+    steps = run.steps or preset.steps
     curve: dict[str, list[Any]] = {"steps": [], "validation": []}
-    alignment = Alignment(preset.steps)
+    alignment = Alignment(steps)
     world = None
     try:
         with torch.autocast(preset.device, torch.bfloat16, enabled=preset.bfloat16):
-            for moment in simulate(objective, config, replicas=run.replicas, steps=preset.steps, norm_clip=run.norm_clip,
-                                   rate=SCHEDULES[preset.schedule](preset.steps)):
+            for moment in simulate(objective, config, replicas=run.replicas, steps=steps, norm_clip=run.norm_clip,
+                                   rate=SCHEDULES[preset.schedule](steps)):
                 world = moment.replicas
                 if moment.steps == 1 and not run.compensated:
                     world.optimizer.averaging.late = FullDifference(torch.float32)
@@ -59,7 +60,7 @@ def train(run: Run, preset: Preset) -> dict[str, Any]:
                     curve["steps"].append(moment.steps)
                     curve["validation"].append(round(loss, 4) if loss < 100 else None)
     except NonFiniteError:
-        curve["steps"].append(preset.steps)
+        curve["steps"].append(steps)
         curve["validation"].append(None)
     return curve | alignment.cosines() | {"bytes": sum(world.optimizer.meter.bytes.values())}
 
