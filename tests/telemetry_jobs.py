@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from jobs import batch, engine_for, loss_of
+from jobs import engine_for
 from jobs import train as train_engine
 from torch_jobs import attached, train
 

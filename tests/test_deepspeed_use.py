@@ -3,7 +3,6 @@
 import jobs
 import pytest
 import torch
-from oracle import blocks
 from test_deepspeed import RULES, assert_oracle, assert_same_states, ds_config, oracle_states
 
 N2 = RULES["mt-dao-adam-n2"]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 
 from deslo_plugin.collectives import gathered
 from deslo_plugin.config import CHECKPOINTS

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.frameworks.attachment import Attachment
-from deslo_plugin.frameworks.fragment import Fragment, of_dtensor
+from deslo_plugin.frameworks.fragment import of_dtensor
 from deslo_plugin.frameworks.one_model import one_replica
 from deslo_plugin.names import PARAMS
 from deslo_plugin.stock import StockAveraging

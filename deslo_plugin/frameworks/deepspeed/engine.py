@@ -13,7 +13,6 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partition_parameters, utils as zero_utils
-from torch import Tensor
 
 from deslo_plugin.agreement import agree
 from deslo_plugin.clock import GROUP_STEP

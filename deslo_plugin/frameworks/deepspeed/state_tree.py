@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs, own_part, publish
 from deslo_plugin.frameworks.fragment import Fragment, of_range
-from deslo_plugin.frameworks.state_tree import States, Tree, fresh_states, saved_buffers, shapes_of
+from deslo_plugin.frameworks.state_tree import States, Tree, fresh_states, saved_buffers
 from deslo_plugin.names import PARAMS
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
