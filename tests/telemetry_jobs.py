@@ -88,16 +88,16 @@ def tracked(blocks: dict, steps: int) -> list[tuple[dict, int]]:
     return told
 
 
-def refusal(blocks: dict, broken: int | None = None) -> str:
-    """Of attaching, ``broken`` being a rank that has its own idea of where the folder is."""
+def refusal(blocks: dict, folder: str, broken: int) -> str:
+    """Of attaching in ``folder``, ``broken`` being a rank that starts where nothing can be written."""
     import deslo_plugin
 
+    before = os.getcwd()
+    os.chdir("/proc" if dist.get_rank() == broken else folder)
     try:
-        if dist.get_rank() == broken:
-            os.chdir("/proc")
         attached("plain", blocks)
     except deslo_plugin.ConfigError as error:
         return str(error)
     finally:
-        os.chdir(Path(__file__).parent)
+        os.chdir(before)
     return "no error"

@@ -231,8 +231,8 @@ def test_a_tracker_that_raises_is_dropped_and_the_others_go_on(caplog):
     assert caplog.text.count("no more scalars") == 1
 
 
-def test_a_folder_that_one_rank_cannot_write_to_is_an_error_on_every_rank(four):
-    for message in four().run(jobs.refusal, local("here"), 2):
+def test_a_folder_that_one_rank_cannot_write_to_is_an_error_on_every_rank(four, tmp_path):
+    for message in four().run(jobs.refusal, local("here"), str(tmp_path), 2):
         assert message.startswith("deslo.telemetry.path: expected a folder that every replica can write to")
         assert "on rank 2" in message
 
