@@ -112,7 +112,6 @@ def test_plan_of_a_stock_optimizer_knows_its_states(tmp_path):
 
 
 def test_plot_draws_hours_over_bandwidth(tmp_path):
-    pytest.importorskip("matplotlib")
     run(*PLAN, "--params", "1B", "--step-ms", "1000", "--steps", "1000", "--plot", str(tmp_path / "sweep.svg"))
     assert "<svg" in (tmp_path / "sweep.svg").read_text()
 
