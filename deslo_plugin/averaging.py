@@ -14,6 +14,7 @@ from deslo_plugin.collectives import Average
 from deslo_plugin.config import DesloConfig
 from deslo_plugin.late import Late
 from deslo_plugin.log import say
+from deslo_plugin.momentum_bound import Bound, hold_
 from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS, every
 from deslo_plugin.outer import mean_
 from deslo_plugin.schedule import Periods, due
@@ -37,6 +38,7 @@ class Averaging:
         clock: how many steps each parameter has completed.
         groups: what to average, where that is not the optimizer's param groups.
         receive: writes what landed, given (cohort, states, means); the plain mean by default.
+        bounds: what first momenta of a param group are held to once they have landed; nothing by default.
         emit: called with every ``SyncEvent``, the first of ``listeners``.
     """
 
@@ -49,12 +51,14 @@ class Averaging:
         *,
         groups: Sequence[Group] | None = None,
         receive: Callable[[Cohort, States, States], None] | None = None,
+        bounds: Callable[[Group], Sequence[Bound]] = lambda group: (),
         emit: Callable[[SyncEvent], object] | None = None,
     ):
         self.optimizer, self.deslo, self.average, self.clock = optimizer, deslo, average, clock
         self._groups, self.meter, self.listeners = groups, Meter(), [emit] if emit else []
         self.skips_nonfinite = deslo.on_nonfinite == "skip"
         self.receive = receive or (lambda cohort, states, means: write_means(states, means))
+        self.bounds = bounds
         self._sync, self.late = self._synchronizer(average), Late(getattr(torch, deslo.wire_dtype))
         self._spread = Spread(average, self.record)
         self._periods: dict[int, Periods] = {}  # of each param group, by its id
@@ -229,6 +233,8 @@ class Averaging:
                 self.receive(cohort, states, means)
             else:
                 self.late.land(cohort.params, states, means)
+            now = cohort.steps + self.deslo.delay - 1
+            hold_(self.bounds(cohort.group), means, functools.partial(self.gather, params=cohort.params), now)
         if meeting and (means := self._buffer_sync.land(meeting[0].steps, self._buffers, buffers)):
             write_means(buffers, means)
         self.meter.refused_averages += not landed

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from deslo_plugin.adaptive import Schedule, adaptive, shortest
+from deslo_plugin.momentum_bound import Bound
 from deslo_plugin.names import PARAMS, SECOND_MOMENT, first_momenta
 from deslo_plugin.periods import adaptive_asked, read_momenta, read_periods
 from deslo_plugin.recording import Telemetry, read_telemetry
@@ -72,6 +73,12 @@ class OptimizerConfig:
     def beta_of(self) -> dict[str, float]:
         """State name -> beta of that momentum."""
         return dict(zip(self.momenta, self.betas)) | ({} if self.beta2 is None else {SECOND_MOMENT: self.beta2})
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """What the second moment allows each momentum; adopt divides by it before it averages, sgdm has none."""
+        firsts = zip(self.momenta, self.betas) if self.rule == "adam" else ()
+        return [Bound(state, SECOND_MOMENT, beta, self.beta2) for state, beta in firsts]
 
 
 @dataclass(frozen=True, kw_only=True)

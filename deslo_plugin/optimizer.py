@@ -82,7 +82,9 @@ class DesLoc(torch.optim.Optimizer):
             self._create_state(param)
         self._unattached = self._unattached and isinstance(average, Alone)
         self._clock = ParameterClock(self, self._create_state)
-        self.averaging = Averaging(self, self.config.deslo, average, self._clock, receive=self._receive, emit=emit or self._emit)
+        bounds = self.config.optimizer.bounds
+        self.averaging = Averaging(self, self.config.deslo, average, self._clock, receive=self._receive,
+                                   bounds=lambda group: bounds, emit=emit or self._emit)
         self.armed = True
 
     @property

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any
@@ -13,6 +14,8 @@ from deslo_plugin.averaging import Averaging, Group
 from deslo_plugin.clock import GROUP_STEP, GroupClock
 from deslo_plugin.collectives import Average
 from deslo_plugin.config import DesloConfig
+from deslo_plugin.log import say
+from deslo_plugin.momentum_bound import Bound, bounds_of, loose
 from deslo_plugin.names import PARAMS
 from deslo_plugin.strict import ConfigError, near
 from deslo_plugin.telemetry import SyncEvent
@@ -40,7 +43,7 @@ class StockAveraging(Averaging):
         everyone: Everyone = lambda value: [value],
         emit: Callable[[SyncEvent], object] | None = None,
     ):
-        super().__init__(optimizer, deslo, average, GroupClock(), groups=groups, emit=emit)
+        super().__init__(optimizer, deslo, average, GroupClock(), groups=groups, bounds=self._bounds, emit=emit)
         self._everyone, self.periods_known = everyone, False
         for group in self.groups:
             group["sync_every"] = {PARAMS: deslo.sync_every[PARAMS]}
@@ -65,6 +68,13 @@ class StockAveraging(Averaging):
             group["sync_every"] |= {name: self.deslo.sync_every[name] for name in sorted(of_group)}
             group[NUMELS] = {name: sum(each.numel() for each in self.gather(name, group["params"])) for name in of_group}
         self.periods_known = True
+        for said in dict.fromkeys(said for group in self.groups for said in loose(self._bounds(group), group["sync_every"])):
+            say(f"deslo: {type(self.optimizer).__name__}: {said}", logging.WARNING)
+
+    def _bounds(self, group: Group) -> list[Bound]:
+        """By the constants of the optimizer's own param group: DeepSpeed's tensors are in others, in the same order."""
+        index = next(index for index, each in enumerate(self.groups) if each is group)
+        return bounds_of(self.optimizer.param_groups[index], group.get(NUMELS, {}))
 
     def resume(self, steps: int) -> None:
         """Goes on after ``steps`` completed steps, with states that a checkpoint has brought: some may be due at once."""

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
-    {"version", "names", "rules", "schedule", "adaptive", "strict", "rounding", "theory"},
+    {"version", "names", "rules", "schedule", "adaptive", "strict", "rounding", "theory", "momentum_bound"},
     {"periods", "recording", "config", "topology", "plan", "alternatives", "forecast", "methods"},
     {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
      "landing", "arguments", "shards", "probe", "journal"},
