@@ -20,9 +20,12 @@ def net(seed: int = 7) -> nn.Sequential:
 
 
 def batch(rank: int, step: int, micro: int) -> tuple[Tensor, Tensor]:
-    """float32 data that differs by rank, step and micro-batch."""
+    """float32 data that differs by rank, step and micro-batch. Ranks 2 and 3 never see the first input, whose weights have no
+    gradient there: a replica that others bring a momentum of what it knows nothing of."""
     generator = torch.Generator().manual_seed(10_000 * rank + 100 * step + micro)
-    return torch.randn(MICRO_BATCH, INPUTS, generator=generator), torch.randn(MICRO_BATCH, OUTPUTS, generator=generator)
+    inputs, targets = torch.randn(MICRO_BATCH, INPUTS, generator=generator), torch.randn(MICRO_BATCH, OUTPUTS, generator=generator)
+    inputs[:, 0] *= rank % 4 < 2
+    return inputs, targets
 
 
 def loss_of(model: Any, data: tuple[Tensor, Tensor]) -> Tensor:

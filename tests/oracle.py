@@ -146,6 +146,17 @@ def _average(column: list[Group], s: Setting, t: int, mean: Mean) -> None:
             if s.reset:
                 group.u = [torch.zeros_like(each) for each in group.u]
                 group.v, group.updates = torch.zeros_like(group.v), 0
+        _hold(group, s, {key for key in s.periods if due(key)}, t)
+
+
+def _hold(group: Group, s: Setting, landed: set[str], t: int) -> None:
+    """No momentum beyond what Adam could have beside its own v, by Cauchy-Schwarz, once either has landed after t steps (ours)."""
+    for j, beta in enumerate(s.betas if s.rule == "adam" else []):
+        if {f"u{j + 1}", "v"} & landed:
+            ratio = beta * beta / s.beta2
+            powers = 1 / (1 - ratio) if ratio < 1 else sum(ratio**i for i in range(t))
+            most = (1 - beta) * (group.v * powers / (1 - s.beta2)).sqrt()
+            group.u[j] = torch.minimum(torch.maximum(group.u[j], -most), most)
 
 
 def _state(group: Group, key: str) -> Tensor:
@@ -167,7 +178,8 @@ def _launch(column: list[Group], s: Setting, t: int, mean: Mean) -> None:
 
 def _land(group: Group, s: Setting, t: int) -> None:
     """Adds to each state what would be there if the mean had been there when it was launched, with the same gradients since."""
-    for flight in [each for each in group.launched if each.t == t - s.delay + 1]:
+    landing = [each for each in group.launched if each.t == t - s.delay + 1]
+    for flight in landing:
         group.launched.remove(flight)
         made = range(flight.updates, group.updates)
         remaining = flight.mean - flight.own
@@ -183,6 +195,7 @@ def _land(group: Group, s: Setting, t: int) -> None:
             group.u[int(flight.key[1:]) - 1] = landed
         else:
             setattr(group, flight.key, landed)
+    _hold(group, s, {flight.key for flight in landing}, t)
 
 
 def _server(group: Group, s: Setting, average: Tensor) -> Tensor:

@@ -27,6 +27,12 @@ def noisy_quadratic(replica: int, step: int, x: torch.Tensor) -> torch.Tensor:
     return (scale * (x.double() - replica) + noise).to(x.dtype)
 
 
+def rare(replica: int, step: int, x: torch.Tensor) -> torch.Tensor:
+    """As ``noisy_quadratic``, but every coordinate has its gradient in a fourth of the steps, and on one replica never."""
+    coordinate = torch.arange(x.numel())
+    return noisy_quadratic(replica, step, x) * ((coordinate + step) % 4 == 0) * (coordinate % REPLICAS != replica)
+
+
 def run_ours(s, *, replicas=REPLICAS, steps=STEPS, dtype=torch.float64, overlap=True, gradient=noisy_quadratic):
     """The states of every replica after ``steps`` steps of ``DesLoc`` on a vector split over two parameters."""
     config = blocks(s, overlap=overlap and not s.after_update, wire_dtype=str(dtype).removeprefix("torch."), bucket_mb=1)
@@ -72,6 +78,15 @@ def test_every_rule_and_order_is_the_oracle_in_float64(rule, momenta, after_upda
 
 
 @pytest.mark.parametrize("after_update", [False, True], ids=["before_update", "after_update"])
+@pytest.mark.parametrize("momenta", MOMENTA)
+@pytest.mark.parametrize("rule", ["sgdm", "adam", "adopt"])
+def test_rare_gradients_are_those_of_the_oracle(rule, momenta, after_update):
+    betas, weights = MOMENTA[momenta]
+    s = Setting(rule, PERIODS, betas, weights, weight_decay=0.1, after_update=after_update)
+    assert_equal(run_ours(s, gradient=rare), expected(s, gradient=rare), 1e-12)
+
+
+@pytest.mark.parametrize("after_update", [False, True], ids=["before_update", "after_update"])
 @pytest.mark.parametrize("momenta", ["one", "two and a rest", "three"])
 @pytest.mark.parametrize("rule", ["sgdm", "adam", "adopt"])
 def test_every_rule_and_order_is_the_oracle_in_float32(rule, momenta, after_update):
@@ -100,12 +115,13 @@ def test_variants_are_the_oracle(rule, change):
         change = {}
     s = Setting(**({"rule": rule, "periods": PERIODS, "betas": [0.9, 0.99], "weights": [0.5, 0.3]} | change))
     assert_equal(run_ours(s), expected(s), 1e-12)
+    assert_equal(run_ours(s, gradient=rare), expected(s, gradient=rare), 1e-12)
 
 
 @pytest.mark.parametrize("rule", ["sgdm", "adam", "adopt"])
 def test_overlap_changes_no_bit(rule):
-    s = Setting(rule, PERIODS, [0.9, 0.99], [0.5, 0.3])
-    for with_overlap, without in zip(run_ours(s, dtype=torch.float32), run_ours(s, dtype=torch.float32, overlap=False)):
+    s, options = Setting(rule, PERIODS, [0.9, 0.99], [0.5, 0.3]), {"dtype": torch.float32, "gradient": rare}
+    for with_overlap, without in zip(run_ours(s, **options), run_ours(s, overlap=False, **options)):
         assert all(torch.equal(with_overlap[name], without[name]) for name in without)
 
 

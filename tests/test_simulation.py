@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from oracle import Setting, blocks, states, train
-from test_oracle import noisy_quadratic
+from test_oracle import noisy_quadratic, rare
 from theory import RULES
 from torch import nn
 
@@ -30,8 +30,11 @@ class Bowls:
 
     start = START
 
+    def __init__(self, gradient=noisy_quadratic):
+        self.gradient = gradient
+
     def losses(self, x, replicas, step):
-        slopes = [noisy_quadratic(m, step, row.detach()) for m, row in zip(replicas, x)]
+        slopes = [self.gradient(m, step, row.detach()) for m, row in zip(replicas, x)]
         return (torch.stack(slopes) * x).sum(1)
 
     def evaluate(self, x):
@@ -49,13 +52,14 @@ def double(config):
     return config | {"deslo": {"wire_dtype": "float64"} | config.get("deslo", {})}
 
 
+@pytest.mark.parametrize("gradient", [noisy_quadratic, rare])
 @pytest.mark.parametrize("synchronous_steps", [0, 5])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_rule_and_variant_is_the_oracle_in_float64(name, synchronous_steps):
+def test_every_rule_and_variant_is_the_oracle_in_float64(name, synchronous_steps, gradient):
     s = VARIANTS[name]
     config = blocks(s, wire_dtype="float64", synchronous_steps=synchronous_steps)
-    replicas = last(Bowls(), config, replicas=REPLICAS, steps=STEPS, norm_clip=CLIP).replicas
-    theory = train([s], [START], REPLICAS, STEPS, lambda m, t, x: [noisy_quadratic(m, t, x[0])], norm_clip=CLIP,
+    replicas = last(Bowls(gradient), config, replicas=REPLICAS, steps=STEPS, norm_clip=CLIP).replicas
+    theory = train([s], [START], REPLICAS, STEPS, lambda m, t, x: [gradient(m, t, x[0])], norm_clip=CLIP,
                    synchronous_steps=synchronous_steps)
     for m, groups in enumerate(theory):
         for state, expected in states(s, groups[0]).items():
