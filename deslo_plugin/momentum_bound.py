@@ -18,6 +18,7 @@ Adamax divides by a maximum, w <- max(beta2 w, |g|): |u_t| <= (1 - beta) (1 + q 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from deslo_plugin.names import PARAMS, SECOND_MOMENT
 
 LARGEST = 2.0**60  # finite, so that 0 stays the bound where v is 0
+DIVIDES = ("sq", "second", "_var", "inf", "state2")  # parts of the names of what optimizers divide by
 DIVIDED = (PARAMS, "momentum_buffer", "acc_delta")  # RMSprop's and Adadelta's hold what has been divided already
 
 
@@ -71,27 +73,25 @@ def bounds_of(constants: Mapping[str, Any], numels: Mapping[str, int]) -> list[B
 
 def loose(bounds: Sequence[Bound], periods: Mapping[str, int | None]) -> list[str]:
     """What ``bounds`` do not hold where states of ``periods`` are averaged: a sentence for each pair on unequal periods."""
-    pairs = {(bound.first, bound.second): bound for bound in bounds}
+    held = {(bound.first, bound.second): bound for bound in bounds}
+    seconds = [state for state in periods if any(part in state for part in DIVIDES)]
+    firsts = [state for state in periods if state not in (*seconds, *DIVIDED)]
+    if "exp_avg_sq_row" in periods:  # Adafactor divides before it averages
+        return []
     said = []
-    for second in periods if "exp_avg_sq_row" not in periods else ():  # Adafactor divides before it averages
-        for first in periods:
-            if not _divides(second) or _divides(first) or first in DIVIDED or periods[first] == periods[second]:
-                continue
-            bound = pairs.get((first, second))
-            if bound is None:
-                said.append(f"{first} and {second} are averaged on different periods, and how large a {first} Adam could have "
-                            f"beside a {second} is not known here; where gradients are often zero on some replicas, steps may "
-                            "become very large: give both one period in deslo.sync_every")
-            elif bound.ratio >= 1:
-                said.append(f"beta {bound.beta:g} of {first} outlives beta2 {bound.beta2:g} of {second}, with which steps have no "
-                            f"bound where gradients are rare: take beta2 above {bound.beta2 * bound.ratio:.4g}, or give both one "
-                            "period in deslo.sync_every")
+    for first, second in product(firsts, (state for state in seconds if not state.startswith("max_"))):  # AMSGrad's is above v
+        if periods[first] == periods[second]:
+            continue
+        bound = held.get((first, second))
+        if bound is None:
+            said.append(f"{first} and {second} are averaged on different periods, and how large the one may be beside the other is "
+                        "not known; where gradients are often zero on some replicas, steps may become very large: give both "
+                        "one period in deslo.sync_every")
+        elif bound.ratio >= 1:
+            said.append(f"beta {bound.beta:g} of {first} outlives beta2 {bound.beta2:g} of {second}, with which steps have no bound "
+                        f"where gradients are rare: take beta2 above {bound.ratio * bound.beta2:.4g}, or give both one period in "
+                        "deslo.sync_every")
     return said
-
-
-def _divides(state: str) -> bool:
-    """Whether an optimizer with a state of this name divides by it, as names go; the maximum that AMSGrad adds is above it."""
-    return any(part in state for part in ("sq", "second", "_var", "inf", "state2")) and not state.startswith("max_")
 
 
 def hold_(
