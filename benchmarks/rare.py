@@ -1,12 +1,13 @@
 """Coordinates whose gradient is often zero on some replicas: what averages of momenta on unequal periods do to them.
 
-    OMP_NUM_THREADS=1 python benchmarks/rare.py [--processes 2]     # minutes on two cores
+    OMP_NUM_THREADS=1 python benchmarks/rare.py --processes 2       # minutes on two cores
     python benchmarks/rare.py --show                                # the tables and the figure of what is there
 
-Four simulated replicas, periods 16 / 48 / 96, three seeds. Three tasks: a language of Zipf-distributed tokens with an untied
-embedding, a small convolutional network in the manner of DeepSpeed's CIFAR example on synthetic images, whose ReLUs die, and the
-byte-level transformer of ``deslo simulate``, whose gradients are dense. Writes benchmarks/results/rare.json, prints the tables
-of docs/rare-coordinates.md and draws docs/figures/rare.png.
+Simulated replicas, periods 16 / 48 / 96, three seeds. Rare tokens: a language of Zipf-distributed tokens with an untied
+embedding, which the next layer takes as it is, or normalised. Dead ReLUs: a small convolutional network on synthetic images in
+the manner of DeepSpeed's CIFAR example. Sparse quadratic: coordinates seen with chances from 1 to 1/50, with noise, from afar
+and from the minimum. Dense: the byte-level transformer of ``deslo simulate``. Writes benchmarks/results/rare.json, prints the tables of
+docs/rare-coordinates.md and draws docs/figures/rare.png.
 """
 
 import json
@@ -19,6 +20,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,24 +32,25 @@ from torch.nn import functional as F
 
 from deslo_plugin import NonFiniteError
 from deslo_plugin.names import PARAMS, SECOND_MOMENT
-from deslo_plugin.outer import mean_
-from deslo_plugin.simulation import Network, Replicas, simulate, warmup_cosine
+from deslo_plugin.simulation import Network, Objective, simulate, warmup_cosine
 from deslo_plugin.simulation.language import language, read_text, standard_library
 
 RESULTS = Path(__file__).resolve().parent / "results" / "rare.json"
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "rare.png"
 REPLICAS, SEEDS, PERIOD, NORM_CLIP = 4, (0, 1, 2), 16, 1.0
-VOCABULARY, CLASSES, COMMON = 2000, 40, 200  # tokens; what the next one depends on; those that are not called rare
+VOCABULARY, CLASSES, COMMON = 600, 12, 60  # tokens; what the next one depends on; those that are not called rare
+BATCH = 16  # tokens of a replica in a step
 PIXELS, LABELS = 16, 10
+COORDINATES = 2000
 
 
 class Zipf(nn.Module):
     """Next-token prediction, (B,) tokens and targets -> nats; embedding and head are untied."""
 
-    def __init__(self) -> None:
+    def __init__(self, normalised: bool) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.randn(VOCABULARY, 16))
-        self.norm, self.hidden, self.head = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(48, VOCABULARY)
+        self.embedding, self.norm = nn.Parameter(torch.randn(VOCABULARY, 16)), nn.LayerNorm(16) if normalised else nn.Identity()
+        self.hidden, self.head = nn.Linear(16, 48), nn.Linear(48, VOCABULARY)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.head(F.gelu(self.hidden(self.norm(self.embedding[tokens])))), targets)
@@ -67,13 +70,36 @@ class Images(nn.Module):
         return F.cross_entropy(self.layers(images), labels)
 
 
+class Sparse:
+    """1/2 sum (x_i - c_i)^2 with noise of deviation 2 on the gradient; a replica sees coordinate i with chance min(1, 40 / i).
+
+    Judged by the mean square of x - c; ``rare`` coordinates are seen in less than a tenth of the steps.
+    """
+
+    def __init__(self, seed: int, replicas: int, afar: bool, rare: bool = False):
+        self.seed, self.replicas, self.judged = seed, replicas, slice(400 * rare, None)
+        self.centre = torch.randn(COORDINATES, generator=torch.Generator().manual_seed(seed))
+        self.chances = (40 / torch.arange(1, COORDINATES + 1)).clamp(max=1)
+        self.start = torch.zeros(COORDINATES) if afar else self.centre.clone()
+
+    def losses(self, x: Tensor, replicas: Sequence[int], step: int) -> Tensor:
+        generator, shape = torch.Generator().manual_seed(1_000_003 * self.seed + step), (self.replicas, COORDINATES)
+        seen, noise = torch.rand(shape, generator=generator) < self.chances, torch.randn(shape, generator=generator)
+        slopes = (x.detach() - self.centre + 2 * noise[list(replicas)]) * seen[list(replicas)]
+        return (slopes * x).sum(1)
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        return (x - self.centre)[:, self.judged].square().mean(1)
+
+
 class Task(NamedTuple):
     """``objective(seed)`` -> what is minimised and, where there is one, the same judged on what is rare."""
 
-    objective: Callable[[int], tuple[Network, Network | None]]
+    objective: Callable[[int], tuple[Objective, Objective | None]]
     steps: int
     lr: float
     betas: tuple[float, float]
+    replicas: int = 4
 
 
 def built(model: Callable[[], nn.Module], seed: int, batches: Any, held_out: Sequence[Sequence[Tensor]]) -> Network:
@@ -82,7 +108,11 @@ def built(model: Callable[[], nn.Module], seed: int, batches: Any, held_out: Seq
         return Network(model(), batches, held_out)
 
 
-def zipf(seed: int) -> tuple[Network, Network]:
+def sparse(seed: int, afar: bool) -> tuple[Sparse, Sparse]:
+    return Sparse(seed, 16, afar), Sparse(seed, 16, afar, rare=True)
+
+
+def zipf(seed: int, normalised: bool) -> tuple[Network, Network]:
     """Tokens by Zipf's law; each has a class, which names the class of the next token, Zipf-distributed within it."""
     generator = torch.Generator().manual_seed(7 + seed)
     classes = torch.randint(CLASSES, (VOCABULARY,), generator=generator)
@@ -94,13 +124,14 @@ def zipf(seed: int) -> tuple[Network, Network]:
 
     def batches(ids: Sequence[int], step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
-        tokens = torch.multinomial(chances, REPLICAS * 64, True, generator=generator)
-        return tuple(each.view(REPLICAS, 64)[list(ids)] for each in drawn(tokens, generator))
+        tokens = torch.multinomial(chances, REPLICAS * BATCH, True, generator=generator)
+        return tuple(each.view(REPLICAS, BATCH)[list(ids)] for each in drawn(tokens, generator))
 
     generator = torch.Generator().manual_seed(10**9)
     common = [drawn(torch.multinomial(chances, 4096, True, generator=generator), generator)]
     rare = [drawn(torch.randint(COMMON, VOCABULARY, (4096,), generator=generator), generator)]
-    return built(Zipf, seed, batches, common), built(Zipf, seed, batches, rare)
+    model = partial(Zipf, normalised)
+    return built(model, seed, batches, common), built(model, seed, batches, rare)
 
 
 def images(seed: int) -> tuple[Network, None]:
@@ -124,55 +155,59 @@ def dense(seed: int) -> tuple[Network, None]:
 
 
 TASKS = {
-    "rare tokens": Task(zipf, 1152, 3e-3, (0.9, 0.95)),
+    "rare tokens": Task(partial(zipf, normalised=False), 768, 1e-2, (0.9, 0.95)),
+    "rare tokens, normalised": Task(partial(zipf, normalised=True), 768, 1e-2, (0.9, 0.95)),
     "dead ReLUs": Task(images, 576, 1e-3, (0.8, 0.999)),
+    "sparse quadratic from afar": Task(partial(sparse, afar=True), 768, 1e-2, (0.9, 0.95), replicas=16),
+    "sparse quadratic from its minimum": Task(partial(sparse, afar=False), 768, 1e-2, (0.9, 0.95), replicas=16),
     "dense": Task(dense, 576, 3e-3, (0.9, 0.95)),
 }
-
-
-def unguarded(optimizer: Any, states: Mapping[str, Any], means: Mapping[str, Any], bound: float) -> None:
-    for state, mean in means.items():
-        mean_(states[state], mean)
-
-
-def hold_first(optimizer: Any, states: Mapping[str, Any], means: Mapping[str, Any], bound: float) -> None:
-    """(a) |u| <= C sqrt(v), by u."""
-    unguarded(optimizer, states, means, bound)
-    for state in optimizer.state.values():
-        limit = bound * state[SECOND_MOMENT].sqrt()
-        state["exp_avg"].clamp_(-limit, limit)
-
-
-def raise_second(optimizer: Any, states: Mapping[str, Any], means: Mapping[str, Any], bound: float) -> None:
-    """(b) |u| <= C sqrt(v), by v."""
-    unguarded(optimizer, states, means, bound)
-    for state in optimizer.state.values():
-        state[SECOND_MOMENT].copy_(torch.maximum(state[SECOND_MOMENT], (state["exp_avg"] / bound).square()))
+DRAWN = ("rare tokens", "dead ReLUs", "dense")
 
 
 class Method(NamedTuple):
-    """Multiples of the parameters' period, and what writes the means; ``None``: what ``DesLoc`` does."""
+    """Multiples of the parameters' period, what keeps |u| <= C sqrt(v) once u has landed: ``"hold"`` u, as DesLoc does,
+    ``"raise"`` v, or nothing, and the rule."""
 
     first: int | None
     second: int | None
-    receive: Callable[..., None] | None = None
+    keep: str = "hold"
     rule: str = "adam"
     synchronous: bool = False
 
 
 METHODS = {
     "synchronous AdamW": Method(1, 1, synchronous=True),
-    "Local Adam": Method(1, 1),
-    "DES-LOC, as printed": Method(3, 6, unguarded),
-    "(a) hold the first momentum": Method(3, 6, hold_first),
-    "(b) raise the second": Method(3, 6, raise_second),
-    "(c) average both at 3x": Method(3, 3),
-    "DES-LOC, ADOPT": Method(3, 6, rule="adopt"),
+    "Local Adam, 1x/1x/1x": Method(1, 1),
+    "1x/3x/6x as printed": Method(3, 6, "nothing"),
+    "(a) 1x/3x/6x, u held": Method(3, 6),
+    "(b) 1x/3x/6x, v raised": Method(3, 6, "raise"),
+    "(c) 1x/3x/3x": Method(3, 3),
+    "ADOPT, 1x/3x/6x": Method(3, 6, rule="adopt"),
 }
 
 
+def watch(optimizer: Any, keep: str, bound: float) -> list[float]:
+    """From now on: of every average of the first momentum, the share of coordinates that lands beyond C sqrt(v)."""
+    averaging, beyond = optimizer.averaging, []
+    own, (state,) = averaging.receive, optimizer.state.values()
+
+    def receive(cohort: Any, states: Any, means: Any) -> None:
+        own(cohort, states, means)
+        if "exp_avg" in means:
+            beyond.append(float((state["exp_avg"].abs() > 1.0001 * bound * state[SECOND_MOMENT].sqrt()).double().mean()))
+        if keep == "raise":
+            state[SECOND_MOMENT].copy_(torch.maximum(state[SECOND_MOMENT], (state["exp_avg"] / bound).square()))
+
+    averaging.receive = receive
+    if keep != "hold":
+        averaging.bounds = lambda group: ()
+    return beyond
+
+
 def train(task: str, method: str, seed: int) -> dict[str, Any]:
-    """Held-out nats of the replicas' mean, the largest step of a coordinate in units of the rate, and bytes of a replica."""
+    """Losses of the replicas' mean, how far the farthest coordinate went in each step, in units of the rate, bytes of a
+    replica, and the share of coordinates that ``watch`` finds."""
     torch.set_num_threads(1)
     what, how = TASKS[task], METHODS[method]
     objective, rare = what.objective(seed)
@@ -180,18 +215,87 @@ def train(task: str, method: str, seed: int) -> dict[str, Any]:
     params = {"rule": how.rule, "lr": what.lr, "betas": what.betas, "sync_every": every}
     config = {"optimizer": {"params": params}, "deslo": {"synchronous_steps": what.steps * how.synchronous}}
     bound, rate = (1 - beta) / math.sqrt((1 - beta2) * (1 - beta**2 / beta2)), warmup_cosine(what.steps)
-    moves, before = [], objective.start
+    moves, before, now, beyond = [], objective.start, objective.start[None], []
     try:
-        for moment in simulate(objective, config, replicas=REPLICAS, steps=what.steps, rate=rate, norm_clip=NORM_CLIP):
-            world: Replicas = moment.replicas
-            averaging = world.optimizer.averaging
-            if how.receive and moment.steps == 1:
-                averaging.receive = lambda _, *landed, how=how, own=world.optimizer: how.receive(own, *landed, bound)
+        for moment in simulate(objective, config, replicas=what.replicas, steps=what.steps, rate=rate, norm_clip=NORM_CLIP):
+            world = moment.replicas
+            if moment.steps == 1 and how.rule == "adam":
+                beyond = watch(world.optimizer, how.keep, bound)
             now = world.state(PARAMS)
             moves.append(float((now - before).abs().max()) / (what.lr * rate(moment.steps - 1)))
             before = now
     except NonFiniteError:
         moves.append(math.inf)
-    judged = {name: float(each.evaluate(now.mean(0, keepdim=True))) for name, each in (("loss", objective), ("rare", rare)) if each}
-    return {"seed": seed, "largest": max(moves), "moves": [round(each, 2) for each in moves],
-            "bytes": sum(world.optimizer.meter.bytes.values())} | judged
+    losses = [float(each.evaluate(now.mean(0, keepdim=True))) for each in (objective, rare) if each]
+    return {"seed": seed, "losses": losses, "moves": [round(each, 2) for each in moves],
+            "bytes": sum(world.optimizer.meter.bytes.values()), "beyond": statistics.mean(beyond) if beyond else 0.0}
+
+
+def table(task: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Means over seeds, and ranges where they tell."""
+    judged = ["loss at the end", "of what is rare"][: len(next(iter(runs.values()))[0]["losses"])]
+    columns = [task, *judged, "farthest step of a weight / rate", "lands beyond C sqrt(v)", "MB sent by a replica"]
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
+    for name, each in runs.items():
+        losses = [[run["losses"][index] for run in each] for index in range(len(judged))]
+        lines.append([name, *(f"{statistics.mean(one):.4g} ({min(one):.4g} to {max(one):.4g})" for one in losses),
+                      f"{max(max(run['moves']) for run in each):,.0f}", f"{100 * max(run['beyond'] for run in each):.2g}%",
+                      f"{statistics.mean(run['bytes'] for run in each) / 1e6:.3g}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(results: Mapping[str, Any]) -> None:
+    """The farthest step of a weight over the steps of the first seed, a panel for each task."""
+    import matplotlib.pyplot as plt
+
+    shown = {"Local Adam, 1x/1x/1x": "#3b6ea8", "1x/3x/6x as printed": "#c0392b", "(a) 1x/3x/6x, u held": "#1e8449"}
+    figure, panels = plt.subplots(1, len(DRAWN), figsize=(11, 3.4), sharey=True, layout="constrained")
+    for panel, task in zip(panels, DRAWN):
+        runs = results[task]
+        for name, color in shown.items():
+            moves = runs[name][0]["moves"]
+            panel.semilogy(range(1, len(moves) + 1), moves, color=color, label=name, linewidth=0.9)
+        panel.set(title=task, xlabel="step")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("farthest step of a weight / rate")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(FIGURE, dpi=130)
+
+
+def run_all(processes: int) -> dict[str, Any]:
+    """Every method on every task with every seed, as it is written down."""
+    jobs = [(task, method, seed) for seed in SEEDS for task in TASKS for method in METHODS]
+    results: dict[str, dict[str, list]] = {task: {method: [] for method in METHODS} for task in TASKS}
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    with pool, Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("runs", total=len(jobs))
+        futures = {pool.submit(train, *job): job for job in jobs}
+        for future in as_completed(futures):
+            task, method, _ = futures[future]
+            results[task][method].append(future.result())
+            progress.advance(bar)
+    for runs in results.values():
+        for each in runs.values():
+            each.sort(key=lambda run: run["seed"])
+    setting = {"replicas": REPLICAS, "period": PERIOD, "norm_clip": NORM_CLIP,
+               "tasks": {name: {"steps": task.steps, "lr": task.lr, "betas": task.betas, "replicas": task.replicas}
+                         for name, task in TASKS.items()}}
+    return {"command": shlex.join(["python", "benchmarks/rare.py", *sys.argv[1:]]), "torch": torch.__version__,
+            "python": platform.python_version(), "machine": platform.machine(), "setting": setting, "runs": results}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument("--show", action="store_true", help="run nothing: tables and figure of what is there")
+    args = parser.parse_args()
+
+    if not args.show:
+        RESULTS.write_text(json.dumps(run_all(args.processes)) + "\n")
+    results = json.loads(RESULTS.read_text())["runs"]
+    draw(results)
+    print("\n\n".join(table(task, runs) for task, runs in results.items()))
+
+
+if __name__ == "__main__":
+    main()
