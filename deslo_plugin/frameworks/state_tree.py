@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from deslo_plugin.frameworks import fsdp
 from deslo_plugin.frameworks.attachment import Attachment
 from deslo_plugin.frameworks.fragment import of_dtensor
 from deslo_plugin.frameworks.one_model import one_replica
@@ -81,7 +82,8 @@ class TorchState:
 
     def __init__(self, model: nn.Module, attachments: Sequence[Attachment]):
         self.averagings = [attachment.averaging for attachment in attachments]
-        model = model.module if isinstance(model, DistributedDataParallel) else model
+        fsdp.reshard(model)
+        model = unwrapped(model)
         self.params = {plain_name(name): param for name, param in model.named_parameters()}
         self._stepped_by = {
             param: averaging.optimizer for averaging in self.averagings for group in averaging.groups for param in group["params"]}
@@ -136,11 +138,28 @@ def fresh_states(saved: Mapping[str, Sequence[int] | None], param: Tensor, whole
     return fresh
 
 
-def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> buffer, of those that belong to the model's state."""
+def saved_state(model: nn.Module) -> dict[str, Any]:
+    """Plain name -> what this replica's ``state_dict()`` holds under it, in its order: live parameters and buffers, those with
+    several names under each of them, and what modules add to it. FSDP2 gives shards."""
+    fsdp.reshard(model)
     with one_replica():
-        saved = model.state_dict(keep_vars=True)
-    return {plain_name(name): buffer for name, buffer in model.named_buffers() if name in saved}
+        return {plain_name(name): value for name, value in unwrapped(model).state_dict(keep_vars=True).items()}
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Plain name, the first of several -> buffer, of those that belong to the model's state."""
+    buffers, found = {id(buffer) for buffer in model.buffers()}, {}
+    for name, value in saved_state(model).items():
+        if id(value) in buffers:
+            found.setdefault(id(value), (name, value))
+    return dict(found.values())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP and ``torch.compile``, in whatever order they wrap it."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
 
 
 def plain_name(name: str) -> str:
