@@ -70,7 +70,7 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
         tree[name] = pickle.dumps(own)
     dcp.save(tree, checkpoint_id=where, process_group=group, planner=SaveFragments(flatten_state_dict=False))
     numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
-    proof = Proof(mode, topology.rows, attachment.averaging.steps, holder.states, numbers)
+    proof = Proof(mode, topology.rows, attachment.averaging.steps, holder.states, numbers, holder.names)
     all_or_none(lambda: None, world)  # every file is there
     files = measured(part, world)
     all_or_none(lambda: write_proof(part, proof, files) if first else None, world)
@@ -141,12 +141,15 @@ def load(path: str | Path, model: Any) -> dict[str, Any]:
 
 
 def saved_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The model's parameters and buffers out of a checkpoint, on the CPU: in one process, without the model or replicas.
+    """The model's state dict out of a checkpoint, on the CPU: in one process, without the model or replicas.
+
+    It has the names that ``state_dict()`` of the plain model gave, in their order, each name of a shared tensor among them.
 
     Raises ``ConfigError`` for a folder that is torn, altered or foreign, and for the replicas of an "exact" checkpoint.
     """
     folder = _found(Path(path))
-    if read_proof(folder).mode == "exact":
+    proof = read_proof(folder)
+    if proof.mode == "exact":
         raise ConfigError(f"saved_state_dict({str(folder)!r})", "one model", "every replica's own, saved with mode \"exact\"",
                           'load it and save with mode "average"')
     prove(folder, None)
@@ -154,7 +157,8 @@ def saved_state_dict(path: str | Path) -> dict[str, Tensor]:
     names = [name for name in stored if name.startswith((f"{PARAMS}/", "buffers/"))]
     state = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
     dcp.load(state, checkpoint_id=folder, no_dist=True, planner=LoadFragments(flatten_state_dict=False))
-    return {name.split("/", 1)[1]: tensor for name, tensor in state.items()}
+    names = proof.names or {name.split("/", 1)[1]: name for name in state}  # those of 0.1 name each tensor once
+    return {name: state[stored] for name, stored in names.items()}
 
 
 def _take_over(saved: Sequence[Mapping[str, float]], groups: Sequence[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from deslo_plugin.frameworks import fsdp
 from deslo_plugin.frameworks.attachment import Attachment
 from deslo_plugin.frameworks.fragment import of_dtensor
 from deslo_plugin.frameworks.one_model import one_replica
-from deslo_plugin.names import PARAMS
+from deslo_plugin.names import BUFFERS, PARAMS
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
 
@@ -42,6 +42,10 @@ class Holder(Protocol):
 
     def put(self, tree: Tree) -> None:
         """Makes a tree that was loaded the state."""
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Each name that the plain model's ``state_dict()`` gives, in its order -> where its tensor is in the tree."""
 
     def aside(self) -> bytes:
         """What else the framework counts in, such as a loss scale."""
@@ -83,7 +87,7 @@ class TorchState:
     def __init__(self, model: nn.Module, attachments: Sequence[Attachment]):
         self.averagings = [attachment.averaging for attachment in attachments]
         fsdp.reshard(model)
-        model = unwrapped(model)
+        self.model = model = unwrapped(model)
         self.params = {plain_name(name): param for name, param in model.named_parameters()}
         self._stepped_by = {
             param: averaging.optimizer for averaging in self.averagings for group in averaging.groups for param in group["params"]}
@@ -103,7 +107,7 @@ class TorchState:
                 self._stepped_by[param].state[param].update(fresh_states(saved.get(name, {}), param))
 
     def tree(self) -> Tree:
-        tree = {f"buffers/{name}": buffer for name, buffer in self.buffers.items()}
+        tree = {f"{BUFFERS}/{name}": buffer for name, buffer in self.buffers.items()}
         for name, param in self.params.items():
             for state, value in {PARAMS: param.detach(), **self._states_of(param)}.items():
                 tree[f"{state}/{name}"] = of_dtensor(value) if hasattr(value, "to_local") else value
@@ -113,6 +117,10 @@ class TorchState:
         for name, param in self.params.items():
             states = self._states_of(param)
             states.update({state: tree[f"{state}/{name}"] for state, value in states.items() if not isinstance(value, Tensor)})
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return places(self.model)
 
     def aside(self) -> bytes:
         return b""
@@ -144,6 +152,20 @@ def saved_state(model: nn.Module) -> dict[str, Any]:
     fsdp.reshard(model)
     with one_replica():
         return {plain_name(name): value for name, value in unwrapped(model).state_dict(keep_vars=True).items()}
+
+
+def places(model: nn.Module) -> dict[str, str]:
+    """Name in ``state_dict()`` of the plain model, in its order -> where in the tree the tensor is that it names."""
+    params = {plain_name(name): param for name, param in unwrapped(model).named_parameters()}
+    named = {f"{BUFFERS}/{name}": buffer for name, buffer in saved_buffers(model).items()}
+    named |= {f"{PARAMS}/{name}": param for name, param in params.items()}
+    of_tensor = {id(tensor): place for place, tensor in named.items()}
+    found = {}
+    for name, value in saved_state(model).items():  # a hook of the user's may have put a copy under the name of a parameter
+        place = of_tensor.get(id(value)) or next((f"{kind}/{name}" for kind in (PARAMS, BUFFERS) if f"{kind}/{name}" in named), None)
+        if place is not None:
+            found[name] = place
+    return found
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
