@@ -27,11 +27,12 @@ from torch import Tensor
 from deslo_plugin.collectives import gathered
 from deslo_plugin.config import CHECKPOINTS
 from deslo_plugin.frameworks.attachment import Attachment, attachments_of
+from deslo_plugin.frameworks.export import mean_of
 from deslo_plugin.frameworks.fragment import Fragment, LoadFragments, SaveFragments
 from deslo_plugin.frameworks.proof import OLD, PART, Proof, measured, prove, read_proof, write_proof
 from deslo_plugin.frameworks.state_tree import KEPT, Tree, holder_of, refuse_others
 from deslo_plugin.log import say
-from deslo_plugin.names import PARAMS
+from deslo_plugin.names import BUFFERS, PARAMS
 from deslo_plugin.strict import ConfigError
 
 
@@ -224,7 +225,11 @@ def _found(path: Path) -> Path:
 def _means(tree: Tree, attachment: Attachment) -> Tree:
     """Of all floating tensors with dimensions, state by state; the others, clocks and counters, are alike on all replicas."""
     means: Tree = {}
-    for _, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
+    for state, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
+        if state == BUFFERS:  # the ranks of one replica have their own as well
+            means |= {name: mean_of(tree[name], attachment.groups.world, tree[name].dtype)
+                      for name in names if tree[name].is_floating_point() or tree[name].is_complex()}
+            continue
         named = {name: pieces for name in names if (pieces := _pieces(tree[name]))}
         flat = iter(attachment.averaging.means("checkpoint", [piece for pieces in named.values() for piece in pieces]))
         for name, pieces in named.items():

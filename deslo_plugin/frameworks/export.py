@@ -1,6 +1,6 @@
 """One model out of many replicas."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,7 +44,8 @@ def averaged_state_dict(
     for name, value in live.items():
         if id(value) not in means:
             averages = isinstance(value, Tensor) and not name.endswith(EXTRA)
-            means[id(value)] = mean_of(value, whole if of is None else gathered_whole, world, as_trained) if averages else value
+            full = whole if of is None else gathered_whole
+            means[id(value)] = mean_of(full(value), world, value.dtype if as_trained else None) if averages else value
     return {name: means[id(value)] for name, value in live.items()}
 
 
@@ -53,11 +54,10 @@ def gathered_whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def mean_of(
-    tensor: Tensor, whole: Callable[[Tensor], Tensor], world: dist.ProcessGroup | None, as_trained: bool
-) -> Tensor:
-    """The mean of all ranks' whole tensors on the CPU, in float32 or wider; of whole numbers the first rank's. Collective."""
-    full = whole(tensor).detach()
+def mean_of(full: Tensor, world: dist.ProcessGroup | None, dtype: torch.dtype | None = None) -> Tensor:
+    """The mean of ``full`` over all ranks on the CPU, in ``dtype``, or in float32 or what is wider; of whole numbers the first
+    rank's. Collective."""
+    full = full.detach()
     if not (full.is_floating_point() or full.is_complex()):
         own = full.contiguous().clone()
         if world is not None:
@@ -66,4 +66,4 @@ def mean_of(
     mean = full.to(torch.promote_types(full.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
     if world is not None:  # the ranks of a replica hold the same: the replicas' mean
         dist.all_reduce(torch.view_as_real(mean) if mean.is_complex() else mean, op=dist.ReduceOp.AVG, group=world)
-    return mean.to("cpu", tensor.dtype if as_trained else mean.dtype)
+    return mean.to("cpu", dtype)

@@ -73,7 +73,7 @@ class EngineState:
             elif hasattr(param, "ds_tensor") and not param.requires_grad:
                 start = dist.get_rank(param.ds_process_group) * param.partition_numel()
                 tree[f"{PARAMS}/{name}"] = of_range(own_part(param), start, shape)
-            elif not param.requires_grad:
+            elif not param.requires_grad or not shape.numel():  # ZeRO partitions nothing of a parameter without elements
                 tree[f"{PARAMS}/{name}"] = param.detach()
         return tree
 
