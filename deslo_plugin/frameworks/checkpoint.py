@@ -26,9 +26,9 @@ from torch import Tensor
 
 from deslo_plugin.collectives import gathered
 from deslo_plugin.config import CHECKPOINTS
-from deslo_plugin.frameworks.attachment import Attachment, attachments_of
-from deslo_plugin.frameworks.export import mean_of
+from deslo_plugin.frameworks.attachment import Attachment, attachments_of, on_every_rank
 from deslo_plugin.frameworks.fragment import Fragment, LoadFragments, SaveFragments
+from deslo_plugin.frameworks.mean import mean_of
 from deslo_plugin.frameworks.proof import OLD, PART, Proof, measured, prove, read_proof, write_proof
 from deslo_plugin.frameworks.state_tree import KEPT, Tree, holder_of, refuse_others
 from deslo_plugin.log import say
@@ -36,6 +36,7 @@ from deslo_plugin.names import BUFFERS, PARAMS
 from deslo_plugin.strict import ConfigError
 
 
+@on_every_rank
 @torch.no_grad()
 def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mapping[str, Any] | None = None) -> None:
     """Saves a model that ``attach`` was called with, or a DeepSpeed engine, with its optimizer's states and clocks.
@@ -78,6 +79,7 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
     all_or_none(lambda: replace(final, part) if first else None, world)
 
 
+@on_every_rank
 @torch.no_grad()
 def meet(model: Any) -> None:
     """Averages parameters, states and buffers of all replicas in place, whatever is due: they are equal then. Collective.
@@ -97,6 +99,7 @@ def meet(model: Any) -> None:
         each.averaging.met()
 
 
+@on_every_rank
 @torch.no_grad()
 def load(path: str | Path, model: Any) -> dict[str, Any]:
     """Loads what ``save`` saved into an attached model or an engine, and returns its ``extra``.

@@ -1,17 +1,16 @@
 """One model out of many replicas."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from deslo_plugin.frameworks.attachment import attachments_of
+from deslo_plugin.frameworks.mean import averages, mean_of, whole
 from deslo_plugin.frameworks.state_tree import saved_state
-
-EXTRA = "_extra_state"  # how torch ends the names of what ``get_extra_state()`` of a module gives
-
 
 @torch.no_grad()
 def averaged_state_dict(
@@ -36,34 +35,16 @@ def averaged_state_dict(
     if not isinstance(model, nn.Module) or hasattr(model, "basic_optimizer"):
         from deslo_plugin.frameworks.deepspeed.export import whole_of
 
-        module, whole, world = model.module, whole_of(model), dist.group.WORLD
+        module, gather, world, attachment = model.module, whole_of(model), dist.group.WORLD, getattr(model, "deslo", None)
     else:
-        module, whole, world = model, gathered_whole, attachments_of(model, "averaged_state_dict")[0].groups.world
+        attachment = attachments_of(model, "averaged_state_dict")[0]
+        module, gather, world = model, whole, attachment.groups.world
     live = dict(of) if isinstance(of, Mapping) else saved_state(module if of is None else of)
+    gather = gather if of is None else whole
     means: dict[int, Any] = {}  # by identity: a tensor of several names is averaged once
-    for name, value in live.items():
-        if id(value) not in means:
-            averages = isinstance(value, Tensor) and not name.endswith(EXTRA)
-            full = whole if of is None else gathered_whole
-            means[id(value)] = mean_of(full(value), world, value.dtype if as_trained else None) if averages else value
+    with nullcontext() if attachment is None else attachment.together("averaged_state_dict()"):
+        for name, value in live.items():
+            if id(value) not in means:
+                dtype = value.dtype if averages(name, value) and as_trained else None
+                means[id(value)] = mean_of(gather(value), world, dtype) if averages(name, value) else value
     return {name: means[id(value)] for name, value in live.items()}
-
-
-def gathered_whole(tensor: Tensor) -> Tensor:
-    """The whole of which this rank may hold a shard. Collective over the replica."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def mean_of(full: Tensor, world: dist.ProcessGroup | None, dtype: torch.dtype | None = None) -> Tensor:
-    """The mean of ``full`` over all ranks on the CPU, in ``dtype``, or in float32 or what is wider; of whole numbers the first
-    rank's. Collective."""
-    full = full.detach()
-    if not (full.is_floating_point() or full.is_complex()):
-        own = full.contiguous().clone()
-        if world is not None:
-            dist.broadcast(own.view(-1).view(torch.uint8), group_src=0, group=world)
-        return own.cpu()
-    mean = full.to(torch.promote_types(full.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
-    if world is not None:  # the ranks of a replica hold the same: the replicas' mean
-        dist.all_reduce(torch.view_as_real(mean) if mean.is_complex() else mean, op=dist.ReduceOp.AVG, group=world)
-    return mean.to("cpu", dtype)

@@ -12,6 +12,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from deslo_plugin.frameworks.checkpoint import all_or_none, load, save
+from deslo_plugin.frameworks.deepspeed.export import whole_of
 from deslo_plugin.frameworks.export import averaged_state_dict
 from deslo_plugin.frameworks.one_model import refuse_one_replica
 from deslo_plugin.frameworks.proof import NAME
@@ -76,7 +77,7 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
     if engine.deslo.topology.replicas > 1:
         engine.save_16bit_model = engine.save_fp16_model = save_16bit_model
         engine._zero3_consolidated_16bit_state_dict = averaged_16bit_state_dict
-        refuse_one_replica(engine.deslo, engine.module)
+        refuse_one_replica(engine.deslo, engine.module, gather=whole_of(engine))
 
 
 ALL = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states")  # True by default
