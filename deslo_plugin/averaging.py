@@ -12,6 +12,7 @@ from deslo_plugin.adaptive import adaptive, shortest
 from deslo_plugin.clock import Clock, Cohort
 from deslo_plugin.collectives import Average
 from deslo_plugin.config import DesloConfig
+from deslo_plugin.last_average import LastAverage
 from deslo_plugin.late import Late
 from deslo_plugin.log import say
 from deslo_plugin.momentum_bound import Bound, hold_
@@ -65,6 +66,7 @@ class Averaging:
         self._buffers: Sequence[Tensor] = ()
         self._convened = False
         self._met = 0
+        self.kept: LastAverage | None = None  # whoever wants it sets it
         self._samples = Samples() if deslo.weights == "samples" else None
 
     def add_buffers(self, buffers: Sequence[Tensor], average: Average) -> None:
@@ -101,6 +103,8 @@ class Averaging:
             self._tick_samples(cohorts[index])
         if cohorts:
             self.meter.tick(cohorts[0].steps)
+        if self.kept and self.steps == self.deslo.synchronous_steps:
+            self.keep()
         if any(map(self._names_due, cohorts)) and self._convene():
             cohorts = self._cohorts()
         self._depart(cohorts)
@@ -140,14 +144,20 @@ class Averaging:
     def met(self) -> None:
         """Says that all replicas are equal now."""
         self._met = self.steps
+        self.keep()
+
+    def keep(self) -> None:
+        """Copies parameters and buffers, which all replicas hold alike, if somebody wants the last average."""
+        for tensors in [*(group["params"] for group in self.groups), self._buffers] if self.kept else ():
+            self.kept.take(self.steps, tensors, local(tensors))
 
     def abandon(self) -> None:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
         self._sync.abandon()
         self._spread.abandon()
         self.late.clear()
-        if self._samples:
-            self._samples.forget()
+        for each in filter(None, (self._samples, self.kept)):
+            each.forget()
 
     def aside(self) -> dict[str, Any]:
         """What this rank knows of its averages beside the optimizer's state: values that were launched, samples seen."""
@@ -233,10 +243,14 @@ class Averaging:
                 self.receive(cohort, states, means)
             else:
                 self.late.land(cohort.params, states, means)
+            if self.kept:
+                self.kept.landed(cohort.steps, cohort.params, states, means)
             now = cohort.steps + self.deslo.delay - 1
             hold_(self.bounds(cohort.group), means, functools.partial(self.gather, params=cohort.params), now)
         if meeting and (means := self._buffer_sync.land(meeting[0].steps, self._buffers, buffers)):
             write_means(buffers, means)
+            if self.kept:
+                self.kept.take(meeting[0].steps, self._buffers, self._buffers)
         self.meter.refused_averages += not landed
 
     def _adapt(self, cohort: Cohort, means: States) -> None:

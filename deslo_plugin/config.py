@@ -24,6 +24,7 @@ from deslo_plugin.strict import ConfigError, Reader, shown
 EPS = {"adam": 1e-8, "adopt": 1e-6}
 WIRE_DTYPES = ("float32", "float64")
 CHECKPOINTS = ("average", "exact", "sync")
+STATE_DICTS = ("refuse", "averaged", "last_average")
 STATE_DTYPES = ("float32", "bfloat16")
 
 
@@ -87,7 +88,8 @@ class DesloConfig:
 
     ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``delay`` is the
     number of forwards and backwards that an average travels under, ``weights`` what a replica counts in an average: as much as
-    any other, or what it has seen; ``checkpoint`` is what ``save`` saves; ``telemetry`` is what is written down, if anything.
+    any other, or what it has seen; ``checkpoint`` is what ``save`` saves, ``state_dict`` what ``state_dict()`` of the model does while
+    replicas differ; ``telemetry`` is what is written down, if anything.
     """
 
     replica_size: int | str = "auto"
@@ -102,6 +104,7 @@ class DesloConfig:
     on_nonfinite: str = "stop"
     timeout_s: float = 600.0
     checkpoint: str = "average"
+    state_dict: str = "refuse"
     weights: str = "equal"
     telemetry: Telemetry | None = None
 
@@ -208,6 +211,7 @@ def read_deslo(block: Any) -> DesloConfig:
         on_nonfinite=reader.choice("on_nonfinite", "stop", ["stop", "skip"]),
         timeout_s=reader.number("timeout_s", 600.0, low=1.0),
         checkpoint=reader.choice("checkpoint", "average", CHECKPOINTS),
+        state_dict=reader.choice("state_dict", "refuse", STATE_DICTS),
         weights=reader.choice("weights", "equal", ["equal", "samples"]),
         telemetry=read_telemetry(reader),
     )

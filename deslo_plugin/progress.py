@@ -3,11 +3,16 @@
 A note is written at every launch of an average and read by nobody until an average fails or somebody asks: nothing is added
 to what travels between replicas. Writing one never waits for the store's host (a TCP store's ``set`` has no answer), and
 reading waits for a moment at most.
+
+A call that every rank must make, such as a save, begins with a roll call in the same store: who made it alone learns that as
+soon as another goes on without it, not when a collective times out.
 """
 
 import json
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -16,11 +21,14 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+from deslo_plugin.log import say
 from deslo_plugin.pace import Pace, Stragglers
+from deslo_plugin.strict import ConfigError
 from deslo_plugin.topology import Topology
 
 Answer = TypeVar("Answer")
 MOMENT = 5.0  # seconds in which those that still live answer
+LOOK_EVERY, PATIENCE = 1.0, 30.0  # seconds of a roll call: between looks at who goes on without it, and until it is said
 
 
 class _Board:
@@ -37,13 +45,16 @@ _boards: "WeakKeyDictionary[dist.ProcessGroup, _Board]" = WeakKeyDictionary()
 @dataclass(frozen=True)
 class Note:
     """What a rank says of itself: ``launches`` of averages so far, the last one after ``steps`` steps, ``at`` (seconds since
-    the epoch), at ``rate`` steps per second, and the last launch that it has ``given_up``."""
+    the epoch), at ``rate`` steps per second, the last launch that it has ``given_up``, and how many ``calls`` it has made that
+    every rank must make, ``inside`` which it is now."""
 
     launches: int = 0
     steps: int = 0
     at: float = 0.0
     rate: float | None = None
     given_up: int = 0
+    calls: int = 0
+    inside: str = ""
 
 
 class Progress:
@@ -94,6 +105,61 @@ class Progress:
             raise TimeoutError(f"step_rates(): expected an answer of the world's store within {MOMENT:g} s, got none; "
                                "its host is gone")
         return self._by_replica(notes)
+
+    @contextmanager
+    def together(self, call: str, timeout_s: float) -> Iterator[None]:
+        """The body is ``call``, which every rank must make: it begins once all have come. Collective.
+
+        Raises ``ConfigError`` for a call that other ranks cannot make any more, since they have gone on to an average after it or
+        to another such call, or have not made within ``timeout_s``; nothing has been sent then, and training can go on.
+        """
+        outer = self._note
+        self._write(replace(outer, calls=outer.calls + 1, inside=call))
+        try:
+            self._roll_call(call, timeout_s)
+        except ConfigError:
+            self._write(replace(self._note, calls=outer.calls, inside=outer.inside))
+            raise
+        try:
+            yield
+        finally:
+            self._write(replace(self._note, inside=outer.inside))
+
+    def _roll_call(self, call: str, timeout_s: float) -> None:
+        key, everyone = f"{self._prefix}call/{self._note.calls}/{call}", len(self.topology.ranks)
+
+        def come(one: int) -> int:
+            count = _within(MOMENT, lambda: self._board.read.add(key, one))
+            return everyone if count is None else count  # without the store nobody can be asked
+
+        start, looked, said, here = time.monotonic(), 0.0, False, come(1)
+        while here < everyone:
+            waited = time.monotonic() - start
+            if waited - looked > LOOK_EVERY:
+                looked, absent = waited, self._absent(call, waited, timeout_s)
+                if absent and come(0) < everyone:
+                    time.sleep(2 * LOOK_EVERY)  # others that wait in another call shall see this one
+                    come(-1)
+                    raise ConfigError(call, "a call on every rank", absent, "move it out of `if rank == 0:` and the like: it is "
+                                      "collective, and only what writes its result belongs there")
+                if waited > PATIENCE and not said:
+                    said = True
+                    say(f"deslo: rank {self.topology.rank} has waited {PATIENCE:g} s in {call} for others to call it too: every "
+                        "rank must, so not inside `if rank == 0:`", logging.WARNING, anywhere=True)
+            time.sleep(min(0.001 + waited / 32, 0.1))
+            here = come(0)
+
+    def _absent(self, call: str, waited: float, timeout_s: float) -> str:
+        """Which ranks will not come to ``call`` any more, and what they do instead; "" if all may."""
+        own, notes = self._note, self._read(self.topology.ranks) or {}
+        for rank, note in notes.items():
+            if note.calls == own.calls and note.inside not in ("", call):
+                return f"{note.inside} on rank {rank}"
+        behind = {rank: note for rank, note in notes.items() if note.calls < own.calls}
+        gone = [rank for rank in behind if rank in self.topology.replica_group and behind[rank].launches > own.launches]
+        if gone:  # ranks of one group launch in one order
+            return f"none on rank(s) {gone}, which went on to the average after step {behind[gone[0]].steps}"
+        return f"none on rank(s) {list(behind)} for {timeout_s:g} s" if behind and waited > timeout_s else ""
 
     def missing(self, ranks: Iterable[int], launch: int, *, timed_out: bool) -> str:
         """A sentence on which of ``ranks`` an average that has failed is missing, ``launch`` being its number.
@@ -152,7 +218,8 @@ class Progress:
 def _last(note: Note) -> str:
     """When a rank was last heard of, by the clocks of the two hosts."""
     ago = f"{max(0.0, time.time() - note.at):.1f} s ago"
-    return f"its last average was after step {note.steps}, {ago}" if note.launches else f"no average yet, attached {ago}"
+    last = f"its last average was after step {note.steps}, {ago}" if note.launches else f"no average yet, attached {ago}"
+    return last + (f"; it is in {note.inside}, which every rank must call" if note.inside else "")
 
 
 def _within(seconds: float, ask: Callable[[], Answer]) -> Answer | None:

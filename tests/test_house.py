@@ -14,7 +14,7 @@ FLOORS = [
     {"periods", "recording", "config", "topology", "plan", "alternatives", "forecast", "methods"},
     {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
      "landing", "arguments", "shards", "probe", "journal"},
-    {"sync", "outer", "clock", "late", "pseudo_gradient", "spread"},
+    {"sync", "outer", "clock", "late", "last_average", "pseudo_gradient", "spread"},
     {"averaging"},
     {"optimizer", "stock", "recorder"},
     {"simulation"},

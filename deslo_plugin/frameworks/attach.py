@@ -83,6 +83,7 @@ def attach(
     buffers = [] if model in attached else _floating_buffers(model)
     if model not in attached and topology.replicas > 1:
         _keep_inside_replicas(model, buffers, averaging, groups)
+    fsdp.reshard_at_steps(model, averaging)
     params = [local(group["params"]) for group in optimizer.param_groups]
     attachment = Attachment(
         averaging, groups, config,

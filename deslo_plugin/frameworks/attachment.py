@@ -1,8 +1,10 @@
 """What an optimizer that is connected to its replicas can be asked: ``attach(...)`` returns it, ``engine.deslo`` is it."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -53,6 +55,11 @@ class Attachment:
     @property
     def meter(self) -> Meter:
         return self.averaging.meter
+
+    def together(self, call: str) -> AbstractContextManager[None]:
+        """The body is ``call``, which every rank must make; see ``Progress.together``."""
+        progress = self.averaging.average.progress
+        return progress.together(call, self.config.deslo.timeout_s) if progress else nullcontext()
 
     @cached_property
     def recorder(self) -> Recorder:
@@ -134,3 +141,16 @@ def attachments_of(model: Any, what: str) -> list[Attachment]:
         return [model.deslo]
     raise ConfigError(what, "a DeepSpeed engine with a deslo block, or a model that attach was called with", type(model).__name__,
                       "call deslo_plugin.attach(model, optimizer) first")
+
+
+def on_every_rank(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which has a parameter ``model``, as a call that begins once all ranks have come to it; see ``together``."""
+    parameters = signature(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        model = parameters.bind(*args, **kwargs).arguments["model"]
+        with attachments_of(model, function.__name__)[0].together(f"{function.__name__}()"):
+            return function(*args, **kwargs)
+
+    return call

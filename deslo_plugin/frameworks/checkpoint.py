@@ -26,15 +26,17 @@ from torch import Tensor
 
 from deslo_plugin.collectives import gathered
 from deslo_plugin.config import CHECKPOINTS
-from deslo_plugin.frameworks.attachment import Attachment, attachments_of
+from deslo_plugin.frameworks.attachment import Attachment, attachments_of, on_every_rank
 from deslo_plugin.frameworks.fragment import Fragment, LoadFragments, SaveFragments
+from deslo_plugin.frameworks.mean import mean_of
 from deslo_plugin.frameworks.proof import OLD, PART, Proof, measured, prove, read_proof, write_proof
 from deslo_plugin.frameworks.state_tree import KEPT, Tree, holder_of, refuse_others
 from deslo_plugin.log import say
-from deslo_plugin.names import PARAMS
+from deslo_plugin.names import BUFFERS, PARAMS
 from deslo_plugin.strict import ConfigError
 
 
+@on_every_rank
 @torch.no_grad()
 def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mapping[str, Any] | None = None) -> None:
     """Saves a model that ``attach`` was called with, or a DeepSpeed engine, with its optimizer's states and clocks.
@@ -70,13 +72,14 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
         tree[name] = pickle.dumps(own)
     dcp.save(tree, checkpoint_id=where, process_group=group, planner=SaveFragments(flatten_state_dict=False))
     numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
-    proof = Proof(mode, topology.rows, attachment.averaging.steps, holder.states, numbers)
+    proof = Proof(mode, topology.rows, attachment.averaging.steps, holder.states, numbers, holder.names)
     all_or_none(lambda: None, world)  # every file is there
     files = measured(part, world)
     all_or_none(lambda: write_proof(part, proof, files) if first else None, world)
     all_or_none(lambda: replace(final, part) if first else None, world)
 
 
+@on_every_rank
 @torch.no_grad()
 def meet(model: Any) -> None:
     """Averages parameters, states and buffers of all replicas in place, whatever is due: they are equal then. Collective.
@@ -96,6 +99,7 @@ def meet(model: Any) -> None:
         each.averaging.met()
 
 
+@on_every_rank
 @torch.no_grad()
 def load(path: str | Path, model: Any) -> dict[str, Any]:
     """Loads what ``save`` saved into an attached model or an engine, and returns its ``extra``.
@@ -141,12 +145,15 @@ def load(path: str | Path, model: Any) -> dict[str, Any]:
 
 
 def saved_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The model's parameters and buffers out of a checkpoint, on the CPU: in one process, without the model or replicas.
+    """The model's state dict out of a checkpoint, on the CPU: in one process, without the model or replicas.
+
+    It has the names that ``state_dict()`` of the plain model gave, in their order, each name of a shared tensor among them.
 
     Raises ``ConfigError`` for a folder that is torn, altered or foreign, and for the replicas of an "exact" checkpoint.
     """
     folder = _found(Path(path))
-    if read_proof(folder).mode == "exact":
+    proof = read_proof(folder)
+    if proof.mode == "exact":
         raise ConfigError(f"saved_state_dict({str(folder)!r})", "one model", "every replica's own, saved with mode \"exact\"",
                           'load it and save with mode "average"')
     prove(folder, None)
@@ -154,7 +161,8 @@ def saved_state_dict(path: str | Path) -> dict[str, Tensor]:
     names = [name for name in stored if name.startswith((f"{PARAMS}/", "buffers/"))]
     state = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
     dcp.load(state, checkpoint_id=folder, no_dist=True, planner=LoadFragments(flatten_state_dict=False))
-    return {name.split("/", 1)[1]: tensor for name, tensor in state.items()}
+    names = proof.names or {name.split("/", 1)[1]: name for name in state}  # those of 0.1 name each tensor once
+    return {name: state[stored] for name, stored in names.items()}
 
 
 def _take_over(saved: Sequence[Mapping[str, float]], groups: Sequence[dict[str, Any]]) -> None:
@@ -220,7 +228,11 @@ def _found(path: Path) -> Path:
 def _means(tree: Tree, attachment: Attachment) -> Tree:
     """Of all floating tensors with dimensions, state by state; the others, clocks and counters, are alike on all replicas."""
     means: Tree = {}
-    for _, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
+    for state, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
+        if state == BUFFERS:  # the ranks of one replica have their own as well
+            means |= {name: mean_of(tree[name], attachment.groups.world, tree[name].dtype)
+                      for name in names if tree[name].is_floating_point() or tree[name].is_complex()}
+            continue
         named = {name: pieces for name in names if (pieces := _pieces(tree[name]))}
         flat = iter(attachment.averaging.means("checkpoint", [piece for pieces in named.values() for piece in pieces]))
         for name, pieces in named.items():

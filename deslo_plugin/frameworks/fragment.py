@@ -65,6 +65,8 @@ def of_dtensor(tensor: Any) -> Fragment:
 
 def of_range(flat: Tensor, start: int, shape: torch.Size) -> Fragment:
     """The elements from ``start`` on of a tensor of ``shape``, row after row, which lie in the 1-D ``flat``."""
+    if not prod(shape):
+        return Fragment(shape, ((tuple(0 for _ in shape), flat.view(shape)),))
     pieces, taken = [], 0
     for offset, size in boxes(start, start + flat.numel(), tuple(shape)):
         pieces.append((offset, flat[taken : taken + prod(size)].view(size)))

@@ -8,6 +8,7 @@ dimension instead, through attributes of torch that are not public, and a small 
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import gathered
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.topology import Topology
@@ -26,6 +28,28 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def reshard(model: nn.Module) -> None:
+    """Makes every parameter this rank's shard again: a forward without gradients, ``unshard()`` or a forward that failed may
+    leave it whole, as memory that is freed at any time and that nobody reads again. Whoever reads or writes parameters by
+    ``named_parameters()`` calls it first. Not collective; nothing for a model that is not sharded."""
+    for group in _param_groups(model):
+        group._to_sharded()  # FSDPModule.reshard() does nothing in a module whose forward has not ended
+
+
+def reshard_at_steps(model: nn.Module, averaging: Averaging) -> None:
+    """What a step or an average writes is what the next forward gathers, whatever was left whole since the backward."""
+    if not is_sharded(model):
+        return
+    of = ref(model)
+
+    def act(*_: object) -> None:
+        if (model := of()) is not None:
+            reshard(model)
+
+    averaging.optimizer.register_step_pre_hook(act)
+    averaging.listeners.append(act)  # an average may land in a step that is left out
+
+
 def topology_of(model: nn.Module, mesh: DeviceMesh | None, replicate: str | None) -> Topology:
     """Replicas along ``replicate`` of ``mesh``, or of the model's own mesh; a model sharded in one dimension alone shows
     by itself which ranks are one replica. Points an HSDP model at its shard dimension. Collective.
@@ -33,6 +57,7 @@ def topology_of(model: nn.Module, mesh: DeviceMesh | None, replicate: str | None
     Raises ``ConfigError`` if there is no such dimension, no second replica, or if torch has changed.
     """
     own = _mesh_of(model)
+    reshard(model)
     if (own.mesh_dim_names or ()) and _dimension(own, replicate) is not None:
         name = _dimension(own, replicate)
         _prove(own, name)

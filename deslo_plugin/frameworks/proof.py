@@ -4,7 +4,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ CHUNK = 1 << 24
 @dataclass(frozen=True)
 class Proof:
     """``rows`` is the topology that saved, ``steps`` the completed steps, ``groups`` the numbers of each param group that a
-    resume takes over."""
+    resume takes over, ``names`` each name of the plain model's state dict -> the stored tensor that it names."""
 
     mode: str
     rows: tuple[tuple[int, ...], ...]
     steps: int
     states: States
     groups: Sequence[Mapping[str, float]]
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def latest(folder: str | Path) -> Path | None:
@@ -67,7 +68,8 @@ def read_proof(folder: Path) -> Proof:
         if content.pop("crc32") != _checksum(content):
             raise TypeError("its checksum is another")
         own = content["proof"]
-        return Proof(own["mode"], tuple(map(tuple, own["rows"])), own["steps"], own["states"], own["groups"])
+        return Proof(own["mode"], tuple(map(tuple, own["rows"])), own["steps"], own["states"], own["groups"],
+                     own.get("names", {}))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"load({str(folder)!r})", f"a folder with {NAME}", "none", "check the path: it is no checkpoint of "
                           f"deslo_plugin.save, or one that was cut off, whose name ends in {PART}") from error

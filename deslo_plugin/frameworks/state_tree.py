@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from deslo_plugin.frameworks import fsdp
 from deslo_plugin.frameworks.attachment import Attachment
 from deslo_plugin.frameworks.fragment import of_dtensor
 from deslo_plugin.frameworks.one_model import one_replica
-from deslo_plugin.names import PARAMS
+from deslo_plugin.names import BUFFERS, PARAMS
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
 
@@ -41,6 +42,10 @@ class Holder(Protocol):
 
     def put(self, tree: Tree) -> None:
         """Makes a tree that was loaded the state."""
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Each name that the plain model's ``state_dict()`` gives, in its order -> where its tensor is in the tree."""
 
     def aside(self) -> bytes:
         """What else the framework counts in, such as a loss scale."""
@@ -81,7 +86,8 @@ class TorchState:
 
     def __init__(self, model: nn.Module, attachments: Sequence[Attachment]):
         self.averagings = [attachment.averaging for attachment in attachments]
-        model = model.module if isinstance(model, DistributedDataParallel) else model
+        fsdp.reshard(model)
+        self.model = model = unwrapped(model)
         self.params = {plain_name(name): param for name, param in model.named_parameters()}
         self._stepped_by = {
             param: averaging.optimizer for averaging in self.averagings for group in averaging.groups for param in group["params"]}
@@ -101,7 +107,7 @@ class TorchState:
                 self._stepped_by[param].state[param].update(fresh_states(saved.get(name, {}), param))
 
     def tree(self) -> Tree:
-        tree = {f"buffers/{name}": buffer for name, buffer in self.buffers.items()}
+        tree = {f"{BUFFERS}/{name}": buffer for name, buffer in self.buffers.items()}
         for name, param in self.params.items():
             for state, value in {PARAMS: param.detach(), **self._states_of(param)}.items():
                 tree[f"{state}/{name}"] = of_dtensor(value) if hasattr(value, "to_local") else value
@@ -111,6 +117,10 @@ class TorchState:
         for name, param in self.params.items():
             states = self._states_of(param)
             states.update({state: tree[f"{state}/{name}"] for state, value in states.items() if not isinstance(value, Tensor)})
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return places(self.model)
 
     def aside(self) -> bytes:
         return b""
@@ -136,11 +146,42 @@ def fresh_states(saved: Mapping[str, Sequence[int] | None], param: Tensor, whole
     return fresh
 
 
-def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> buffer, of those that belong to the model's state."""
+def saved_state(model: nn.Module) -> dict[str, Any]:
+    """Plain name -> what this replica's ``state_dict()`` holds under it, in its order: live parameters and buffers, those with
+    several names under each of them, and what modules add to it. FSDP2 gives shards."""
+    fsdp.reshard(model)
     with one_replica():
-        saved = model.state_dict(keep_vars=True)
-    return {plain_name(name): buffer for name, buffer in model.named_buffers() if name in saved}
+        return {plain_name(name): value for name, value in unwrapped(model).state_dict(keep_vars=True).items()}
+
+
+def places(model: nn.Module) -> dict[str, str]:
+    """Name in ``state_dict()`` of the plain model, in its order -> where in the tree the tensor is that it names."""
+    params = {plain_name(name): param for name, param in unwrapped(model).named_parameters()}
+    named = {f"{BUFFERS}/{name}": buffer for name, buffer in saved_buffers(model).items()}
+    named |= {f"{PARAMS}/{name}": param for name, param in params.items()}
+    of_tensor = {id(tensor): place for place, tensor in named.items()}
+    found = {}
+    for name, value in saved_state(model).items():  # a hook of the user's may have put a copy under the name of a parameter
+        place = of_tensor.get(id(value)) or next((f"{kind}/{name}" for kind in (PARAMS, BUFFERS) if f"{kind}/{name}" in named), None)
+        if place is not None:
+            found[name] = place
+    return found
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Plain name, the first of several -> buffer, of those that belong to the model's state."""
+    buffers, found = {id(buffer) for buffer in model.buffers()}, {}
+    for name, value in saved_state(model).items():
+        if id(value) in buffers:
+            found.setdefault(id(value), (name, value))
+    return dict(found.values())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP and ``torch.compile``, in whatever order they wrap it."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
 
 
 def plain_name(name: str) -> str:

@@ -229,7 +229,7 @@ MANAGER = {  # what a manager must be given, and why
 }
 DESLO = {
     "synchronous_steps": (0,), "delay": (1,), "weights": ("equal",), "initial_params": ("check",), "replica_size": ("auto", 1),
-    "telemetry": (None,),  # files are named by replica
+    "state_dict": ("refuse",), "telemetry": (None,),  # files are named by replica
 }
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import Tensor
+from torch import Tensor, nn
 
 from deslo_plugin.frameworks.checkpoint import all_or_none, load, save
+from deslo_plugin.frameworks.deepspeed.export import whole_of
 from deslo_plugin.frameworks.export import averaged_state_dict
 from deslo_plugin.frameworks.one_model import refuse_one_replica
 from deslo_plugin.frameworks.proof import NAME
+from deslo_plugin.frameworks.state_tree import saved_state
 from deslo_plugin.log import say
 from deslo_plugin.strict import ConfigError
 
@@ -66,7 +68,8 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
 
     def averaged_16bit_state_dict(exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
         say("deslo: exporting the average of all replicas")
-        frozen = {name for name, param in engine.module.named_parameters() if not param.requires_grad}
+        frozen = {name for name, value in saved_state(engine.module).items()
+                  if isinstance(value, nn.Parameter) and not value.requires_grad}
         state = averaged_state_dict(engine, as_trained=True)
         return {name: value for name, value in state.items() if not (exclude_frozen_parameters and name in frozen)}
 
@@ -74,7 +77,7 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
     if engine.deslo.topology.replicas > 1:
         engine.save_16bit_model = engine.save_fp16_model = save_16bit_model
         engine._zero3_consolidated_16bit_state_dict = averaged_16bit_state_dict
-        refuse_one_replica(engine.deslo, engine.module)
+        refuse_one_replica(engine.deslo, engine.module, gather=whole_of(engine))
 
 
 ALL = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states")  # True by default

@@ -1,19 +1,32 @@
 """The whole parameters of this rank's replica, out of whatever ZeRO made of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param
-from torch import Tensor
+from torch import Tensor, nn
 
 from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs
 
 
+def whole_of(engine: DeepSpeedEngine) -> Callable[[Tensor], Tensor]:
+    """From a parameter to its whole master, float32 or wider, on the engine's device, which is collective over the replica; other
+    tensors stay as they are."""
+    stage_0 = {} if engine.zero_optimization() else {id(param): master for param, master in low_precision_pairs(engine)}
+
+    def whole(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            return tensor
+        full = safe_get_full_fp32_param(tensor) if engine.zero_optimization() else None
+        full = stage_0.get(id(tensor), tensor) if full is None else full
+        return full.detach().to(engine.device, torch.promote_types(full.dtype, torch.float32))
+
+    return whole
+
+
 def full_params(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
     """Name and float32 master of every parameter, on the engine's device. Collective over the replica."""
-    stage_0 = {} if engine.zero_optimization() else {id(param): master for param, master in low_precision_pairs(engine)}
+    whole = whole_of(engine)
     for name, param in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(param) if engine.zero_optimization() else None
-        full = stage_0.get(id(param), param) if full is None else full
-        yield name, full.detach().to(engine.device, torch.float32)
+        yield name, whole(param)

@@ -1,7 +1,7 @@
 """An engine's model and optimizer as the tree that every framework shares: each rank's range of each parameter, live."""
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs, own_part, publish
 from deslo_plugin.frameworks.fragment import Fragment, of_range
-from deslo_plugin.frameworks.state_tree import States, Tree, fresh_states, saved_buffers
+from deslo_plugin.frameworks.state_tree import States, Tree, fresh_states, places, plain_name, saved_buffers, unwrapped
 from deslo_plugin.names import PARAMS
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
@@ -36,7 +36,7 @@ class EngineState:
 
     def __init__(self, engine: DeepSpeedEngine):
         self.engine, self.optimizer = engine, engine.basic_optimizer
-        self.params = dict(engine.module.named_parameters())
+        self.params = {plain_name(name): param for name, param in unwrapped(engine.module).named_parameters()}
         self.shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in self.params.items()}
         self.ranges = dict(self._ranges())
 
@@ -73,7 +73,7 @@ class EngineState:
             elif hasattr(param, "ds_tensor") and not param.requires_grad:
                 start = dist.get_rank(param.ds_process_group) * param.partition_numel()
                 tree[f"{PARAMS}/{name}"] = of_range(own_part(param), start, shape)
-            elif not param.requires_grad:
+            elif not param.requires_grad or not shape.numel():  # ZeRO partitions nothing of a parameter without elements
                 tree[f"{PARAMS}/{name}"] = param.detach()
         return tree
 
@@ -89,6 +89,10 @@ class EngineState:
         publish(self.engine)
         if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed's own view of them, else made by a step
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return places(self.engine.module)
 
     def aside(self) -> bytes:
         engine = self.engine
