@@ -23,6 +23,7 @@ from deslo_plugin.strict import ConfigError, Reader, shown
 EPS = {"adam": 1e-8, "adopt": 1e-6}
 WIRE_DTYPES = ("float32", "float64")
 CHECKPOINTS = ("average", "exact", "sync")
+DIGESTS = ("crc32", "sha256")
 STATE_DTYPES = ("float32", "bfloat16")
 
 
@@ -80,7 +81,8 @@ class DesloConfig:
 
     ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``delay`` is the
     number of forwards and backwards that an average travels under, ``weights`` what a replica counts in an average: as much as
-    any other, or what it has seen; ``checkpoint`` is what ``save`` saves; ``telemetry`` is what is written down, if anything.
+    any other, or what it has seen; ``checkpoint`` is what ``save`` saves, ``checkpoint_digest`` what proves its files;
+    ``telemetry`` is what is written down, if anything.
     """
 
     replica_size: int | str = "auto"
@@ -95,6 +97,7 @@ class DesloConfig:
     on_nonfinite: str = "stop"
     timeout_s: float = 600.0
     checkpoint: str = "average"
+    checkpoint_digest: str = "crc32"
     weights: str = "equal"
     telemetry: Telemetry | None = None
 
@@ -201,6 +204,7 @@ def read_deslo(block: Any) -> DesloConfig:
         on_nonfinite=reader.choice("on_nonfinite", "stop", ["stop", "skip"]),
         timeout_s=reader.number("timeout_s", 600.0, low=1.0),
         checkpoint=reader.choice("checkpoint", "average", CHECKPOINTS),
+        checkpoint_digest=reader.choice("checkpoint_digest", "crc32", DIGESTS),
         weights=reader.choice("weights", "equal", ["equal", "samples"]),
         telemetry=read_telemetry(reader),
     )

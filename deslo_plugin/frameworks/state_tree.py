@@ -42,10 +42,10 @@ class Holder(Protocol):
     def put(self, tree: Tree) -> None:
         """Makes a tree that was loaded the state."""
 
-    def aside(self) -> bytes:
-        """What else the framework counts in, such as a loss scale."""
+    def aside(self) -> Mapping[str, Any]:
+        """What else the framework counts in, such as a loss scale: plain values."""
 
-    def put_aside(self, aside: bytes, steps: int) -> None:
+    def put_aside(self, aside: Mapping[str, Any], steps: int) -> None:
         """Takes over the number of completed steps, and what ``aside`` gave if it was this framework's."""
 
 
@@ -112,10 +112,10 @@ class TorchState:
             states = self._states_of(param)
             states.update({state: tree[f"{state}/{name}"] for state, value in states.items() if not isinstance(value, Tensor)})
 
-    def aside(self) -> bytes:
-        return b""
+    def aside(self) -> Mapping[str, Any]:
+        return {}
 
-    def put_aside(self, aside: bytes, steps: int) -> None:
+    def put_aside(self, aside: Mapping[str, Any], steps: int) -> None:
         for averaging in self.averagings:
             if isinstance(averaging, StockAveraging):
                 averaging.resume(steps)
