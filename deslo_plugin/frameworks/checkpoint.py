@@ -157,7 +157,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     for each in attachments:
         each.averaging.abandon()
     content = all_or_none(holder.tree, world)
-    all_or_none(lambda: read_tree(content, source, index, group), world, READ)
+    all_or_none(lambda: read_tree(content, source, index, group), world, f"{READ}; a part was loaded: load again before training")
     all_or_none(lambda: _go_on(own, proof, attachments) if proof.mode == "exact" else None, world)
     if proof.mode != "exact" and len(proof.rows) != topology.replicas:
         say(f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all replicas "
