@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from deslo_plugin.cli.printing import FAILED, Json, bytes_of, command, show, show_json, table
 from deslo_plugin.frameworks.foreign import what_is_there
-from deslo_plugin.frameworks.index import INDEX, read_index
+from deslo_plugin.frameworks.index import INDEX, read_index, tensors_of
 from deslo_plugin.frameworks.proof import NAME, OLD, PART, Proof, complete, damaged, latest, read_proof
 from deslo_plugin.names import PARAMS
 from deslo_plugin.strict import ConfigError
+
 
 @command
 def inspect(
@@ -57,13 +57,12 @@ def _states(folder: Path, proof: Proof, problems: dict[str, str]) -> tuple[dict[
     indices = [name for name in sorted(proof.files) if Path(name).name == INDEX]
     found: dict[str, Any] = defaultdict(lambda: {"tensors": 0, "elements": 0, "bytes": 0, "dtypes": []})
     for name in [name for name in indices if name not in problems][:1]:
-        for key, stored in read_index((folder / name).parent).state_dict_metadata.items():
-            if isinstance(stored, TensorStorageMetadata):
-                state, dtype = found[key.split("/", 1)[0]], stored.properties.dtype
-                state["tensors"] += 1
-                state["elements"] += stored.size.numel()
-                state["bytes"] += stored.size.numel() * dtype.itemsize
-                state["dtypes"] = sorted({*state["dtypes"], str(dtype).removeprefix("torch.")})
+        for key, stored in tensors_of(read_index((folder / name).parent)).items():
+            state, dtype = found[key.split("/", 1)[0]], stored.properties.dtype
+            state["tensors"] += 1
+            state["elements"] += stored.size.numel()
+            state["bytes"] += stored.size.numel() * dtype.itemsize
+            state["dtypes"] = sorted({*state["dtypes"], str(dtype).removeprefix("torch.")})
     return dict(found), len(indices)
 
 

@@ -27,7 +27,7 @@ from deslo_plugin.frameworks.all_or_none import all_or_none
 from deslo_plugin.frameworks.attachment import Attachment, attachments_of
 from deslo_plugin.frameworks.folder import begin, clear_away, found, part_of, put_in_place
 from deslo_plugin.frameworks.fragment import Fragment
-from deslo_plugin.frameworks.index import read_index, read_tree, write_tree
+from deslo_plugin.frameworks.index import read_index, read_tree, tensors_of, write_tree
 from deslo_plugin.frameworks.plain import expect_mapping, plain, read_plain, write_plain
 from deslo_plugin.frameworks.proof import Proof, expect_measured, measured, prove, read_proof, write_proof
 from deslo_plugin.frameworks.random_state import random_state, set_random_state
@@ -183,7 +183,7 @@ def saved_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str
                           'load it and save with mode "average"')
     prove(folder, proof, None)
     index = read_index(folder)
-    stored = index.state_dict_metadata
+    stored = tensors_of(index)
     names = [name for name in stored if name.startswith((f"{PARAMS}/", "buffers/"))]
     state = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
     all_or_none(lambda: read_tree(state, folder, index, None, alone=True), None, READ)

@@ -56,6 +56,11 @@ def read_index(folder: Path) -> Metadata:
         raise ConfigError(str(file), "an index of tensors as it was written", repr(error), "take another checkpoint") from error
 
 
+def tensors_of(index: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Those entries of the tree that are tensors: what is said of each."""
+    return {name: stored for name, stored in index.state_dict_metadata.items() if isinstance(stored, TensorStorageMetadata)}
+
+
 class _named:
     """Turns DCP's error, which is no ``Exception``, into the one that it tells of, with its rank."""
 

@@ -97,7 +97,7 @@ class EngineState:
 
     def aside(self) -> Mapping[str, Any]:
         engine = self.engine
-        scheduler, scaler = getattr(engine.lr_scheduler, "state_dict", None), self._scaler()
+        scheduler, scaler = getattr(engine.lr_scheduler, "state_dict", None), getattr(engine.optimizer, "loss_scaler", None)
         return {
             "counts": {name: getattr(engine, name) for name in COUNTS},
             "scheduler": scheduler() if scheduler else None,
@@ -112,16 +112,12 @@ class EngineState:
             setattr(engine, name, value)
         if engine.lr_scheduler is not None and aside.get("scheduler") is not None:
             engine.lr_scheduler.load_state_dict(aside["scheduler"])
-        own = vars(scaler) if (scaler := self._scaler()) else {}
+        scaler = getattr(engine.optimizer, "loss_scaler", None)
         for name, value in (aside.get("scaler") or {}).items():
-            if name in own and type(own[name]) in SCALES and type(value) in SCALES:
-                own[name] = value
+            if type(getattr(scaler, name, None)) in SCALES and type(value) in SCALES:
+                setattr(scaler, name, value)
         if isinstance(engine.deslo.averaging, StockAveraging):
             engine.deslo.averaging.resume(steps)
-
-    def _scaler(self) -> Any:
-        """What holds the loss scale and when it changes; under ZeRO one thing, in plain fp16 another."""
-        return getattr(self.engine.optimizer, "loss_scaler", None) or getattr(self.engine.optimizer, "loss_scale_config", None)
 
     def _shape(self, name: str, value: Any) -> list[int] | None:
         """Of the whole of a state, of which this rank may have a part."""
