@@ -25,6 +25,7 @@ EPS = {"adam": 1e-8, "adopt": 1e-6}
 WIRE_DTYPES = ("float32", "float64")
 CHECKPOINTS = ("average", "exact", "sync")
 STATE_DICTS = ("refuse", "averaged", "last_average")
+DIGESTS = ("crc32", "sha256")
 STATE_DTYPES = ("float32", "bfloat16")
 
 
@@ -88,8 +89,9 @@ class DesloConfig:
 
     ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``delay`` is the
     number of forwards and backwards that an average travels under, ``weights`` what a replica counts in an average: as much as
-    any other, or what it has seen; ``checkpoint`` is what ``save`` saves, ``state_dict`` what ``state_dict()`` of the model does while
-    replicas differ; ``telemetry`` is what is written down, if anything.
+    any other, or what it has seen; ``checkpoint`` is what ``save`` saves, ``checkpoint_digest`` what proves its files;
+    ``state_dict`` is what ``state_dict()`` of the model does while replicas differ; ``telemetry`` is what is written down, if
+    anything.
     """
 
     replica_size: int | str = "auto"
@@ -105,6 +107,7 @@ class DesloConfig:
     timeout_s: float = 600.0
     checkpoint: str = "average"
     state_dict: str = "refuse"
+    checkpoint_digest: str = "crc32"
     weights: str = "equal"
     telemetry: Telemetry | None = None
 
@@ -212,6 +215,7 @@ def read_deslo(block: Any) -> DesloConfig:
         timeout_s=reader.number("timeout_s", 600.0, low=1.0),
         checkpoint=reader.choice("checkpoint", "average", CHECKPOINTS),
         state_dict=reader.choice("state_dict", "refuse", STATE_DICTS),
+        checkpoint_digest=reader.choice("checkpoint_digest", "crc32", DIGESTS),
         weights=reader.choice("weights", "equal", ["equal", "samples"]),
         telemetry=read_telemetry(reader),
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
+from stat import S_ISREG
 from threading import Event, Thread
 from typing import Any
 from weakref import WeakValueDictionary, finalize
@@ -25,18 +26,18 @@ _open: "WeakValueDictionary[Path, Journal]" = WeakValueDictionary()
 
 
 class Journal:
-    """Appends to ``path``, whose folder is made. Raises ``OSError`` if that fails, and for a file that is open here already.
+    """Appends to ``path``, whose folder is made. Raises ``OSError`` if that fails, for a link, for a file that is open here
+    already, and for one that no journal has begun: a ``first`` line begins with other keys.
 
     What fails later (a full disk) is said once, and the rest of the run is not written.
     """
 
-    def __init__(self, path: Path):
-        path = path.resolve()
+    def __init__(self, path: Path, first: str = '{"kind":"start",'):
+        path = path.parent.resolve() / path.name
         if path in _open:
             raise FileExistsError(f"{path} is being written by another attachment of this process")
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(file, _whole(file))
+        file = _opened(path, first.encode())
         self.path, self._waiting, self._over = path, [], Event()
         thread = Thread(target=_write_on, args=(path, file, self._waiting, self._over), daemon=True)
         thread.start()
@@ -103,6 +104,22 @@ def _plain(value: Any) -> Any:
     if callable(value):
         value = value()
     return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _opened(path: Path, first: bytes) -> int:
+    """Opens ``path`` at the end of its last whole line. What lies there may be somebody else's, and is not cut then."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if path.is_symlink():
+            raise FileExistsError(f"{path} is a link, which telemetry does not follow: remove it, or give another folder") from error
+        raise
+    head = os.pread(file, len(first), 0) if S_ISREG(os.fstat(file).st_mode) else b"no file"
+    if head != first[: len(head)]:
+        os.close(file)
+        raise FileExistsError(f"{path} is no telemetry of deslo_plugin, and stays as it is: move it, or give another folder")
+    os.ftruncate(file, _whole(file))
+    return file
 
 
 def _whole(file: int) -> int:

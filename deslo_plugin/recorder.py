@@ -33,6 +33,7 @@ class Recorder:
     def __init__(self, averaging: Averaging):
         self.averaging, self.journal = averaging, None
         self._sinks: list[Sink] = []
+        self.closing: list[Callable[[], object]] = []  # writers of the user's own, told at the end that it is one
         self._pending: dict[str, float] = {}
         self._steps, self._began, self.ended = 0, time.time(), False
 
@@ -76,6 +77,11 @@ class Recorder:
         """Writes totals and all that is waiting. Nothing is written after it."""
         self.ended = True
         self.step_ended()
+        for close in self.closing:
+            try:
+                close()
+            except Exception as error:  # a full disk, say: the journal and the job go on to their end
+                say(f"deslo: scalars may be lost, {error!r}", logging.WARNING, anywhere=True)
         if self.journal is None:
             return
         meter = self.averaging.meter

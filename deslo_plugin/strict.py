@@ -4,7 +4,7 @@ Errors have the form *where: expected what, got what; do what*.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -17,6 +17,11 @@ class ConfigError(ValueError):
 
     def __reduce__(self) -> tuple:
         return ConfigError, self._parts  # it travels between ranks
+
+    def on(self, ranks: Sequence[int]) -> "ConfigError":
+        """The same, of ``ranks`` only."""
+        where, expected, got, do = self._parts
+        return ConfigError(where, expected, f"{got} on rank(s) {list(ranks)}", do)
 
 
 def shown(value: Any) -> str:

@@ -252,7 +252,7 @@ def test_inspect_says_what_a_checkpoint_holds(checkpoint, of):
     assert found["parameters"] == 4 * 3 + 3 + 3 + 3 and found["param_groups"] == [{"lr": 0.01}]
     assert found["states"]["params"] == {"tensors": 4, "elements": 21, "bytes": 84, "dtypes": ["float32"]}
     assert found["states"]["exp_avg_sq"] == {"tensors": 4, "elements": 21, "bytes": 42, "dtypes": ["bfloat16"]}
-    assert "whole: 2 files" in run("ckpt", "inspect", str(checkpoint)).stdout
+    assert "whole: 4 files" in run("ckpt", "inspect", str(checkpoint)).stdout
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])

@@ -163,7 +163,7 @@ def test_a_run_that_starts_anew_in_its_folder_replaces_what_was_there(tmp_path):
     ("", "expected lines of deslo.telemetry, got none"),
     ('{"kind":"start"}\n{"kind":\n', "line 2: "),
     ('[1]\n', "line 1: no object"),
-    ('{"loss":1}\n', "KeyError('kind')"),
+    ('{"loss":1}\n', "line 1: kind None"),
     ('{"kind":"log","at":1,"steps":1}\n', "no start"),
     ('{"kind":"what"}\n', "kind 'what'"),
 ])

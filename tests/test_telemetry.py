@@ -139,7 +139,7 @@ def test_a_killed_rank_leaves_whole_lines(tmp_path):
 
 def test_a_torn_last_line_is_left_out_and_cut_off(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"kind":"log","steps":1}\n{"kind":"lo')
+    path.write_text('{"kind":"start","steps":1}\n{"kind":"lo')
     assert [record["steps"] for record in read(path)] == [1]
     journal = Journal(path)
     journal.put({"kind": "log", "steps": 2, "loss": float("nan"), "on": lambda: 1.5})

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from deslo_plugin.config import read_file
+from deslo_plugin.frameworks.all_or_none import all_or_none
 from deslo_plugin.frameworks.attach import attach
 from deslo_plugin.frameworks.attachment import attached
 from deslo_plugin.frameworks.checkpoint import load, save
@@ -98,21 +99,21 @@ def _track(accelerator: Accelerator) -> None:
 
 def _save_the_truth(accelerator: Accelerator, model: nn.Module) -> None:
     """``save_state`` and ``load_state`` leave model and optimizer to ``deslo_plugin.save`` and ``load``, by ``deslo.checkpoint``."""
-    save_state, load_state = accelerator.save_state, accelerator.load_state
+    save_state, load_state, world = accelerator.save_state, accelerator.load_state, accelerator.deslo.groups.world
     loaded_from: list[str] = []
     accelerator.register_load_state_pre_hook(lambda models, folder: loaded_from.append(folder))
 
     @functools.wraps(save_state)
     def save_everything(*args: Any, **kwargs: Any) -> Any:
         with _without_model(accelerator):
-            folder = save_state(*args, **kwargs)
+            folder = all_or_none(lambda: save_state(*args, **kwargs), world)
         save(Path(folder) / FOLDER, model)
         return folder
 
     @functools.wraps(load_state)
     def load_everything(*args: Any, **kwargs: Any) -> None:
         with _without_model(accelerator):
-            load_state(*args, **kwargs)
+            all_or_none(lambda: load_state(*args, **kwargs), world, "see and read")
         load(Path(loaded_from.pop()) / FOLDER, model)
 
     accelerator.save_state, accelerator.load_state = save_everything, load_everything

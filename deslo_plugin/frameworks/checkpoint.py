@@ -10,73 +10,104 @@ they are whole. It appears under its name only when it is complete, and all rank
               period, on the same replicas and shards.
 """
 
-import pickle
-import random
-import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from deslo_plugin.collectives import gathered
-from deslo_plugin.config import CHECKPOINTS
+from deslo_plugin.agreement import agree
+from deslo_plugin.config import CHECKPOINTS, DIGESTS
+from deslo_plugin.frameworks.all_or_none import all_or_none
 from deslo_plugin.frameworks.attachment import Attachment, attachments_of, on_every_rank
-from deslo_plugin.frameworks.fragment import Fragment, LoadFragments, SaveFragments
+from deslo_plugin.frameworks.folder import begin, clear_away, found, part_of, put_in_place
+from deslo_plugin.frameworks.fragment import Fragment
+from deslo_plugin.frameworks.index import read_index, read_tree, tensors_of, write_tree
 from deslo_plugin.frameworks.mean import mean_of
-from deslo_plugin.frameworks.proof import OLD, PART, Proof, measured, prove, read_proof, write_proof
-from deslo_plugin.frameworks.state_tree import KEPT, Tree, holder_of, refuse_others
+from deslo_plugin.frameworks.plain import expect_mapping, plain, read_plain, write_plain
+from deslo_plugin.frameworks.proof import Proof, expect_measured, measured, prove, read_proof, write_proof
+from deslo_plugin.frameworks.random_state import random_state, set_random_state
+from deslo_plugin.frameworks.state_tree import KEPT, Holder, Tree, holder_of, refuse_others
 from deslo_plugin.log import say
 from deslo_plugin.names import BUFFERS, PARAMS
 from deslo_plugin.strict import ConfigError
 
+FIRST, READ = "first_rank.pt", "see and read"
+
 
 @on_every_rank
 @torch.no_grad()
-def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mapping[str, Any] | None = None) -> None:
+def save(
+    path: str | Path, model: Any, *, mode: str | None = None, extra: Mapping[str, Any] | None = None, digest: str | None = None,
+) -> None:
     """Saves a model that ``attach`` was called with, or a DeepSpeed engine, with its optimizer's states and clocks.
 
     Args:
-        path: the folder; one that is there already is replaced once the new one is whole.
+        path: the folder; a checkpoint that is there already is replaced once the new one is whole.
         mode: "average", "sync" or "exact"; by default ``deslo.checkpoint`` of the config.
-        extra: whatever else training needs to go on, such as ``{"scheduler": scheduler.state_dict(), "batch": 1200}``; any
-            values that pickle. That of this rank with "exact", otherwise that of the first rank.
+        extra: whatever else training needs to go on, such as ``{"scheduler": scheduler.state_dict(), "batch": 1200}``:
+            dicts, lists and tuples of text, bytes, numbers, None and tensors. That of this rank with "exact", otherwise that of
+            the first rank.
+        digest: "crc32", which finds accidents, or "sha256" beside it; by default ``deslo.checkpoint_digest`` of the config.
 
-    Collective over all ranks. Raises ``ConfigError`` for an unknown mode or a model that nothing is attached to, and
-    ``OSError`` on every rank if any rank cannot write.
+    Collective over all ranks. On every rank, with the checkpoint that was there untouched: raises ``ConfigError`` for an unknown
+    mode, a model that nothing is attached to, an ``extra`` that is no data, and a folder of other files; ``OSError`` if any rank
+    cannot write.
     """
-    attachments, final = attachments_of(model, "save"), Path(path)
+    attachments, final = attachments_of(model, "save"), Path(os.path.abspath(path))
     attachment, *_ = attachments
-    mode = mode or attachment.config.deslo.checkpoint
-    if mode not in CHECKPOINTS:
-        raise ConfigError("save(mode=...)", f"one of {', '.join(CHECKPOINTS)}", repr(mode), "choose one")
-    holder, topology, world = holder_of(model, attachments), attachment.topology, attachment.groups.world
-    first, part = topology.rank == min(topology.ranks), final.with_name(final.name + PART)
-    all_or_none(lambda: _begin(part) if first else None, world)
+    mode, digest = mode or attachment.config.deslo.checkpoint, digest or attachment.config.deslo.checkpoint_digest
+    for name, value, known in (("mode", mode, CHECKPOINTS), ("digest", digest, DIGESTS)):
+        if value not in known:
+            raise ConfigError(f"save({name}=...)", f"one of {', '.join(known)}", repr(value), "choose one")
+    topology, world = attachment.topology, attachment.groups.world
+    if world is not None:
+        agree("save", {"mode": mode, "digest": digest}, do="pass the same on every rank", group=world)
+    first = topology.rank == min(topology.ranks)
+    holder = holder_of(model, attachments)
+    own = all_or_none(lambda: _own(holder, attachments, mode, extra) if first or mode == "exact" else None, world)
+    try:
+        _write(final, model, holder, attachments, mode, own, digest == "sha256")
+    except BaseException:
+        if first:
+            clear_away(final)
+        raise
+
+
+def _write(
+    final: Path, model: Any, holder: Holder, attachments: Sequence[Attachment], mode: str, own: Mapping[str, Any] | None, strong: bool
+) -> None:
+    attachment, *_ = attachments
+    topology, world, part = attachment.topology, attachment.groups.world, part_of(final)
+    first = topology.rank == min(topology.ranks)
+    all_or_none(lambda: begin(final) if first else None, world)
     all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
     if mode == "sync":
         meet(model)
-    tree = holder.tree()
+    tree = all_or_none(lambda: _expect_plain(holder.tree()), world)
     if mode == "average":
         tree |= _means(tree, attachment)
     where, name, group = _place(part, mode, attachment)
-    if first or mode == "exact":
-        own = {"aside": holder.aside(), "extra": dict(extra or {})}
-        if mode == "exact":
-            own |= {"random": _random_state(), "averaging": [each.averaging.aside() for each in attachments]}
-        tree[name] = pickle.dumps(own)
-    dcp.save(tree, checkpoint_id=where, process_group=group, planner=SaveFragments(flatten_state_dict=False))
+
+    def write() -> None:
+        write_tree(tree, where, group)
+        if own is not None:
+            write_plain(own, where / name)
+
+    all_or_none(write, world)
     numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
     proof = Proof(mode, topology.rows, attachment.averaging.steps, holder.states, numbers, holder.names)
-    all_or_none(lambda: None, world)  # every file is there
-    files = measured(part, world)
-    all_or_none(lambda: write_proof(part, proof, files) if first else None, world)
-    all_or_none(lambda: replace(final, part) if first else None, world)
+    proof = replace(proof, files=expect_measured(measured(part, world, strong=strong)))
+    sha256 = all_or_none(lambda: write_proof(part, proof) if first else None, world)
+    all_or_none(lambda: put_in_place(final) if first else None, world)
+    if strong:
+        say(f"deslo: saved {final}; the SHA-256 of its deslo.json is {sha256}: keep it elsewhere, and load(path, model, "
+            "sha256=...) refuses any other")
 
 
 @on_every_rank
@@ -101,68 +132,103 @@ def meet(model: Any) -> None:
 
 @on_every_rank
 @torch.no_grad()
-def load(path: str | Path, model: Any) -> dict[str, Any]:
-    """Loads what ``save`` saved into an attached model or an engine, and returns its ``extra``.
+def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str, Any]:
+    """Loads what ``save`` saved into an attached model or an engine, and returns its ``extra``, tensors on the CPU.
 
-    Averages that were in flight are dropped, and start again from what was loaded. Collective over all ranks. An extra is
-    read with ``pickle``: load only what you trust.
+    Averages that were in flight are dropped, and start again from what was loaded. Files are read as data: nothing in them
+    runs. ``sha256``: that of the checkpoint's ``deslo.json``, kept where whoever writes to the folder cannot write.
 
-    Raises ``ConfigError`` on every rank, and changes nothing, for a folder that is torn, altered or foreign, for other
-    parameters or states than the model has, and for an "exact" checkpoint of other replicas or shards.
+    Collective over all ranks. Raises ``ConfigError`` on every rank, and changes nothing, for a folder that is torn, altered or
+    foreign, for other parameters or states than the model has, and for an "exact" checkpoint of other replicas or shards.
+    Raises ``OSError`` on every rank if any rank cannot read.
     """
-    attachments, folder = attachments_of(model, "load"), _found(Path(path))
+    attachments, folder = attachments_of(model, "load"), found(Path(path))
     attachment, *_ = attachments
     holder, topology, world = holder_of(model, attachments), attachment.topology, attachment.groups.world
-    all_or_none(lambda: read_proof(folder), world)
-    proof, where = read_proof(folder), f"load({str(folder)!r})"
-    prove(folder, world)
+    proof, where = all_or_none(lambda: read_proof(folder, sha256), world, READ), f"load({str(folder)!r})"
+    if world is not None:
+        agree(where, {"deslo.json": proof.digest}, do="give every rank the same folder", group=world)
+    prove(folder, proof, world)
     if proof.mode == "exact" and proof.rows != topology.rows:
         raise ConfigError(
             where, f"the {len(proof.rows)} replica(s) of {len(proof.rows[0])} rank(s) that saved it",
             f"{topology.replicas} of {topology.replica_size}", 'start as many, or load one that was saved with mode "average"',
         )
+    source, name, group = _place(folder, proof.mode, attachment)
+    index, own = all_or_none(lambda: (read_index(source), _expect_own(source / name, proof.mode)), world, READ)
     all_or_none(lambda: holder.prepare(proof.states), world)
-    refuse_others(holder.states, proof.states, where)
+    all_or_none(lambda: refuse_others(holder.states, proof.states, where), world)
     for each in attachments:
         each.averaging.abandon()
-    source, name, group = _place(folder, proof.mode, attachment)
-    content = holder.tree() | {name: b""}
-    dcp.load(content, checkpoint_id=source, process_group=group, planner=LoadFragments(flatten_state_dict=False))
-    own = pickle.loads(content.pop(name))
-    if proof.mode == "exact":
-        _set_random_state(own["random"])
-        for each, aside in zip(attachments, own["averaging"]):
-            each.averaging.put_aside(aside)
-    elif len(proof.rows) != topology.replicas:
+    content = all_or_none(holder.tree, world)
+    all_or_none(lambda: read_tree(content, source, index, group), world, f"{READ}; a part was loaded: load again before training")
+    all_or_none(lambda: _go_on(own, proof, attachments) if proof.mode == "exact" else None, world)
+    if proof.mode != "exact" and len(proof.rows) != topology.replicas:
         say(f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all replicas "
             "changes with them, the learning rate stays as it was saved")
     _take_over(proof.groups, holder.groups)
     holder.put(content)
-    holder.put_aside(own["aside"], proof.steps)
+    all_or_none(lambda: holder.put_aside(own["aside"], proof.steps), world)
     for each in attachments if proof.mode != "exact" else ():
         each.averaging.met()
     return own["extra"]
 
 
-def saved_state_dict(path: str | Path) -> dict[str, Tensor]:
+def saved_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
     """The model's state dict out of a checkpoint, on the CPU: in one process, without the model or replicas.
 
     It has the names that ``state_dict()`` of the plain model gave, in their order, each name of a shared tensor among them.
 
-    Raises ``ConfigError`` for a folder that is torn, altered or foreign, and for the replicas of an "exact" checkpoint.
+    Nothing in the files runs; ``sha256`` as for ``load``. Raises ``ConfigError`` for a folder that is torn, altered or foreign,
+    and for the replicas of an "exact" checkpoint.
     """
-    folder = _found(Path(path))
-    proof = read_proof(folder)
+    folder = found(Path(path))
+    proof = read_proof(folder, sha256)
     if proof.mode == "exact":
         raise ConfigError(f"saved_state_dict({str(folder)!r})", "one model", "every replica's own, saved with mode \"exact\"",
                           'load it and save with mode "average"')
-    prove(folder, None)
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    prove(folder, proof, None)
+    index = read_index(folder)
+    stored = tensors_of(index)
     names = [name for name in stored if name.startswith((f"{PARAMS}/", "buffers/"))]
     state = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
-    dcp.load(state, checkpoint_id=folder, no_dist=True, planner=LoadFragments(flatten_state_dict=False))
-    names = proof.names or {name.split("/", 1)[1]: name for name in state}  # those of 0.1 name each tensor once
-    return {name: state[stored] for name, stored in names.items()}
+    all_or_none(lambda: read_tree(state, folder, index, None, alone=True), None, READ)
+    absent = [stored for stored in proof.names.values() if stored not in state]
+    if absent:
+        raise ConfigError(f"saved_state_dict({str(folder)!r})", "the tensors that deslo.json names", f"none of {absent[0]!r}",
+                          "take another checkpoint")
+    return {name: state[stored] for name, stored in proof.names.items()}
+
+
+def _own(holder: Holder, attachments: Sequence[Attachment], mode: str, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What this rank keeps beside the tree, as plain values."""
+    own = {"aside": plain(holder.aside(), "save: what the engine counts in"), "extra": expect_mapping(extra, "save(extra)")}
+    if mode == "exact":
+        averaging = [each.averaging.aside() for each in attachments]
+        own |= {"random": plain(random_state(), "save: the random state"), "averaging": plain(averaging, "save: averages in flight")}
+    return own
+
+
+def _expect_own(file: Path, mode: str) -> dict[str, Any]:
+    own, keys = read_plain(file), {"aside", "extra"} | ({"random", "averaging"} if mode == "exact" else set())
+    if not isinstance(own, dict) or not keys <= own.keys():
+        raise ConfigError(str(file), f"a dict of {', '.join(sorted(keys))}", "another", "take another checkpoint")
+    return own
+
+
+def _go_on(own: Mapping[str, Any], proof: Proof, attachments: Sequence[Attachment]) -> None:
+    """From an exact checkpoint: the same random numbers, the same averages in flight."""
+    set_random_state(own["random"])
+    for each, aside in zip(attachments, own["averaging"]):
+        each.averaging.put_aside(aside)
+
+
+def _expect_plain(tree: Tree) -> Tree:
+    """Raises ``ConfigError`` for a state that ``load`` would not read back."""
+    for name, value in tree.items():
+        if not isinstance(value, Fragment) and not hasattr(value, "to_local"):
+            plain(value, f"save: {name}")
+    return tree
 
 
 def _take_over(saved: Sequence[Mapping[str, float]], groups: Sequence[dict[str, Any]]) -> None:
@@ -178,51 +244,12 @@ def _take_over(saved: Sequence[Mapping[str, float]], groups: Sequence[dict[str, 
                 group[key] = value
 
 
-def _begin(part: Path) -> None:
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-
-
-def all_or_none(act: Callable[[], object], world: dist.ProcessGroup | None) -> None:
-    """``act()`` on every rank; if it fails on any, it has failed on all, so that none waits: a ``ConfigError``, or ``OSError``."""
-    try:
-        act()
-        problem = None
-    except ConfigError as error:
-        problem = error
-    except Exception as error:
-        problem = repr(error)
-    for rank, problem in (gathered(problem, world) if world is not None else {0: problem}).items():
-        if isinstance(problem, ConfigError):
-            raise problem
-        if problem:
-            raise OSError(f"checkpoint: rank {rank} failed: {problem}; expected a folder that every rank can see and write to")
-
-
-def replace(final: Path, part: Path) -> None:
-    """Puts the folder ``part`` in the place of ``final``; cut off anywhere, one of both is left whole, and found by ``load``."""
-    old = final.with_name(final.name + OLD)
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    part.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _place(folder: Path, mode: str, attachment: Attachment) -> tuple[Path, str, dist.ProcessGroup | None]:
-    """Where a rank's part goes, the key of what else it keeps, and with whom it writes one state."""
+    """Where a rank's part goes, the file of what else it keeps, and with whom it writes one state."""
     if mode == "exact":
         rank, replica = attachment.topology.rank, attachment.topology.replica
-        return folder / f"replica_{replica}", f"rank_{rank}", attachment.groups.shard
-    return folder, "first_rank", attachment.groups.world
-
-
-def _found(path: Path) -> Path:
-    old = path.with_name(path.name + OLD)
-    if not path.exists() and old.exists():
-        say(f"deslo: {path} was being replaced when it was cut off; loading the one before, {old}")
-        return old
-    return path
+        return folder / f"replica_{replica}", f"rank_{rank}.pt", attachment.groups.shard
+    return folder, FIRST, attachment.groups.world
 
 
 def _means(tree: Tree, attachment: Attachment) -> Tree:
@@ -244,18 +271,3 @@ def _means(tree: Tree, attachment: Attachment) -> Tree:
 def _pieces(value: Any) -> list[Tensor]:
     pieces = [piece for _, piece in value.pieces] if isinstance(value, Fragment) else [value]
     return [piece for piece in pieces if isinstance(piece, Tensor) and piece.is_floating_point() and piece.ndim]
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    if state["numpy"] is not None and "numpy" in sys.modules:
-        sys.modules["numpy"].random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,16 @@ class Preemption:
         """Whether the step that has just ended is the last. Call it on every rank after every step."""
         return self._asked.is_set() and (self._last is None or self._last.after(self._steps))
 
-    def exit(self, path: str | Path, *, mode: str | None = None, extra: Mapping[str, Any] | None = None) -> None:
-        """Waits for averages in flight, saves as ``deslo_plugin.save`` does, and ends the process with status 0."""
+    def exit(
+        self, path: str | Path, *, mode: str | None = None, extra: Mapping[str, Any] | None = None,
+        before: Callable[[], object] | None = None,
+    ) -> None:
+        """Waits for averages in flight, saves as ``deslo_plugin.save`` does, and ends the process with status 0.
+
+        The process ends at once, without ``atexit`` and ``finally``. ``before`` is called when all is saved, on every rank: to
+        close what the script itself writes to, such as trackers (``accelerator.end_training``, ``wandb.finish``). What it raises
+        is said, and the job ends all the same. Raises what ``save`` raises, on every rank, and goes on then.
+        """
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._over.set()
@@ -62,6 +70,11 @@ class Preemption:
         for each in self._attachments:
             each.averaging.abandon()
             each.end()
+        try:
+            if before is not None:
+                before()
+        except Exception as error:
+            say(f"deslo: Preemption.exit(before=...) failed, the checkpoint is whole: {error!r}", logging.WARNING, anywhere=True)
         say(f"deslo: saved {path} after step {self._steps}, leaving")
         logging.shutdown()
         sys.stdout.flush()

@@ -47,10 +47,10 @@ class Holder(Protocol):
     def names(self) -> Mapping[str, str]:
         """Each name that the plain model's ``state_dict()`` gives, in its order -> where its tensor is in the tree."""
 
-    def aside(self) -> bytes:
-        """What else the framework counts in, such as a loss scale."""
+    def aside(self) -> Mapping[str, Any]:
+        """What else the framework counts in, such as a loss scale: plain values."""
 
-    def put_aside(self, aside: bytes, steps: int) -> None:
+    def put_aside(self, aside: Mapping[str, Any], steps: int) -> None:
         """Takes over the number of completed steps, and what ``aside`` gave if it was this framework's."""
 
 
@@ -122,10 +122,10 @@ class TorchState:
     def names(self) -> Mapping[str, str]:
         return places(self.model)
 
-    def aside(self) -> bytes:
-        return b""
+    def aside(self) -> Mapping[str, Any]:
+        return {}
 
-    def put_aside(self, aside: bytes, steps: int) -> None:
+    def put_aside(self, aside: Mapping[str, Any], steps: int) -> None:
         for averaging in self.averagings:
             if isinstance(averaging, StockAveraging):
                 averaging.resume(steps)

@@ -2,6 +2,7 @@
 
 import atexit
 import weakref
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def start_telemetry(attachment: Attachment) -> None:
     if telemetry.pseudo_gradient:
         averaging.receive = PseudoGradient(averaging.receive, averaging.record)
     if telemetry.tensorboard and _first(attachment):
-        add_scalars(attachment, _tensorboard(folder / "tensorboard"))
+        writer = _tensorboard(folder / "tensorboard")
+        add_scalars(attachment, writer)
+        attachment.recorder.closing.append(writer.close)
     atexit.register(_end, weakref.ref(attachment))
 
 
@@ -57,17 +60,20 @@ def _first(attachment: Attachment) -> bool:
     return attachment.topology.replica == attachment.topology.shard == 0
 
 
-def _tensorboard(folder: Path) -> Sink:
-    from torch.utils.tensorboard import SummaryWriter
+class _tensorboard:
+    """A sink that writes events into ``folder`` until it is closed."""
 
-    writer = SummaryWriter(folder)
-    atexit.register(writer.close)
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
 
-    def write(scalars: dict[str, float], steps: int) -> None:
+        self._writer = SummaryWriter(folder)
+
+    def __call__(self, scalars: Mapping[str, float], steps: int) -> None:
         for name, value in scalars.items():
-            writer.add_scalar(name, value, steps)
+            self._writer.add_scalar(name, value, steps)
 
-    return write
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _end(attachment: weakref.ref) -> None:

@@ -4,8 +4,9 @@ A process that starts in a folder appends to its file. Its first line of each ki
 before and is of that step or later was thrown away by the restart, and is left out. Time stands still between processes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from sys import maxsize
 from typing import Any
@@ -14,7 +15,41 @@ from deslo_plugin.journal import read
 from deslo_plugin.strict import ConfigError
 
 Record = dict[str, Any]
-KINDS = {"start", "average", "log", "end"}
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _ranks(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _maybe(value: Any) -> bool:
+    return value is None or _number(value)
+
+
+def _by_state(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _groups(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(group, dict) and isinstance(group.get("periods"), dict) for group in value)
+
+
+KINDS: dict[str, dict[str, tuple[Callable[[Any], bool], bool]]] = {
+    "start": {"at": (_number, True), "replicas": (_ranks, True), "replica_size": (_ranks, True), "synchronous_bytes": (_number, True),
+              "groups": (_groups, True)},
+    "average": {"at": (_number, True), "steps": (_whole, True), "exposed_s": (_number, True), "bytes": (_by_state(_number), True),
+                "in_flight_s": (_by_state(_number), True), "distance": (_by_state(_maybe), True), "cosine": (_by_state(_maybe), True)},
+    "log": {"at": (_number, True), "steps": (_whole, True), "loss": (_maybe, False), "tokens": (_maybe, False)},
+    "end": {"at": (_number, True), "steps": (_whole, True), "taken": (_whole, True)},
+}
+"""Kind of a line -> key -> (what fits, whether it must be there), of those that a report reads."""
 
 
 @dataclass
@@ -46,27 +81,39 @@ def read_replicas(path: Path) -> list[Replica]:
 def _replica(path: Path) -> Replica:
     replica = None
     try:
-        for process in _processes(read(path)):
+        for process in _processes(_checked(list(read(path)))):
             replica = _go_on(replica, process)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"deslo report {path}", "lines of deslo.telemetry", repr(error), "give one that it wrote") from error
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"deslo report {path}", "lines of deslo.telemetry", str(error), "give one that it wrote") from error
     if replica is None:
         raise ConfigError(f"deslo report {path}", "lines of deslo.telemetry", "none", "the run was over before it wrote any")
     return replica
+
+
+def _checked(records: Iterable[Record]) -> Iterable[Record]:
+    """Raises ``ValueError`` for a line that telemetry does not write: which, and what in it."""
+    for number, record in enumerate(records, start=1):
+        kind = record.get("kind")
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise ValueError(f"line {number}: kind {kind!r}")
+        for key, (fits, needed) in KINDS[kind].items():
+            if (key in record or needed) and not fits(record.get(key)):
+                raise ValueError(f"line {number}: {key} {record.get(key)!r}")
+        if kind == "average" and not record["distance"].keys() <= record["cosine"].keys():
+            raise ValueError(f"line {number}: a distance without a cosine")
+        yield record
 
 
 def _processes(records: Iterable[Record]) -> Iterable[list[Record]]:
     """The records of each process; the first one is its start."""
     process: list[Record] = []
     for record in records:
-        if record["kind"] not in KINDS:
-            raise ValueError(f"kind {record['kind']!r}")
         if record["kind"] == "start":
             if process:
                 yield process
             process = []
         elif not process:
-            raise ValueError("no start")
+            raise ValueError("line 1: no start")
         process.append(record)
     if process:
         yield process

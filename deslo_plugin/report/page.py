@@ -1,7 +1,9 @@
 """A report as a page and as Markdown: one table, runs side by side, and the charts under it."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from urllib.parse import quote
 
 from deslo_plugin.report.run import Run
 
@@ -64,10 +66,15 @@ def html(runs: Sequence[Run], charts: Mapping[str, str]) -> str:
 
 def markdown(runs: Sequence[Run], picture: str | None = None) -> str:
     """The table, the notes, and a link to ``picture``."""
-    names, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows(runs)]
+    names, *body = [[_escaped(cell) for cell in row] for row in rows(runs)]
     lines = ["| " + " | ".join(row) + " |" for row in (names, ["---"] + ["---:"] * len(runs), *body)]
-    lines += ["", *(f"- {note}" for note in notes(runs)), *(["", f"![charts]({picture})"] if picture else [])]
+    lines += ["", *(f"- {_escaped(note)}" for note in notes(runs)), *(["", f"![charts]({quote(picture)})"] if picture else [])]
     return "\n".join(lines) + "\n"
+
+
+def _escaped(cell: str) -> str:
+    """Text as it is: names of runs are those of folders, which anybody may have given."""
+    return re.sub(r"([\\`*\[\]|~$!#])", r"\\\1", escape(" ".join(cell.split()), quote=False))
 
 
 def _periods(run: Run) -> str:

@@ -11,9 +11,12 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from deslo_plugin.frameworks.checkpoint import all_or_none, load, save
+from deslo_plugin.agreement import agree
+from deslo_plugin.frameworks.all_or_none import all_or_none
+from deslo_plugin.frameworks.checkpoint import load, save
 from deslo_plugin.frameworks.deepspeed.export import whole_of
 from deslo_plugin.frameworks.export import averaged_state_dict
+from deslo_plugin.frameworks.folder import write_whole
 from deslo_plugin.frameworks.one_model import refuse_one_replica
 from deslo_plugin.frameworks.proof import NAME
 from deslo_plugin.frameworks.state_tree import saved_state
@@ -31,17 +34,25 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
         save_dir: str, tag: Any = None, client_state: Mapping[str, Any] = {}, save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """As DeepSpeed's; frozen parameters are always saved."""
+        """As DeepSpeed's; frozen parameters are always saved, and ``client_state`` is plain values."""
         tag = str(tag if tag is not None else f"global_step{engine.global_steps}")
         save(Path(save_dir) / tag, engine, extra=client_state)
-        all_or_none(lambda: _write_latest(Path(save_dir), tag) if save_latest and dist.get_rank() == 0 else None, dist.group.WORLD)
+
+        def finish() -> None:
+            if dist.get_rank() == 0:
+                write_whole(Path(save_dir) / RECOVERY, lambda file: file.write(SCRIPT.encode()))
+                if save_latest:
+                    write_whole(Path(save_dir) / LATEST, lambda file: file.write(tag.encode()))
+
+        all_or_none(finish, dist.group.WORLD)
         return True
 
     @functools.wraps(load_native)
     def load_checkpoint(load_dir: str, tag: Any = None, **options: Any) -> tuple[str | None, Any]:
         latest = Path(load_dir) / LATEST
-        if tag is None and latest.is_file():
-            tag = latest.read_text().strip()
+        if tag is None:
+            tag = all_or_none(lambda: latest.read_text().strip() if latest.is_file() else None, dist.group.WORLD, "see and read")
+        agree("load_checkpoint", {"tag": tag}, do="give every rank the same folder and tag")
         if tag is None:
             say(f"deslo: {latest} is not there, nothing was loaded", logging.WARNING)
             return None, None
@@ -61,7 +72,7 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
         def write() -> None:
             if dist.get_rank() == 0:
                 Path(save_dir).mkdir(parents=True, exist_ok=True)
-                torch.save(state, Path(save_dir) / save_filename)
+                write_whole(Path(save_dir) / save_filename, lambda file: torch.save(state, file))
 
         all_or_none(write, dist.group.WORLD)
         return True
@@ -82,8 +93,24 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
 
 ALL = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states")  # True by default
 
+RECOVERY = "zero_to_fp32.py"  # the script that DeepSpeed puts there finds nothing in folders of ours
+SCRIPT = '''"""Writes the float32 weights of a deslo_plugin checkpoint: python zero_to_fp32.py CHECKPOINTS OUTPUT [-t TAG]"""
 
-def _write_latest(folder: Path, tag: str) -> None:
-    new = folder / f"{LATEST}.part"
-    new.write_text(tag)
-    new.replace(folder / LATEST)
+import argparse
+from pathlib import Path
+
+import torch
+
+from deslo_plugin import latest, saved_state_dict
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("checkpoint_dir", type=Path)
+parser.add_argument("output", type=Path, help="a file, or a folder for pytorch_model.bin")
+parser.add_argument("-t", "--tag", help="by default the latest")
+given = parser.parse_args()
+folder = given.checkpoint_dir / given.tag if given.tag else latest(given.checkpoint_dir) or given.checkpoint_dir
+file = given.output if given.output.suffix else given.output / "pytorch_model.bin"
+file.parent.mkdir(parents=True, exist_ok=True)
+torch.save(saved_state_dict(folder), file)
+print(f"wrote {file}: the weights of {folder}")
+'''

@@ -1,6 +1,5 @@
 """An engine's model and optimizer as the tree that every framework shares: each rank's range of each parameter, live."""
 
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from deslo_plugin.frameworks.all_or_none import all_or_none
 from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs, own_part, publish
 from deslo_plugin.frameworks.fragment import Fragment, of_range
 from deslo_plugin.frameworks.state_tree import States, Tree, fresh_states, places, plain_name, saved_buffers, unwrapped
@@ -16,6 +16,7 @@ from deslo_plugin.names import PARAMS
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
 
+SCALES = (bool, int, float)  # a loss scaler's numbers; what else it has is its configuration's
 COUNTS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 
 
@@ -78,6 +79,13 @@ class EngineState:
         return tree
 
     def put(self, tree: Tree) -> None:
+        all_or_none(lambda: self._count(tree), self.engine.deslo.groups.world)
+        publish(self.engine)
+        if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed's own view of them, else made by a step
+
+    def _count(self, tree: Tree) -> None:
+        """Takes over plain numbers; those of one partition are one."""
         clocks: dict[Tensor, dict[str, Any]] = {}
         for name, range in self.ranges.items():
             states = self.optimizer.state.get(range.flat, {})
@@ -86,32 +94,32 @@ class EngineState:
                 raise ConfigError(f"load {name}", f"the clocks {clocks[range.flat]} of the other parameters in its partition",
                                   str(counted), "load it without ZeRO: parameters that had no gradient at times cannot share one")
             states.update(counted)
-        publish(self.engine)
-        if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed's own view of them, else made by a step
 
     @property
     def names(self) -> Mapping[str, str]:
         return places(self.engine.module)
 
-    def aside(self) -> bytes:
+    def aside(self) -> Mapping[str, Any]:
         engine = self.engine
-        scheduler = getattr(engine.lr_scheduler, "state_dict", None)
-        return pickle.dumps({
+        scheduler, scaler = getattr(engine.lr_scheduler, "state_dict", None), getattr(engine.optimizer, "loss_scaler", None)
+        return {
             "counts": {name: getattr(engine, name) for name in COUNTS},
             "scheduler": scheduler() if scheduler else None,
-            "scaler": getattr(engine.optimizer, "loss_scaler", None),
-        })
+            "scaler": {name: value for name, value in vars(scaler).items() if type(value) in SCALES} if scaler else None,
+        }
 
-    def put_aside(self, aside: bytes, steps: int) -> None:
-        engine, aside = self.engine, pickle.loads(aside) if aside else {}
+    def put_aside(self, aside: Mapping[str, Any], steps: int) -> None:
+        engine = self.engine
         counts = {"global_steps": steps, "global_samples": steps * engine.train_batch_size()}
-        for name, value in (counts | aside.get("counts", {})).items():
+        saved = {name: value for name, value in aside.get("counts", {}).items() if name in COUNTS}
+        for name, value in (counts | saved).items():
             setattr(engine, name, value)
         if engine.lr_scheduler is not None and aside.get("scheduler") is not None:
             engine.lr_scheduler.load_state_dict(aside["scheduler"])
-        if aside.get("scaler") is not None and hasattr(engine.optimizer, "loss_scaler"):
-            engine.optimizer.loss_scaler = aside["scaler"]
+        scaler = getattr(engine.optimizer, "loss_scaler", None)
+        for name, value in (aside.get("scaler") or {}).items():
+            if type(getattr(scaler, name, None)) in SCALES and type(value) in SCALES:
+                setattr(scaler, name, value)
         if isinstance(engine.deslo.averaging, StockAveraging):
             engine.deslo.averaging.resume(steps)
 

@@ -1,0 +1,296 @@
+"""Folders made by somebody else: what is inspected or loaded is data, and nothing in it runs."""
+
+import json
+import os
+import pickle
+import shutil
+from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_jobs import Job, alone
+from test_checkpoint import config_for
+from typer.testing import CliRunner
+
+import deslo_plugin
+from deslo_plugin.cli.app import app
+from deslo_plugin.frameworks.proof import measured, read_proof, write_proof
+from deslo_plugin.strict import ConfigError
+
+
+class Runs:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = str(marker)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.marker,)
+
+
+def sealed(folder: Path) -> None:
+    """With the checksums of what is there now, as anybody can make them."""
+    from dataclasses import replace
+
+    write_proof(folder, replace(read_proof(folder), files=measured(folder, None)))
+
+
+def saved(path: Path, mode: str = "average", **options: Any) -> Path:
+    torch.manual_seed(0)
+    model, optimizer = alone()
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    deslo_plugin.save(path, model, mode=mode, extra={"batch": 3}, **options)
+    return path
+
+
+def index_of(folder: Path) -> Path:
+    return next(folder.rglob("index.json"))
+
+
+def in_the_index_of_dcp(folder: Path, evil: Runs) -> None:
+    next(folder.rglob(".metadata")).write_bytes(pickle.dumps(evil))
+
+
+def in_our_index(folder: Path, evil: Runs) -> None:
+    index_of(folder).write_bytes(pickle.dumps(evil))
+
+
+def beside_the_tree(folder: Path, evil: Runs) -> None:
+    torch.save(evil, next(folder.rglob("*_*.pt")))
+
+
+def beside_the_tree_plainly(folder: Path, evil: Runs) -> None:
+    next(folder.rglob("*_*.pt")).write_bytes(pickle.dumps(evil))
+
+
+def inside(key: str) -> Any:
+    def craft(folder: Path, evil: Runs) -> None:
+        file = next(folder.rglob("*_*.pt"))
+        torch.save(torch.load(file, weights_only=True) | {key: evil}, file)
+
+    craft.__name__ = f"as_the_{key}"
+    return craft
+
+
+def in_a_tensor(folder: Path, evil: Runs) -> None:
+    file = next(folder.rglob("*.distcp"))
+    torch.save(evil, file)
+    content = json.loads(index_of(folder).read_text())
+    for tensor in content["tensors"].values():
+        for piece in tensor["pieces"]:
+            piece[2:] = [file.name, 0, file.stat().st_size]
+    index_of(folder).write_text(json.dumps(content))
+
+
+def as_a_number(folder: Path, evil: Runs) -> None:
+    """Where a stock optimizer's clock would be."""
+    torch.save(evil, index_of(folder).parent / "__9_0.distcp")
+    content = json.loads(index_of(folder).read_text())
+    for name in content["tensors"]:
+        content["values"][name] = ["__9_0.distcp", 0, (index_of(folder).parent / "__9_0.distcp").stat().st_size]
+    index_of(folder).write_text(json.dumps(content | {"tensors": {}}))
+
+
+CRAFTS = [in_the_index_of_dcp, in_our_index, beside_the_tree, beside_the_tree_plainly, in_a_tensor, as_a_number,
+          *map(inside, ("extra", "aside", "random", "averaging"))]
+
+
+@pytest.mark.parametrize("mode", ["average", "exact"])
+@pytest.mark.parametrize("craft", CRAFTS, ids=lambda craft: craft.__name__)
+def test_nothing_in_a_crafted_folder_runs(tmp_path, mode, craft):
+    folder, marker = saved(tmp_path / "runs" / "step_1", mode), tmp_path / "it ran"
+    craft(folder, Runs(marker))
+    sealed(folder)
+    told = CliRunner().invoke(app, ["ckpt", "inspect", str(folder)])
+    assert told.exception is None or isinstance(told.exception, SystemExit)
+    assert CliRunner().invoke(app, ["ckpt", "inspect", str(folder.parent)]).exit_code == told.exit_code
+    assert deslo_plugin.latest(folder.parent) == folder
+    model, _ = alone()
+    if craft is in_the_index_of_dcp:  # nobody reads that
+        assert deslo_plugin.load(folder, model) == {"batch": 3}
+    else:
+        with pytest.raises((ConfigError, OSError)):
+            deslo_plugin.load(folder, model)
+    try:
+        deslo_plugin.saved_state_dict(folder)
+    except (ConfigError, OSError):
+        pass
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Runs(marker)))  # what was in there does run where it is let
+    assert marker.exists()
+
+
+def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path):
+    folder = saved(tmp_path / "c")
+    (folder / "hook.py").write_text("")
+    for read in (lambda: deslo_plugin.load(folder, alone()[0]), lambda: deslo_plugin.saved_state_dict(folder)):
+        with pytest.raises(ConfigError, match="hook.py: not named in deslo.json; move it out"):
+            read()
+    assert "TORN: hook.py: not named in deslo.json" in CliRunner().invoke(app, ["ckpt", "inspect", str(folder)]).stdout
+
+
+@pytest.mark.parametrize("name", ["../outside.distcp", "/etc/hostname", "a/../../outside.distcp", ""])
+def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path, name):
+    folder = saved(tmp_path / "c")
+    proof = read_proof(folder)
+    write_proof(folder, type(proof)(**{**vars(proof), "files": {**proof.files, name: [1, 2]}}))
+    with pytest.raises(ConfigError, match="expected files inside the folder"):
+        deslo_plugin.load(folder, alone()[0])
+
+
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path):
+    folder = saved(tmp_path / "c")
+    index_of(folder).write_text(index_of(folder).read_text().replace("__0_0.distcp", "../__0_0.distcp"))
+    sealed(folder)
+    with pytest.raises(ConfigError, match="index of tensors as it was written"):
+        deslo_plugin.load(folder, alone()[0])
+
+
+def test_links_are_refused(tmp_path):
+    folder, other = saved(tmp_path / "c"), saved(tmp_path / "other")
+    for name in ("__0_0.distcp", "first_rank.pt"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(other / name)
+        with pytest.raises(ConfigError, match=f"{name}: a link, or no file at all"):
+            deslo_plugin.load(folder, alone()[0])
+        (folder / name).unlink()
+        shutil.copy(other / name, folder / name)
+    exact = saved(tmp_path / "exact", "exact")
+    (exact / "replica_0").rename(tmp_path / "elsewhere")
+    (exact / "replica_0").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="replica_0"):
+        deslo_plugin.load(exact, alone()[0])
+
+
+def changed(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-200] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_kept_sha256_finds_what_a_checksum_made_anew_hides(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="deslo_plugin"):
+        folder = saved(tmp_path / "c", digest="sha256")
+    told = json.loads(CliRunner().invoke(app, ["ckpt", "inspect", str(folder), "--json"]).stdout)
+    kept = told["sha256"]
+    assert told["digest"] == "sha256" and told["whole"]
+    assert deslo_plugin.load(folder, alone()[0], sha256=kept) == {"batch": 3}
+    changed(folder / "first_rank.pt")
+    with pytest.raises(ConfigError, match="first_rank.pt: other bytes than were saved"):
+        deslo_plugin.load(folder, alone()[0], sha256=kept)
+    sealed(folder)
+    for read in (lambda: deslo_plugin.load(folder, alone()[0], sha256=kept), lambda: deslo_plugin.saved_state_dict(folder, sha256=kept)):
+        with pytest.raises(ConfigError, match=f"a deslo.json with SHA-256 {kept}, got .*somebody has changed it"):
+            read()
+    weak = saved(tmp_path / "weak")
+    with pytest.raises(ConfigError, match="a SHA-256 of every file, got CRC-32 alone"):
+        deslo_plugin.load(weak, alone()[0], sha256=read_proof(weak).digest)
+
+
+def test_plain_values_come_back_as_they_were(tmp_path):
+    import numpy as np
+
+    extra = {"none": None, "flag": True, "whole": 2**70, "float": float("inf"), "complex": 1 + 2j, "text": "é", "bytes": b"\0\xff",
+             "list": [1, [2.5]], "tuple": (1, ("a",)), 3: {(1, 2): "key"}, "ordered": OrderedDict(b=1, a=2), "counter": Counter({5: 2}),
+             "tensor": torch.arange(6).view(2, 3), "dtype": torch.bfloat16, "size": torch.Size([1, 2]), "device": torch.device("cpu"),
+             "scheduler": torch.optim.lr_scheduler.MultiStepLR(torch.optim.SGD([torch.ones(1)]), [2, 4]).state_dict()}
+    model, _ = alone()
+    deslo_plugin.save(tmp_path / "c", model, extra=extra | {"numpy": np.float32(0.5), "count": np.int64(3), "is": np.bool_(True)})
+    loaded = deslo_plugin.load(tmp_path / "c", model)
+    numbers = [loaded.pop(name) for name in ("numpy", "count", "is")]
+    assert numbers == [0.5, 3, True] and [type(each) for each in numbers] == [float, int, bool]
+    assert torch.equal(loaded.pop("tensor"), extra.pop("tensor"))
+    assert loaded == extra and all(type(loaded[name]) is type(value) for name, value in extra.items())
+
+
+class Settings(dict):
+    pass
+
+
+def itself() -> dict:
+    loop: dict = {}
+    loop["again"] = loop
+    return loop
+
+
+@pytest.mark.parametrize("extra, said", [
+    ({"a": [1, {"b": lambda: 0}]}, r"save\(extra\)\['a'\]\[1\]\['b'\]: expected plain values .* got builtins.function; leave it out"),
+    ({"path": Path("x")}, r"\['path'\]: .* got pathlib.PosixPath"), ({"s": {1}}, r"\['s'\]: .* got builtins.set; give list\(value\)"),
+    ({"c": Settings(a=1)}, r"\['c'\]: .* got .*Settings"), ({object(): 1}, r"a key of save\(extra\): .* got builtins.object"),
+    ({"g": torch.optim.SGD([torch.ones(1)])}, r"\['g'\]: .*SGD; give what it is made of, such as its state_dict\(\)"),
+    ({"n": torch.rand(2).numpy()}, r"\['n'\]: .* got numpy.ndarray; give torch.from_numpy"), (itself(), "containers that contain themselves"),
+    ([("a", 1)], r"save\(extra\): expected a dict, got list"),
+])
+def test_what_is_no_data_is_refused_at_the_save(tmp_path, extra, said):
+    model, _ = alone()
+    with pytest.raises(ConfigError, match=said):
+        deslo_plugin.save(tmp_path / "c", model, extra=extra)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numpy_draws_the_same_numbers_after_an_exact_resume(tmp_path):
+    import numpy as np
+
+    np.random.seed(3)
+    folder = saved(tmp_path / "c", "exact")
+    drawn = np.random.rand(3).tolist()
+    deslo_plugin.load(folder, alone()[0])
+    assert np.random.rand(3).tolist() == drawn
+
+
+def scaled(config: dict, folder: str) -> tuple[dict, dict]:
+    """The numbers of the loss scaler at a save, and of a new engine that has loaded it."""
+    from deepspeed.accelerator import get_accelerator
+
+    def numbers(job: Job) -> dict:
+        return {name: value for name, value in vars(job.model.optimizer.loss_scaler).items() if type(value) in (bool, int, float)}
+
+    kind = type(get_accelerator())
+    supported, kind.is_fp16_supported = kind.is_fp16_supported, lambda self: True
+    try:
+        config = config | {"fp16": {"enabled": True, "initial_scale_power": 6, "hysteresis": 1, "loss_scale_window": 2}}
+        job = Job(f"zero {config['zero_optimization']['stage']}", config)
+        job.train(range(5))
+        deslo_plugin.save(folder, job.model)
+        at_save = numbers(job)
+        job.close()
+        job = Job(job.kind, config)
+        deslo_plugin.load(folder, job.model)
+        loaded = numbers(job)
+        job.close()
+    finally:
+        kind.is_fp16_supported = supported
+    return at_save, loaded
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_loss_scale_of_an_engine_goes_on(four, tmp_path, stage):
+    for at_save, loaded in four().run(scaled, config_for(f"zero {stage}"), str(tmp_path / "c")):
+        assert loaded == at_save and at_save["cur_scale"] > 2**6
+
+
+@pytest.mark.parametrize("files, said", [
+    (["mp_rank_00_model_states.pt"], "a checkpoint of DeepSpeed's own .*load_module_only=True"),
+    (["zero_pp_rank_0_mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+     "a checkpoint of DeepSpeed's own .*load_module_only=True"),
+    (["latest", "global_step3/mp_rank_00_model_states.pt"], "a folder of checkpoints of DeepSpeed's own"),
+    ([".metadata", "__0_0.distcp"], "a checkpoint of torch.distributed.checkpoint alone"), (["model.safetensors"], "exported weights"),
+    (["step_1/deslo.json"], r"a folder of checkpoints; load\(deslo_plugin.latest\(path\), model\)"),
+])
+def test_what_others_saved_is_called_by_its_name(tmp_path, files, said):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("global_step3")
+    with pytest.raises(ConfigError, match=f"a folder with deslo.json, got none, but {said}"):
+        deslo_plugin.load(tmp_path, alone()[0])
+
+
+@pytest.mark.parametrize("path", [".", "..", "/"])
+def test_inspecting_where_no_checkpoint_is_gives_a_sentence(tmp_path, monkeypatch, path):
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    told = CliRunner().invoke(app, ["ckpt", "inspect", path])
+    assert told.exit_code == 2 and "expected a folder with deslo.json" in told.stderr
