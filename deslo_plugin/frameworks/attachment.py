@@ -11,6 +11,7 @@ import torch
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import Groups
 from deslo_plugin.config import Config
+from deslo_plugin.frameworks.wrappers import bare
 from deslo_plugin.log import say
 from deslo_plugin.plan import Plan, make_plan
 from deslo_plugin.recorder import Recorder
@@ -119,17 +120,18 @@ class Attachment:
 
 
 attached: MutableMapping[torch.nn.Module, list[Attachment]] = WeakKeyDictionary()
-"""By model, one for each optimizer that steps it: kept beside it, so that models can still be copied and pickled."""
+"""By the model inside all wrappers, one for each optimizer that steps it: beside it, so that it can still be copied and pickled."""
 
 
 def attachments_of(model: Any, what: str) -> list[Attachment]:
     """Of a model that ``attach`` was called with, or a DeepSpeed engine. Raises ``ConfigError`` for anything else, and for
     replicas that come and go, of which no rank can ask the others at will."""
-    if isinstance(model, torch.nn.Module) and model in attached:
-        if any(attachment.groups is None for attachment in attached[model]):
+    inside = bare(model) if isinstance(model, torch.nn.Module) else None
+    if inside in attached:
+        if any(attachment.groups is None for attachment in attached[inside]):
             raise ConfigError(what, "replicas that are there from start to end", "those of a torchft manager",
                               "keep the state dicts of model and optimizer yourself, of any replica; latecomers need no file")
-        return attached[model]
+        return attached[inside]
     if hasattr(model, "basic_optimizer") and hasattr(model, "deslo"):
         return [model.deslo]
     raise ConfigError(what, "a DeepSpeed engine with a deslo block, or a model that attach was called with", type(model).__name__,

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.frameworks.attachment import attachments_of
 from deslo_plugin.frameworks.one_model import one_replica
+from deslo_plugin.frameworks.wrappers import bare
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def averaged_state_dict(model: Any, *, as_trained: bool = False) -> dict[str, Te
         module, params, world = model.module, full_params(model), dist.group.WORLD
     else:
         world = attachments_of(model, "averaged_state_dict")[0].groups.world
-        module = model.module if isinstance(model, DistributedDataParallel) else model
+        module = bare(model)
         params = _whole(module)
     with one_replica():
         saved = set(module.state_dict(keep_vars=True))

@@ -7,6 +7,7 @@ Between averages every replica has its own parameters and momenta. Whatever save
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,12 +32,20 @@ def one_replica() -> Iterator[None]:
 
 
 def refuse_one_replica(attachment: Attachment, *owners: nn.Module | torch.optim.Optimizer) -> None:
-    """From now on ``state_dict()`` of ``owners`` raises ``ConfigError`` while replicas differ."""
+    """From now on ``state_dict()`` of ``owners`` raises ``ConfigError`` while replicas differ, and so does that of every module
+    in them that holds parameters or buffers: wrappers, the plain model inside, its parts."""
     if attachment.topology.replicas == 1:
         return
-    for owner in (owner for owner in owners if owner not in _owner):
+    for owner in (each for owner in owners for each in _parts(owner) if each not in _owner):
         _owner[owner] = attachment
         owner.register_state_dict_pre_hook(_refuse)
+
+
+def _parts(owner: nn.Module | torch.optim.Optimizer) -> Iterator[nn.Module | torch.optim.Optimizer]:
+    yield owner
+    if isinstance(owner, nn.Module):
+        holders = (module for module in owner.modules() if next(chain(module.parameters(), module.buffers()), None) is not None)
+        yield from (module for module in holders if module is not owner)
 
 
 def _refuse(owner: nn.Module | torch.optim.Optimizer, *_: Any) -> None:

@@ -5,11 +5,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.frameworks.attachment import Attachment
 from deslo_plugin.frameworks.fragment import of_dtensor
 from deslo_plugin.frameworks.one_model import one_replica
+from deslo_plugin.frameworks.wrappers import bare
 from deslo_plugin.names import PARAMS
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
@@ -81,7 +81,7 @@ class TorchState:
 
     def __init__(self, model: nn.Module, attachments: Sequence[Attachment]):
         self.averagings = [attachment.averaging for attachment in attachments]
-        model = model.module if isinstance(model, DistributedDataParallel) else model
+        model = bare(model)
         self.params = {plain_name(name): param for name, param in model.named_parameters()}
         self._stepped_by = {
             param: averaging.optimizer for averaging in self.averagings for group in averaging.groups for param in group["params"]}

@@ -24,7 +24,8 @@ from deslo_plugin.frameworks.deepspeed.groups import ReplicaUnit, active, groups
 from deslo_plugin.frameworks.deepspeed.job import compared, job_of, refuse_unsupported
 from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
 from deslo_plugin.frameworks.telemetry import add_scalars, start_telemetry
-from deslo_plugin.log import say
+from deslo_plugin.frameworks.wrappers import engines
+from deslo_plugin.log import announce, say
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
@@ -56,6 +57,7 @@ def _engine_init(original: Callable[..., None]) -> Callable[..., None]:
         if given["mpu"] is None:  # first of all: what one rank alone would be refused for must not leave the others waiting
             agree("the DeepSpeed config's", compared(ds, given["optimizer"]), do="give every rank the same config")
         job = job_of(ds, given["optimizer"])
+        engines.add(self)
         if job is None:
             return original(self, *args, **kwargs)
         deslo, optimizer = job
@@ -135,7 +137,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     checkpoint.save_the_truth(engine)
     for name in OUTSIDE:
         setattr(engine, name, _with_groups(unit, getattr(engine, name)))
-    say(engine.deslo.plan.describe())
+    announce(engine.deslo.plan.describe())
     say_placement(groups.topology, groups.world)
     start_telemetry(engine.deslo)
     if engine.monitor.enabled and dist.get_rank() == 0:
