@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from deslo_plugin.agreement import agree
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import Alone, Average, Groups, ReplicaAverage, gathered, make_groups
-from deslo_plugin.config import Config, as_dict, load_config
+from deslo_plugin.config import Config
 from deslo_plugin.frameworks import ddp, fsdp, torchft, wrappers
+from deslo_plugin.frameworks.asked import agreed, checked, refuse_together
 from deslo_plugin.frameworks.attachment import Attachment, attached
 from deslo_plugin.frameworks.equality import (
     agree_on_model, agree_on_optimizer, equal_replicas, listed, refuse_parts, say_placement,
@@ -25,6 +25,7 @@ from deslo_plugin.frameworks.equality import (
 from deslo_plugin.frameworks.one_model import refuse_one_replica
 from deslo_plugin.frameworks.telemetry import start_telemetry
 from deslo_plugin.frameworks.warmup import GradientAveraging
+from deslo_plugin.frameworks.watch import Watch
 from deslo_plugin.log import announce, say
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.plan import BYTES
@@ -66,24 +67,25 @@ def attach(
     Raises ``ConfigError`` for a setting that cannot work, on every rank and before anything is trained.
     """
     if manager is not None:
-        inner, config = _checked(model, optimizer, config)
+        inner, config = checked(model, optimizer, config)
         return _live(model, inner, config, manager, (mesh, replicate, process_group), emit)
     if not dist.is_initialized():
-        return _alone(model, *_checked(model, optimizer, config), emit)
-    optimizer, config = _agreed(model, optimizer, config, mesh, process_group)
+        return _alone(model, *checked(model, optimizer, config), emit)
+    optimizer, config = agreed(model, optimizer, config, mesh, process_group)
     around, model = model, wrappers.bare(model)
     ddps = wrappers.reducers(around)
     sharded = fsdp.is_sharded(model)
     topology = _topology_of(model, ddps, config, mesh, replicate, process_group)
     groups = make_groups(topology, config.deslo.timeout_s)
-    _refuse_together(lambda: _expect_inside(around, ddps, topology, config, replicate), groups.world)
+    refuse_together(lambda: _expect_inside(around, ddps, topology, config, replicate), groups.world)
     agree_on_model(model, lambda p: p.shape, groups.world)
     fsdp.reshard(model)
-    named = _tensors_of(model, optimizer)
-    pieces = {name: tensor for name, tensor in named.items() if hasattr(tensor, "to_local")}
-    whole = {name: tensor for name, tensor in named.items() if name not in pieces}
+    named = _params_of(model, optimizer)
+    pieces = {name: param for name, param in named.items() if hasattr(param, "to_local")}
+    plain = {name: param for name, param in named.items() if name not in pieces}
     if not ddps and config.deslo.initial_params != "broadcast":
-        refuse_parts(whole, groups, sharded)
+        refuse_parts(plain, groups, sharded)
+    whole = plain | wrappers.saved_buffers(model)
     equal_replicas(whole, dict(zip(pieces, local(list(pieces.values())))), config.deslo.initial_params, groups)
 
     first = model not in attached
@@ -102,14 +104,15 @@ def attach(
         numels=[sum(param.numel() for param in each) for each in params],
         gradient_bytes=[_gradient_bytes(ddps, each, config, average.divisor) for each in params],
         buffer_bytes=sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype],
+        watch=Watch(averaging, groups, named, plain, names_left_out=first),
     )
     optimizer.deslo = attachment
     attached.setdefault(model, []).append(attachment)
     refuse_one_replica(attachment, optimizer, around)
-    announce(attachment.plan.describe())
+    attachment.announce()
     say_placement(topology, groups.world)
-    if sharded and topology.replica_size > 1 and (plain := fsdp.not_sharded(model)):
-        say(f"deslo: {listed(plain)} are trained and not sharded: nothing reduces their gradients inside a replica, whose ranks go "
+    if sharded and topology.replica_size > 1 and (beside := fsdp.not_sharded(model)):
+        say(f"deslo: {listed(beside)} are trained and not sharded: nothing reduces their gradients inside a replica, whose ranks go "
             "apart; call fully_shard on the whole model too, or reduce those gradients yourself", logging.WARNING)
     start_telemetry(attachment)
     return attachment
@@ -121,9 +124,9 @@ def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, e
     groups = Groups(topology, world=None, shard=None, replica=None, singleton=None)
     averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
     numels = [sum(param.numel() for param in group["params"]) for group in optimizer.param_groups]
-    optimizer.deslo = Attachment(averaging, groups, config, numels)
+    optimizer.deslo = Attachment(averaging, groups, config, numels, watch=Watch(averaging, groups, _params_of(model, optimizer)))
     attached.setdefault(wrappers.bare(model), []).append(optimizer.deslo)
-    announce(optimizer.deslo.plan.describe())
+    optimizer.deslo.announce()
     start_telemetry(optimizer.deslo)
     return optimizer.deslo
 
@@ -150,47 +153,6 @@ def _live(
     return attachment
 
 
-def _checked(model: nn.Module, optimizer: Any, config: Any) -> tuple[torch.optim.Optimizer, Config]:
-    """(the optimizer that steps, its config). Raises ``ConfigError`` for what cannot be attached."""
-    optimizer = wrappers.bare_optimizer(optimizer)
-    if hasattr(optimizer, "deslo"):
-        raise ConfigError("attach(optimizer)", "one call for each optimizer", "a second one", "remove it")
-    wrappers.refuse(model, optimizer)
-    if any(each.averaging.diverged for each in attached.get(wrappers.bare(model), ())):
-        raise ConfigError("attach(optimizer)", "replicas that are equal, as before the first step", "some that have trained",
-                          "attach every optimizer before the first step, or call deslo_plugin.meet(model) right before")
-    return optimizer, _config_of(optimizer, config)
-
-
-def _agreed(
-    model: nn.Module, optimizer: Any, config: Any, mesh: DeviceMesh | None, group: dist.ProcessGroup | None
-) -> tuple[torch.optim.Optimizer, Config]:
-    """As ``_checked``, the same on every rank, or an error on every rank: a mistake of one must not leave the others waiting."""
-    problem = ""
-    try:
-        inner, config = _checked(model, optimizer, config)
-    except ConfigError as error:
-        problem = error
-    shape = None if mesh is None else mesh.mesh.tolist()
-    mine = {"model": type(model).__name__, "optimizer": type(optimizer).__name__, "mesh": shape, "error": problem}
-    agree("attach's", mine | ({} if problem else as_dict(config)), do="call attach alike on every rank", group=group)
-    if problem:
-        raise problem
-    return inner, config
-
-
-def _refuse_together(check: Callable[[], object], world: dist.ProcessGroup) -> None:
-    """What ``check`` refuses on any rank is refused on all. Collective."""
-    problem = None
-    try:
-        check()
-    except ConfigError as error:
-        problem = error
-    for each in gathered(problem, world).values():
-        if each is not None:
-            raise each
-
-
 def _expect_inside(
     model: nn.Module, ddps: Sequence[DistributedDataParallel], topology: Topology, config: Config, replicate: str | None
 ) -> None:
@@ -199,21 +161,6 @@ def _expect_inside(
         fsdp.refuse_across(model, topology, replicate)
         if ddps:
             ddp.refuse(model, ddps, topology, config.deslo.synchronous_steps > 0)
-
-
-def _config_of(optimizer: torch.optim.Optimizer, config: Any) -> Config:
-    if isinstance(optimizer, DesLoc):
-        if config is not None:
-            raise ConfigError("attach(config=...)", "none beside a DesLoc, which has its own", "one", "give it to DesLoc")
-        return optimizer.config
-    if config is None:
-        raise ConfigError("attach(config=...)", f"a config with deslo.sync_every for {type(optimizer).__name__}", "none",
-                          "pass the file or dict, or use deslo_plugin.DesLoc")
-    config = load_config(config)
-    if config.deslo.sync_every is None:
-        raise ConfigError("attach(optimizer)", "a DesLoc for a config without deslo.sync_every", type(optimizer).__name__,
-                          "build DesLoc(params, config), or write the periods of this optimizer's states in deslo.sync_every")
-    return config
 
 
 def _topology_of(
@@ -238,9 +185,9 @@ def _topology_of(
     return topology
 
 
-def _tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What must be alike: parameters, persistent buffers, and what else the optimizer steps, such as those of a loss."""
-    named = dict(model.named_parameters()) | wrappers.saved_buffers(model)
+def _params_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Of the model, and what else the optimizer steps, such as those of a loss."""
+    named = dict(model.named_parameters())
     known = set(map(id, named.values()))
     others = ((f"{index} of param group {number}", param) for number, group in enumerate(optimizer.param_groups)
               for index, param in enumerate(group["params"]))

@@ -24,8 +24,9 @@ from deslo_plugin.frameworks.deepspeed.groups import ReplicaUnit, active, groups
 from deslo_plugin.frameworks.deepspeed.job import compared, job_of, refuse_unsupported
 from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
 from deslo_plugin.frameworks.telemetry import add_scalars, start_telemetry
+from deslo_plugin.frameworks.watch import Watch
 from deslo_plugin.frameworks.wrappers import engines
-from deslo_plugin.log import announce, say
+from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
@@ -129,7 +130,9 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
         averaging.skips_nonfinite &= engine.optimizer is optimizer
     agree_on_optimizer(averaging, config)
     numels = [sum(param.numel() for param in params) for params in partitions]
-    engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True)
+    stepped = {f"parameter {i} of param group {g}": param for g, params in enumerate(partitions) for i, param in enumerate(params)}
+    watch = Watch(averaging, groups, stepped, [] if engine.zero_optimization() else stepped, in_engine=True)
+    engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True, watch=watch)
     engine._take_model_step = (_averaged if stock else _kept_in_step)(engine, engine._take_model_step)
     if deslo.synchronous_steps:
         engine._take_model_step = _warmed_up(engine, engine._take_model_step)
@@ -137,7 +140,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     checkpoint.save_the_truth(engine)
     for name in OUTSIDE:
         setattr(engine, name, _with_groups(unit, getattr(engine, name)))
-    announce(engine.deslo.plan.describe())
+    engine.deslo.announce()
     say_placement(groups.topology, groups.world)
     start_telemetry(engine.deslo)
     if engine.monitor.enabled and dist.get_rank() == 0:
@@ -173,6 +176,8 @@ def _recorded(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
     @functools.wraps(take_model_step)
     def step(lr_kwargs: Any) -> None:
         take_model_step(lr_kwargs)
+        if engine.deslo.averaging.watch:
+            engine.deslo.watch.step_ended(of_engine=True)
         engine.deslo.recorder.step_ended()
 
     return step
