@@ -54,6 +54,7 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
     if mode not in CHECKPOINTS:
         raise ConfigError("save(mode=...)", f"one of {', '.join(CHECKPOINTS)}", repr(mode), "choose one")
     holder, topology, world = holder_of(model, attachments), attachment.topology, attachment.groups.world
+    attachment.watch.check_inside()
     first, part = topology.rank == min(topology.ranks), final.with_name(final.name + PART)
     all_or_none(lambda: _begin(part) if first else None, world)
     all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state

@@ -18,6 +18,7 @@ from deslo_plugin.collectives import Groups, gathered
 from deslo_plugin.config import Config, as_dict
 from deslo_plugin.log import say
 from deslo_plugin.ops import native
+from deslo_plugin.strict import ConfigError
 from deslo_plugin.topology import Topology, spread
 
 SEED_ALIKE = 'seed every rank alike, or set "deslo": {"initial_params": "auto"} to start from replica 0'

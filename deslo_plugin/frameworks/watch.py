@@ -80,7 +80,7 @@ class Watch:
         if not self._began:
             self._began = True
             if self._names_left_out and not self._in_engine:
-                self._say_left_out("require gradients")
+                self._complain("left out", self._left_out("require gradients"))
 
     def landed(self, params: Sequence[Tensor]) -> None:
         """The mean of ``params`` has been written."""
@@ -102,24 +102,32 @@ class Watch:
 
     def _about_to_land(self, event: SyncEvent) -> None:
         if PARAMS in event.drift and not self._before:
-            self._before = self._digests()
+            self._before, self._landed_at = self._digests(), event.steps
 
     def _compare(self) -> None:
         before, after = self._before, self._after
         moved, self._known, self._before, self._after = before != self._known, before, {}, {}
-        everyone = gathered((moved, _hash(before), _hash(after)), self.groups.world)
-        columns = self.groups.topology.columns
+        moved, together, apart = self._over_replicas(moved, before, after)
         self._looked += 1
-        if any(moved for moved, _, _ in everyone.values()):
-            self._averages += 1
-            if all(everyone[rank][1] == everyone[first][1] for first, *others in columns for rank in others):
-                self._complain("together", TOGETHER.format(steps=self.averaging.meter.steps))
-        apart = [rank for first, *others in columns for rank in others if everyone[rank][2] != everyone[first][2]]
+        self._averages += moved
+        if moved and together:
+            self._complain("together", TOGETHER.format(steps=self._landed_at))
         if apart:
-            self._complain("apart", f"deslo: parameters of rank(s) {sorted(apart)} differ from those of replica 0 right after an "
-                           "average; see that nothing writes parameters on some ranks alone, and call attachment.check()")
+            self._complain("apart", "deslo: parameters differ between replicas right after an average; see that nothing writes them on "
+                           "some ranks alone, and call attachment.check() on every rank")
         if self._averages >= AVERAGES or self._looked >= PATIENCE:
             self._end()
+
+    def _over_replicas(self, moved: bool, before: Mapping[str, str], after: Mapping[str, str]) -> tuple[bool, bool, bool]:
+        """(whether any moved, all were equal before, some differ after). By way of an average: a rank that has left is named there."""
+        words = [float(word) for each in (before, after) for word in bytes.fromhex(_hash(each)[:16])]
+        own = torch.tensor([float(moved), *words, *(word**2 for word in words)], dtype=torch.float64)
+        average = self.averaging.average
+        chunk = own.repeat(average.divisor)
+        average.start(chunk).wait()
+        mean, square = chunk[1 : len(own)].view(2, 2, -1)
+        differ = ((square - mean.square()).abs() > 1e-9).any(1).tolist()  # E w^2 = (E w)^2 where all are equal
+        return average.any(bool(chunk[0] > 0)), not average.any(differ[0]), average.any(differ[1])
 
     def _end(self) -> None:
         self.averaging.watch = None
@@ -142,24 +150,25 @@ class Watch:
             self._complain("elsewhere", f"deslo: a step of {kind} moves parameters of {name}, which is attached and not stepped: "
                            f"nothing is averaged; attach that {kind}, such as optimizer.base_optimizer, or call the step() of {name}")
         elif self._names_left_out and not hasattr(optimizer, "deslo"):
-            self._say_left_out(f"are stepped by {kind}", theirs)
+            self._complain("left out", self._left_out(f"are stepped by {kind}", theirs))
 
     def check(self) -> list[str]:
         """What is wrong, as sentences that are the same on every rank; nothing if all is well. Collective over all ranks."""
-        self._say_left_out("require gradients")
+        left = self._left_out("require gradients")
         now, steps, topology = self._digests(), self.averaging.meter.steps, self.groups.topology
         unasked = steps == self._asked_at and now != self._asked
         parts = [_hash({name: now[name] for name in self.whole}), _hash(now)]
-        everyone = self._everyone((unasked, *parts, self.problems))
+        everyone = self._everyone((unasked, *parts, left, self.problems))
         self._asked, self._asked_at = now, steps
-        found = dict(item for *_, problems in everyone.values() for item in problems.items())
+        lasting = ("together", "apart", "elsewhere")
+        found = {kind: said for *_, problems in everyone.values() for kind, said in problems.items() if kind in lasting}
+        if left := next((left for _, _, _, left, _ in everyone.values() if left), ""):
+            found["left out"] = left
         if any(unasked for unasked, *_ in everyone.values()):
             found["unasked"] = ("deslo: parameters have changed since the last check, or since attach, without a step of the "
                                 "attached optimizer; that is right after a load or a write of your own, else step what was attached")
-        within = [rank for first, *others in topology.rows for rank in others if everyone[rank][1] != everyone[first][1]]
-        if within:
-            found["within"] = (f"deslo: rank(s) {sorted(within)} hold other values than the first rank of their replica; reduce the "
-                               "gradients of every parameter inside a replica, or make parts DTensors")
+        if within := self._other_than_first({rank: each[1] for rank, each in everyone.items()}):
+            found["within"] = WITHIN.format(ranks=within)
         apart = [rank for first, *others in topology.columns for rank in others if everyone[rank][2] != everyone[first][2]]
         if apart and not self.averaging.diverged:
             found["unequal"] = (f"deslo: rank(s) {sorted(apart)} differ from replica 0, and no step was taken since all were equal; "
@@ -168,19 +177,29 @@ class Watch:
             self._complain(kind, sentence)
         return list(found.values())
 
+    def check_inside(self) -> None:
+        """Says if ranks of a replica hold other values of what they must hold alike: a checkpoint keeps one. Collective."""
+        if self.whole and self.groups.topology.replica_size > 1:
+            mine = digests((name, param) for name, param in self.named.items() if name in self.whole)
+            if within := self._other_than_first(self._everyone(_hash(mine))):
+                self._complain("within", WITHIN.format(ranks=within))
+
+    def _other_than_first(self, everyone: Mapping[int, str]) -> list[int]:
+        return sorted(rank for first, *others in self.groups.topology.rows for rank in others if everyone[rank] != everyone[first])
+
     def _everyone(self, mine: Any) -> dict[int, Any]:
         return gathered(mine, self.groups.world) if self.groups.world is not None else {self.groups.topology.rank: mine}
 
-    def _say_left_out(self, how: str, among: Collection[int] | None = None) -> None:
+    def _left_out(self, how: str, among: Collection[int] | None = None) -> str:
+        """What to say of trained parameters in no attached optimizer, or nothing."""
         attached = _params_of(averaging.optimizer for averaging in _averagings)
         left = [name for name, param in self.named.items()
                 if param.requires_grad and id(param) not in attached and (among is None or id(param) in among)]
-        if left:
-            self._complain("left out", f"deslo: {listed(left)} {how} and are in no attached optimizer: they are never averaged; call "
-                           "deslo_plugin.attach for the optimizer that steps them too, or freeze them with requires_grad_(False)")
+        return left and (f"deslo: {listed(left)} {how} and are in no attached optimizer: they are never averaged; call "
+                         "deslo_plugin.attach for the optimizer that steps them too, or freeze them with requires_grad_(False)") or ""
 
     def _complain(self, kind: str, sentence: str) -> None:
-        if kind not in self.problems:
+        if sentence and kind not in self.problems:
             self.problems[kind] = sentence
             self.averaging.meter.failed_checks += 1
             say(sentence, logging.WARNING)
@@ -193,6 +212,11 @@ TOGETHER = (
     "deslo: the parameters of all replicas are equal after {steps} steps, before any average: gradients still meet at every step, or "
     "all ranks see the same data, so nothing is saved. Attach what DDP(model) returned, not the module inside it nor before it is "
     "wrapped; take an optimizer that gathers nothing by itself; give every rank its own part of the data (DistributedSampler)"
+)
+
+WITHIN = (
+    "deslo: rank(s) {ranks} hold other values than the first rank of their replica, whose values a checkpoint keeps; reduce the "
+    "gradients of every parameter inside a replica, or make parts DTensors"
 )
 
 

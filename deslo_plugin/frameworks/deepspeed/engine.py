@@ -25,7 +25,7 @@ from deslo_plugin.frameworks.deepspeed.job import compared, job_of, refuse_unsup
 from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
 from deslo_plugin.frameworks.telemetry import add_scalars, start_telemetry
 from deslo_plugin.frameworks.watch import Watch
-from deslo_plugin.frameworks.wrappers import engines
+from deslo_plugin.frameworks.wrappers import engines, saved_buffers
 from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.stock import StockAveraging
@@ -104,7 +104,7 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
             raise ConfigError(f"parameter {name}", f"zero.Init over the {groups.topology.replica_size} ranks of a replica",
                               f"{dist.get_world_size(p.ds_process_group)} ranks",
                               "pass config_dict_or_path=<this DeepSpeed config> to deepspeed.zero.Init")
-    whole = {name: p.data for name, p in params.items() if name not in sharded}
+    whole = {name: p.data for name, p in params.items() if name not in sharded} | saved_buffers(model)
     # by way of the accelerator: the model may still be on the CPU, where NCCL does not reach
     equal_replicas(whole, sharded, deslo.initial_params, groups, lambda t: t.to(get_accelerator().current_device_name()))
 
