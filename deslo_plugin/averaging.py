@@ -57,6 +57,7 @@ class Averaging:
     ):
         self.optimizer, self.deslo, self.average, self.clock = optimizer, deslo, average, clock
         self._groups, self.meter, self.listeners = groups, Meter(), [emit] if emit else []
+        self.watch: Any = None  # told of steps and landings until the first averages have been looked at
         self.skips_nonfinite = deslo.on_nonfinite == "skip"
         self.receive = receive or (lambda cohort, states, means: write_means(states, means))
         self.bounds = bounds
@@ -89,6 +90,8 @@ class Averaging:
 
     def around(self, update: Callable[[list[Cohort]], object]) -> None:
         """One step: averages what is due, calls ``update``, and ticks."""
+        if self.watch:
+            self.watch.step_begins()
         if not self._convened:
             self._convened = True
             if self._convene():  # a latecomer: it stands where the others do, at the end of a step
@@ -108,6 +111,8 @@ class Averaging:
         if any(map(self._names_due, cohorts)) and self._convene():
             cohorts = self._cohorts()
         self._depart(cohorts)
+        if self.watch:
+            self.watch.step_ended()
 
     def _depart(self, cohorts: list[Cohort]) -> None:
         """What is due at the end of a step is averaged or launched."""
@@ -241,6 +246,8 @@ class Averaging:
             self._adapt(cohort, means)
             if self.deslo.delay == 1:
                 self.receive(cohort, states, means)
+                if self.watch and PARAMS in states:
+                    self.watch.landed(cohort.params)
             else:
                 self.late.land(cohort.params, states, means)
             if self.kept:

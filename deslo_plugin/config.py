@@ -19,7 +19,7 @@ from deslo_plugin.periods import adaptive_asked, read_momenta, read_periods
 from deslo_plugin.recording import Telemetry, read_telemetry
 from deslo_plugin.rules import RULES
 from deslo_plugin.schedule import Periods
-from deslo_plugin.strict import ConfigError, Reader, shown
+from deslo_plugin.strict import ConfigError, Reader, near, shown
 
 EPS = {"adam": 1e-8, "adopt": 1e-6}
 WIRE_DTYPES = ("float32", "float64")
@@ -91,7 +91,8 @@ class DesloConfig:
     number of forwards and backwards that an average travels under, ``weights`` what a replica counts in an average: as much as
     any other, or what it has seen; ``checkpoint`` is what ``save`` saves, ``checkpoint_digest`` what proves its files;
     ``state_dict`` is what ``state_dict()`` of the model does while replicas differ; ``telemetry`` is what is written down, if
-    anything.
+    anything. ``initial_params`` is what becomes of replicas that start unequal: "auto" makes them equal to replica 0 and says
+    what differed, "broadcast" does so without a word, "check" is an error.
     """
 
     replica_size: int | str = "auto"
@@ -102,7 +103,7 @@ class DesloConfig:
     delay: int = 1
     wire_dtype: str = "float32"
     bucket_mb: int = 64
-    initial_params: str = "check"
+    initial_params: str = "auto"
     on_nonfinite: str = "stop"
     timeout_s: float = 600.0
     checkpoint: str = "average"
@@ -133,6 +134,9 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
     if deslo.sync_every is not None and (block is None or kind != "DesLoc"):
         return _whole(None, deslo)
     optimizer = Reader("optimizer", {} if block is None else block)
+    if isinstance(kind, str) and kind != "DesLoc" and not near(kind, ["DesLoc"]):
+        optimizer.refuse("type", '"DesLoc", or the periods of this optimizer\'s states in deslo.sync_every', shown(kind),
+                         'set it to "DesLoc", or write "deslo": {"sync_every": {"params": 16, "exp_avg": 48, ...}} for any other')
     optimizer.choice("type", "DesLoc", ["DesLoc"])
     params = optimizer.take("params", {})
     optimizer.finish()
@@ -210,7 +214,7 @@ def read_deslo(block: Any) -> DesloConfig:
         delay=reader.whole("delay", 1),
         wire_dtype=reader.choice("wire_dtype", "float32", WIRE_DTYPES),
         bucket_mb=reader.whole("bucket_mb", 64),
-        initial_params=reader.choice("initial_params", "check", ["check", "broadcast"]),
+        initial_params=reader.choice("initial_params", "auto", ["auto", "broadcast", "check"]),
         on_nonfinite=reader.choice("on_nonfinite", "stop", ["stop", "skip"]),
         timeout_s=reader.number("timeout_s", 600.0, low=1.0),
         checkpoint=reader.choice("checkpoint", "average", CHECKPOINTS),

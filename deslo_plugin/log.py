@@ -6,14 +6,24 @@ import sys
 import torch.distributed as dist
 
 logger = logging.getLogger("deslo_plugin")
+_rank = 0  # of this process, as long as it is known: the last messages come after the process group is gone
 
 
 def say(message: str, level: int = logging.INFO, *, anywhere: bool = False) -> None:
-    """Logs on rank 0, or ``anywhere``. Without a logging set-up of the user's own, to stderr."""
-    if not anywhere and dist.is_initialized() and dist.get_rank() != 0:
+    """Logs on rank 0, or ``anywhere``. Without any logging set-up, to stderr; no logger is changed."""
+    global _rank
+    _rank = dist.get_rank() if dist.is_initialized() else _rank
+    if _rank != 0 and not anywhere:
         return
-    if not (logger.handlers or logging.getLogger().handlers):
-        logger.addHandler(logging.StreamHandler(sys.stderr))
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-    logger.log(level, message)
+    if logger.hasHandlers():
+        logger.log(level, message)
+    elif level >= max(logger.level or logging.INFO, logger.manager.disable + 1):
+        print(message, file=sys.stderr, flush=True)
+
+
+def announce(message: str) -> None:
+    """Says ``message``, or its first line where a script's logging shows warnings alone: that it works must be seen."""
+    if logger.isEnabledFor(logging.INFO) or not logger.hasHandlers():
+        say(message)
+    else:
+        say(message.splitlines()[0], logging.WARNING)

@@ -88,7 +88,7 @@ class Recorder:
         self.journal.put({
             "kind": "end", "at": time.time(), "steps": self.averaging.steps, "taken": meter.steps, "bytes": dict(meter.bytes),
             "events": dict(meter.events), "exposed_s": meter.seconds_exposed, "skipped_steps": meter.skipped_steps,
-            "refused_averages": meter.refused_averages, "reduction": reduction(self.averaging, plan),
+            "refused_averages": meter.refused_averages, "failed_checks": meter.failed_checks, "reduction": reduction(self.averaging, plan),
         })
         self.averaging.listeners.remove(self._write)
         self.journal.close()
@@ -108,6 +108,8 @@ class Recorder:
         lines.append(f"  waited for averages: {meter.seconds_exposed:.2f} s of {passed:.1f} s ({share:.2g}%)")
         if meter.skipped_steps or meter.refused_averages:
             lines.append(f"  steps left out: {meter.skipped_steps}; averages that did not arrive: {meter.refused_averages}")
+        if meter.failed_checks:
+            lines.append(f"  checks that failed: {meter.failed_checks}; attachment.check() says which")
         return "\n".join(lines)
 
     def _write(self, event: SyncEvent) -> None:

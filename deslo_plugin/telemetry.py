@@ -25,6 +25,7 @@ class Meter:
     ``steps`` are those taken since this process attached, whatever the clock said then.
 
     ``refused_averages`` did not arrive at every replica and were written by none, where replicas may come and go.
+    ``failed_checks`` are kinds of mistakes that ``attachment.check()``, or the watch over the first averages, has found.
     """
 
     bytes: Counter[str] = field(default_factory=Counter)
@@ -33,6 +34,7 @@ class Meter:
     steps: int = 0
     skipped_steps: int = 0
     refused_averages: int = 0
+    failed_checks: int = 0
     drift: dict[str, Drift] = field(default_factory=dict)
     _counted: dict[str, int] = field(default_factory=dict)
     _clock: int = -1

@@ -151,7 +151,7 @@ def _states_table(states: list[Mapping[str, Any]], steps: int) -> Table:
 
 def _methods_table(rows: list[Mapping[str, Any]], steps: int) -> Table:
     columns = ("method", "bytes of a rank", "times less", "waited ms/step", "at once, s", "computing", "hours", "times faster")
-    return table(f"{steps:,} steps beside synchronous training", columns, [
+    return table(f"{steps:,} steps beside synchronous training, at equal steps, not at equal loss", columns, [
         (each["method"], bytes_of(each["bytes_per_rank"]),
          f"{each['times_less_than_synchronous']:.1f}" if each["times_less_than_synchronous"] else "-",
          f"{each['exposed_ms_per_step']:.4g}", f"{each['longest_wait_s']:.3g}", f"{each['utilisation']:.1%}",

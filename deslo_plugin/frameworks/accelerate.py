@@ -18,6 +18,7 @@ from deslo_plugin.frameworks.attachment import attached
 from deslo_plugin.frameworks.checkpoint import load, save
 from deslo_plugin.frameworks.export import averaged_state_dict
 from deslo_plugin.frameworks.telemetry import add_scalars
+from deslo_plugin.frameworks.wrappers import bare
 from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.strict import ConfigError
@@ -135,7 +136,7 @@ def install() -> None:
 
     @functools.wraps(get_state_dict)
     def averaged(self: Accelerator, model: nn.Module, unwrap: bool = True) -> Any:
-        attachment = getattr(model, "deslo", None) or next(iter(attached.get(model, [])), None)
+        attachment = getattr(model, "deslo", None) or next(iter(attached.get(bare(model), [])), None)
         collective = self.distributed_type == DistributedType.DEEPSPEED or self.is_fsdp2
         if attachment is None or not collective or not (attachment.topology.replicas > 1 and attachment.averaging.diverged):
             return get_state_dict(self, model, unwrap)

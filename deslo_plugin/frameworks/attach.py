@@ -1,6 +1,7 @@
 """``attach``: one call that connects any torch optimizer to its replicas, under DDP, under FSDP2, or without a wrapper."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -8,21 +9,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from deslo_plugin.agreement import agree
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import Alone, Average, Groups, ReplicaAverage, gathered, make_groups
-from deslo_plugin.config import Config, as_dict, load_config
-from deslo_plugin.frameworks import ddp, fsdp, torchft
+from deslo_plugin.config import Config
+from deslo_plugin.frameworks import ddp, fsdp, torchft, wrappers
+from deslo_plugin.frameworks.asked import agreed, checked, refuse_together
 from deslo_plugin.frameworks.attachment import Attachment, attached
-from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
+from deslo_plugin.frameworks.equality import (
+    agree_on_model, agree_on_optimizer, equal_replicas, listed, refuse_parts, say_placement,
+)
 from deslo_plugin.frameworks.one_model import refuse_one_replica
 from deslo_plugin.frameworks.telemetry import start_telemetry
 from deslo_plugin.frameworks.warmup import GradientAveraging
-from deslo_plugin.log import say
+from deslo_plugin.frameworks.watch import Watch
+from deslo_plugin.log import announce, say
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.plan import BYTES
 from deslo_plugin.shards import local
@@ -62,40 +66,55 @@ def attach(
 
     Raises ``ConfigError`` for a setting that cannot work, on every rank and before anything is trained.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper keeps the one that steps
-    if hasattr(optimizer, "deslo"):
-        raise ConfigError("attach(optimizer)", "one call for each optimizer", "a second one", "remove it")
     if manager is not None:
-        return _live(model, optimizer, _config_of(optimizer, config), manager, (mesh, replicate, process_group), emit)
+        inner, config = checked(model, optimizer, config)
+        return _live(model, inner, config, manager, (mesh, replicate, process_group), emit)
     if not dist.is_initialized():
-        return _alone(model, optimizer, _config_of(optimizer, config), emit)
-    config = _agreed_config(model, optimizer, config, mesh, process_group)
-    topology = _topology_of(model, config, mesh, replicate, process_group)
+        return _alone(model, *checked(model, optimizer, config), emit)
+    optimizer, config = agreed(model, optimizer, config, mesh, process_group)
+    around, model = model, wrappers.bare(model)
+    ddps = wrappers.reducers(around)
+    sharded = fsdp.is_sharded(model)
+    topology = _topology_of(model, ddps, config, mesh, replicate, process_group)
     groups = make_groups(topology, config.deslo.timeout_s)
+    refuse_together(lambda: _expect_inside(around, ddps, topology, config, replicate), groups.world)
     agree_on_model(model, lambda p: p.shape, groups.world)
-    named = dict(model.named_parameters())
-    equal_replicas({}, dict(zip(named, local(list(named.values())))), config.deslo.initial_params, groups)
+    fsdp.reshard(model)
+    named = _params_of(model, optimizer)
+    pieces = {name: param for name, param in named.items() if hasattr(param, "to_local")}
+    plain = {name: param for name, param in named.items() if name not in pieces}
+    if not ddps and config.deslo.initial_params != "broadcast":
+        refuse_parts(plain, groups, sharded)
+    whole = plain | wrappers.saved_buffers(model)
+    equal_replicas(whole, dict(zip(pieces, local(list(pieces.values())))), config.deslo.initial_params, groups)
 
-    copies = _copies_of(model, groups)
+    first = model not in attached
+    buffers = [buffer for buffer in _floating_buffers(model) if not any(buffer is each for each in _averaged_buffers())]
+    if sharded:
+        fsdp.keep_inside_replicas(model, replicate)
+    copies = groups.shard if ddps else fsdp.copies_of(model) if sharded else None
     average = ReplicaAverage(groups, timeout_s=config.deslo.timeout_s, copies=copies)
     averaging = _averaging_of(optimizer, config, average, lambda value: list(gathered(value, groups.world).values()), emit)
     agree_on_optimizer(averaging, config, groups.world)
-    buffers = [] if model in attached else _floating_buffers(model)
-    if model not in attached and topology.replicas > 1:
-        _keep_inside_replicas(model, buffers, averaging, groups)
+    if topology.replicas > 1:
+        _keep_inside_replicas(model, ddps, first, buffers, averaging, groups)
     fsdp.reshard_at_steps(model, averaging)
     params = [local(group["params"]) for group in optimizer.param_groups]
     attachment = Attachment(
         averaging, groups, config,
         numels=[sum(param.numel() for param in each) for each in params],
-        gradient_bytes=[_gradient_bytes(model, each, config, average.divisor) for each in params],
+        gradient_bytes=[_gradient_bytes(ddps, each, config, average.divisor) for each in params],
         buffer_bytes=sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype],
+        watch=Watch(averaging, groups, named, plain, names_left_out=first),
     )
     optimizer.deslo = attachment
     attached.setdefault(model, []).append(attachment)
-    refuse_one_replica(attachment, optimizer, *([model, model.module] if isinstance(model, DistributedDataParallel) else [model]))
-    say(attachment.plan.describe())
+    refuse_one_replica(attachment, optimizer, around)
+    attachment.announce()
     say_placement(topology, groups.world)
+    if sharded and topology.replica_size > 1 and (beside := fsdp.not_sharded(model)):
+        say(f"deslo: {listed(beside)} are trained and not sharded: nothing reduces their gradients inside a replica, whose ranks go "
+            "apart; call fully_shard on the whole model too, or reduce those gradients yourself", logging.WARNING)
     start_telemetry(attachment)
     return attachment
 
@@ -106,9 +125,9 @@ def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, e
     groups = Groups(topology, world=None, shard=None, replica=None, singleton=None)
     averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
     numels = [sum(param.numel() for param in group["params"]) for group in optimizer.param_groups]
-    optimizer.deslo = Attachment(averaging, groups, config, numels)
-    attached.setdefault(model, []).append(optimizer.deslo)
-    say(optimizer.deslo.plan.describe())
+    optimizer.deslo = Attachment(averaging, groups, config, numels, watch=Watch(averaging, groups, _params_of(model, optimizer)))
+    attached.setdefault(wrappers.bare(model), []).append(optimizer.deslo)
+    optimizer.deslo.announce()
     start_telemetry(optimizer.deslo)
     return optimizer.deslo
 
@@ -119,7 +138,8 @@ def _live(
     """A replica whose peers come and go: the transport is torchft's, and so is the way in which replicas become equal."""
     if any(other is not None for other in others):
         raise ConfigError("attach(manager=...)", "no mesh, replicate or process_group beside it", "one", "remove it")
-    if model in attached:
+    inside = wrappers.bare(model)
+    if inside in attached:
         raise ConfigError("attach(manager=...)", "one optimizer for the model", "a second one", "give one all parameters")
     average = torchft.live_average(manager, model, config)
     averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
@@ -129,49 +149,30 @@ def _live(
     numels = [sum(param.numel() for param in group["params"]) for group in optimizer.param_groups]
     buffer_bytes = sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype]
     attachment = torchft.LiveAttachment(averaging, None, config, numels, buffer_bytes=buffer_bytes)
-    average.represent(torchft.Replica(model, averaging, config), greet=lambda: say(attachment.plan.describe()))
-    optimizer.deslo, attached[model] = attachment, [attachment]
+    average.represent(torchft.Replica(model, averaging, config), greet=lambda: announce(attachment.plan.describe()))
+    optimizer.deslo, attached[inside] = attachment, [attachment]
     return attachment
 
 
-def _agreed_config(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: Any, mesh: DeviceMesh | None, group: dist.ProcessGroup | None
-) -> Config:
-    """The same config on every rank, or an error on every rank: a mistake of one must not leave the others waiting."""
-    problem = ""
-    try:
-        config = _config_of(optimizer, config)
-    except ConfigError as error:
-        problem = error
-    shape = None if mesh is None else mesh.mesh.tolist()
-    mine = {"model": type(model).__name__, "optimizer": type(optimizer).__name__, "mesh": shape, "error": problem}
-    agree("attach's", mine | ({} if problem else as_dict(config)), do="call attach alike on every rank", group=group)
-    if problem:
-        raise problem
-    return config
-
-
-def _config_of(optimizer: torch.optim.Optimizer, config: Any) -> Config:
-    if isinstance(optimizer, DesLoc):
-        if config is not None:
-            raise ConfigError("attach(config=...)", "none beside a DesLoc, which has its own", "one", "give it to DesLoc")
-        return optimizer.config
-    if config is None:
-        raise ConfigError("attach(config=...)", f"a config with deslo.sync_every for {type(optimizer).__name__}", "none",
-                          "pass the file or dict, or use deslo_plugin.DesLoc")
-    config = load_config(config)
-    if config.deslo.sync_every is None:
-        raise ConfigError("attach(optimizer)", "a DesLoc for a config without deslo.sync_every", type(optimizer).__name__,
-                          "build DesLoc(params, config), or write the periods of this optimizer's states in deslo.sync_every")
-    return config
+def _expect_inside(
+    model: nn.Module, ddps: Sequence[DistributedDataParallel], topology: Topology, config: Config, replicate: str | None
+) -> None:
+    if topology.replicas > 1:
+        wrappers.refuse_across(model, topology)
+        fsdp.refuse_across(model, topology, replicate)
+        if ddps:
+            ddp.refuse(model, ddps, topology, config.deslo.synchronous_steps > 0)
 
 
 def _topology_of(
-    model: nn.Module, config: Config, mesh: DeviceMesh | None, replicate: str | None, process_group: dist.ProcessGroup | None
+    model: nn.Module, ddps: Sequence[DistributedDataParallel], config: Config, mesh: DeviceMesh | None, replicate: str | None,
+    process_group: dist.ProcessGroup | None,
 ) -> Topology:
     size = config.deslo.replica_size
-    if isinstance(model, DistributedDataParallel):
-        topology = ddp.topology_of(model, config.deslo)
+    if ddps and fsdp.is_sharded(model):
+        raise ConfigError("attach(model)", "DDP or fully_shard", "both", "remove DDP: fully_shard reduces gradients in a replica")
+    if ddps:
+        topology = ddp.topology_of(ddps, config.deslo)
     elif fsdp.is_sharded(model):
         topology = fsdp.topology_of(model, mesh, replicate)
     elif mesh is not None:
@@ -185,10 +186,18 @@ def _topology_of(
     return topology
 
 
-def _copies_of(model: nn.Module, groups: Groups) -> dist.ProcessGroup | None:
-    if isinstance(model, DistributedDataParallel):
-        return groups.shard
-    return fsdp.copies_of(model) if fsdp.is_sharded(model) else None
+def _params_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Of the model, and what else the optimizer steps, such as those of a loss."""
+    named = dict(model.named_parameters())
+    known = set(map(id, named.values()))
+    others = ((f"{index} of param group {number}", param) for number, group in enumerate(optimizer.param_groups)
+              for index, param in enumerate(group["params"]))
+    return named | {name: param for name, param in others if id(param) not in known}
+
+
+def _averaged_buffers() -> Iterator[Tensor]:
+    """Of every model in this process: modules that hold each other are attached one by one."""
+    yield from (buffer for each in attached.values() for attachment in each for buffer in attachment.averaging._buffers)
 
 
 def _averaging_of(
@@ -203,27 +212,30 @@ def _averaging_of(
     return averaging
 
 
-def _keep_inside_replicas(model: nn.Module, buffers: list[torch.Tensor], averaging: Averaging, groups: Groups) -> None:
+def _keep_inside_replicas(
+    model: nn.Module, ddps: Sequence[DistributedDataParallel], first: bool, buffers: list[Tensor], averaging: Averaging, groups: Groups
+) -> None:
     """Whatever wrapped the model reduces gradients inside replicas only; buffers follow the parameters' averages."""
     if buffers:
         everyone = replace(groups, replica=groups.world)
         average = ReplicaAverage(everyone, timeout_s=averaging.deslo.timeout_s, progress=averaging.average.progress)
         averaging.add_buffers(buffers, average)
-    if isinstance(model, DistributedDataParallel):
-        ddp.hook(model, averaging, groups)
-    elif averaging.deslo.synchronous_steps:
+    for each in ddps:
+        ddp.hook(each, averaging, groups)
+    if first and not ddps and averaging.deslo.synchronous_steps:
         GradientAveraging(model, averaging)
 
 
-def _gradient_bytes(model: nn.Module, params: Sequence[torch.Tensor], config: Config, divisor: int) -> int:
+def _gradient_bytes(
+    ddps: Sequence[DistributedDataParallel], params: Sequence[Tensor], config: Config, divisor: int
+) -> int:
     """What a step of the warm-up sends: under DDP gradients as they are, else in wire dtype with a flag for each."""
     trained = [param for param in params if param.requires_grad]
-    if isinstance(model, DistributedDataParallel):
+    if ddps:
         return sum(param.nbytes for param in trained)
     return -(-sum(param.numel() + 1 for param in trained) // divisor) * BYTES[config.deslo.wire_dtype]
 
 
-def _floating_buffers(model: nn.Module) -> list[torch.Tensor]:
+def _floating_buffers(model: nn.Module) -> list[Tensor]:
     """What would be saved and is no whole number: running statistics, not tables or counters."""
-    saved = model.state_dict(keep_vars=True)
-    return [buffer for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()]
+    return [buffer for buffer in wrappers.saved_buffers(model).values() if buffer.is_floating_point()]

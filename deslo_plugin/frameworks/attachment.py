@@ -13,7 +13,9 @@ import torch
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import Groups
 from deslo_plugin.config import Config
-from deslo_plugin.log import say
+from deslo_plugin.frameworks.watch import Watch
+from deslo_plugin.frameworks.wrappers import bare
+from deslo_plugin.log import announce, say
 from deslo_plugin.plan import Plan, make_plan
 from deslo_plugin.recorder import Recorder
 from deslo_plugin.schedule import Periods
@@ -38,6 +40,7 @@ class Attachment:
     gradient_bytes: Sequence[int] | None = None
     buffer_bytes: int = 0
     engine_steps: bool = False
+    watch: Watch | None = None
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -86,6 +89,25 @@ class Attachment:
             self.recorder.end(self.plan)
             say(self.summary())
 
+    def announce(self) -> None:
+        """Says the plan, and once more after the first step if a stock optimizer turned out to have other states; begins to watch."""
+        said = self.plan.describe()
+        announce(said)
+        if self.watch is not None:
+            self.watch.on_first_step = lambda: self.plan.describe() == said or announce(self.plan.describe())
+            self.watch.begin()
+
+    def check(self) -> list[str]:
+        """What is wrong with this attachment, as sentences that are the same on every rank, each said once; empty if all is well.
+
+        Whether parameters moved without a step of the attached optimizer, replicas and the ranks of each are equal where they
+        must be, and every trained parameter is in an attached optimizer; and what the first averages have shown, which are
+        looked at without a call. Collective over all ranks. Raises ``ConfigError`` where replicas come and go.
+        """
+        if self.watch is None:
+            raise ConfigError("check()", "replicas that are there from start to end", "those of a torchft manager", "remove it")
+        return self.watch.check()
+
     def saw(self, samples: float) -> None:
         """Tells the samples (or tokens, counted alike on every rank) in the gradients of this rank's next step, for
         ``deslo.weights: "samples"``; calls add up, as over micro-batches."""
@@ -117,26 +139,30 @@ class Attachment:
 
     @property
     def plan(self) -> Plan:
-        """By the periods as they are configured: those of a stock optimizer's states are known after its first step."""
+        """By the periods as they are configured. Which states a stock optimizer has is known after its first step: until then
+        all that ``deslo.sync_every`` names, each as large as its parameter."""
+        known = getattr(self.averaging, "periods_known", True)
+        periods = [group["sync_every"] if known else self.config.deslo.sync_every for group in self.averaging.groups]
         return make_plan(
-            self.config, self.numels, [group["sync_every"] for group in self.averaging.groups], self.topology,
+            self.config, self.numels, periods, self.topology,
             divisor=self.averaging.average.divisor, gradient_bytes=self.gradient_bytes, buffer_bytes=self.buffer_bytes,
             others=[group.get(NUMELS, {}) for group in self.averaging.groups],
         )
 
 
 attached: MutableMapping[torch.nn.Module, list[Attachment]] = WeakKeyDictionary()
-"""By model, one for each optimizer that steps it: kept beside it, so that models can still be copied and pickled."""
+"""By the model inside all wrappers, one for each optimizer that steps it: beside it, so that it can still be copied and pickled."""
 
 
 def attachments_of(model: Any, what: str) -> list[Attachment]:
     """Of a model that ``attach`` was called with, or a DeepSpeed engine. Raises ``ConfigError`` for anything else, and for
     replicas that come and go, of which no rank can ask the others at will."""
-    if isinstance(model, torch.nn.Module) and model in attached:
-        if any(attachment.groups is None for attachment in attached[model]):
+    inside = bare(model) if isinstance(model, torch.nn.Module) else None
+    if inside in attached:
+        if any(attachment.groups is None for attachment in attached[inside]):
             raise ConfigError(what, "replicas that are there from start to end", "those of a torchft manager",
                               "keep the state dicts of model and optimizer yourself, of any replica; latecomers need no file")
-        return attached[model]
+        return attached[inside]
     if hasattr(model, "basic_optimizer") and hasattr(model, "deslo"):
         return [model.deslo]
     raise ConfigError(what, "a DeepSpeed engine with a deslo block, or a model that attach was called with", type(model).__name__,

@@ -70,6 +70,8 @@ def save(
         agree("save", {"mode": mode, "digest": digest}, do="pass the same on every rank", group=world)
     first = topology.rank == min(topology.ranks)
     holder = holder_of(model, attachments)
+    if attachment.watch is not None:
+        attachment.watch.check_inside()
     own = all_or_none(lambda: _own(holder, attachments, mode, extra) if first or mode == "exact" else None, world)
     try:
         _write(final, model, holder, attachments, mode, own, digest == "sha256")

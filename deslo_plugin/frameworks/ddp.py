@@ -1,7 +1,10 @@
 """DistributedDataParallel: a comm hook that keeps gradients inside a replica."""
 
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.futures import Future, collect_all
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,17 +17,21 @@ from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import SyncEvent
 from deslo_plugin.topology import Topology, make_topology
 
+_hooked: "WeakKeyDictionary[DistributedDataParallel, tuple]" = WeakKeyDictionary()
+"""DDP that is kept inside replicas -> the rows of its topology."""
 
-def topology_of(model: DistributedDataParallel, deslo: DesloConfig) -> Topology:
+
+def topology_of(models: Sequence[DistributedDataParallel], deslo: DesloConfig) -> Topology:
     """Replicas of ``deslo.replica_size`` ranks: 1 is the flat form, more the hierarchical one. DDP over a smaller process
     group than the world says by itself which ranks are one replica. Collective."""
+    model = models[0]
     if model.process_group.size() < dist.get_world_size():
         own = tuple(dist.get_process_group_ranks(model.process_group))
         return Topology(tuple(sorted(set(gathered(own).values()))), dist.get_rank())
     topology = make_topology(
         deslo, world_size=dist.get_world_size(), rank=dist.get_rank(), local_world_size=local_world_size()
     )
-    if model.find_unused_parameters and topology.replica_size > 1:
+    if any(each.find_unused_parameters for each in models) and topology.replica_size > 1:
         raise ConfigError(
             "DDP(find_unused_parameters=True)", "DDP over the ranks of one replica, since every backward sends a bitmap over "
             "its process group", "DDP over the world",
@@ -32,6 +39,30 @@ def topology_of(model: DistributedDataParallel, deslo: DesloConfig) -> Topology:
             f"group, _ = torch.distributed.new_subgroups(group_size={topology.replica_size})",
         )
     return topology
+
+
+def refuse(model: nn.Module, models: Sequence[DistributedDataParallel], topology: Topology, synchronous: bool) -> None:
+    """Raises ``ConfigError`` for a DDP that cannot be kept inside a replica, before anything is changed."""
+    groups = {tuple(dist.get_process_group_ranks(each.process_group)) for each in models}
+    if len(groups) > 1:
+        raise ConfigError("attach(model)", "one process group for every DDP in it", f"{len(groups)}", "give all of them the same")
+    for each in models:
+        if each in _hooked:
+            if _hooked[each] != topology.rows:
+                raise ConfigError("attach(model)", "the replicas that its DDP was attached with", "others",
+                                  "give both optimizers one deslo.replica_size")
+        elif each._comm_hooks:
+            raise _has_a_hook(f"{getattr(each._comm_hooks[0][0], '__qualname__', 'one')}")
+        if each._use_python_reducer:
+            raise ConfigError("DDP(model)", "its reducer in C++", "python_reducer of torch.compile",
+                              'set torch._dynamo.config.optimize_ddp = "ddp_optimizer" before the model is wrapped')
+    reduced = {id(param) for each in models for name, param in each.module.named_parameters()
+               if name not in each.parameters_to_ignore}
+    left = [name for name, param in model.named_parameters() if param.requires_grad and id(param) not in reduced]
+    if left and (topology.replica_size > 1 or synchronous):
+        raise ConfigError("attach(model)", "DDP around every trained parameter", f"none around {', '.join(left[:3])}"
+                          + f" and {len(left) - 3} more" * (len(left) > 3),
+                          'wrap the whole model in one DDP, or set deslo.replica_size to 1 without synchronous_steps')
 
 
 def hook(model: DistributedDataParallel, averaging: Averaging, groups: Groups) -> None:
@@ -53,11 +84,13 @@ def hook(model: DistributedDataParallel, averaging: Averaging, groups: Groups) -
         work = dist.all_reduce(buffer.div_(group.size()), group=group, async_op=True)
         return work.get_future().then(lambda done: done.value()[0])
 
+    if model in _hooked:  # by the attach of another optimizer
+        return
     try:
         model.register_comm_hook(None, reduce)
     except RuntimeError as error:
-        raise ConfigError("attach(model)", "a DDP model without a communication hook", f"{str(error).splitlines()[0]!r}",
-                          "attach once, and register no other hook: the average replaces the reduction that it compresses") from error
+        raise _has_a_hook(f"{str(error).splitlines()[0]!r}") from error
+    _hooked[model] = groups.topology.rows
     model.broadcast_buffers = False
     if groups.topology.replica_size > 1:
         return
@@ -70,3 +103,8 @@ def hook(model: DistributedDataParallel, averaging: Averaging, groups: Groups) -
 
     after = averaging.optimizer.register_step_post_hook(finish)
     finish()
+
+
+def _has_a_hook(got: str) -> ConfigError:
+    return ConfigError("attach(model)", "a DDP model without a communication hook", got,
+                       "attach once, and register no other hook: the average replaces the reduction that it compresses")

@@ -1,9 +1,10 @@
 """Replicas must start equal: the same model, the same values, the same optimizer on every rank, or an error before step 1."""
 
+import hashlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from deslo_plugin.collectives import Groups, gathered
 from deslo_plugin.config import Config, as_dict
 from deslo_plugin.log import say
 from deslo_plugin.ops import native
+from deslo_plugin.strict import ConfigError
 from deslo_plugin.topology import Topology, spread
 
-SEED_ALIKE = 'seed every rank alike, or set "deslo": {"initial_params": "broadcast"} to start from replica 0'
+SEED_ALIKE = 'seed every rank alike, or set "deslo": {"initial_params": "auto"} to start from replica 0'
+INITIAL = "initial value of parameter"
 
 
 def local_world_size() -> int:
@@ -36,7 +39,8 @@ def say_placement(topology: Topology, world: dist.ProcessGroup) -> None:
 
 def agree_on_model(model: nn.Module, shape_of: Callable[[Tensor], object], group: dist.ProcessGroup | None = None) -> None:
     """Raises ``ConfigError`` on every rank if parameters differ in name, shape, dtype or in being trained."""
-    agree("model parameter", model_traits(model, shape_of), do="build the same model on every rank", group=group)
+    agree("model parameter", model_traits(model, shape_of), group=group, do="build the same model on every rank; for stages of a "
+          'pipeline, which average among themselves, attach(stage, ..., process_group=mesh["replicate"].get_group())')
 
 
 def model_traits(model: nn.Module, shape_of: Callable[[Tensor], object]) -> dict[str, str]:
@@ -73,22 +77,71 @@ def equal_replicas(
     whole: Mapping[str, Tensor], sharded: Mapping[str, Tensor], initial: str, groups: Groups,
     stage: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> None:
-    """Makes replicas equal (``initial`` "broadcast") and raises ``ConfigError`` on every rank if they are not.
+    """Makes replicas equal to replica 0, and says on which ranks what differed; ``initial`` "broadcast" says nothing, "check"
+    raises ``ConfigError`` on every rank instead. Collective.
 
     Args:
         whole: tensors that every rank of every replica must hold alike.
         sharded: tensors that each rank must hold like its peers in the other replicas.
         stage: copies a tensor to where the process groups reach it.
     """
-    if initial == "broadcast":
-        for tensors, group, source in (
-            (whole, groups.world, groups.topology.rows[0][0]), (sharded, groups.replica, groups.topology.replica_group[0])
-        ):
-            for tensor in tensors.values():
-                staged = stage(tensor.detach())
+    topology = groups.topology
+    if initial != "check":
+        first = topology.rows[0][0]
+        parts = ((whole, groups.world, first, [topology.ranks]), (sharded, groups.replica, topology.replica_group[0], topology.columns))
+        for tensors, group, source, among in parts:
+            different = differing(digests(tensors.items()), among, groups.world)
+            for name in different:
+                staged = stage(tensors[name].detach().contiguous())
                 dist.broadcast(staged, src=source, group=group)
                 with torch.no_grad():
-                    tensor.copy_(staged)
-    what = "initial value of parameter"
-    agree(what, digests(whole.items()), do=SEED_ALIKE, group=groups.world)
-    agree(what, digests(sharded.items()), do=SEED_ALIKE, group=groups.world, among=groups.topology.columns)
+                    tensors[name].copy_(staged)
+            if different and initial == "auto":
+                _say_different(different, first)
+    agree(INITIAL, digests(whole.items()), do=SEED_ALIKE, group=groups.world)
+    agree(INITIAL, digests(sharded.items()), do=SEED_ALIKE, group=groups.world, among=topology.columns)
+
+
+def differing(mine: Mapping[str, Any], among: Sequence[Sequence[int]], world: dist.ProcessGroup) -> dict[str, list[int]]:
+    """Name -> the ranks whose value is not that of the first of their ranks in ``among``; the same on every rank. Collective."""
+    digest = gathered(hashlib.sha256(repr(tuple(mine.items())).encode()).hexdigest(), world)
+    if all(digest[rank] == digest[first] for first, *others in among for rank in others):
+        return {}
+    values = gathered(dict(mine), world)
+    different: dict[str, list[int]] = {}
+    for first, *others in among:
+        for rank in others:
+            for name in values[first]:
+                if values[rank].get(name) != values[first][name]:
+                    different.setdefault(name, []).append(rank)
+    return {name: sorted(different[name]) for name in mine if name in different}
+
+
+def refuse_parts(plain: Mapping[str, Tensor], groups: Groups, sharded: bool) -> None:
+    """Raises ``ConfigError`` on every rank if plain tensors are meant to differ inside a replica: experts, or tensor parallelism
+    by hand. An average and a checkpoint would keep those of one rank. Collective.
+
+    They are, if they are alike in all replicas; or if nothing else has cut the model (not ``sharded``), where they are the cut.
+    """
+    topology, mine = groups.topology, digests(plain.items())
+    inside = differing(mine, topology.rows, groups.world)
+    across = differing(mine, topology.columns, groups.world) if sharded else ()
+    for name, ranks in inside.items():
+        if name not in across:
+            raise ConfigError(
+                f"attach(model) parameter {name}", "one value on the ranks of a replica, or a DTensor", f"another on rank(s) {ranks}",
+                "make it a DTensor (distribute_tensor, or DTensor.from_local with Shard), so that averages and checkpoints keep "
+                'every part; only if it is meant to be the same everywhere, set "deslo": {"initial_params": "broadcast"}')
+
+
+def _say_different(different: Mapping[str, Sequence[int]], first: int) -> None:
+    ranks = sorted({rank for each in different.values() for rank in each})
+    say(f"deslo: {listed(different)} differed at the start on rank(s) {ranks}: every replica starts with the values of rank "
+        f'{first} and its replica now, as DDP would; to make that an error, set "deslo": {{"initial_params": "check"}}',
+        logging.WARNING)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first three, and how many more."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

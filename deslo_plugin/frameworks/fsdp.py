@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from deslo_plugin.averaging import Averaging
 from deslo_plugin.collectives import gathered
@@ -52,19 +53,18 @@ def reshard_at_steps(model: nn.Module, averaging: Averaging) -> None:
 
 def topology_of(model: nn.Module, mesh: DeviceMesh | None, replicate: str | None) -> Topology:
     """Replicas along ``replicate`` of ``mesh``, or of the model's own mesh; a model sharded in one dimension alone shows
-    by itself which ranks are one replica. Points an HSDP model at its shard dimension. Collective.
+    by itself which ranks are one replica. Changes nothing. Collective.
 
     Raises ``ConfigError`` if there is no such dimension, no second replica, or if torch has changed.
     """
-    own = _mesh_of(model)
-    reshard(model)
-    if (own.mesh_dim_names or ()) and _dimension(own, replicate) is not None:
-        name = _dimension(own, replicate)
-        _prove(own, name)
-        _point_at_shards(model, own, name)
-        return rows_of(own if mesh is None else mesh, name)
+    if across := _across(model, replicate):
+        own, name = across[0]
+        for each, dimension in across:
+            _prove(each, dimension)
+        return rows_of(own if mesh is None else mesh, replicate if mesh is not None else name)
     if mesh is not None:
         return rows_of(mesh, replicate)
+    own = _mesh_of(model)
     rows = sorted({tuple(ranks) for ranks in gathered(own.mesh.flatten().tolist()).values()})
     if len(rows) == 1 < len(rows[0]):
         raise ConfigError(
@@ -73,6 +73,33 @@ def topology_of(model: nn.Module, mesh: DeviceMesh | None, replicate: str | None
             'mesh_dim_names=("replicate", "shard")); fully_shard(model, mesh=mesh["shard"])',
         )
     return Topology(tuple(rows), dist.get_rank())
+
+
+def refuse_across(model: nn.Module, topology: Topology, replicate: str | None) -> None:
+    """Raises ``ConfigError`` for a parameter that is sharded, or reduced, beyond this rank's replica."""
+    for name, param in model.named_parameters():
+        if not isinstance(param, DTensor):
+            continue
+        mesh = param.device_mesh
+        across = _dimension(mesh, replicate) if is_sharded(model) else None  # HSDP is pointed at what is left
+        ranks = mesh.mesh
+        if across is not None:
+            ranks = ranks.movedim(mesh.mesh_dim_names.index(across), 0)[mesh.get_local_rank(across)]
+        if not set(ranks.flatten().tolist()) <= set(topology.shard_group):
+            raise ConfigError(f"attach(model) parameter {name}", f"a DTensor over ranks of the replica {topology.shard_group}",
+                              f"one over ranks {ranks.flatten().tolist()}", 'shard it on dimensions inside the replica, such as '
+                              'mesh["shard"], and name the one across replicas "replicate"')
+
+
+def keep_inside_replicas(model: nn.Module, replicate: str | None) -> None:
+    """Points what is HSDP across replicas at its shard dimension."""
+    for mesh, name in _across(model, replicate):
+        _point_at_shards(model, mesh, name)
+
+
+def not_sharded(model: nn.Module) -> list[str]:
+    """Trained parameters beside the DTensors of the model, whose gradients nothing reduces inside a replica."""
+    return [name for name, param in model.named_parameters() if param.requires_grad and not isinstance(param, DTensor)]
 
 
 def rows_of(mesh: DeviceMesh, replicate: str | None) -> Topology:
@@ -92,20 +119,40 @@ def rows_of(mesh: DeviceMesh, replicate: str | None) -> Topology:
 
 def copies_of(model: nn.Module) -> dist.ProcessGroup | None:
     """The ranks of a replica that hold the same shard: those that HSDP inside the replica replicates over."""
+    if not any(placement.is_replicate() for param in _dtensors(model) for placement in param.placements):
+        return None
     groups = [group.mesh_info for group in _param_groups(model)]
     return getattr(groups[0], "replicate_process_group", None)
 
 
+def _across(model: nn.Module, replicate: str | None) -> list[tuple[DeviceMesh, str]]:
+    """(mesh, dimension across replicas) of the modules that HSDP reduces across replicas; none where nothing does, which a
+    model sharded inside replicas shows without a look at what is private."""
+    if not any(_dimension(param.device_mesh, replicate) for param in _dtensors(model)):
+        return []
+    meshes = [mesh for mesh in _meshes(model) if _dimension(mesh, replicate) is not None and mesh.ndim > 1]
+    return [(mesh, _dimension(mesh, replicate)) for mesh in meshes]
+
+
+def _dtensors(model: nn.Module) -> list[DTensor]:
+    return [param for param in model.parameters() if isinstance(param, DTensor)]
+
+
 def _mesh_of(model: nn.Module) -> DeviceMesh:
+    meshes = _meshes(model)
+    if len(meshes) != 1:
+        raise ConfigError("attach(model)", "one mesh for all modules that are sharded, or the mesh of all ranks as mesh=",
+                          f"{len(meshes)} meshes", "pass mesh=, the one that init_device_mesh returned")
+    return meshes[0]
+
+
+def _meshes(model: nn.Module) -> list[DeviceMesh]:
+    """Each once, of all modules that are sharded."""
     try:
-        meshes = {id(info.mesh): info.mesh for info in (group.mesh_info for group in _param_groups(model))}
+        meshes = [group.mesh_info.mesh for group in _param_groups(model)]
     except AttributeError as error:
         raise _moved(error) from error
-    shapes = {(mesh.mesh_dim_names, tuple(mesh.mesh.flatten().tolist())) for mesh in meshes.values()}
-    if len(shapes) != 1:
-        raise ConfigError("attach(model)", "one mesh for all modules that are sharded", f"{len(shapes)} meshes",
-                          "give every fully_shard the same mesh")
-    return next(iter(meshes.values()))
+    return list({(mesh.mesh_dim_names, tuple(mesh.mesh.flatten().tolist())): mesh for mesh in meshes}.values())
 
 
 def _point_at_shards(model: nn.Module, mesh: DeviceMesh, replicate: str) -> None:
@@ -116,6 +163,8 @@ def _point_at_shards(model: nn.Module, mesh: DeviceMesh, replicate: str) -> None
     inside = FSDPMeshInfo(mesh[shard], shard_mesh_dim=0)
     for group in _param_groups(model):
         across = group.mesh_info
+        if across.mesh != mesh:
+            continue
         for holder in (group, *group.fsdp_params):
             if holder.post_forward_mesh_info is across:  # else None, or a smaller group inside a replica
                 holder.post_forward_mesh_info = inside
@@ -124,7 +173,7 @@ def _point_at_shards(model: nn.Module, mesh: DeviceMesh, replicate: str) -> None
 
 def _prove(mesh: DeviceMesh, replicate: str) -> None:
     """One backward of a small model that is pointed likewise: its gradient must be the replica's own. Collective."""
-    own = 1.0 + rows_of(mesh, replicate).replica
+    own = 1.0 + mesh.get_local_rank(replicate)
     model = nn.Linear(4, 4, bias=False, device=mesh.device_type)
     fully_shard(model, mesh=mesh)
     try:
@@ -145,7 +194,11 @@ def _dimension(mesh: DeviceMesh, replicate: str | None) -> str | None:
 def _param_groups(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            yield from module._get_fsdp_state()._fsdp_param_groups
+            state = module._get_fsdp_state()
+            if hasattr(state, "_fsdp_param_groups"):
+                yield from state._fsdp_param_groups
+            elif state._fsdp_param_group is not None:  # torch 2.10 and 2.11
+                yield state._fsdp_param_group
 
 
 def _moved(what: object) -> ConfigError:

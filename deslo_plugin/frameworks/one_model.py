@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,10 +32,12 @@ Owner = nn.Module | torch.optim.Optimizer
 
 @dataclass
 class _Guard:
-    """Of an owner of state: the attachments that step it, and the way from a parameter of the model to the whole of it."""
+    """Of an owner of state: the attachments that step it, and the way from a parameter of the model to the whole of it.
+    ``inner``: a part of what was attached, whose state dict is mostly asked for by that of the whole."""
 
     attachments: list[Attachment]
     gather: Callable[[Tensor], Tensor] | None
+    inner: bool = False
     told: set[str] = field(default_factory=set)
 
     @property
@@ -76,15 +78,24 @@ def refuse_one_replica(attachment: Attachment, *owners: Owner, gather: Callable[
                               "engine.save_16bit_model and engine.save_checkpoint write the average of all replicas")
         averaging.kept = LastAverage(bool(attachment.config.optimizer and attachment.config.optimizer.outer))
         averaging.keep()
-    new = [owner for owner in owners if owner not in _guards]
+    new = [each for owner in owners for each in _parts(owner) if each not in _guards]
     for owner in owners:
-        _guards.setdefault(owner, _Guard([], gather)).attachments.append(attachment)
+        for each in _parts(owner):
+            _guards.setdefault(each, _Guard([], gather, inner=each is not owner)).attachments.append(attachment)
     for owner in new:
         owner.register_state_dict_pre_hook(_before)
         if mode != "refuse":
             owner.register_state_dict_post_hook(_give_states if isinstance(owner, torch.optim.Optimizer) else _give_weights)
     if any(isinstance(owner, nn.Module) for owner in new):
         say(_announcement(attachment))
+
+
+def _parts(owner: Owner) -> Iterator[Owner]:
+    """``owner`` and every module in it that holds parameters or buffers: wrappers, the plain model inside, its parts."""
+    yield owner
+    if isinstance(owner, nn.Module):
+        holders = (module for module in owner.modules() if next(chain(module.parameters(), module.buffers()), None) is not None)
+        yield from (module for module in holders if module is not owner)
 
 
 def _announcement(attachment: Attachment) -> str:
@@ -104,10 +115,10 @@ def _differs(owner: Owner, guard: _Guard) -> bool:
     return own != "all" and not (own and isinstance(owner, nn.Module)) and guard.attachments[0].averaging.diverged
 
 
-def _before(owner: Owner, *_: Any) -> None:
+def _before(owner: Owner, prefix: str = "", *_: Any) -> None:
     guard = _guards.get(owner)
     if guard is None:
-        return _tell_of_copy(owner)
+        return None if prefix else _tell_of_copy(owner)
     if guard.mode != "refuse" or not _differs(owner, guard):
         return
     raise ConfigError(
@@ -131,8 +142,8 @@ def _tell_of_copy(owner: Owner) -> None:
 def _give_weights(owner: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """In place of this replica's weights in ``state``, those that ``deslo.state_dict`` says."""
     guard = _guards.get(owner)
-    if guard is None or not _differs(owner, guard):
-        return
+    if guard is None or guard.inner and prefix or not _differs(owner, guard):
+        return  # a part leaves it to the whole, which asks its parts with a prefix
     with one_replica():
         live = {prefix + name: value for name, value in owner.state_dict(keep_vars=True).items() if averages(name, value)}
     live = {name: value for name, value in live.items() if isinstance(state.get(name), Tensor) and state[name] not in _given}

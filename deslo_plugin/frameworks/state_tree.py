@@ -5,12 +5,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.frameworks import fsdp
 from deslo_plugin.frameworks.attachment import Attachment
 from deslo_plugin.frameworks.fragment import of_dtensor
 from deslo_plugin.frameworks.one_model import one_replica
+from deslo_plugin.frameworks.wrappers import bare
 from deslo_plugin.names import BUFFERS, PARAMS
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
@@ -87,7 +87,7 @@ class TorchState:
     def __init__(self, model: nn.Module, attachments: Sequence[Attachment]):
         self.averagings = [attachment.averaging for attachment in attachments]
         fsdp.reshard(model)
-        self.model = model = unwrapped(model)
+        self.model = model = bare(model)
         self.params = {plain_name(name): param for name, param in model.named_parameters()}
         self._stepped_by = {
             param: averaging.optimizer for averaging in self.averagings for group in averaging.groups for param in group["params"]}
@@ -151,12 +151,12 @@ def saved_state(model: nn.Module) -> dict[str, Any]:
     several names under each of them, and what modules add to it. FSDP2 gives shards."""
     fsdp.reshard(model)
     with one_replica():
-        return {plain_name(name): value for name, value in unwrapped(model).state_dict(keep_vars=True).items()}
+        return {plain_name(name): value for name, value in bare(model).state_dict(keep_vars=True).items()}
 
 
 def places(model: nn.Module) -> dict[str, str]:
     """Name in ``state_dict()`` of the plain model, in its order -> where in the tree the tensor is that it names."""
-    params = {plain_name(name): param for name, param in unwrapped(model).named_parameters()}
+    params = {plain_name(name): param for name, param in bare(model).named_parameters()}
     named = {f"{BUFFERS}/{name}": buffer for name, buffer in saved_buffers(model).items()}
     named |= {f"{PARAMS}/{name}": param for name, param in params.items()}
     of_tensor = {id(tensor): place for place, tensor in named.items()}
@@ -175,13 +175,6 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
         if id(value) in buffers:
             found.setdefault(id(value), (name, value))
     return dict(found.values())
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP and ``torch.compile``, in whatever order they wrap it."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-    return model
 
 
 def plain_name(name: str) -> str:

@@ -228,7 +228,7 @@ MANAGER = {  # what a manager must be given, and why
     "group_world_size": (1, "a replica is one rank here"),
 }
 DESLO = {
-    "synchronous_steps": (0,), "delay": (1,), "weights": ("equal",), "initial_params": ("check",), "replica_size": ("auto", 1),
+    "synchronous_steps": (0,), "delay": (1,), "weights": ("equal",), "initial_params": ("auto", "check"), "replica_size": ("auto", 1),
     "state_dict": ("refuse",), "telemetry": (None,),  # files are named by replica
 }
 

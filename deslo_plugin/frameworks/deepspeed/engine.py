@@ -24,6 +24,8 @@ from deslo_plugin.frameworks.deepspeed.groups import ReplicaUnit, active, groups
 from deslo_plugin.frameworks.deepspeed.job import compared, job_of, refuse_unsupported
 from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
 from deslo_plugin.frameworks.telemetry import add_scalars, start_telemetry
+from deslo_plugin.frameworks.watch import Watch
+from deslo_plugin.frameworks.wrappers import engines, saved_buffers
 from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.stock import StockAveraging
@@ -56,6 +58,7 @@ def _engine_init(original: Callable[..., None]) -> Callable[..., None]:
         if given["mpu"] is None:  # first of all: what one rank alone would be refused for must not leave the others waiting
             agree("the DeepSpeed config's", compared(ds, given["optimizer"]), do="give every rank the same config")
         job = job_of(ds, given["optimizer"])
+        engines.add(self)
         if job is None:
             return original(self, *args, **kwargs)
         deslo, optimizer = job
@@ -101,7 +104,7 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
             raise ConfigError(f"parameter {name}", f"zero.Init over the {groups.topology.replica_size} ranks of a replica",
                               f"{dist.get_world_size(p.ds_process_group)} ranks",
                               "pass config_dict_or_path=<this DeepSpeed config> to deepspeed.zero.Init")
-    whole = {name: p.data for name, p in params.items() if name not in sharded}
+    whole = {name: p.data for name, p in params.items() if name not in sharded} | saved_buffers(model)
     # by way of the accelerator: the model may still be on the CPU, where NCCL does not reach
     equal_replicas(whole, sharded, deslo.initial_params, groups, lambda t: t.to(get_accelerator().current_device_name()))
 
@@ -127,7 +130,9 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
         averaging.skips_nonfinite &= engine.optimizer is optimizer
     agree_on_optimizer(averaging, config)
     numels = [sum(param.numel() for param in params) for params in partitions]
-    engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True)
+    stepped = {f"parameter {i} of param group {g}": param for g, params in enumerate(partitions) for i, param in enumerate(params)}
+    watch = Watch(averaging, groups, stepped, [] if engine.zero_optimization() else stepped, in_engine=True)
+    engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True, watch=watch)
     engine._take_model_step = (_averaged if stock else _kept_in_step)(engine, engine._take_model_step)
     if deslo.synchronous_steps:
         engine._take_model_step = _warmed_up(engine, engine._take_model_step)
@@ -135,7 +140,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     checkpoint.save_the_truth(engine)
     for name in OUTSIDE:
         setattr(engine, name, _with_groups(unit, getattr(engine, name)))
-    say(engine.deslo.plan.describe())
+    engine.deslo.announce()
     say_placement(groups.topology, groups.world)
     start_telemetry(engine.deslo)
     if engine.monitor.enabled and dist.get_rank() == 0:
@@ -171,6 +176,8 @@ def _recorded(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
     @functools.wraps(take_model_step)
     def step(lr_kwargs: Any) -> None:
         take_model_step(lr_kwargs)
+        if engine.deslo.averaging.watch:
+            engine.deslo.watch.step_ended(of_engine=True)
         engine.deslo.recorder.step_ended()
 
     return step

@@ -11,7 +11,8 @@ from torch import Tensor
 from deslo_plugin.frameworks.all_or_none import all_or_none
 from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs, own_part, publish
 from deslo_plugin.frameworks.fragment import Fragment, of_range
-from deslo_plugin.frameworks.state_tree import States, Tree, fresh_states, places, plain_name, saved_buffers, unwrapped
+from deslo_plugin.frameworks.state_tree import States, Tree, fresh_states, places, plain_name, saved_buffers
+from deslo_plugin.frameworks.wrappers import bare
 from deslo_plugin.names import PARAMS
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
@@ -37,7 +38,7 @@ class EngineState:
 
     def __init__(self, engine: DeepSpeedEngine):
         self.engine, self.optimizer = engine, engine.basic_optimizer
-        self.params = {plain_name(name): param for name, param in unwrapped(engine.module).named_parameters()}
+        self.params = {plain_name(name): param for name, param in bare(engine.module).named_parameters()}
         self.shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in self.params.items()}
         self.ranges = dict(self._ranges())
 
