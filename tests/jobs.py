@@ -64,17 +64,43 @@ def engine_for(ds: dict, model: nn.Module | None = None, groups: Any = None, **o
 
 
 def train(engine: Any, steps: range, broken: tuple[int, int] | None = None) -> list[float]:
-    """Steps ``engine``; ``broken`` = (replica, step) puts a NaN into that replica's loss. Returns the losses."""
+    """Steps ``engine``; ``broken`` = (replica, step) puts a NaN into that replica's loss. Returns the losses. Every forward
+    must use the masters: an oracle that looks at masters alone would not see a model that computes with others."""
     rank, losses = dist.get_rank(), []
     for step in steps:
         for micro in range(engine.gradient_accumulation_steps()):
-            loss = loss_of(engine, batch(rank, step, micro))
+            with forward_uses_the_masters(engine, f"step {step}"):
+                loss = loss_of(engine, batch(rank, step, micro))
             if broken == (rank // engine.deslo.topology.replica_size, step):
                 loss = loss * float("nan")
             engine.backward(loss)
             engine.step()
             losses.append(float(loss.detach()))
     return losses
+
+
+@contextlib.contextmanager
+def forward_uses_the_masters(engine: Any, when: str) -> Iterator[None]:
+    """Asserts that a forward of our ``engine`` inside uses, to the bit, its replica's masters in the model's dtype."""
+    from deslo_plugin.frameworks.deepspeed.export import full_params
+
+    used: dict[str, Tensor] = {}
+    hooks = [  # after DeepSpeed's own, which gather
+        module.register_forward_pre_hook(lambda module, *_, at=at: used.update(
+            {f"{at}.{name}": p.detach().clone() for name, p in module.named_parameters(recurse=False)}))
+        for at, module in engine.module.named_modules() if isinstance(module, nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    masters = dict(full_params(engine)) if hasattr(engine, "deslo") else {}
+    for name, weight in used.items():
+        master = masters.get(name, weight).to(weight.dtype).view(weight.shape)
+        # a NaN that nothing stopped is the same NaN
+        apart = ((weight - master).abs() > 0) | (weight.isnan() != master.isnan())
+        assert not apart.any(), f"{when}: the forward used a {name} that is {(weight - master).abs().max():.3g} off its master"
 
 
 def replica_state(engine: Any, moments: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
@@ -367,16 +393,26 @@ def foreign_mpu(ds: dict) -> str:
     return raises(ds, mpu=Unit())
 
 
-def run_fp16(ds: dict, steps: int, broken: tuple[int, int]) -> dict:
-    """``run`` in fp16, on processors too whose DeepSpeed accelerator declines it (the arithmetic is torch's anyway)."""
+FP16 = {"enabled": True, "initial_scale_power": 6, "hysteresis": 1}
+
+
+@contextlib.contextmanager
+def fp16_everywhere() -> Iterator[None]:
+    """fp16 on processors too whose DeepSpeed accelerator declines it (the arithmetic is torch's anyway)."""
     from deepspeed.accelerator import get_accelerator
 
     kind = type(get_accelerator())
     supported, kind.is_fp16_supported = kind.is_fp16_supported, lambda self: True
     try:
-        return run({**ds, "fp16": {"enabled": True, "initial_scale_power": 6, "hysteresis": 1}}, steps, broken)
+        yield
     finally:
         kind.is_fp16_supported = supported
+
+
+def run_fp16(ds: dict, steps: int, broken: tuple[int, int]) -> dict:
+    """``run`` in fp16."""
+    with fp16_everywhere():
+        return run({**ds, "fp16": FP16}, steps, broken)
 
 
 def padding_of_zero_3(ds: dict) -> list[float]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
 
@@ -42,15 +43,30 @@ def gradients(engine: DeepSpeedEngine) -> list[Tensor]:
 
 @torch.no_grad()
 def publish(engine: DeepSpeedEngine) -> None:
-    """Copies the stepped tensors into the model, as the engine does at the end of a step that it does not skip."""
+    """Copies the stepped tensors into the model, as the engine does at the end of a step that it does not skip. Collective over
+    the replica."""
     if engine.zero_optimization_partition_weights():
         for sub_group in range(len(engine.optimizer.fp32_partitioned_groups_flat)):
             engine.optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        _gather_again(engine)
     elif hasattr(engine.optimizer, "update_lp_params"):  # ZeRO-1 and -2
         engine.optimizer.update_lp_params()
     else:
         for param, master in low_precision_pairs(engine):
             param.copy_(master)
+
+
+def _gather_again(engine: DeepSpeedEngine) -> None:
+    """ZeRO-3: whole parameters that lie gathered on this rank are made of the partitions as they are now. Those are the small
+    ones, which it never lets go, and what an evaluation, a prefetch or ``GatheredParameters`` has left."""
+    params = [param for param in engine.module.parameters() if hasattr(param, "ds_status")]
+    kept = {id(param) for param in engine.optimizer.persistent_parameters}
+    gathered = [p for p in params if p.ds_status is ZeroParamStatus.AVAILABLE or id(p) in kept]
+    if any(param.ds_status is ZeroParamStatus.INFLIGHT for param in params):
+        engine.optimizer._partition_all_parameters()  # waits for what is under way
+    if gathered:
+        gathered[0].partition(gathered)
+        gathered[0].all_gather(gathered)
 
 
 def low_precision_pairs(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, Tensor]]:
