@@ -6,8 +6,9 @@
 Simulated replicas, periods 16 / 48 / 96, three seeds. Rare tokens: a language of Zipf-distributed tokens with an untied
 embedding, which the next layer takes as it is, or normalised. Dead ReLUs: a small convolutional network on synthetic images in
 the manner of DeepSpeed's CIFAR example. Sparse quadratic: coordinates seen with chances from 1 to 1/50, with noise, from afar
-and from the minimum. Dense: the byte-level transformer of ``deslo simulate``. Writes benchmarks/results/rare.json, prints the tables of
-docs/rare-coordinates.md and draws docs/figures/rare.png.
+and from the minimum. Dense: the byte-level transformer of ``deslo simulate``.
+
+Writes benchmarks/results/rare.json, prints the tables of docs/rare-coordinates.md and draws docs/figures/rare.png.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a second moment allows a first momentum: Adam's steps stay bounded after averages on different periods (not in the papers).
+"""What a second moment allows a first momentum: Adam's steps stay bounded after averages on unequal periods (not in the papers).
 
 With u <- beta u + (1 - beta) g and v <- beta2 v + (1 - beta2) g^2, both from 0, whatever the gradients were (Cauchy-Schwarz),
 
@@ -27,8 +27,8 @@ from torch import Tensor
 from deslo_plugin.names import PARAMS, SECOND_MOMENT
 
 LARGEST = 2.0**60  # finite, so that 0 stays the bound where v is 0
-DIVIDES = ("sq", "second", "_var", "inf", "state2")  # parts of the names of what optimizers divide by
-DIVIDED = (PARAMS, "momentum_buffer", "acc_delta")  # RMSprop's and Adadelta's hold what has been divided already
+DIVIDES = ("sq", "second", "_var", "inf", "hess", "state2")  # parts of the names of what optimizers divide by
+DIVIDED = (PARAMS, "momentum_buffer", "acc_delta", "z")  # of RMSprop, Adadelta, schedule-free: made of what was divided
 
 
 class Bound(NamedTuple):
@@ -75,22 +75,20 @@ def loose(bounds: Sequence[Bound], periods: Mapping[str, int | None]) -> list[st
     """What ``bounds`` do not hold where states of ``periods`` are averaged: a sentence for each pair on unequal periods."""
     held = {(bound.first, bound.second): bound for bound in bounds}
     seconds = [state for state in periods if any(part in state for part in DIVIDES)]
-    firsts = [state for state in periods if state not in (*seconds, *DIVIDED)]
+    firsts = [state for state in periods if periods[state] and state not in (*seconds, *DIVIDED)]
     if "exp_avg_sq_row" in periods:  # Adafactor divides before it averages
         return []
-    said = []
+    said, do = [], "give both one period in deslo.sync_every"
     for first, second in product(firsts, (state for state in seconds if not state.startswith("max_"))):  # AMSGrad's is above v
+        bound = held.get((first, second))
         if periods[first] == periods[second]:
             continue
-        bound = held.get((first, second))
         if bound is None:
-            said.append(f"{first} and {second} are averaged on different periods, and how large the one may be beside the other is "
-                        "not known; where gradients are often zero on some replicas, steps may become very large: give both "
-                        "one period in deslo.sync_every")
+            said.append(f"{first} and {second} are averaged on different periods, and how large the one may be beside the other "
+                        f"is not known; where gradients are often zero on some replicas, steps may become very large: {do}")
         elif bound.ratio >= 1:
-            said.append(f"beta {bound.beta:g} of {first} outlives beta2 {bound.beta2:g} of {second}, with which steps have no bound "
-                        f"where gradients are rare: take beta2 above {bound.ratio * bound.beta2:.4g}, or give both one period in "
-                        "deslo.sync_every")
+            said.append(f"beta {bound.beta:g} of {first} outlives beta2 {bound.beta2:g} of {second}, so that steps have no bound "
+                        f"where gradients are rare: take beta2 above {bound.ratio * bound.beta2:.4g}, or {do}")
     return said
 
 

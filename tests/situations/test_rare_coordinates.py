@@ -33,12 +33,12 @@ def periods(every, second="exp_avg_sq"):
     return dict(zip(("params", "exp_avg", second), every))
 
 
-def desloc(config, every, **more):
+def desloc(config, every, deslo={}, **more):
     """DesLoc by a file of configs/, with other periods."""
     params = read_file(CONFIGS / f"{config}.json")["optimizer"]["params"] | {"lr": LR, "sync_every": periods(every)} | more
     for momentum in [*params.get("momenta", []), params.get("second_moment", {})]:
         momentum.pop("sync_every", None)
-    return lambda params_of, average: DesLoc(params_of, {"optimizer": {"params": params}}, average=average)
+    return lambda params_of, average: DesLoc(params_of, {"optimizer": {"params": params}, "deslo": deslo}, average=average)
 
 
 def stock(build, every, second="exp_avg_sq", **more):
@@ -110,6 +110,21 @@ def test_desloc_at_its_default_periods_steps_as_calmly_as_with_equal_ones(task, 
     assert largest < 1.5 * calm and loss < its_loss + 0.3
 
 
+ADAPTIVE = {"params": 8, "exp_avg": {"adaptive": {"min": 8, "max": 32, "drift": 0.5}}, "exp_avg_sq": 48}
+
+
+@pytest.mark.parametrize("more", [
+    {"deslo": {"delay": 4}}, {"deslo": {"when": "after_update"}}, {"deslo": {"synchronous_steps": 20}},
+    {"state_dtype": "bfloat16"}, {"bias_correction": False}, {"betas": [0.9, 0.999]}, {"betas": [0.0, 0.95]},
+    {"sync_every": ADAPTIVE}, {"sync_every": {"params": 8, "exp_avg": 24, "exp_avg_sq": None}},
+    {"sync_every": {"params": 8, "exp_avg": None, "exp_avg_sq": 24}},
+], ids=str)
+def test_so_it_does_with_every_option(more):
+    largest, loss = embedding(desloc("des-loc-adam", UNEQUAL, **more))
+    calm, its_loss = embedding(desloc("des-loc-adam", ALIKE, **more | {"sync_every": periods(ALIKE)}))
+    assert largest < 1.5 * calm and loss < its_loss + 0.3
+
+
 @pytest.mark.parametrize("build, second, more", [
     (torch.optim.AdamW, "exp_avg_sq", {}), (torch.optim.NAdam, "exp_avg_sq", {}), (torch.optim.RAdam, "exp_avg_sq", {}),
     (amsgrad, "exp_avg_sq", {"max_exp_avg_sq": None}), (torch.optim.Adamax, "exp_inf", {}),
@@ -136,8 +151,9 @@ def schedules(draw):
     delay = draw(st.sampled_from([1, 1, 2]))
     return Setting(
         "adam", {"x": draw(st.sampled_from([2, 3, 4])), **every}, draw(st.lists(beta, min_size=count, max_size=count)),
-        [draw(st.sampled_from([0.0, 0.3, 1.0])) / count for _ in range(count)], beta2=draw(st.sampled_from([0.5, 0.9, 0.95, 0.999])),
-        delay=delay, after_update=delay == 1 and draw(st.booleans()), bias_correction=draw(st.booleans()),
+        [draw(st.sampled_from([0.0, 0.3, 1.0])) / count for _ in range(count)],
+        beta2=draw(st.sampled_from([0.5, 0.9, 0.95, 0.999])), delay=delay,
+        after_update=delay == 1 and draw(st.booleans()), bias_correction=draw(st.booleans()),
         outer=(0.7, 0.9) if delay == 1 and draw(st.booleans()) else None,
     )
 
@@ -204,13 +220,17 @@ def slow_adam(params, lr):
     return torch.optim.Adam(params, lr=lr, betas=(0.99, 0.95))
 
 
+def rmsprop(params, lr):
+    return torch.optim.RMSprop(params, lr=lr, momentum=0.9)
+
+
 @pytest.mark.parametrize("build, sync_every, said", [
     (Quasi, {"params": 2, "fast": 4, "second": 8}, "Quasi: fast and second are averaged on different periods"),
-    (slow_adam, {"params": 2, "exp_avg": 4, "exp_avg_sq": 8}, "Adam: beta 0.99 of exp_avg outlives beta2 0.95 of exp_avg_sq, with "
-     "which steps have no bound where gradients are rare: take beta2 above 0.9801"),
+    (slow_adam, {"params": 2, "exp_avg": 4, "exp_avg_sq": 8}, "Adam: beta 0.99 of exp_avg outlives beta2 0.95 of exp_avg_sq, so "
+     "that steps have no bound where gradients are rare: take beta2 above 0.9801, or give both one period"),
     (Quasi, {"params": 2, "fast": 4, "second": 4}, None), (slow_adam, {"params": 2, "exp_avg": 4, "exp_avg_sq": 4}, None),
     (amsgrad, {"params": 2, "exp_avg": 4, "exp_avg_sq": 8, "max_exp_avg_sq": None}, None),
-    (lambda params, lr: torch.optim.RMSprop(params, lr=lr, momentum=0.9), {"params": 2, "square_avg": 8, "momentum_buffer": 4}, None),
+    (rmsprop, {"params": 2, "square_avg": 8, "momentum_buffer": 4}, None),
     (torch.optim.Adadelta, {"params": 2, "square_avg": 8, "acc_delta": 4}, None),
 ], ids=["unknown names", "r above 1", "one period", "r above 1, one period", "amsgrad", "rmsprop", "adadelta"])
 def test_what_nothing_holds_is_said_once_after_the_first_step(caplog, build, sync_every, said):
