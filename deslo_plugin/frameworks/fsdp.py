@@ -80,6 +80,12 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def forgotten(model: nn.Module) -> set[str]:
+    """Plain parameters outside every module that was sharded; inside one they were left out by ``ignored_params``."""
+    inside = {id(param) for module in model.modules() if isinstance(module, FSDPModule) for param in module.parameters()}
+    return {name for name, param in model.named_parameters() if id(param) not in inside}
+
+
 def not_sharded(model: nn.Module) -> list[str]:
     """Trained parameters beside the DTensors of the model, whose gradients nothing reduces inside a replica."""
     return [name for name, param in model.named_parameters() if param.requires_grad and not isinstance(param, DTensor)]
