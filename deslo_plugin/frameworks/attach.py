@@ -84,9 +84,9 @@ def attach(
     pieces = {name: param for name, param in named.items() if hasattr(param, "to_local")}
     plain = {name: param for name, param in named.items() if name not in pieces}
     if not ddps and config.deslo.initial_params != "broadcast":
-        refuse_parts(plain, groups, sharded)
+        refuse_parts(plain, groups, fsdp.forgotten(model) if sharded else ())
     whole = plain | wrappers.saved_buffers(model)
-    equal_replicas(whole, dict(zip(pieces, local(list(pieces.values())))), config.deslo.initial_params, groups)
+    equal_replicas(whole, dict(zip(pieces, local(list(pieces.values())))), config.deslo.initial_params, groups, _reachable)
 
     first = model not in attached
     buffers = [buffer for buffer in _floating_buffers(model) if not any(buffer is each for each in _averaged_buffers())]
@@ -193,6 +193,11 @@ def _params_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     others = ((f"{index} of param group {number}", param) for number, group in enumerate(optimizer.param_groups)
               for index, param in enumerate(group["params"]))
     return named | {name: param for name, param in others if id(param) not in known}
+
+
+def _reachable(tensor: Tensor) -> Tensor:
+    """Where the world's process group reaches it: NCCL alone knows no CPU."""
+    return tensor.cuda() if tensor.device.type == "cpu" and dist.get_backend() == "nccl" else tensor
 
 
 def _averaged_buffers() -> Iterator[Tensor]:

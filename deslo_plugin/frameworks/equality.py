@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,17 +117,17 @@ def differing(mine: Mapping[str, Any], among: Sequence[Sequence[int]], world: di
     return {name: sorted(different[name]) for name in mine if name in different}
 
 
-def refuse_parts(plain: Mapping[str, Tensor], groups: Groups, sharded: bool) -> None:
+def refuse_parts(plain: Mapping[str, Tensor], groups: Groups, forgotten: Collection[str]) -> None:
     """Raises ``ConfigError`` on every rank if plain tensors are meant to differ inside a replica: experts, or tensor parallelism
     by hand. An average and a checkpoint would keep those of one rank. Collective.
 
-    They are, if they are alike in all replicas; or if nothing else has cut the model (not ``sharded``), where they are the cut.
+    Those that sharding has only ``forgotten`` are meant to differ if they are alike in all replicas: else nobody seeded them.
     """
     topology, mine = groups.topology, digests(plain.items())
     inside = differing(mine, topology.rows, groups.world)
-    across = differing(mine, topology.columns, groups.world) if sharded else ()
+    across = differing(mine, topology.columns, groups.world)
     for name, ranks in inside.items():
-        if name not in across:
+        if name not in across or name not in forgotten:
             raise ConfigError(
                 f"attach(model) parameter {name}", "one value on the ranks of a replica, or a DTensor", f"another on rank(s) {ranks}",
                 "make it a DTensor (distribute_tensor, or DTensor.from_local with Shard), so that averages and checkpoints keep "

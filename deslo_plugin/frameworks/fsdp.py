@@ -97,6 +97,12 @@ def keep_inside_replicas(model: nn.Module, replicate: str | None) -> None:
         _point_at_shards(model, mesh, name)
 
 
+def forgotten(model: nn.Module) -> set[str]:
+    """Plain parameters outside every module that was sharded; inside one they were left out by ``ignored_params``."""
+    inside = {id(param) for module in model.modules() if isinstance(module, FSDPModule) for param in module.parameters()}
+    return {name for name, param in model.named_parameters() if id(param) not in inside}
+
+
 def not_sharded(model: nn.Module) -> list[str]:
     """Trained parameters beside the DTensors of the model, whose gradients nothing reduces inside a replica."""
     return [name for name, param in model.named_parameters() if param.requires_grad and not isinstance(param, DTensor)]

@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch_jobs import mesh_of, whole
 
 import deslo_plugin
+from deslo_plugin import log
+from deslo_plugin.frameworks import fsdp
 
 EVERY = {"params": 3, "exp_avg": 3, "exp_avg_sq": 3}
 
@@ -344,6 +348,32 @@ def test_parts_in_plain_tensors_are_refused_and_dtensors_are_not(four):
     assert four().run(plain_parts, "DTensor") == ["no error"] * 4
 
 
+def beside_fsdp() -> list[str]:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, model = mesh_of((2, 2), ("replicate", "shard")), net()
+    fully_shard(model[2], mesh=mesh["shard"])
+    with heard() as lines:
+        deslo_plugin.attach(model, adamw(model), config(), mesh=mesh)
+    return lines
+
+
+def test_trained_parameters_beside_fsdp_are_named(four):
+    lines, *_ = four().run(beside_fsdp)
+    assert sum("0.weight, 0.bias are trained and not sharded" in line for line in lines) == 1
+
+
+def test_the_torch_before_2_12_has_one_param_group_for_each_module(monkeypatch):
+    class Older(nn.Module):
+        def _get_fsdp_state(self):
+            return type("State", (), {"_fsdp_param_group": self.group})
+
+    sharded, empty = Older(), Older()
+    sharded.group, empty.group = "group", None
+    monkeypatch.setattr(fsdp, "FSDPModule", Older)
+    assert list(fsdp._param_groups(nn.Sequential(sharded, empty))) == ["group"]
+
+
 def stages() -> str:
     """Ranks 1 and 3 hold another stage of a pipeline than 0 and 2."""
     mesh = mesh_of((2, 2), ("replicate", "stage"))
@@ -405,6 +435,8 @@ def without_effect(kind: str) -> dict:
     if kind == "half":
         optimizer = torch.optim.AdamW(model[0].parameters(), lr=1e-2)
     other = torch.optim.SGD(model[2].parameters(), lr=1e-2)
+    if kind == "warm-up":
+        config_["deslo"]["synchronous_steps"] = 2
     if kind == "stepped elsewhere":
         other = torch.optim.SGD(model.parameters(), lr=1e-2)
     with heard() as lines:
@@ -437,7 +469,7 @@ def test_an_attachment_without_effect_is_said_once(four, kind, message):
         assert result["found"] == results[0]["found"] and re.search(message, " ".join(result["found"])) and result["failed"] >= 1
 
 
-@pytest.mark.parametrize("kind", ["fine", "rate 0"])
+@pytest.mark.parametrize("kind", ["fine", "rate 0", "warm-up"])
 def test_nothing_is_said_of_what_works(four, kind):
     assert four().run(without_effect, kind) == [{"said": [], "found": [], "failed": 0}] * 4
 
@@ -472,3 +504,71 @@ def test_the_banner_of_a_stock_optimizer_counts_its_momenta_from_the_start(four)
     (lines, plan), *_ = four().run(banner_of_stock)
     assert len(lines) == 1 and "momentum_buffer: every 64 steps (given)" in lines[0] and "21.3 times fewer" in lines[0]
     assert f"up to {plan['flight']:,} bytes" in lines[0]
+
+
+HEARD = """
+import logging
+from deslo_plugin.log import announce, logger, say
+
+say("first: nobody has set up logging")
+logging.basicConfig(level=logging.WARNING, format="user: %(message)s")
+announce("second: its first line\\nand the rest")
+say("third: not asked for")
+logging.getLogger().setLevel(logging.INFO)
+announce("fourth: its first line\\nand the rest")
+assert not logger.handlers and logger.propagate and logger.level == logging.NOTSET
+"""
+
+
+def test_messages_are_seen_once_with_and_without_logging_of_the_users():
+    heard = subprocess.run([sys.executable, "-c", HEARD], capture_output=True, text=True, timeout=120, check=True)
+    assert heard.stderr.splitlines() == [
+        "first: nobody has set up logging", "user: second: its first line", "user: fourth: its first line", "and the rest"]
+
+
+def test_the_last_words_come_from_the_first_rank_alone(monkeypatch, caplog):
+    monkeypatch.setattr(log.dist, "is_initialized", lambda: False)  # the process group was destroyed
+    for rank in range(4):
+        monkeypatch.setattr(log, "_rank", rank)
+        log.say(f"summary of rank {rank}", logging.WARNING)
+    assert "summary of rank 0" in caplog.text and "rank 1" not in caplog.text and "rank 3" not in caplog.text
+
+
+def two_attached(kind: str) -> dict:
+    """A generator and a discriminator, each with an optimizer of its own, in one module or apart."""
+    a, b = net(1), net(2)
+    models = [DDP(a), DDP(b)] if kind == "apart" else [Inside(DDP(a), nn.Linear(3, 6), DDP(b))] * 2
+    with heard() as lines:
+        optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (a, b)]
+        if kind != "apart":
+            optimizers[0].add_param_group({"params": models[0].parts[1].parameters()})
+        attachments = [deslo_plugin.attach(model, o, config(replica_size=1)) for model, o in zip(models, optimizers)]
+        for step in range(3):
+            for model, optimizer in zip(models, optimizers):
+                loss_of(model, batch(dist.get_rank(), step, 0)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return {"said": [line for line in lines if "replica(s) of" not in line], "one": [whole(p) for p in (*a.parameters(), *b.parameters())],
+            "found": attachments[1].check()}
+
+
+@pytest.mark.parametrize("kind", ["apart", "in one module"])
+def test_two_models_with_an_optimizer_each_are_averaged_both(four, kind):
+    results = four().run(two_attached, kind)
+    for result in results:
+        assert result["said"] == [] and result["found"] == [] and all(map(torch.equal, result["one"], results[0]["one"]))
+
+
+def late_attach() -> list[str]:
+    model = net()
+    first, second = torch.optim.AdamW(model[0].parameters()), torch.optim.AdamW(model[2].parameters())
+    deslo_plugin.attach(model, first, config())
+    train(model, first, range(2))
+    errors = [error_of(lambda: deslo_plugin.attach(model, second, config()))]
+    deslo_plugin.meet(model)
+    return [*errors, error_of(lambda: deslo_plugin.attach(model, second, config()))]
+
+
+def test_an_optimizer_that_comes_late_does_not_set_replicas_back(four):
+    for error, after in four().run(late_attach):
+        assert "attach every optimizer before the first step, or call deslo_plugin.meet(model)" in error and after == "no error"
