@@ -220,10 +220,10 @@ def accelerator_that_fails(kind: str, blocks_: dict, ds: dict | None, folder: st
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed"])
 def test_save_state_says_it_on_every_rank(four, tmp_path, kind):
-    ds = config_for("zero 2", timeout_s=60) if kind == "deepspeed" else None
+    ds = config_for("zero 2", timeout_s=60) | {"train_micro_batch_size_per_gpu": 2, "steps_per_print": 10**9} if kind == "deepspeed" else None
     blocks_ = None if ds else blocks(S, replica_size=2, timeout_s=60)
     for result in four().run(accelerator_that_fails, kind, blocks_, ds, str(tmp_path)):
-        assert result["said"][:2] == ("OSError", errno.EFBIG) and "rank 1 failed: File too large" in result["said"][2]
+        assert result["said"][0] == "OSError" and "checkpoint: rank 1 failed: " in result["said"][2]
         assert result["steps"] == 2
 
 
