@@ -109,15 +109,15 @@ def _plain(value: Any) -> Any:
 def _opened(path: Path, first: bytes) -> int:
     """Opens ``path`` at the end of its last whole line. What lies there may be somebody else's, and is not cut then."""
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if path.is_symlink():
-            raise FileExistsError(f"{path} is a link, which telemetry does not follow: remove it, or give another folder") from error
+            raise FileExistsError(f"{path} is a link, which telemetry does not follow: remove it") from error
         raise
     head = os.pread(file, len(first), 0) if S_ISREG(os.fstat(file).st_mode) else b"no file"
     if head != first[: len(head)]:
         os.close(file)
-        raise FileExistsError(f"{path} is no telemetry of deslo_plugin, and stays as it is: move it, or give another folder")
+        raise FileExistsError(f"{path} is no telemetry of deslo_plugin and stays as it is: move it, or give another folder")
     os.ftruncate(file, _whole(file))
     return file
 

@@ -81,6 +81,7 @@ def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, 
         if not hasattr(model, "deslo"):
             raise ConfigError("attach_accelerator", 'a DeepSpeed JSON with a "deslo" block', "none", "pass config=, or add it")
         accelerator.deslo = model.deslo
+        _agree_on_states(accelerator)
         return _track(accelerator)
     for kind, found in (("model", accelerator._models), ("optimizer", accelerator._optimizers)):
         if len(found) != 1:
@@ -118,6 +119,15 @@ def _save_the_truth(accelerator: Accelerator, model: nn.Module) -> None:
         load(Path(loaded_from.pop()) / FOLDER, model)
 
     accelerator.save_state, accelerator.load_state = save_everything, load_everything
+
+
+def _agree_on_states(accelerator: Accelerator) -> None:
+    """Under DeepSpeed: what one rank's own files fail at, all ranks hear of."""
+    save_state, load_state, world = accelerator.save_state, accelerator.load_state, accelerator.deslo.groups.world
+    accelerator.save_state = functools.wraps(save_state)(
+        lambda *args, **kwargs: all_or_none(lambda: save_state(*args, **kwargs), world))
+    accelerator.load_state = functools.wraps(load_state)(
+        lambda *args, **kwargs: all_or_none(lambda: load_state(*args, **kwargs), world, "see and read"))
 
 
 @contextmanager

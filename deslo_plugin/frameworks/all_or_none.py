@@ -20,6 +20,10 @@ class Elsewhere(Exception):
         self.rank, self.error = rank, error
 
 
+class AgreedError(OSError):
+    """An error that every rank has heard of."""
+
+
 class _Problem(NamedTuple):
     rank: int
     what: str
@@ -35,6 +39,8 @@ def all_or_none(act: Callable[[], T], world: dist.ProcessGroup | None, access: s
     value, problem, cause = None, None, None
     try:
         value = act()
+    except AgreedError:
+        raise
     except ConfigError as error:
         problem = cause = error
     except Exception as error:
@@ -48,12 +54,14 @@ def all_or_none(act: Callable[[], T], world: dist.ProcessGroup | None, access: s
             raise (found if everyone else found.on(alike)) from cause
         needs = f"; expected a folder that every rank can {access}" if found.number is not None else ""
         message = f"checkpoint: rank {found.rank} failed: {found.what}{needs}"
-        raise (OSError(message) if found.number is None else OSError(found.number, message)) from cause
+        raise (AgreedError(message) if found.number is None else AgreedError(found.number, message)) from cause
     return value
 
 
 def _problem(error: Exception) -> _Problem:
-    rank, error = (error.rank, error.error) if isinstance(error, Elsewhere) else (dist.get_rank() if dist.is_initialized() else 0, error)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if isinstance(error, Elsewhere):
+        rank, error = error.rank, error.error
     system = error  # what writes a file for torch raises errors of its own while it handles the system's
     while system is not None and not isinstance(system, OSError):
         system = system.__cause__ or system.__context__

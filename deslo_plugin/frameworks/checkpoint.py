@@ -82,7 +82,8 @@ def save(
 
 
 def _write(
-    final: Path, model: Any, holder: Holder, attachments: Sequence[Attachment], mode: str, own: Mapping[str, Any] | None, strong: bool
+    final: Path, model: Any, holder: Holder, attachments: Sequence[Attachment], mode: str, own: Mapping[str, Any] | None,
+    strong: bool,
 ) -> None:
     attachment, *_ = attachments
     topology, world, part = attachment.topology, attachment.groups.world, part_of(final)
@@ -121,7 +122,7 @@ def meet(model: Any) -> None:
     """
     attachments = attachments_of(model, "meet")
     holder = holder_of(model, attachments)
-    tree = holder.tree()
+    tree = all_or_none(holder.tree, attachments[0].groups.world)
     means = _means(tree, attachments[0])
     for name, mean in means.items():
         for piece, new in zip(_pieces(tree[name]), _pieces(mean)):
@@ -202,7 +203,7 @@ def saved_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str
     return {name: state[stored] for name, stored in proof.names.items()}
 
 
-def _own(holder: Holder, attachments: Sequence[Attachment], mode: str, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+def _own(holder: Holder, attachments: Sequence[Attachment], mode: str, extra: Any) -> dict[str, Any]:
     """What this rank keeps beside the tree, as plain values."""
     own = {"aside": plain(holder.aside(), "save: what the engine counts in"), "extra": expect_mapping(extra, "save(extra)")}
     if mode == "exact":

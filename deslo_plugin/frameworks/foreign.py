@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-DEEPSPEED = ("*mp_rank_*_model_states.pt", "zero_pp_rank_*_optim_states.pt", "*_model_states.pt", "*_optim_states.pt", "layer_*-model_*.pt")
+DEEPSPEED = ("*mp_rank_*_model_states.pt", "*_model_states.pt", "*_optim_states.pt", "layer_*-model_*.pt")
 KNOWN = (
     (DEEPSPEED, "a checkpoint of DeepSpeed's own", "engine.load_checkpoint(load_dir, tag, load_module_only=True) begins every "
      "replica with its weights; optimizer states of one replica do not fit several"),
-    (("latest_universal", "zero/*/fp32.pt"), "a universal checkpoint of DeepSpeed", "take the checkpoint that it was made of, with "
+    (("latest_universal", "zero/*/fp32.pt"), "a universal checkpoint of DeepSpeed", "take the one that it was made of, with "
      "engine.load_checkpoint(load_dir, tag, load_module_only=True)"),
-    ((".metadata",), "a checkpoint of torch.distributed.checkpoint alone", "load it with torch.distributed.checkpoint.load into the "
-     "model before attach: every replica begins with it"),
-    (("model*.safetensors", "pytorch_model*.bin"), "exported weights", "load them into the model before attach, as with from_pretrained"),
+    ((".metadata",), "a checkpoint of torch.distributed.checkpoint alone", "load it with torch.distributed.checkpoint.load into "
+     "the model before attach: every replica begins with it"),
+    (("model*.safetensors", "pytorch_model*.bin"), "exported weights",
+     "load them into the model before attach, as with from_pretrained"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Where in which file each piece of a saved tree lies, in JSON: ``torch.distributed.checkpoint`` reads its own index by running it.
+"""Where in which file each piece of a saved tree lies, in JSON: ``torch.distributed.checkpoint`` would run its own index.
 
 DCP writes the tensors, and its pickled ``.metadata`` for tools that know it, which nothing here reads.
 """
@@ -40,7 +40,9 @@ def write_tree(tree: Mapping[str, Any], folder: Path, group: dist.ProcessGroup |
         dcp.save(dict(tree), storage_writer=writer, process_group=group, planner=SaveFragments(flatten_state_dict=False))
 
 
-def read_tree(tree: dict[str, Any], folder: Path, index: Metadata, group: dist.ProcessGroup | None, *, alone: bool = False) -> None:
+def read_tree(
+    tree: dict[str, Any], folder: Path, index: Metadata, group: dist.ProcessGroup | None, *, alone: bool = False
+) -> None:
     """Reads into ``tree``, in place. Collective over ``group``, or ``alone``. Raises ``Elsewhere`` for an error."""
     with _named(None if alone else group):
         dcp.load(tree, storage_reader=_Reader(folder, index), process_group=group, no_dist=alone,

@@ -66,10 +66,11 @@ def write_plain(value: Any, file: Path) -> None:
 
 
 def read_plain(file: Path) -> Any:
-    """What ``write_plain`` wrote, tensors on the CPU. Raises ``ConfigError`` for a file that holds anything else, and runs nothing."""
+    """What ``write_plain`` wrote, tensors on the CPU. Raises ``ConfigError`` for whatever else a file holds, and runs nothing."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:
-        raise ConfigError(str(file), "plain values", str(error).splitlines()[0], "take another checkpoint: nothing of it was run") from error
+        raise ConfigError(str(file), "plain values", str(error).splitlines()[0],
+                          "take another checkpoint: nothing of it was run") from error

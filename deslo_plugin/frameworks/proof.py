@@ -174,7 +174,7 @@ def _parsed(content: Any, where: str, digest: str) -> Proof:
     for name, (size, crc, *sha) in files.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not name or "\\" in name:
-            raise ConfigError(where, "files inside the folder", f"{name!r} in {NAME}", "do not use it: no save of ours writes that")
+            raise ConfigError(where, "files inside the folder", f"{name!r} in {NAME}", "do not use it: no save writes that")
         if type(size) is not int or type(crc) is not int or not all(type(each) is str for each in sha) or len(sha) > 1:
             raise TypeError(f"measures of {name!r}")
     return proof

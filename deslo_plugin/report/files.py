@@ -42,10 +42,10 @@ def _groups(value: Any) -> bool:
 
 
 KINDS: dict[str, dict[str, tuple[Callable[[Any], bool], bool]]] = {
-    "start": {"at": (_number, True), "replicas": (_ranks, True), "replica_size": (_ranks, True), "synchronous_bytes": (_number, True),
-              "groups": (_groups, True)},
-    "average": {"at": (_number, True), "steps": (_whole, True), "exposed_s": (_number, True), "bytes": (_by_state(_number), True),
-                "in_flight_s": (_by_state(_number), True), "distance": (_by_state(_maybe), True), "cosine": (_by_state(_maybe), True)},
+    "start": {"at": (_number, True), "replicas": (_ranks, True), "replica_size": (_ranks, True),
+              "synchronous_bytes": (_number, True), "groups": (_groups, True)},
+    "average": {"at": (_number, True), "steps": (_whole, True), "exposed_s": (_number, True),
+                "bytes": (_by_state(_number), True), "in_flight_s": (_by_state(_number), True), "distance": (_by_state(_maybe), True), "cosine": (_by_state(_maybe), True)},
     "log": {"at": (_number, True), "steps": (_whole, True), "loss": (_maybe, False), "tokens": (_maybe, False)},
     "end": {"at": (_number, True), "steps": (_whole, True), "taken": (_whole, True)},
 }

@@ -294,3 +294,33 @@ def test_inspecting_where_no_checkpoint_is_gives_a_sentence(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path / "in")
     told = CliRunner().invoke(app, ["ckpt", "inspect", path])
     assert told.exit_code == 2 and "expected a folder with deslo.json" in told.stderr
+
+
+def weights_by_the_script(config: dict, folder: str) -> list[dict | None]:
+    """What the zero_to_fp32.py beside an engine's checkpoint writes, and what saved_state_dict gives."""
+    import subprocess
+    import sys
+
+    import torch.distributed as dist
+
+    job = Job("zero 2", config)
+    job.train(range(2))
+    job.model.save_checkpoint(folder, tag="a")
+    job.train(range(2, 4))
+    job.model.save_checkpoint(folder, tag="b")
+    job.close()
+    if dist.get_rank():
+        return []
+    environment = {name: value for name, value in os.environ.items() if "RANK" not in name and "WORLD" not in name}
+    environment["PYTHONPATH"] = str(Path(deslo_plugin.__file__).parent.parent)
+    script = [sys.executable, f"{folder}/zero_to_fp32.py", folder]
+    subprocess.run([*script, f"{folder}/latest.bin"], check=True, timeout=300, env=environment)
+    subprocess.run([*script, f"{folder}/first", "-t", "a"], check=True, timeout=300, env=environment)
+    return [torch.load(file, weights_only=True) for file in (f"{folder}/latest.bin", f"{folder}/first/pytorch_model.bin")]
+
+
+def test_the_script_beside_an_engines_checkpoints_writes_their_weights(four, tmp_path):
+    (last, first), *_ = four().run(weights_by_the_script, config_for("zero 2"), str(tmp_path), timeout=600)
+    for written, tag in ((last, "b"), (first, "a")):
+        expected = deslo_plugin.saved_state_dict(tmp_path / tag)
+        assert written.keys() == expected.keys() and all(torch.equal(written[name], expected[name]) for name in expected)

@@ -78,6 +78,7 @@ def saves_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
         "no permission to rename": ("average", {}, failing(0, "pathlib.Path.rename", PermissionError(errno.EACCES, "Permission denied"))),
         "unreadable": ("average", {}, failing(2, "deslo_plugin.frameworks.proof.files_in", OSError(errno.EIO, "Input/output error"))),
         "state on one rank": ("exact", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),
+        "state on one rank, sync": ("sync", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),
         "code in extra, average": ("average", {"f": [{"g": print}]}, full_disk(-1)),
         "code in extra of one rank, exact": ("exact", {"f": print} if dist.get_rank() == 1 else {"f": 1}, full_disk(-1)),
     }
@@ -199,3 +200,47 @@ def test_a_folder_of_other_things_is_not_replaced(tmp_path):
     assert (tmp_path / "runs" / "step_1" / "notes.txt").read_text() == "mine"
     deslo_plugin.save(tmp_path / "runs" / "step_2", model)
     deslo_plugin.save(tmp_path / "runs" / "step_2", model)  # a checkpoint is
+
+
+def accelerator_that_fails(kind: str, blocks_: dict, ds: dict | None, folder: str) -> dict[str, Any]:
+    """``save_state`` where Accelerate's own file of one rank does not fit on the disk."""
+    import accelerate_jobs
+
+    accelerator, model, made = accelerate_jobs.prepared(kind, "before", "DesLoc" if ds is None else "DummyOptim", blocks_, ds)
+    accelerate_jobs.steps(accelerator, model, made, range(2))
+    accelerator.save_state(f"{folder}/a")
+    with full_disk(1):
+        said = said_of(lambda: accelerator.save_state(f"{folder}/b"))
+    accelerate_jobs.steps(accelerator, model, made, range(2, 4))
+    accelerator.load_state(f"{folder}/a")
+    steps = accelerator.deslo.steps
+    accelerate_jobs.steps(accelerator, model, made, range(2, 3))
+    return {"said": said, "steps": steps}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed"])
+def test_save_state_says_it_on_every_rank(four, tmp_path, kind):
+    ds = config_for("zero 2", timeout_s=60) | {"train_micro_batch_size_per_gpu": 2, "steps_per_print": 10**9} if kind == "deepspeed" else None
+    blocks_ = None if ds else blocks(S, replica_size=2, timeout_s=60)
+    for result in four().run(accelerator_that_fails, kind, blocks_, ds, str(tmp_path)):
+        assert result["said"][0] == "OSError" and "checkpoint: rank 1 failed: " in result["said"][2]
+        assert result["steps"] == 2
+
+
+def meets_that_fail(kind: str, config: dict) -> tuple:
+    """One rank alone has no state to meet with."""
+    import deslo_plugin
+
+    job = Job(kind, config)
+    job.train(range(2))
+    with failing(2, tree_of(kind), RuntimeError("no such state")):
+        said = said_of(lambda: deslo_plugin.meet(job.model))
+    job.train(range(2, 4))
+    job.close()
+    return said
+
+
+@pytest.mark.parametrize("kind", ["plain", "zero 2"])
+def test_a_meeting_that_one_rank_cannot_come_to_is_an_error_on_every_rank(four, kind):
+    for name, _, text in four().run(meets_that_fail, kind, config_for(kind, timeout_s=60)):
+        assert name == "OSError" and "rank 2 failed: RuntimeError('no such state')" in text
