@@ -90,6 +90,9 @@ class EngineState:
         if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed's own view of them, else made by a step
 
+    def publish(self) -> None:
+        publish(self.engine)
+
     @property
     def names(self) -> Mapping[str, str]:
         return places(self.engine.module)
