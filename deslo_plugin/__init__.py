@@ -9,6 +9,7 @@ from typing import Any
 from deslo_plugin.collectives import AverageError
 from deslo_plugin.config import load_config
 from deslo_plugin.frameworks.attach import attach
+from deslo_plugin.frameworks.averaged_weights import averaged_weights
 from deslo_plugin.frameworks.checkpoint import load, meet, save, saved_state_dict
 from deslo_plugin.frameworks.export import averaged_state_dict
 from deslo_plugin.frameworks.on_import import on_import
@@ -22,7 +23,7 @@ from deslo_plugin.version import __version__
 
 __all__ = [
     "AverageError", "ConfigError", "DesLoc", "NonFiniteError", "Preemption", "__version__", "attach", "attach_accelerator",
-    "averaged_state_dict", "latest", "load", "load_config", "meet", "one_replica", "save", "saved_state_dict",
+    "averaged_state_dict", "averaged_weights", "latest", "load", "load_config", "meet", "one_replica", "save", "saved_state_dict",
 ]
 
 

@@ -158,6 +158,7 @@ class Averaging:
 
     def abandon(self) -> None:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
+        self._met = 0  # an exact load leaves replicas that differ
         self._sync.abandon()
         self._spread.abandon()
         self.late.clear()

@@ -43,6 +43,9 @@ class Holder(Protocol):
     def put(self, tree: Tree) -> None:
         """Makes a tree that was loaded the state."""
 
+    def publish(self) -> None:
+        """Lets the next forward see what was written into the tree's parameters."""
+
     @property
     def names(self) -> Mapping[str, str]:
         """Each name that the plain model's ``state_dict()`` gives, in its order -> where its tensor is in the tree."""
@@ -117,6 +120,9 @@ class TorchState:
         for name, param in self.params.items():
             states = self._states_of(param)
             states.update({state: tree[f"{state}/{name}"] for state, value in states.items() if not isinstance(value, Tensor)})
+
+    def publish(self) -> None:
+        fsdp.reshard(self.model)
 
     @property
     def names(self) -> Mapping[str, str]:

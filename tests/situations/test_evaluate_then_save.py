@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch_jobs
+from checkpoint_jobs import Job
 from oracle import blocks
 from theory import RULES
 from torch.distributed.fsdp import FSDPModule
@@ -109,3 +110,55 @@ def test_a_model_is_attached_after_an_evaluation(four, initial):
     calm = four().run(torch_jobs.run, "fsdp", config, 5)
     for own, other in zip(calm, four().run(attached_after_an_evaluation, "fsdp", config)):
         assert all(torch.equal(tensor, other[name]) for name, tensor in own["states"]["params"].items())
+
+
+def evaluated(kind, config):
+    """Outputs of the average on every rank, how far its weights are from it, and whether training has noticed."""
+    import deslo_plugin
+
+    job, twin = Job(kind, config), Job(kind, config)
+    for each in (job, twin):
+        each.train(range(5))
+    expected = deslo_plugin.averaged_state_dict(job.model)
+    with deslo_plugin.averaged_weights(job.model):
+        with torch.no_grad():
+            outputs = job.model(torch_jobs.batch(0, 99, 0)[0])
+        given = {} if kind == "zero 3" else {
+            name.removeprefix("module."): torch_jobs.whole(value) for name, value in job.model.state_dict().items()}
+    far = max((float((value - expected[name].flatten()).abs().max()) for name, value in given.items()), default=0.0)
+    plain = torch_jobs.net()
+    plain.load_state_dict(expected)
+    far = max(far, float((plain(torch_jobs.batch(0, 99, 0)[0]) - outputs).abs().max()))
+    losses = [each.train(range(5, 11)) for each in (job, twin)]
+    same = all(torch.equal(value, other[name]) for state, other in zip(job.states().values(), twin.states().values())
+               for name, value in state.items())
+    job.close(), twin.close()
+    return far, same and losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp", "hsdp", "zero 0", "zero 1", "zero 2", "zero 3"])
+def test_the_average_is_evaluated_and_training_goes_on_to_the_bit(four, kind):
+    config = blocks(S, replica_size=2) if kind != "plain" else blocks(S)
+    if kind.startswith("zero"):
+        config = {**config, "zero_optimization": {"stage": int(kind[-1]), "stage3_param_persistence_threshold": 0}}
+    for far, same in four().run(evaluated, kind, config):
+        assert far < 1e-6 and same
+
+
+def stepped_inside(config):
+    import deslo_plugin
+
+    job = Job("plain", config)
+    job.train(range(2))
+    before = [p.clone() for p in job.model.parameters()]
+    with pytest.raises(deslo_plugin.ConfigError, match="no optimizer step inside, got 1"):
+        with deslo_plugin.averaged_weights(job.model):
+            job.train(range(2, 3))
+    with pytest.raises(ArithmeticError):
+        with deslo_plugin.averaged_weights(job.model):
+            raise ArithmeticError
+    return all(torch.equal(p, own) for p, own in zip(job.model.parameters(), before))
+
+
+def test_own_weights_come_back_whatever_happens_inside(four):
+    assert four().run(stepped_inside, blocks(S)) == [True] * 4

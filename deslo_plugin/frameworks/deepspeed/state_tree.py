@@ -96,6 +96,9 @@ class EngineState:
                                   str(counted), "load it without ZeRO: parameters that had no gradient at times cannot share one")
             states.update(counted)
 
+    def publish(self) -> None:
+        publish(self.engine)
+
     @property
     def names(self) -> Mapping[str, str]:
         return places(self.engine.module)
