@@ -20,7 +20,7 @@ def topology_of(model: DistributedDataParallel, deslo: DesloConfig) -> Topology:
     group than the world says by itself which ranks are one replica. Collective."""
     if model.process_group.size() < dist.get_world_size():
         own = tuple(dist.get_process_group_ranks(model.process_group))
-        return Topology(tuple(sorted(set(gathered(own).values()))), dist.get_rank())
+        return Topology(tuple(sorted(set(map(tuple, gathered(own).values())))), dist.get_rank())
     topology = make_topology(
         deslo, world_size=dist.get_world_size(), rank=dist.get_rank(), local_world_size=local_world_size()
     )
