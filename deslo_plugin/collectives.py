@@ -4,6 +4,7 @@
 ``ReplicaAverage`` runs over ``torch.distributed``; ``frameworks.torchft`` has one whose replicas come and go.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ from datetime import timedelta
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from deslo_plugin.progress import MOMENT, Progress
+from deslo_plugin.strict import ConfigError
 from deslo_plugin.topology import Topology
 
 
@@ -231,7 +234,35 @@ class ReplicaAverage(Fixed):
 
 
 def gathered(value: Any, group: dist.ProcessGroup | None = None) -> dict[int, Any]:
-    """Global rank -> its ``value``, over ``group`` or the world; any object that pickles."""
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    """Global rank -> its ``value``, over ``group`` or the world. Collective.
+
+    A value is what JSON can hold, or a ``ConfigError``: nothing that a peer sends is run. Tuples come back as lists, and keys as
+    strings. Raises ``TypeError`` for anything else. (torch's object collectives unpickle, and need numpy.)
+    """
+    text, device = json.dumps(value, default=_error_as_text).encode(), _device_of(group)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(lengths, torch.tensor([len(text)], device=device), group=group)
+    own = torch.zeros(max(map(int, lengths)), dtype=torch.uint8, device=device)
+    own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    texts = [torch.empty_like(own) for _ in lengths]
+    dist.all_gather(texts, own, group=group)
+    values = [_read(each[: int(length)]) for each, length in zip(texts, lengths)]
     return dict(zip(dist.get_process_group_ranks(group), values))
+
+
+def _device_of(group: dist.ProcessGroup | None) -> str:
+    """Where tensors of ``group`` may be: on the host, if its backend reaches there."""
+    devices = [each.partition(":")[0] for each in dist.get_backend_config(group).split(",")]
+    return "cpu" if "cpu" in devices else devices[0]
+
+
+def _error_as_text(error: Any) -> dict[str, Any]:
+    if not isinstance(error, ConfigError):
+        raise TypeError(f"gathered: expected plain data or a ConfigError, got {type(error).__name__}")
+    return {"ConfigError": error.__reduce__()[1]}
+
+
+def _read(text: Tensor) -> Any:
+    content = bytearray(len(text))
+    torch.frombuffer(content, dtype=torch.uint8).copy_(text)
+    return json.loads(content, object_hook=lambda found: ConfigError(*found["ConfigError"]) if [*found] == ["ConfigError"] else found)

@@ -75,7 +75,7 @@ def _merged(found: list[Check]) -> list[Check]:
     if not dist.is_initialized():
         return found
     known, merged = {each.name for each in found if each.status == WRONG}, list(found)
-    for rank, theirs in sorted(gathered(found).items()):
-        worse = [each for each in theirs if each.status == WRONG and each.name not in known]
+    for rank, theirs in sorted(gathered([asdict(each) for each in found]).items()):
+        worse = [each for each in (Check(**each) for each in theirs) if each.status == WRONG and each.name not in known]
         merged += [replace(each, name=f"{each.name}, rank {rank}") for each in worse]
     return merged

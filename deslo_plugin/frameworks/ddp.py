@@ -27,7 +27,7 @@ def topology_of(models: Sequence[DistributedDataParallel], deslo: DesloConfig) -
     model = models[0]
     if model.process_group.size() < dist.get_world_size():
         own = tuple(dist.get_process_group_ranks(model.process_group))
-        return Topology(tuple(sorted(set(gathered(own).values()))), dist.get_rank())
+        return Topology(tuple(sorted(set(map(tuple, gathered(own).values())))), dist.get_rank())
     topology = make_topology(
         deslo, world_size=dist.get_world_size(), rank=dist.get_rank(), local_world_size=local_world_size()
     )

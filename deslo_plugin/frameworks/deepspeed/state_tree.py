@@ -8,6 +8,7 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
+from deslo_plugin.collectives import gathered
 from deslo_plugin.frameworks.all_or_none import all_or_none
 from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs, own_part, publish
 from deslo_plugin.frameworks.fragment import Fragment, of_range
@@ -50,10 +51,9 @@ class EngineState:
                 state: self._shape(name, value) for state, value in of_stepped[id(range.flat)].items()}
             for name, range in self.ranges.items()
         }
-        everyone = [None] * self.engine.deslo.topology.replica_size  # each rank has ranges of some parameters only
-        dist.all_gather_object(everyone, own, group=self.engine.deslo.groups.shard)
+        everyone = gathered(own, self.engine.deslo.groups.shard)  # each rank has ranges of some parameters only
         frozen = {name: {PARAMS: list(shape)} for name, shape in self.shapes.items()}
-        return frozen | {name: states for each in everyone for name, states in each.items()}
+        return frozen | {name: states for each in everyone.values() for name, states in each.items()}
 
     @property
     def groups(self) -> Sequence[dict[str, Any]]:
