@@ -52,6 +52,7 @@ def all_or_none(act: Callable[[], T], world: dist.ProcessGroup | None, access: s
             alike = [rank for rank, other in problems.items() if str(other) == str(found)]
             everyone = world is None or len(alike) == dist.get_world_size(world)
             raise (found if everyone else found.on(alike)) from cause
+        found = _Problem(*found)  # it has travelled as a list
         needs = f"; expected a folder that every rank can {access}" if found.number is not None else ""
         message = f"checkpoint: rank {found.rank} failed: {found.what}{needs}"
         raise (AgreedError(message) if found.number is None else AgreedError(found.number, message)) from cause
