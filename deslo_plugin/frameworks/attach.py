@@ -54,7 +54,7 @@ def attach(
 
     Args:
         model: a ``DistributedDataParallel``, a model sharded by ``fully_shard``, or any other module, of which every
-            rank then is one replica.
+            rank then is one replica; compiled or not, with DDP around it or among its modules.
         optimizer: a ``DesLoc``, or any other optimizer whose states ``config`` schedules by ``deslo.sync_every``.
         config: both blocks as a dict or the path of a JSON or YAML file. For a DesLoc only where it has none of its own.
         mesh: the device mesh of all ranks, of which one dimension runs across replicas.
@@ -64,7 +64,8 @@ def attach(
             and nothing else joins them. See ``frameworks.torchft``.
         emit: called with a ``SyncEvent`` after every average.
 
-    Raises ``ConfigError`` for a setting that cannot work, on every rank and before anything is trained.
+    Replicas that start unequal start from replica 0, which is said (``deslo.initial_params``). Raises ``ConfigError`` for a
+    setting that cannot work, and for what shards or communicates by itself, on every rank and before anything is changed.
     """
     if manager is not None:
         inner, config = checked(model, optimizer, config)
@@ -113,8 +114,8 @@ def attach(
     attachment.announce()
     say_placement(topology, groups.world)
     if sharded and topology.replica_size > 1 and (beside := fsdp.not_sharded(model)):
-        say(f"deslo: {listed(beside)} are trained and not sharded: nothing reduces their gradients inside a replica, whose ranks go "
-            "apart; call fully_shard on the whole model too, or reduce those gradients yourself", logging.WARNING)
+        say(f"deslo: {listed(beside)} are trained and not sharded: nothing reduces their gradients inside a replica, whose ranks "
+            "go apart; call fully_shard on the whole model too, or reduce those gradients yourself", logging.WARNING)
     start_telemetry(attachment)
     return attachment
 
@@ -218,7 +219,8 @@ def _averaging_of(
 
 
 def _keep_inside_replicas(
-    model: nn.Module, ddps: Sequence[DistributedDataParallel], first: bool, buffers: list[Tensor], averaging: Averaging, groups: Groups
+    model: nn.Module, ddps: Sequence[DistributedDataParallel], first: bool, buffers: list[Tensor], averaging: Averaging,
+    groups: Groups,
 ) -> None:
     """Whatever wrapped the model reduces gradients inside replicas only; buffers follow the parameters' averages."""
     if buffers:

@@ -90,7 +90,7 @@ class Attachment:
             say(self.summary())
 
     def announce(self) -> None:
-        """Says the plan, and once more after the first step if a stock optimizer turned out to have other states; begins to watch."""
+        """Says the plan, and again after the first step if a stock optimizer turned out to have other states; begins to watch."""
         said = self.plan.describe()
         announce(said)
         if self.watch is not None:
@@ -151,7 +151,7 @@ class Attachment:
 
 
 attached: MutableMapping[torch.nn.Module, list[Attachment]] = WeakKeyDictionary()
-"""By the model inside all wrappers, one for each optimizer that steps it: beside it, so that it can still be copied and pickled."""
+"""By the model inside all wrappers, one for each optimizer that steps it: beside it, so that it can still be copied."""
 
 
 def attachments_of(model: Any, what: str) -> list[Attachment]:

@@ -88,8 +88,10 @@ def equal_replicas(
     topology = groups.topology
     if initial != "check":
         first = topology.rows[0][0]
-        parts = ((whole, groups.world, first, [topology.ranks]), (sharded, groups.replica, topology.replica_group[0], topology.columns))
-        for tensors, group, source, among in parts:
+        for tensors, group, source, among in (
+            (whole, groups.world, first, [topology.ranks]),
+            (sharded, groups.replica, topology.replica_group[0], topology.columns),
+        ):
             different = differing(digests(tensors.items()), among, groups.world)
             for name in different:
                 staged = stage(tensors[name].detach().contiguous())
@@ -123,13 +125,16 @@ def refuse_parts(plain: Mapping[str, Tensor], groups: Groups, forgotten: Collect
 
     Those that sharding has only ``forgotten`` are meant to differ if they are alike in all replicas: else nobody seeded them.
     """
+    if groups.topology.replica_size == 1:
+        return
     topology, mine = groups.topology, digests(plain.items())
     inside = differing(mine, topology.rows, groups.world)
     across = differing(mine, topology.columns, groups.world)
     for name, ranks in inside.items():
         if name not in across or name not in forgotten:
             raise ConfigError(
-                f"attach(model) parameter {name}", "one value on the ranks of a replica, or a DTensor", f"another on rank(s) {ranks}",
+                f"attach(model) parameter {name}", "one value on the ranks of a replica, or a DTensor",
+                f"another on rank(s) {ranks}",
                 "make it a DTensor (distribute_tensor, or DTensor.from_local with Shard), so that averages and checkpoints keep "
                 'every part; only if it is meant to be the same everywhere, set "deslo": {"initial_params": "broadcast"}')
 

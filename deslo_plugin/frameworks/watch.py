@@ -113,13 +113,16 @@ class Watch:
         if moved and together:
             self._complain("together", TOGETHER.format(steps=self._landed_at))
         if apart:
-            self._complain("apart", "deslo: parameters differ between replicas right after an average; see that nothing writes them on "
-                           "some ranks alone, and call attachment.check() on every rank")
+            self._complain("apart", "deslo: parameters differ between replicas right after an average; see that nothing writes them "
+                           "on some ranks alone, and call attachment.check() on every rank")
         if self._averages >= AVERAGES or self._looked >= PATIENCE:
             self._end()
 
     def _over_replicas(self, moved: bool, before: Mapping[str, str], after: Mapping[str, str]) -> tuple[bool, bool, bool]:
-        """(whether any moved, all were equal before, some differ after). By way of an average: a rank that has left is named there."""
+        """(whether any moved, all were equal before, some differ after), by an average, which names a rank that has left.
+
+        Collective.
+        """
         words = [float(word) for each in (before, after) for word in bytes.fromhex(_hash(each)[:16])]
         own = torch.tensor([float(moved), *words, *(word**2 for word in words)], dtype=torch.float64)
         average = self.averaging.average
@@ -148,7 +151,7 @@ class Watch:
         theirs = _params_of([optimizer])
         if theirs & _params_of([own]):
             self._complain("elsewhere", f"deslo: a step of {kind} moves parameters of {name}, which is attached and not stepped: "
-                           f"nothing is averaged; attach that {kind}, such as optimizer.base_optimizer, or call the step() of {name}")
+                           f"nothing is averaged; attach that {kind}, such as optimizer.base_optimizer, or call {name}.step()")
         elif self._names_left_out and not hasattr(optimizer, "deslo"):
             self._complain("left out", self._left_out(f"are stepped by {kind}", theirs))
 
@@ -166,13 +169,13 @@ class Watch:
             found["left out"] = left
         if any(unasked for unasked, *_ in everyone.values()):
             found["unasked"] = ("deslo: parameters have changed since the last check, or since attach, without a step of the "
-                                "attached optimizer; that is right after a load or a write of your own, else step what was attached")
+                                "attached optimizer; that is right after a load or a write of yours, else step what was attached")
         if within := self._other_than_first({rank: each[1] for rank, each in everyone.items()}):
             found["within"] = WITHIN.format(ranks=within)
         apart = [rank for first, *others in topology.columns for rank in others if everyone[rank][2] != everyone[first][2]]
         if apart and not self.averaging.diverged:
-            found["unequal"] = (f"deslo: rank(s) {sorted(apart)} differ from replica 0, and no step was taken since all were equal; "
-                                "load or write the same on every rank, or call deslo_plugin.meet(model)")
+            found["unequal"] = (f"deslo: rank(s) {sorted(apart)} differ from replica 0, and no step was taken since all were "
+                                "equal; load or write the same on every rank, or call deslo_plugin.meet(model)")
         for kind, sentence in found.items():
             self._complain(kind, sentence)
         return list(found.values())
@@ -185,7 +188,8 @@ class Watch:
                 self._complain("within", WITHIN.format(ranks=within))
 
     def _other_than_first(self, everyone: Mapping[int, str]) -> list[int]:
-        return sorted(rank for first, *others in self.groups.topology.rows for rank in others if everyone[rank] != everyone[first])
+        rows = self.groups.topology.rows
+        return sorted(rank for first, *others in rows for rank in others if everyone[rank] != everyone[first])
 
     def _everyone(self, mine: Any) -> dict[int, Any]:
         return gathered(mine, self.groups.world) if self.groups.world is not None else {self.groups.topology.rank: mine}
@@ -195,8 +199,10 @@ class Watch:
         attached = _params_of(averaging.optimizer for averaging in _averagings)
         left = [name for name, param in self.named.items()
                 if param.requires_grad and id(param) not in attached and (among is None or id(param) in among)]
-        return left and (f"deslo: {listed(left)} {how} and are in no attached optimizer: they are never averaged; call "
-                         "deslo_plugin.attach for the optimizer that steps them too, or freeze them with requires_grad_(False)") or ""
+        if not left:
+            return ""
+        return (f"deslo: {listed(left)} {how} and are in no attached optimizer: they are never averaged; call deslo_plugin.attach "
+                "for the optimizer that steps them too, or freeze them with requires_grad_(False)")
 
     def _complain(self, kind: str, sentence: str) -> None:
         if sentence and kind not in self.problems:
@@ -209,9 +215,9 @@ class Watch:
 
 
 TOGETHER = (
-    "deslo: the parameters of all replicas are equal after {steps} steps, before any average: gradients still meet at every step, or "
-    "all ranks see the same data, so nothing is saved. Attach what DDP(model) returned, not the module inside it nor before it is "
-    "wrapped; take an optimizer that gathers nothing by itself; give every rank its own part of the data (DistributedSampler)"
+    "deslo: the parameters of all replicas are equal after {steps} steps, before any average: gradients still meet at every step, "
+    "or all ranks see the same data, so nothing is saved. Attach what DDP(model) returned, not the module inside it nor before it "
+    "is wrapped; take an optimizer that gathers nothing by itself; give every rank its own part of the data (DistributedSampler)"
 )
 
 WITHIN = (

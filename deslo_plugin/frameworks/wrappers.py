@@ -17,7 +17,8 @@ engines: "WeakSet[Any]" = WeakSet()
 
 JSON = 'write the two blocks "optimizer" and "deslo" in the DeepSpeed JSON, and do not call attach: engine.deslo is there then'
 SHARD = ('shard it with torch.distributed.fsdp.fully_shard over the ranks of one replica (Accelerate: fsdp_version: 2), '
-         'mesh=mesh["shard"] of mesh = init_device_mesh(device, (replicas, ranks of a replica), mesh_dim_names=("replicate", "shard"))')
+         'mesh=mesh["shard"] of mesh = init_device_mesh(device, (replicas, ranks of a replica), '
+         'mesh_dim_names=("replicate", "shard"))')
 DDP = "wrap it in torch.nn.parallel.DistributedDataParallel, or leave it bare: every rank is a replica then"
 
 MODULES = {  # name of a class of modules -> what it does by itself, and what to do
@@ -26,13 +27,13 @@ MODULES = {  # name of a class of modules -> what it does by itself, and what to
     "DistributedModelParallel": ("shards tables over all its ranks", SHARD),
     "ReplicateModule": ("reduces gradients over all its ranks", DDP),
     "DistributedDataParallel": ("is not torch's and reduces gradients over all its ranks", DDP),
-    "PureDistributedDataParallel": ("reduces gradients by its own manager", "attach(bare model, optimizer, config, manager=manager)"),
+    "PureDistributedDataParallel": ("reduces gradients by its manager", "attach(bare model, optimizer, config, manager=manager)"),
 }
 OPTIMIZERS = {  # name of a class of optimizers -> what it does by itself, and what to do
     "ZeroRedundancyOptimizer": ("steps a part of the parameters on each rank and broadcasts it at every step",
-                                "attach the optimizer class inside it, or shard with fully_shard or DeepSpeed's ZeRO in a replica"),
+                                "attach the optimizer class inside it, or shard with fully_shard or DeepSpeed's ZeRO"),
     "OSS": ("steps a part of the parameters on each rank and broadcasts it at every step", "attach the optimizer inside it"),
-    "PostLocalSGDOptimizer": ("averages parameters by itself", "attach the optimizer inside it (optim=), and remove its averager"),
+    "PostLocalSGDOptimizer": ("averages parameters by itself", "attach the optimizer inside it, and remove its averager"),
     "DistributedOptimizer": ("steps parameters of other ranks", "attach an optimizer of this rank's parameters"),
     "DistributedFusedAdam": ("shards states over all its ranks", "attach torch.optim.AdamW, or use deslo_plugin.DesLoc"),
     "DistributedFusedLAMB": ("shards states over all its ranks", "attach a local optimizer, or use deslo_plugin.DesLoc"),
@@ -85,10 +86,10 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 def refuse(model: Any, optimizer: Any) -> None:
     """Raises ``ConfigError`` for what would be averaged wrongly, or would go on to communicate at every step."""
     if not isinstance(model, nn.Module):
-        raise ConfigError("attach(model)", "a torch.nn.Module", type(model).__name__, "pass the model itself; for several models, "
-                          "call attach for each of them and its optimizer")
+        raise ConfigError("attach(model)", "a torch.nn.Module", type(model).__name__, "pass the model itself; for several, call "
+                          "attach for each of them and its optimizer")
     if any(model is engine or bare(model) is getattr(engine, "module", None) for engine in engines):
-        raise _refused("attach(model)", "DeepSpeedEngine or the module that it trains", "reduces gradients over all its ranks", JSON)
+        raise _refused("attach(model)", "DeepSpeedEngine or the module in it", "reduces gradients over all its ranks", JSON)
     for name, module in model.named_modules():
         _refuse_module(name, module)
     for name, param in model.named_parameters():
@@ -96,7 +97,7 @@ def refuse(model: Any, optimizer: Any) -> None:
             raise _refused(f"attach(model) parameter {name}", "one of deepspeed.zero.Init", "is sharded by DeepSpeed", JSON)
         for kept in ("_in_backward_optimizers", "_overlapped_optimizer"):
             if getattr(param, kept, None):
-                raise _refused(f"attach(model) parameter {name}", "one with an optimizer of its own", "is stepped in the backward",
+                raise _refused(f"attach(model) parameter {name}", "one with its own optimizer", "is stepped in the backward",
                                "remove _apply_optimizer_in_backward: averages need a step of their own")
     refuse_optimizer(optimizer)
 

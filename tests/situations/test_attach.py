@@ -311,20 +311,30 @@ def test_check_refuses_and_broadcast_says_nothing(four):
         assert result["error"] == "no error" and not result["lines"] and int(result["state"][-1]) == 0
 
 
-def deepspeed_unseeded(stage: int) -> list:
+def deepspeed_unseeded(stage: int, same_data: bool = False) -> list:
     from jobs import engine_for, replica_state
 
     ds = {"optimizer": {"type": "DesLoc", "params": {"sync_every": {"params": 4}}}, "deslo": {"replica_size": 2},
           "zero_optimization": {"stage": stage}}
     with engine_for(ds, net(seed=dist.get_rank())) as engine:
-        return [*replica_state(engine, [])["params"].values()]
+        params = [*replica_state(engine, [])["params"].values()]
+        for step in range(6):
+            engine.backward(loss_of(engine, batch(0 if same_data else dist.get_rank(), step, 0)))
+            engine.step()
+        return [params, engine.deslo.check()]
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_ranks_that_never_seeded_start_from_replica_0_under_deepspeed(four, stage):
     results = four().run(deepspeed_unseeded, stage)
-    assert all(all(map(torch.equal, result, results[0])) for result in results)
-    assert torch.equal(results[0][0].flatten(), net(seed=0)[0].weight.flatten())
+    first, _ = results[0]
+    assert all(all(map(torch.equal, params, first)) and found == [] for params, found in results)
+    assert torch.equal(first[0].flatten(), net(seed=0)[0].weight.flatten())
+
+
+def test_the_same_data_on_every_rank_is_seen_under_deepspeed(four):
+    for _, (found,) in four().run(deepspeed_unseeded, 2, True):
+        assert "all ranks see the same data" in found
 
 
 def plain_parts(kind: str) -> str:
@@ -348,8 +358,8 @@ def plain_parts(kind: str) -> str:
 def test_parts_in_plain_tensors_are_refused_and_dtensors_are_not(four):
     for kind in ("by hand", "experts"):
         for error in four().run(plain_parts, kind):
-            assert re.search("parameter 0.weight: expected one value on the ranks of a replica, or a DTensor, got another on rank.s. "
-                             ".1, 3.; make it a DTensor", error)
+            assert re.search("parameter 0.weight: expected one value on the ranks of a replica, or a DTensor, got another on "
+                             "rank.s. .1, 3.; make it a DTensor", error)
     assert four().run(plain_parts, "DTensor") == ["no error"] * 4
 
 
