@@ -137,6 +137,10 @@ class Averaging:
         """Says that all replicas are equal now."""
         self._met = self.steps
 
+    def loaded(self) -> None:
+        """The optimizer has loaded states: whether replicas are equal is not known any more."""
+        self._met = 0
+
     def abandon(self) -> None:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
         self._sync.abandon()
