@@ -156,6 +156,10 @@ class Averaging:
         for tensors in [*(group["params"] for group in self.groups), self._buffers] if self.kept else ():
             self.kept.take(self.steps, tensors, local(tensors))
 
+    def loaded(self) -> None:
+        """The optimizer has loaded states: whether replicas are equal is not known any more."""
+        self._met = 0
+
     def abandon(self) -> None:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
         self._met = 0  # an exact load leaves replicas that differ

@@ -179,6 +179,8 @@ class _Pending:
                 asked = now
                 if given_up := self.average.progress.given_up(self.average.ranks, self.launch):
                     raise RuntimeError(f"rank(s) {given_up} gave up")
+                if alone := self.average.progress.alone(self.average.ranks):
+                    raise RuntimeError(f"rank(s) {alone} in load_state_dict or add_param_group, which every rank must call")
             time.sleep(min((now - start) / 64, 0.05))
 
 

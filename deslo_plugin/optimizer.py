@@ -63,6 +63,13 @@ class DesLoc(torch.optim.Optimizer):
         self._emit, self.armed = emit, False
         optimizer = self.config.optimizer
         super().__init__(params, {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay, "sync_every": {}})
+        self._set_rule()
+        self._unattached = average is None
+        if armed:
+            self.attach(average or Alone(), chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def _set_rule(self) -> None:
+        optimizer = self.config.optimizer
         self._rule = RULES[optimizer.rule]
         self._constants: dict[str, Any] = {
             "betas": optimizer.betas, "weights": optimizer.weights, "clip_value": optimizer.clip_value
@@ -71,15 +78,13 @@ class DesLoc(torch.optim.Optimizer):
             self._constants |= {"beta2": optimizer.beta2, "eps": optimizer.eps}
         if optimizer.rule == "adam":
             self._constants["bias_correction"] = optimizer.bias_correction
-        self._unattached = average is None
-        if armed:
-            self.attach(average or Alone(), chain.from_iterable(group["params"] for group in self.param_groups))
 
     def attach(self, average: Average, params: Any, emit: Callable[[SyncEvent], object] | None = None) -> None:
-        """Creates the state of ``params``, connects the transport and arms ``step``."""
+        """Creates the state of ``params`` where none was loaded, connects the transport and arms ``step``."""
+        trained = {param: state for param, state in self.state.items() if state.get(STEP)}  # not those that are as they were made
         self.state.clear()
         for param in params:
-            self._create_state(param)
+            self.state[param] = trained[param] if param in trained else self._create_state(param)
         self._unattached = self._unattached and isinstance(average, Alone)
         self._clock = ParameterClock(self, self._create_state)
         bounds = self.config.optimizer.bounds
@@ -93,14 +98,17 @@ class DesLoc(torch.optim.Optimizer):
         return self.averaging.meter
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the new parameters meet with the others, by the clock of all. Collective once it is attached."""
+        clock = self.averaging.steps if getattr(self, "armed", False) and self.state else 0
         super().add_param_group(param_group)
         group, optimizer = self.param_groups[-1], self.config.optimizer
         where = f"param group {len(self.param_groups) - 1}"
         group["sync_every"] = group_periods(group["sync_every"], optimizer.periods, optimizer.beta_of, where)
         expect_averages(self.config.deslo, group["sync_every"], f" of {where}")
         if self.armed:
+            self._call("DesLoc.add_param_group", f"parameters of {[tuple(param.shape) for param in group['params']]}")
             for param in group["params"]:
-                self._create_state(param)
+                self._create_state(param, clock)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -169,7 +177,13 @@ class DesLoc(torch.optim.Optimizer):
             for param in cohort.params:
                 self.state[param][ORIGIN] += 1
 
-    def _create_state(self, param: Tensor) -> dict[str, Tensor]:
+    def _call(self, what: str, traits: str) -> None:
+        """Raises ``ConfigError`` on every rank unless all have made this call. Collective."""
+        if self.averaging.average.progress:
+            self.averaging.average.progress.change(what, traits, self.config.deslo.timeout_s)
+
+    def _create_state(self, param: Tensor, clock: int = 0) -> dict[str, Tensor]:
+        """A state without updates, at step ``clock``."""
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         if dtype == torch.float64 and self.config.deslo.wire_dtype != "float64":
             raise ConfigError("deslo.wire_dtype", "'float64' for float64 parameters", "'float32'",
@@ -180,7 +194,7 @@ class DesLoc(torch.optim.Optimizer):
                               "remove it: float64 parameters have float64 momenta")
         moment_dtype = torch.bfloat16 if optimizer.state_dtype == "bfloat16" else dtype
         for counter in self._counters:
-            state[counter] = torch.zeros(())
+            state[counter] = torch.full((), float(clock if counter in (STEP, ORIGIN) else 0))
         for moment in optimizer.moments:
             state[moment] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
         if optimizer.outer:
@@ -195,22 +209,66 @@ class DesLoc(torch.optim.Optimizer):
         return [STEP, ORIGIN, *(every(state) for state in self.config.optimizer.moments if state in adapt)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads states and drops averages in flight; the periods, and the dtypes of states, stay those of the config."""
+        """Loads states and drops averages in flight; the periods, and the dtypes of states, stay those of the config.
+
+        The state dict of a plain Adam(W) is taken over: the clock is the most often updated parameter's ``step``, and every
+        parameter keeps its own count of updates for bias correction. Collective once it is attached. Raises ``ConfigError``
+        on every rank, before anything is written, for other states than the config's, or another step on some rank.
+        """
+        states, clock = self._own_form(state_dict)
         if self.armed:
+            self._call("DesLoc.load_state_dict", f"{len(state_dict['param_groups'])} param group(s) of step {clock}")
             self.averaging.abandon()
-        periods = [group["sync_every"] for group in self.param_groups]
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         dtypes = {param: {name: value.dtype for name, value in state.items()} for param, state in self.state.items()}
         super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, periods):
-            group["sync_every"] = own
+        for group, before in zip(self.param_groups, own):
+            group.update({key: value for key, value in before.items() if key == "sync_every" or key not in group})
         # torch casts floating states to the parameter's dtype, and would round the float32 momenta of bfloat16 parameters
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, param in zip(saved, params):
-            for name, value in state_dict["state"].get(index, {}).items():
+        for param in chain.from_iterable(group["params"] for group in self.param_groups):
+            if param not in states:
+                self._create_state(param, clock)
+            for name, value in states.get(param, {}).items():
                 device = "cpu" if name in self._counters else param.device
                 dtype = dtypes.get(param, {}).get(name, value.dtype)
                 self.state[param][name] = value.detach().to(device, dtype, copy=True)
+        if self.armed:
+            self.averaging.loaded()
+
+    def _own_form(self, state_dict: Mapping[str, Any]) -> tuple[dict[Tensor, dict[str, Tensor]], int]:
+        """Parameter -> the states that ``state_dict`` has of it, in full, and the furthest step of all."""
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        states = {param: {name: torch.as_tensor(value) for name, value in state.items() if value is not None}
+                  for index, param in zip(saved, params) if (state := state_dict["state"].get(index))}
+        clock = max((int(state.get(STEP, 0)) for state in states.values()), default=0)
+        optimizer = self.config.optimizer
+        wanted = [*optimizer.moments, *((OUTER_PARAMS, OUTER_MOMENTUM) if optimizer.outer else ())]
+        for param, state in states.items():
+            if ORIGIN not in state and STEP in state:  # Adam's own count of updates
+                state[ORIGIN], state[STEP] = clock - state[STEP].float(), torch.tensor(float(clock))
+            for counter in self._counters:
+                if counter not in (STEP, ORIGIN):
+                    state.setdefault(counter, torch.zeros(()))
+            names = sorted(name for name in state if name not in (STEP, ORIGIN) and not name.endswith(every("")))
+            shapes = [tuple(state[name].shape) for name in names]
+            if STEP not in state or names != sorted(wanted) or any(shape != tuple(param.shape) for shape in shapes):
+                got = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes))
+                raise ConfigError(
+                    "DesLoc.load_state_dict", f"step and {', '.join(wanted)} of shape {list(param.shape)}", got or "none of them",
+                    "load the states of an optimizer with these momenta and param groups in this order, or begin with fresh ones")
+        return states, clock
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: the states and the config, without the replicas it is attached to."""
+        return super().__getstate__() | {"config": self.config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not hasattr(self, "_rule"):  # a copy, not a load
+            self._emit, self.armed, self._unattached = None, False, True
+            self._set_rule()
+            self.attach(Alone(), list(chain.from_iterable(group["params"] for group in self.param_groups)))
 
 
 def _rate(lr: float | Tensor, device: torch.device) -> float | Tensor:

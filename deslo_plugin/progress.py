@@ -45,8 +45,8 @@ _boards: "WeakKeyDictionary[dist.ProcessGroup, _Board]" = WeakKeyDictionary()
 @dataclass(frozen=True)
 class Note:
     """What a rank says of itself: ``launches`` of averages so far, the last one after ``steps`` steps, ``at`` (seconds since
-    the epoch), at ``rate`` steps per second, the last launch that it has ``given_up``, and how many ``calls`` it has made that
-    every rank must make, ``inside`` which it is now."""
+    the epoch), at ``rate`` steps per second, the last launch that it has ``given_up``, how many ``calls`` it has made that every
+    rank must make, ``inside`` which it is now, and how many ``changes`` of what is averaged."""
 
     launches: int = 0
     steps: int = 0
@@ -55,6 +55,7 @@ class Note:
     given_up: int = 0
     calls: int = 0
     inside: str = ""
+    changes: int = 0
 
 
 class Progress:
@@ -93,6 +94,35 @@ class Progress:
         """Those of ``ranks`` that were seen to have given up average number ``launch``; looks again without waiting for it."""
         self._look_around(self._seen.update)
         return [rank for rank in ranks if rank in self._seen and self._seen[rank].given_up >= launch]
+
+    def alone(self, ranks: Iterable[int]) -> list[int]:
+        """Those of ``ranks`` that were seen to wait in a call that this rank has not come to; looks again as ``given_up`` does."""
+        self._look_around(self._seen.update)
+        return [rank for rank in ranks if rank in self._seen and self._seen[rank].changes > self._note.changes]
+
+    def change(self, what: str, traits: str, timeout_s: float) -> None:
+        """Waits until every rank has come to the same change of what is averaged. Collective, through the store.
+
+        ``traits``: what must be alike. Raises ``ConfigError`` on every rank if they differ, or if some rank does not come:
+        whoever waits for an average from here notices it, and gives up.
+        """
+        given_up = self._note.given_up
+        self._write(replace(self._note, changes=self._note.changes + 1))
+        key, store = f"{self._prefix}change {self._note.changes}", self._board.read
+        mine, deadline = f"{what}: {traits}", time.monotonic() + timeout_s
+        if (reference := store.compare_set(key, "", mine).decode()) != mine:
+            store.set(f"{key} refused", f"{mine} on rank {self.topology.rank}")
+        store.add(f"{key} came", 1)
+        while store.add(f"{key} came", 0) < len(self.topology.ranks) and not store.check([f"{key} refused"]):
+            notes = self._read(self.topology.ranks) or {}
+            left = [rank for rank, note in notes.items() if note.given_up > max(given_up, self.launches)]
+            if left or time.monotonic() > deadline:
+                absent = [rank for rank, note in notes.items() if note.changes < self._note.changes]
+                raise ConfigError(what, "the same call on every rank", f"none on rank(s) {left or absent}", "call it on every rank")
+            time.sleep(0.02)
+        if store.check([f"{key} refused"]):
+            raise ConfigError(what, f"{reference!r} on every rank", repr(store.get(f"{key} refused").decode()),
+                              "call it alike on every rank, at the same step")
 
     def rates(self) -> dict[int, float]:
         """Replica -> steps per second of its slowest rank between its last two averages, without what it waited for others.

@@ -19,6 +19,7 @@ from deslo_plugin.log import announce, say
 from deslo_plugin.plan import Plan, make_plan
 from deslo_plugin.recorder import Recorder
 from deslo_plugin.schedule import Periods
+from deslo_plugin.shards import local
 from deslo_plugin.stock import NUMELS, StockAveraging
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter
@@ -144,10 +145,23 @@ class Attachment:
         known = getattr(self.averaging, "periods_known", True)
         periods = [group["sync_every"] if known else self.config.deslo.sync_every for group in self.averaging.groups]
         return make_plan(
-            self.config, self.numels, periods, self.topology,
-            divisor=self.averaging.average.divisor, gradient_bytes=self.gradient_bytes, buffer_bytes=self.buffer_bytes,
+            self.config, self._numels, periods, self.topology,
+            divisor=self.averaging.average.divisor, gradient_bytes=self._gradient_bytes, buffer_bytes=self.buffer_bytes,
             others=[group.get(NUMELS, {}) for group in self.averaging.groups],
         )
+
+    @property
+    def _numels(self) -> list[int]:
+        """With those of param groups that were added since."""
+        added = self.averaging.groups[len(self.numels) :]
+        return [*self.numels, *(sum(param.numel() for param in local(group["params"])) for group in added)]
+
+    @property
+    def _gradient_bytes(self) -> list[int] | None:
+        """The warm-up averages the gradients of the parameters that were there when it began."""
+        if self.gradient_bytes is None:
+            return None
+        return [*self.gradient_bytes, *(0 for _ in self.averaging.groups[len(self.gradient_bytes) :])]
 
 
 attached: MutableMapping[torch.nn.Module, list[Attachment]] = WeakKeyDictionary()
