@@ -104,7 +104,7 @@ class StockAveraging(Averaging):
         """
         if self.periods_known:
             return
-        mine = [(_kinds(group["params"], self.optimizer.state), self._counters(group["params"])) for group in self.groups]
+        mine = [(_kinds(group["params"], self.optimizer.state), _told(self._counters(group["params"]))) for group in self.groups]
         updates, *everyone = zip(*self._everyone((updated, *mine)))
         if not any(updates):
             return
@@ -113,7 +113,7 @@ class StockAveraging(Averaging):
         _check(self.deslo.sync_every, known, type(self.optimizer).__name__)
         for group, of_group in zip(self.groups, kinds):
             self._schedule(group, of_group)
-        self._known = {name: value for of_group in everyone for _, each in of_group for name, value in each.items()} | known
+        self._known = {name: _counter(*told) for of_group in everyone for _, each in of_group for name, told in each.items()} | known
         self.periods_known = True
         for said in dict.fromkeys(said for group in self.groups for said in loose(self._bounds(group), group["sync_every"])):
             say(f"deslo: {type(self.optimizer).__name__}: {said}", logging.WARNING)
@@ -266,6 +266,16 @@ def _kinds(params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> 
 def _counts(value: Any) -> bool:
     """Whether a value of a parameter's state is a number or has no dimensions."""
     return isinstance(value, int | float) or isinstance(value, Tensor) and value.ndim == 0
+
+
+def _told(counters: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
+    """Name -> value and dtype of each counter, as plain data; no dtype for a number."""
+    return {name: (value.item(), str(value.dtype).removeprefix("torch.")) if isinstance(value, Tensor) else (value, "")
+            for name, value in counters.items()}
+
+
+def _counter(value: float, dtype: str) -> Any:
+    return torch.tensor(value, dtype=getattr(torch, dtype)) if dtype else value
 
 
 def _updates(state: Mapping[str, Any]) -> int:
