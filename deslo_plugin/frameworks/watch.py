@@ -79,7 +79,7 @@ class Watch:
         self._inside = True
         if not self._began:
             self._began = True
-            if self._names_left_out and not self._in_engine:
+            if self._names_left_out:
                 self._complain("left out", self._left_out("require gradients"))
 
     def landed(self, params: Sequence[Tensor]) -> None:
@@ -195,7 +195,9 @@ class Watch:
         return gathered(mine, self.groups.world) if self.groups.world is not None else {self.groups.topology.rank: mine}
 
     def _left_out(self, how: str, among: Collection[int] | None = None) -> str:
-        """What to say of trained parameters in no attached optimizer, or nothing."""
+        """What to say of trained parameters in no attached optimizer, or nothing: an engine empties groups between steps."""
+        if self._in_engine:
+            return ""
         attached = _params_of(averaging.optimizer for averaging in _averagings)
         left = [name for name, param in self.named.items()
                 if param.requires_grad and id(param) not in attached and (among is None or id(param) in among)]

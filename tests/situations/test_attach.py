@@ -328,7 +328,7 @@ def deepspeed_unseeded(stage: int, same_data: bool = False) -> list:
 def test_ranks_that_never_seeded_start_from_replica_0_under_deepspeed(four, stage):
     results = four().run(deepspeed_unseeded, stage)
     first, _ = results[0]
-    assert all(all(map(torch.equal, params, first)) and found == [] for params, found in results)
+    assert [found for _, found in results] == [[]] * 4 and all(all(map(torch.equal, params, first)) for params, _ in results)
     assert torch.equal(first[0].flatten(), net(seed=0)[0].weight.flatten())
 
 
