@@ -29,7 +29,7 @@ from deslo_plugin.config import CHECKPOINTS
 from deslo_plugin.frameworks.attachment import Attachment, attachments_of
 from deslo_plugin.frameworks.fragment import Fragment, LoadFragments, SaveFragments
 from deslo_plugin.frameworks.proof import OLD, PART, Proof, measured, prove, read_proof, write_proof
-from deslo_plugin.frameworks.state_tree import KEPT, Tree, holder_of, refuse_others
+from deslo_plugin.frameworks.state_tree import KEPT, Tree, holder_of, refuse_others, united, unlike
 from deslo_plugin.log import say
 from deslo_plugin.names import PARAMS
 from deslo_plugin.strict import ConfigError
@@ -60,6 +60,8 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
     if mode == "sync":
         meet(model)
     tree = holder.tree()
+    if mode != "exact":
+        tree |= unlike(tree, _scheduled(attachments), attachment.groups.replica)
     if mode == "average":
         tree |= _means(tree, attachment)
     where, name, group = _place(part, mode, attachment)
@@ -70,7 +72,7 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
         tree[name] = pickle.dumps(own)
     dcp.save(tree, checkpoint_id=where, process_group=group, planner=SaveFragments(flatten_state_dict=False))
     numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
-    proof = Proof(mode, topology.rows, attachment.averaging.steps, holder.states, numbers)
+    proof = Proof(mode, topology.rows, attachment.averaging.steps, united(holder.states, world), numbers)
     all_or_none(lambda: None, world)  # every file is there
     files = measured(part, world)
     all_or_none(lambda: write_proof(part, proof, files) if first else None, world)
@@ -86,6 +88,10 @@ def meet(model: Any) -> None:
     attachments = attachments_of(model, "meet")
     holder = holder_of(model, attachments)
     tree = holder.tree()
+    more = unlike(tree, _scheduled(attachments), attachments[0].groups.replica)
+    if more:
+        holder.prepare(united(holder.states, attachments[0].groups.world))
+        tree = holder.tree() | {name: value for name, value in more.items() if not _pieces(value)}
     means = _means(tree, attachments[0])
     for name, mean in means.items():
         for piece, new in zip(_pieces(tree[name]), _pieces(mean)):
@@ -118,10 +124,14 @@ def load(path: str | Path, model: Any) -> dict[str, Any]:
             f"{topology.replicas} of {topology.replica_size}", 'start as many, or load one that was saved with mode "average"',
         )
     all_or_none(lambda: holder.prepare(proof.states), world)
-    refuse_others(holder.states, proof.states, where)
+    states = holder.states
+    all_or_none(lambda: refuse_others(states, proof.states, where), world)
     for each in attachments:
         each.averaging.abandon()
     source, name, group = _place(folder, proof.mode, attachment)
+    if proof.mode == "exact":
+        stored = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
+        holder.forget([each for each in holder.tree() if each not in stored])
     content = holder.tree() | {name: b""}
     dcp.load(content, checkpoint_id=source, process_group=group, planner=LoadFragments(flatten_state_dict=False))
     own = pickle.loads(content.pop(name))
@@ -227,6 +237,10 @@ def _means(tree: Tree, attachment: Attachment) -> Tree:
             own = [next(flat).to("cpu", piece.dtype) for piece in pieces]
             means[name] = tree[name].like(own) if isinstance(tree[name], Fragment) else own[0]
     return means
+
+
+def _scheduled(attachments: Sequence[Attachment]) -> set[str]:
+    return {state for each in attachments for group in each.averaging.groups for state in group["sync_every"]}
 
 
 def _pieces(value: Any) -> list[Tensor]:
