@@ -32,7 +32,7 @@ from deslo_plugin.frameworks.mean import mean_of
 from deslo_plugin.frameworks.plain import expect_mapping, plain, read_plain, write_plain
 from deslo_plugin.frameworks.proof import Proof, expect_measured, measured, prove, read_proof, write_proof
 from deslo_plugin.frameworks.random_state import random_state, set_random_state
-from deslo_plugin.frameworks.state_tree import KEPT, Holder, Tree, holder_of, refuse_others
+from deslo_plugin.frameworks.state_tree import KEPT, Holder, Tree, holder_of, refuse_others, united, unlike
 from deslo_plugin.log import say
 from deslo_plugin.names import BUFFERS, PARAMS
 from deslo_plugin.strict import ConfigError
@@ -93,6 +93,8 @@ def _write(
     if mode == "sync":
         meet(model)
     tree = all_or_none(lambda: _expect_plain(holder.tree()), world)
+    if mode != "exact":
+        tree |= unlike(tree, _scheduled(attachments), attachment.groups.replica)
     if mode == "average":
         tree |= _means(tree, attachment)
     where, name, group = _place(part, mode, attachment)
@@ -104,7 +106,7 @@ def _write(
 
     all_or_none(write, world)
     numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
-    proof = Proof(mode, topology.rows, attachment.averaging.steps, holder.states, numbers, holder.names)
+    proof = Proof(mode, topology.rows, attachment.averaging.steps, united(holder.states, world), numbers, holder.names)
     proof = replace(proof, files=expect_measured(measured(part, world, strong=strong)))
     sha256 = all_or_none(lambda: write_proof(part, proof) if first else None, world)
     all_or_none(lambda: put_in_place(final) if first else None, world)
@@ -123,6 +125,10 @@ def meet(model: Any) -> None:
     attachments = attachments_of(model, "meet")
     holder = holder_of(model, attachments)
     tree = all_or_none(holder.tree, attachments[0].groups.world)
+    more = unlike(tree, _scheduled(attachments), attachments[0].groups.replica)
+    if more:
+        holder.prepare(united(holder.states, attachments[0].groups.world))
+        tree = holder.tree() | {name: value for name, value in more.items() if not _pieces(value)}
     means = _means(tree, attachments[0])
     for name, mean in means.items():
         for piece, new in zip(_pieces(tree[name]), _pieces(mean)):
@@ -160,9 +166,12 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     source, name, group = _place(folder, proof.mode, attachment)
     index, own = all_or_none(lambda: (read_index(source), _expect_own(source / name, proof.mode)), world, READ)
     all_or_none(lambda: holder.prepare(proof.states), world)
-    all_or_none(lambda: refuse_others(holder.states, proof.states, where), world)
+    states = holder.states
+    all_or_none(lambda: refuse_others(states, proof.states, where), world)
     for each in attachments:
         each.averaging.abandon()
+    if proof.mode == "exact":
+        holder.forget([each for each in holder.tree() if each not in index.state_dict_metadata])
     content = all_or_none(holder.tree, world)
     all_or_none(lambda: read_tree(content, source, index, group), world, f"{READ}; a part was loaded: load again before training")
     all_or_none(lambda: _go_on(own, proof, attachments) if proof.mode == "exact" else None, world)
@@ -269,6 +278,10 @@ def _means(tree: Tree, attachment: Attachment) -> Tree:
             own = [next(flat).to("cpu", piece.dtype) for piece in pieces]
             means[name] = tree[name].like(own) if isinstance(tree[name], Fragment) else own[0]
     return means
+
+
+def _scheduled(attachments: Sequence[Attachment]) -> set[str]:
+    return {state for each in attachments for group in each.averaging.groups for state in group["sync_every"]}
 
 
 def _pieces(value: Any) -> list[Tensor]:

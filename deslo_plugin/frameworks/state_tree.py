@@ -1,17 +1,20 @@
 """A model and its optimizer as one tree of named tensors, the same tree in every framework."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from deslo_plugin.collectives import gathered
 from deslo_plugin.frameworks import fsdp
 from deslo_plugin.frameworks.attachment import Attachment
-from deslo_plugin.frameworks.fragment import of_dtensor
+from deslo_plugin.frameworks.fragment import Fragment, of_dtensor
 from deslo_plugin.frameworks.one_model import one_replica
 from deslo_plugin.frameworks.wrappers import bare
-from deslo_plugin.names import BUFFERS, PARAMS
+from deslo_plugin.names import BUFFERS, ORIGIN, PARAMS, STEP
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
 
@@ -36,6 +39,9 @@ class Holder(Protocol):
 
     def prepare(self, saved: States) -> None:
         """Creates those of the ``saved`` states that a stock optimizer makes at its first step."""
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Drops states by their names in the tree, which this replica did not have yet when it saved."""
 
     def tree(self) -> Tree:
         """What to save, and what to load into, in place."""
@@ -109,6 +115,11 @@ class TorchState:
             if param in self._stepped_by and not self._states_of(param):
                 self._stepped_by[param].state[param].update(fresh_states(saved.get(name, {}), param))
 
+    def forget(self, names: Sequence[str]) -> None:
+        for name in names:
+            state, param = name.split("/", 1)
+            self._states_of(self.params[param]).pop(state)
+
     def tree(self) -> Tree:
         tree = {f"{BUFFERS}/{name}": buffer for name, buffer in self.buffers.items()}
         for name, param in self.params.items():
@@ -119,7 +130,12 @@ class TorchState:
     def put(self, tree: Tree) -> None:
         for name, param in self.params.items():
             states = self._states_of(param)
-            states.update({state: tree[f"{state}/{name}"] for state, value in states.items() if not isinstance(value, Tensor)})
+            for state, value in states.items():
+                new = tree[f"{state}/{name}"]
+                if not isinstance(value, Tensor):
+                    states[state] = new
+                elif value.ndim == 0 and isinstance(new, Tensor) and new is not value:
+                    value.copy_(new)
 
     def publish(self) -> None:
         fsdp.reshard(self.model)
@@ -138,6 +154,63 @@ class TorchState:
 
     def _states_of(self, param: Tensor) -> dict[str, Any]:
         return self._stepped_by[param].state.get(param, {}) if param in self._stepped_by else {}
+
+
+def united(states: States, group: dist.ProcessGroup | None) -> States:
+    """The states of all ranks: a replica has none yet of a parameter that others alone have trained. Collective."""
+    if group is None:
+        return states
+    digest = hashlib.sha256(repr(sorted(states.items())).encode()).hexdigest()
+    if len(set(gathered(digest, group).values())) == 1:
+        return states
+    everyone = gathered(states, group).values()
+    return {name: {state: shape for each in everyone for state, shape in each.get(name, {}).items()} for name in states}
+
+
+def unlike(tree: Tree, scheduled: Set[str], group: dist.ProcessGroup | None) -> Tree:
+    """What ``tree`` lacks beside the same shard of other replicas, which have trained other parameters: zeros for states, and
+    for counters that differ those of the replica that has updated the parameter most often. Collective over ``group``.
+
+    ``scheduled``: names of states that have a mean, even of a parameter without dimensions.
+    """
+    if group is None:
+        return {}
+    mine = {name: _described(name, value, scheduled) for name, value in tree.items() if not name.startswith((f"{PARAMS}/", f"{BUFFERS}/"))}
+    digest = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
+    if len(set(gathered(digest, group).values())) == 1:
+        return {}
+    everyone = list(gathered(mine, group).values())
+    more: Tree = {}
+    for name in sorted({name for each in everyone for name in each}):
+        state, param = name.split("/", 1)
+        furthest = max((each for each in everyone if name in each), key=lambda each: _count(each, param))
+        what, value, *_ = furthest[name]
+        if what == "counter":
+            own = tree.get(name)
+            more[name] = torch.full_like(own, value) if isinstance(own, Tensor) else torch.tensor(value) if furthest[name][2] else value
+        elif any(name not in each for each in everyone) and list(value[1]) != list(tree[f"{PARAMS}/{param}"].shape):
+            raise ConfigError(f"state {name}", "the shape of its parameter where a replica has not trained it yet", str(value[1]),
+                              "train every parameter on every replica before you save or meet")
+        elif name not in tree:
+            like, dtype = tree[f"{PARAMS}/{param}"], getattr(torch, value[0])
+            zeros = [torch.zeros_like(piece, dtype=dtype) for _, piece in like.pieces] if isinstance(like, Fragment) else None
+            more[name] = torch.zeros_like(like, dtype=dtype) if zeros is None else like.like(zeros)
+    return more
+
+
+def _described(name: str, value: Any, scheduled: Set[str]) -> tuple[Any, ...]:
+    if isinstance(value, Fragment):
+        dtype = str(value.pieces[0][1].dtype).removeprefix("torch.") if value.pieces else "float32"
+        return "state", (dtype, tuple(value.shape))
+    if isinstance(value, Tensor) and (value.ndim or name.split("/", 1)[0] in scheduled):
+        return "state", (str(value.dtype).removeprefix("torch."), tuple(value.shape))
+    return ("counter", value.item(), True) if isinstance(value, Tensor) else ("counter", value, False)
+
+
+def _count(described: Mapping[str, tuple[Any, ...]], param: str) -> float:
+    """How often a replica has updated a parameter, by its counters."""
+    steps, origin = (described.get(f"{counter}/{param}", (None, 0))[1] for counter in (STEP, ORIGIN))
+    return steps - origin if isinstance(steps, int | float) and isinstance(origin, int | float) else 0
 
 
 def fresh_states(saved: Mapping[str, Sequence[int] | None], param: Tensor, whole: Sequence[int] | None = None) -> dict[str, Any]:

@@ -64,6 +64,11 @@ class EngineState:
             if not self.optimizer.state.get(range.flat):
                 self.optimizer.state[range.flat].update(fresh_states(saved.get(name, {}), range.flat, self.shapes[name]))
 
+    def forget(self, names: Sequence[str]) -> None:
+        for name in names:
+            state, param = name.split("/", 1)
+            self.optimizer.state[self.ranges[param].flat].pop(state, None)
+
     def tree(self) -> Tree:
         tree: Tree = {f"buffers/{name}": buffer for name, buffer in saved_buffers(self.engine.module).items()}
         for name, param in self.params.items():
