@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 CONFIG ?= configs/des-loc-adam.json
 ARGS   ?=
+FOLDER ?= build/matrix
 PIP    := $(VENV)/bin/pip --disable-pip-version-check -q install -c constraints.txt
 
-.PHONY: train test bench clean
+.PHONY: train test bench matrix clean
 
 train: $(VENV)/ready
 	$(VENV)/bin/python examples/train.py --config $(CONFIG) $(ARGS)
@@ -15,6 +16,10 @@ test: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/overhead.py $(ARGS)
+
+# every row of docs/versions.md, each in an environment of its own under FOLDER
+matrix: $(VENV)/ready
+	$(VENV)/bin/python tests/matrix.py --folder $(FOLDER) $(ARGS)
 
 # torch comes first and nothing is built in isolation: an isolated build would fetch another torch, of gigabytes
 $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 NATIVE = os.environ.get("DESLO_NATIVE", "auto")
 TORCH_ABI = "0x020a000000000000"  # torch 2.10: the oldest that the binary runs on
@@ -34,6 +35,15 @@ X86 = {
 CUDA_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "--ftz=true", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
               *(f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90, 100)),
               "-gencode=arch=compute_100,code=compute_100"]
+
+
+class BuildPackage(build_py):
+    """A wheel has the folder configs/ inside the package; a checkout, and what is installed from it with -e, uses it as it lies."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("configs", Path(self.build_lib) / "deslo_plugin" / "configs", dirs_exist_ok=True)
 
 
 class BuildKernels(build_ext):
@@ -104,6 +114,6 @@ kernels = Extension(
 )
 setup(
     ext_modules=[] if NATIVE == "off" else [kernels],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_py": BuildPackage, "build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if NATIVE != "off" else {},
 )

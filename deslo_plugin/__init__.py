@@ -6,6 +6,10 @@ Importing this package is all that a DeepSpeed script needs: from then on a Deep
 
 from typing import Any
 
+from deslo_plugin.versions import expect
+
+expect("torch")  # before what an older one lacks is asked for
+
 from deslo_plugin.collectives import AverageError
 from deslo_plugin.config import load_config
 from deslo_plugin.frameworks.attach import attach

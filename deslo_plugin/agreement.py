@@ -45,6 +45,15 @@ def agree(
                 )
 
 
+def first_to_say(message: str) -> bool:
+    """Whether no other rank has said ``message`` in this world before: what comes up on all of them is said once. Not collective."""
+    try:
+        store = dist.group.WORLD.get_group_store() if dist.is_initialized() else dist.HashStore()
+        return store.add(f"deslo/said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
+    except RuntimeError:
+        return True  # the store has ended with its host
+
+
 def digests(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """Name -> hash of the tensor's bytes, computed on its device."""
     return {name: f"{_hash(tensor):016x}" for name, tensor in named}

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
-    {"version", "names", "rules", "schedule", "adaptive", "strict", "rounding", "theory", "momentum_bound"},
-    {"periods", "recording", "config", "topology", "plan", "alternatives", "forecast", "methods"},
+    {"version", "names", "rules", "schedule", "adaptive", "strict", "rounding", "theory", "momentum_bound", "versions"},
+    {"periods", "recording", "config", "shipped", "topology", "plan", "alternatives", "forecast", "methods"},
     {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
      "landing", "arguments", "shards", "probe", "journal"},
     {"sync", "outer", "clock", "late", "last_average", "pseudo_gradient", "spread"},

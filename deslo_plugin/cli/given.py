@@ -7,6 +7,7 @@ from typing import Any
 
 from deslo_plugin.config import Config, load_config, read_file
 from deslo_plugin.frameworks.self_test import without_auto
+from deslo_plugin.shipped import find_config
 from deslo_plugin.strict import ConfigError
 
 
@@ -20,10 +21,10 @@ class Given:
 
 
 def given(path: Path | None) -> Given:
-    """Without a file, the papers' default. Raises ``ConfigError`` for a file that no job of ours reads."""
+    """Of a file, or one of ours by name; without, the papers' default. Raises ``ConfigError`` for a file that no job of ours reads."""
     if path is None:
         return Given({}, load_config({}))
-    blocks = read_file(path)
+    blocks = read_file(find_config(path))
     if "optimizer" not in blocks and "deslo" not in blocks:
         raise ConfigError("--config", 'a file with an "optimizer" or a "deslo" block', f"neither in {str(path)!r}",
                           "give the file that the job reads them from")

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from deslo_plugin.agreement import first_to_say
 from deslo_plugin.strict import ConfigError
 
 FAILED, UNUSABLE = 1, 2  # exit statuses: something checked is not as it should be; the command cannot be carried out as written
@@ -28,7 +29,8 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **options)
         except ConfigError as error:
-            typer.echo(f"deslo: {error}", err=True)
+            if first_to_say(str(error)):  # under a launcher it comes up on every rank
+                typer.echo(f"deslo: {error}", err=True)
             if dist.is_initialized():
                 sys.stderr.flush()
                 os._exit(UNUSABLE)  # gloo's threads may abort a process that takes itself apart in order

@@ -33,10 +33,10 @@ def probe(
     """Bandwidth and latency between replicas, measured with the all-reduces that averages use. Start it with torchrun."""
     if "RANK" not in os.environ:
         raise ConfigError("deslo probe", "the processes of a launcher", "one process", f"write: {START} probe --config FILE")
-    if config is not None and replica_size is not None:
-        raise ConfigError("--replica-size", "it or --config", "both", "keep one")
-    deslo = given(config).config.deslo
     with world() as device:
+        if config is not None and replica_size is not None:
+            raise ConfigError("--replica-size", "it or --config", "both", "keep one")
+        deslo = given(config).config.deslo
         groups = groups_of(deslo if replica_size is None else replace(deslo, replica_size=replica_size))
         if groups.topology.replicas == 1:
             raise ConfigError("deslo probe", "two replicas or more", f"one of {groups.topology.replica_size} rank(s)",

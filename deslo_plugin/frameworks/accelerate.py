@@ -23,6 +23,7 @@ from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import SyncEvent
+from deslo_plugin.versions import expect
 
 FOLDER = "deslo"  # in the folder of save_state
 Source = Mapping[str, Any] | str | Path
@@ -45,6 +46,7 @@ def attach_accelerator(
 
     Raises ``ConfigError`` for what would send something over the slow link at every step, or could not be told apart.
     """
+    expect("accelerate")
     if accelerator.dataloader_config.dispatch_batches:
         raise _dispatches("True")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

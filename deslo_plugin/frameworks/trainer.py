@@ -7,6 +7,9 @@ from transformers import TrainerCallback, TrainerControl
 
 from deslo_plugin.frameworks.attachment import attached
 from deslo_plugin.frameworks.checkpoint import meet
+from deslo_plugin.versions import expect
+
+expect("transformers")
 
 
 class AverageBeforeSave(TrainerCallback):

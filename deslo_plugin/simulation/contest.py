@@ -7,12 +7,12 @@ from pathlib import Path
 from statistics import median
 
 from deslo_plugin.config import Config, load_config, read_file
+from deslo_plugin.shipped import find_config
 from deslo_plugin.simulation.objectives import Objective
 from deslo_plugin.simulation.run import Moment
-from deslo_plugin.strict import ConfigError, Reader, near
+from deslo_plugin.strict import ConfigError, Reader
 from deslo_plugin.sync import NonFiniteError
 
-FOLDERS = (Path(__file__).parents[2] / "configs", Path("configs"))  # of a checkout, and here
 SYNCHRONOUS = "synchronous"
 
 
@@ -83,7 +83,7 @@ def read_contestants(
     """
     if lr is not None and not 0 <= lr < inf:
         raise ConfigError("--lr", "a number >= 0", f"{lr:g}", "correct it")
-    found = [_read(_find(name), lr) for name in names]
+    found = [_read(find_config(name), lr) for name in names]
     for index, each in enumerate(found):
         if each.name in [other.name for other in found[:index]]:
             raise ConfigError("--config", "configs of different names", f"{each.name} twice", "rename a file")
@@ -92,16 +92,6 @@ def read_contestants(
         config = replace(first, deslo=replace(first.deslo, synchronous_steps=synchronous_steps))
         found.append(replace(found[0], name=SYNCHRONOUS, config=config))
     return found
-
-
-def _find(name: str) -> Path:
-    if Path(name).is_file():
-        return Path(name)
-    known = {path.relative_to(folder).with_suffix("").as_posix(): path for folder in FOLDERS for path in folder.rglob("*.json")}
-    if name not in known:
-        raise ConfigError("--config", "a file, or a name of one in configs/", repr(name),
-                          near(name, known) or "give the path of a JSON or YAML file")
-    return known[name]
 
 
 def _read(path: Path, lr: float | None) -> Contestant:

@@ -20,8 +20,9 @@ from deslo_plugin.collectives import Groups, ReplicaAverage, gathered
 from deslo_plugin.config import Config, DesloConfig, read_deslo
 from deslo_plugin.frameworks.attachment import Attachment
 from deslo_plugin.frameworks.deepspeed import checkpoint, zero
+from deslo_plugin.frameworks.deepspeed.everyone import expect_ours, leave_note
 from deslo_plugin.frameworks.deepspeed.groups import ReplicaUnit, active, groups_of
-from deslo_plugin.frameworks.deepspeed.job import compared, job_of, refuse_unsupported
+from deslo_plugin.frameworks.deepspeed.job import compared, is_ours, job_of, refuse_misspelt, refuse_unsupported
 from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
 from deslo_plugin.frameworks.telemetry import add_scalars, start_telemetry
 from deslo_plugin.frameworks.watch import Watch
@@ -30,16 +31,23 @@ from deslo_plugin.log import say
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
+from deslo_plugin.sync import NonFiniteError
+from deslo_plugin.versions import expect, release
 
-TESTED = "0.19."
 TakeStep = Callable[[Any], None]
 OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_checkpoint")  # ask for groups after init
 
 
+ZERO_3_SINCE = (0, 19, 8)  # on CPUs, where the releases before it are not even equal to themselves
+NOTHING_OF_US = (
+    'deslo: deslo_plugin.run started this script, but its DeepSpeed config has no "deslo" block and no "DesLoc" optimizer: this engine '
+    "trains as DeepSpeed alone; to average its optimizer's states instead of gradients, write their periods into deslo.sync_every"
+)
+expected = False  # whether the user has asked for us otherwise than by a config, so that one without us is a surprise
+
+
 def install() -> None:
     """Teaches DeepSpeed the "DesLoc" optimizer and the "deslo" block. Runs once, after DeepSpeed's import."""
-    if not deepspeed.__version__.startswith(TESTED):
-        say(f"deslo: DeepSpeed {deepspeed.__version__} is not a version this was tested with ({TESTED}x)", logging.WARNING)
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(DesLoc)
     DeepSpeedEngine.__init__ = _engine_init(DeepSpeedEngine.__init__)
     partition_parameters.Init.__init__ = _zero_init(partition_parameters.Init.__init__)
@@ -53,16 +61,24 @@ def _engine_init(original: Callable[..., None]) -> Callable[..., None]:
         call = signature.bind(self, *args, **kwargs)
         call.apply_defaults()
         given = call.arguments
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # as the engine will: NCCL needs it before it talks
         ds = given["config"] if isinstance(given["config"], Mapping) else given["config_class"]._param_dict
-        if given["mpu"] is None:  # first of all: what one rank alone would be refused for must not leave the others waiting
-            agree("the DeepSpeed config's", compared(ds, given["optimizer"]), do="give every rank the same config")
-        job = job_of(ds, given["optimizer"])
         engines.add(self)
-        if job is None:
+        ours = is_ours(ds, given["optimizer"])
+        place = leave_note("deepspeed.initialize", ours) if ours or given["mpu"] is None else None
+        if not ours:
+            refuse_misspelt(ds)
+            if expected:
+                say(NOTHING_OF_US, logging.WARNING)
             return original(self, *args, **kwargs)
-        deslo, optimizer = job
-        refuse_unsupported(ds, given["model"], given["mpu"], deslo)
+        expect_ours("deepspeed.initialize", place)
+        expect("deepspeed")
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # as the engine will: NCCL needs it before it talks
+        # first of all: what one rank alone would be refused for must not leave the others waiting
+        agree("the DeepSpeed config's", compared(ds), do="give every rank the same config")
+        kinds = {name: type(given.get(name)).__name__ for name in ("model", "optimizer", "mpu", "mesh_device")}
+        agree("deepspeed.initialize's", kinds, do="give every rank the same")
+        deslo, optimizer = job_of(ds, given["optimizer"])
+        refuse_unsupported(ds, given["model"], given["mpu"], given.get("mesh_device"), deslo)
         groups = groups_of(deslo)
         _equal_replicas(given["model"], deslo, groups)
         unit = ReplicaUnit(groups)
@@ -84,10 +100,13 @@ def _zero_init(original: Callable[..., None]) -> Callable[..., None]:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         call = signature.bind(self, *args, **kwargs)
         config = call.arguments.get("config_dict_or_path") or call.arguments.get("config")
-        if config is not None and call.arguments.get("data_parallel_group") is None:
-            ds = deepspeed.runtime.config.DeepSpeedConfig(config)._param_dict
+        if call.arguments.get("data_parallel_group") is None:
+            deepspeed.init_distributed()  # as DeepSpeed begins
+            ds = {} if config is None else deepspeed.runtime.config.DeepSpeedConfig(config)._param_dict
+            place = leave_note("deepspeed.zero.Init", "deslo" in ds)
             if "deslo" in ds:
-                deepspeed.init_distributed()
+                expect_ours("deepspeed.zero.Init", place)
+                agree("deepspeed.zero.Init's", {"deslo": ds["deslo"]}, do="give every rank the same config")
                 call.arguments["data_parallel_group"] = groups_of(read_deslo(ds["deslo"])).shard
         original(*call.args, **call.kwargs)
 
@@ -136,7 +155,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     engine._take_model_step = (_averaged if stock else _kept_in_step)(engine, engine._take_model_step)
     if deslo.synchronous_steps:
         engine._take_model_step = _warmed_up(engine, engine._take_model_step)
-    engine._take_model_step = _recorded(engine, engine._take_model_step)
+    engine._take_model_step = _explained(engine, _recorded(engine, engine._take_model_step))
     checkpoint.save_the_truth(engine)
     for name in OUTSIDE:
         setattr(engine, name, _with_groups(unit, getattr(engine, name)))
@@ -183,6 +202,23 @@ def _recorded(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
     return step
 
 
+def _explained(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
+    """NaN that DeepSpeed itself is known for is named as such: a lower rate would not help."""
+    doubtful = engine.zero_optimization_partition_weights() and release("deepspeed") < ZERO_3_SINCE and engine.device.type == "cpu"
+
+    @functools.wraps(take_model_step)
+    def step(lr_kwargs: Any) -> None:
+        try:
+            take_model_step(lr_kwargs)
+        except NonFiniteError as error:
+            if doubtful:
+                raise NonFiniteError(f"{error}; but first of all take DeepSpeed 0.19.8 or later: the ZeRO-3 of "
+                                     f"{deepspeed.__version__} gives NaN on CPUs by itself, at any lr") from error
+            raise
+
+    return step
+
+
 def _averaged(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
     """A stock optimizer's step, whether DeepSpeed takes or skips it, as a step of Algorithm 1."""
     averaging = engine.deslo.averaging
@@ -209,6 +245,7 @@ def _kept_in_step(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeSte
     """A step that DeepSpeed skips on this replica alone (overflow, NaN) still ticks, averages and moves the lr."""
 
     @functools.wraps(take_model_step)
+    @torch.no_grad()
     def step(lr_kwargs: Any) -> None:
         take_model_step(lr_kwargs)
         if engine._step_applied:

@@ -63,10 +63,10 @@ class ReplicaUnit:
 
 @contextmanager
 def active(unit: ReplicaUnit | None) -> Iterator[None]:
-    """Makes ``unit`` the process-wide mpu that DeepSpeed asks for groups, for a while: other engines have their own."""
-    before = deepspeed_groups.mpu
-    deepspeed_groups.mpu = unit
+    """Makes ``unit`` what DeepSpeed asks for groups in this process, for a while: other engines have their own mpu or mesh."""
+    before = deepspeed_groups.mpu, deepspeed_groups.mesh_device
+    deepspeed_groups.mpu, deepspeed_groups.mesh_device = unit, None
     try:
         yield
     finally:
-        deepspeed_groups.mpu = before
+        deepspeed_groups.mpu, deepspeed_groups.mesh_device = before

@@ -16,8 +16,13 @@ COMPARED = (  # what of a DeepSpeed JSON changes training and must be equal on a
 )
 
 
-def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, Any] | None:
-    """(who averages and how, the optimizer argument for the engine), or None for a job that is not ours.
+def is_ours(ds: Mapping[str, Any], optimizer: Any) -> bool:
+    """Whether the DeepSpeed config or the optimizer asks for us, rightly or not."""
+    return "deslo" in ds or (ds.get("optimizer") or {}).get("type") == "DesLoc" or isinstance(optimizer, DesLoc)
+
+
+def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, Any]:
+    """(who averages and how, the optimizer argument for the engine) of a job that is ours.
 
     Args:
         ds: the DeepSpeed config.
@@ -25,8 +30,8 @@ def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, Any] | N
 
     Raises ``ConfigError`` if the two say different things, or misspell ours.
     """
+    refuse_misspelt(ds)
     kind, block = (ds.get("optimizer") or {}).get("type"), ds.get("deslo")
-    _refuse_misspelt(ds, kind)
     if kind is not None and (isinstance(optimizer, DesLoc) or kind == "DesLoc" and optimizer is not None):
         raise ConfigError("deepspeed.initialize", "one optimizer", f'two: "{kind}" in the JSON and the optimizer argument',
                           "remove one of them")
@@ -36,8 +41,6 @@ def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, Any] | N
     if isinstance(optimizer, DesLoc):
         _take_block(optimizer, block)
         return optimizer.config.deslo, optimizer
-    if block is None:
-        return None
     deslo = read_deslo(block)
     if deslo.sync_every is not None and (kind is not None or optimizer is not None):
         return deslo, optimizer
@@ -71,8 +74,9 @@ def _take_block(optimizer: DesLoc, block: Any) -> None:
     optimizer.armed = False
 
 
-def _refuse_misspelt(ds: Mapping[str, Any], kind: Any) -> None:
+def refuse_misspelt(ds: Mapping[str, Any]) -> None:
     """DeepSpeed accepts unknown sections in silence, so a misspelt one would train something else."""
+    kind = (ds.get("optimizer") or {}).get("type")
     if kind != "DesLoc" and isinstance(kind, str) and difflib.get_close_matches(kind.lower(), ["desloc"], cutoff=0.75):
         raise ConfigError("optimizer.type", "'DesLoc'", shown(kind), "did you mean 'DesLoc'?")
     for key in difflib.get_close_matches("deslo", [str(key) for key in ds], n=9, cutoff=0.75):
@@ -91,6 +95,8 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("zero_optimization.offload_optimizer.super_offload", bool, "remove it: not supported yet"),
     ("zero_optimization.elastic_checkpoint", bool, "remove it: not supported yet"),
     ("compile.deepcompile", bool, "remove it: not supported yet"),
+    ("zero_optimization.mics_shard_size", lambda v: v > 0, "remove it: replica_size with ZeRO-3 shards inside a replica"),
+    ("tensor_parallel.tp.tp_size", lambda v: v > 1, "set it to 1: tensor parallelism is not supported yet"),
     ("tensor_parallel.autotp_size", lambda v: v > 1, "set it to 1: tensor parallelism is not supported yet"),
     ("sequence_parallel_size", lambda v: v > 1, "remove it: sequence parallelism is not supported yet"),
     ("data_parallel_size", lambda v: v > 1, 'remove it: "deslo": {"replica_size": S} makes the groups'),
@@ -109,8 +115,17 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def refuse_unsupported(ds: Mapping[str, Any], model: Any, mpu: Any, deslo: DesloConfig) -> None:
+def refuse_unsupported(ds: Mapping[str, Any], model: Any, mpu: Any, mesh: Any, deslo: DesloConfig) -> None:
     """Raises ``ConfigError`` for what would fail or go wrong later, saying what to do instead."""
+    for kind in {cls.__name__ for module in model.modules() for cls in type(module).__mro__} & {"MoE", "PipelineModule"}:
+        raise ConfigError("deepspeed.initialize(model=...)", "a dense model", f"a {kind}",
+                          "expert and pipeline parallelism are not supported yet: train it without DesLoc")
+    if mesh is not None:
+        raise ConfigError("deepspeed.initialize(mesh_param=...)", "none with DesLoc", str(tuple(mesh.mesh.shape)), "remove it: "
+                          'sequence parallelism is not supported yet, and "deslo": {"replica_size": S} makes the groups')
+    if mpu is not None:
+        raise ConfigError("deepspeed.initialize(mpu=...)", "none with DesLoc", type(mpu).__name__,
+                          "remove it: model parallelism is not supported yet")
     for path, refused, do in REFUSED:
         value = _at(ds, path)
         if value is not None and value != "auto" and refused(value):
@@ -132,18 +147,10 @@ def refuse_unsupported(ds: Mapping[str, Any], model: Any, mpu: Any, deslo: Deslo
         if _at(ds, "bf16.check_grad_overflow") is False:
             raise ConfigError("bf16.check_grad_overflow", 'true with "deslo": {"on_nonfinite": "skip"}', "False",
                               "remove it, or DeepSpeed applies broken gradients")
-    if mpu is not None:
-        raise ConfigError("deepspeed.initialize(mpu=...)", "none with DesLoc", type(mpu).__name__,
-                          "remove it: model parallelism is not supported yet")
-    for kind in {cls.__name__ for module in model.modules() for cls in type(module).__mro__} & {"MoE", "PipelineModule"}:
-        raise ConfigError("deepspeed.initialize(model=...)", "a dense model", f"a {kind}",
-                          "expert and pipeline parallelism are not supported yet: train it without DesLoc")
 
 
-def compared(ds: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """Flat ``{"optimizer.params.lr": ...}`` of all that must be equal on every rank; of a job that is not ours, just that."""
-    if "deslo" not in ds and (ds.get("optimizer") or {}).get("type") != "DesLoc" and not isinstance(optimizer, DesLoc):
-        return {"deslo": "no such block"}
+def compared(ds: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat ``{"optimizer.params.lr": ...}`` of all that must be equal on every rank."""
     flat: dict[str, Any] = {}
 
     def walk(path: str, value: Any) -> None:
