@@ -14,10 +14,10 @@ from deslo_plugin.clock import GROUP_STEP, GroupClock
 from deslo_plugin.collectives import Average
 from deslo_plugin.config import DesloConfig
 from deslo_plugin.names import PARAMS
+from deslo_plugin.shards import local
 from deslo_plugin.strict import ConfigError, near
 from deslo_plugin.telemetry import SyncEvent
 
-NUMELS = "deslo_numels"  # key of a param group: state name -> elements on this rank
 Everyone = Callable[[Any], list[Any]]
 """Everyone's value: collective over all ranks of all replicas."""
 
@@ -63,8 +63,12 @@ class StockAveraging(Averaging):
         _check(self.deslo.sync_every, known, type(self.optimizer).__name__)
         for group, of_group in zip(self.groups, kinds):
             group["sync_every"] |= {name: self.deslo.sync_every[name] for name in sorted(of_group)}
-            group[NUMELS] = {name: sum(each.numel() for each in self.gather(name, group["params"])) for name in of_group}
         self.periods_known = True
+
+    def state_numels(self, group: Group) -> dict[str, int]:
+        averaged = {name: [self.optimizer.state[param].get(name, param) for param in self.members.of(group)]
+                    for name in group["sync_every"] if name != PARAMS}
+        return {name: sum(value.numel() for value in local(values)) for name, values in averaged.items()}
 
     def resume(self, steps: int) -> None:
         """Goes on after ``steps`` completed steps, with states that a checkpoint has brought: some may be due at once."""

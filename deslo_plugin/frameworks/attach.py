@@ -19,6 +19,7 @@ from deslo_plugin.config import Config, as_dict, load_config
 from deslo_plugin.frameworks import ddp, fsdp, torchft
 from deslo_plugin.frameworks.attachment import Attachment, attached
 from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
+from deslo_plugin.frameworks.kinds import refuse_kinds
 from deslo_plugin.frameworks.one_model import refuse_one_replica
 from deslo_plugin.frameworks.telemetry import start_telemetry
 from deslo_plugin.frameworks.warmup import GradientAveraging
@@ -68,11 +69,13 @@ def attach(
     if manager is not None:
         return _live(model, optimizer, _config_of(optimizer, config), manager, (mesh, replicate, process_group), emit)
     if not dist.is_initialized():
+        refuse_kinds(model, optimizer)
         return _alone(model, optimizer, _config_of(optimizer, config), emit)
     config = _agreed_config(model, optimizer, config, mesh, process_group)
     topology = _topology_of(model, config, mesh, replicate, process_group)
     groups = make_groups(topology, config.deslo.timeout_s)
     agree_on_model(model, lambda p: p.shape, groups.world)
+    refuse_kinds(model, optimizer)
     named = dict(model.named_parameters())
     equal_replicas({}, dict(zip(named, local(list(named.values())))), config.deslo.initial_params, groups)
 
@@ -80,16 +83,18 @@ def attach(
     average = ReplicaAverage(groups, timeout_s=config.deslo.timeout_s, copies=copies)
     averaging = _averaging_of(optimizer, config, average, lambda value: list(gathered(value, groups.world).values()), emit)
     agree_on_optimizer(averaging, config, groups.world)
+    if isinstance(model, DistributedDataParallel):
+        ddp.refuse_join(model)
     buffers = [] if model in attached else _floating_buffers(model)
     if model not in attached and topology.replicas > 1:
         _keep_inside_replicas(model, buffers, averaging, groups)
     params = [local(group["params"]) for group in optimizer.param_groups]
     attachment = Attachment(
         averaging, groups, config,
-        numels=[sum(param.numel() for param in each) for each in params],
         gradient_bytes=[_gradient_bytes(model, each, config, average.divisor) for each in params],
         buffer_bytes=sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype],
     )
+    averaging.members.names = {param: name for name, param in named.items()}
     optimizer.deslo = attachment
     attached.setdefault(model, []).append(attachment)
     refuse_one_replica(attachment, optimizer, *([model, model.module] if isinstance(model, DistributedDataParallel) else [model]))
@@ -104,8 +109,7 @@ def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, e
     topology, average = contiguous(1, 0, 1), Alone()
     groups = Groups(topology, world=None, shard=None, replica=None, singleton=None)
     averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
-    numels = [sum(param.numel() for param in group["params"]) for group in optimizer.param_groups]
-    optimizer.deslo = Attachment(averaging, groups, config, numels)
+    optimizer.deslo = Attachment(averaging, groups, config)
     attached.setdefault(model, []).append(optimizer.deslo)
     say(optimizer.deslo.plan.describe())
     start_telemetry(optimizer.deslo)
@@ -120,14 +124,14 @@ def _live(
         raise ConfigError("attach(manager=...)", "no mesh, replicate or process_group beside it", "one", "remove it")
     if model in attached:
         raise ConfigError("attach(manager=...)", "one optimizer for the model", "a second one", "give one all parameters")
+    refuse_kinds(model, optimizer)
     average = torchft.live_average(manager, model, config)
     averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
     buffers = _floating_buffers(model)
     if buffers:
         averaging.add_buffers(buffers, average)
-    numels = [sum(param.numel() for param in group["params"]) for group in optimizer.param_groups]
     buffer_bytes = sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype]
-    attachment = torchft.LiveAttachment(averaging, None, config, numels, buffer_bytes=buffer_bytes)
+    attachment = torchft.LiveAttachment(averaging, None, config, buffer_bytes=buffer_bytes)
     average.represent(torchft.Replica(model, averaging, config), greet=lambda: say(attachment.plan.describe()))
     optimizer.deslo, attached[model] = attachment, [attachment]
     return attachment

@@ -70,3 +70,14 @@ def hook(model: DistributedDataParallel, averaging: Averaging, groups: Groups) -
 
     after = averaging.optimizer.register_step_post_hook(finish)
     finish()
+
+
+def refuse_join(model: DistributedDataParallel) -> None:
+    """From now on ``model.join()`` raises ``ConfigError``, at once and on every rank."""
+    model.join = model.join_hook = _refuse_join
+
+
+def _refuse_join(*_: object, **__: object) -> None:
+    raise ConfigError("DDP.join()", "as many steps on every rank", "a join, whose idle ranks answer for gradients and not for averages",
+                      "remove it, and on a rank that has run out of batches call attachment.skip_step() in place of "
+                      "optimizer.step() until the others are done")

@@ -47,6 +47,8 @@ def _whole(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _mean(tensor: Tensor, world: dist.ProcessGroup | None) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.detach().cpu()  # of no optimizer's: the same on all replicas
     mean = tensor.detach().to(torch.float32, copy=True)
     if world is not None:
         dist.all_reduce(mean, op=dist.ReduceOp.AVG, group=world)  # the ranks of a replica hold the same: the replicas' mean
