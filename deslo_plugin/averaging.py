@@ -2,31 +2,31 @@
 
 import functools
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deslo_plugin.adaptive import adaptive, shortest
+from deslo_plugin.adaptive import shortest
 from deslo_plugin.clock import Clock, Cohort
 from deslo_plugin.collectives import Average
+from deslo_plugin.companions import Companions
 from deslo_plugin.config import DesloConfig
+from deslo_plugin.flights import Due, Flights, of_adaptive
 from deslo_plugin.last_average import LastAverage
-from deslo_plugin.late import Late
 from deslo_plugin.log import say
+from deslo_plugin.members import Group, Members
 from deslo_plugin.momentum_bound import Bound, hold_
-from deslo_plugin.names import BUFFERS, GRADIENTS, PARAMS, every
+from deslo_plugin.names import GRADIENTS, PARAMS, every
 from deslo_plugin.outer import mean_
+from deslo_plugin.recall import Answer
 from deslo_plugin.schedule import Periods, due
 from deslo_plugin.shards import local
-from deslo_plugin.spread import Spread
 from deslo_plugin.sync import States, Synchronizer, Weigh, finite
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter, SyncEvent
 from deslo_plugin.weights import Samples
-
-Group = MutableMapping[str, Any]
 
 
 class Averaging:
@@ -61,10 +61,12 @@ class Averaging:
         self.skips_nonfinite = deslo.on_nonfinite == "skip"
         self.receive = receive or (lambda cohort, states, means: write_means(states, means))
         self.bounds = bounds
-        self._sync, self.late = self._synchronizer(average), Late(getattr(torch, deslo.wire_dtype))
-        self._spread = Spread(average, self.record)
+        self._sync, self.members = self._synchronizer(average), Members()
+        self._flights = Flights(self._sync, deslo, self._weigh, self.record)
+        self.late = self._flights.late
         self._periods: dict[int, Periods] = {}  # of each param group, by its id
-        self._buffers: Sequence[Tensor] = ()
+        self.buffers: Sequence[Tensor] = ()
+        self._companions: Companions | None = None
         self._convened = False
         self._met = 0
         self.kept: LastAverage | None = None  # whoever wants it sets it
@@ -72,7 +74,7 @@ class Averaging:
 
     def add_buffers(self, buffers: Sequence[Tensor], average: Average) -> None:
         """Floating buffers of the model, averaged when parameters are, as they are at that moment."""
-        self._buffers, self._buffer_sync = buffers, self._synchronizer(average)
+        self.buffers, self._companions = buffers, Companions(buffers, self._synchronizer(average))
 
     def saw(self, samples: float) -> None:
         """Tells what is in the gradients of this rank's next step, in samples, tokens, or whatever is counted on every rank.
@@ -97,15 +99,14 @@ class Averaging:
             if self._convene():  # a latecomer: it stands where the others do, at the end of a step
                 return self._depart(self._cohorts())
         cohorts = self._cohorts()
+        self.meter.tick(map(id, (param for cohort in cohorts for param in cohort.params)))
         if self.deslo.when == "before_update":
-            self._average(cohorts)  # x, u, v <- E_m[...] where t % K == 0
+            cohorts = self._average(cohorts)  # x, u, v <- E_m[...] where t % K == 0
         update(cohorts)  # u, v, x <- the local rule
         for index, cohort in enumerate(cohorts):
             self.clock.set(cohort, cohort.steps + 1)
             cohorts[index] = cohort._replace(steps=cohort.steps + 1)
             self._tick_samples(cohorts[index])
-        if cohorts:
-            self.meter.tick(cohorts[0].steps)
         if self.kept and self.steps == self.deslo.synchronous_steps:
             self.keep()
         if any(map(self._names_due, cohorts)) and self._convene():
@@ -120,16 +121,23 @@ class Averaging:
             self._average(cohorts)
         elif self.deslo.overlap:
             for cohort in cohorts:
-                states = self._due(cohort)
-                self._sync.launch(cohort.steps, cohort.params, states, self._weigh(cohort))
-                self._spread.launch(cohort.params, _adaptive(cohort, states))
-                if self.deslo.delay > 1:
-                    self.late.keep(cohort.params, states)
+                if states := self._due(cohort):
+                    self._flights.launch(cohort, states)
 
     def _cohorts(self) -> list[Cohort]:
-        cohorts = [cohort for group in self.groups for cohort in self.clock.cohorts(group)]
+        """What averages, by clock; what trains and does not average yet has no periods."""
+        cohorts, newcomers = [], []
+        for group in self.groups:
+            for cohort in self.clock.cohorts(group, self.members.active(group)):
+                old = [param for param in cohort.params if self.members.averages(param)]
+                new = [param for param in cohort.params if not self.members.averages(param)]
+                cohorts += [cohort._replace(params=old)] if old or not new else []
+                newcomers += [cohort._replace(params=new, periods={})] if new else []
+        if newcomers and not any(cohort.params for cohort in cohorts):  # nothing averages, at which others could be asked
+            self.members.settle(param for cohort in newcomers for param in cohort.params)
+            return self._cohorts()
         self._periods |= {id(cohort.group): cohort.periods for cohort in cohorts}
-        return cohorts
+        return cohorts + newcomers
 
     def _convene(self) -> bool:
         start = time.perf_counter()
@@ -153,7 +161,7 @@ class Averaging:
 
     def keep(self) -> None:
         """Copies parameters and buffers, which all replicas hold alike, if somebody wants the last average."""
-        for tensors in [*(group["params"] for group in self.groups), self._buffers] if self.kept else ():
+        for tensors in [*(group["params"] for group in self.groups), self.buffers] if self.kept else ():
             self.kept.take(self.steps, tensors, local(tensors))
 
     def loaded(self) -> None:
@@ -163,23 +171,21 @@ class Averaging:
     def abandon(self) -> None:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
         self._met = 0  # an exact load leaves replicas that differ
-        self._sync.abandon()
-        self._spread.abandon()
-        self.late.clear()
+        self._flights.abandon()
         for each in filter(None, (self._samples, self.kept)):
             each.forget()
 
     def aside(self) -> dict[str, Any]:
         """What this rank knows of its averages beside the optimizer's state: values that were launched, samples seen."""
         params = list(self.optimizer.state)
-        return {"late": self.late.saved(params), "samples": self._samples.saved(params) if self._samples else None}
+        return {"late": self.late.saved(params), "samples": self._samples.saved(self.groups) if self._samples else None}
 
     def put_aside(self, aside: Mapping[str, Any]) -> None:
         """Goes on from what ``aside`` gave, with a state that has as many parameters in the same order."""
         params = list(self.optimizer.state)
         self.late.load(params, aside["late"])
         if self._samples and aside["samples"]:
-            self._samples.load(params, aside["samples"])
+            self._samples.load(self.groups, aside["samples"])
 
     def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The means of any floating tensors in at least float32, counted under ``name``; they stay as they are. Collective."""
@@ -204,7 +210,7 @@ class Averaging:
 
     @property
     def steps(self) -> int:
-        """Completed steps of the first parameter."""
+        """Completed steps of the parameters that have most."""
         return self.clock.steps(self.groups)
 
     @property
@@ -219,9 +225,17 @@ class Averaging:
             write_means(states, self._sync.mean(steps, states))
 
     def gradients(self) -> Sequence[Tensor]:
-        """This rank's part of every gradient that there is."""
-        params = (param for group in self.groups for param in group["params"])
-        return local([param.grad for param in params if param.grad is not None])
+        """This rank's part of every gradient that there is; of sparse ones the values."""
+        grads = (param.grad for group in self.groups for param in group["params"])
+        return local([grad._values() if grad.is_sparse else grad for grad in grads if grad is not None])
+
+    def numels(self) -> list[int]:
+        """Elements of each param group that average, on this rank."""
+        return [sum(param.numel() for param in local(self.members.of(group))) for group in self.groups]
+
+    def state_numels(self, group: Group) -> dict[str, int]:
+        """Those of states of ``group`` that have other sizes than the parameters."""
+        return {}
 
     def gather(self, state: str, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """This rank's part of a state of each parameter; zeros where a stock optimizer has not created it yet."""
@@ -230,23 +244,18 @@ class Averaging:
         states = (self.optimizer.state[param].get(state) for param in params)
         return local([torch.zeros_like(p) if s is None else s for p, s in zip(params, states)])
 
-    def _average(self, cohorts: Sequence[Cohort]) -> None:
-        cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.delay) for cohort in cohorts]  # as they were launched
-        due = [(cohort, states) for cohort in cohorts if (states := self._due(cohort))]
-        sent = [states if self.deslo.delay == 1 else self.late.launched(cohort.params, states) for cohort, states in due]
-        for (cohort, _), states in zip(due, sent):  # all that is due flies before the first lands: it arrives or not as one
-            self._sync.launch_absent(cohort.steps, cohort.params, states, self._weigh(cohort))
-            self._spread.launch(cohort.params, _adaptive(cohort, states))
-        meeting = [cohort for cohort, states in due if PARAMS in states] if self._buffers else []
-        buffers = {BUFFERS: self._buffers}
-        if meeting:
-            self._buffer_sync.launch(meeting[0].steps, self._buffers, buffers, self._weigh(meeting[0], PARAMS))
+    def _average(self, cohorts: list[Cohort]) -> list[Cohort]:
+        """Averages what is due, and returns the cohorts from now on: others where parameters were frozen or not any more."""
+        due, answers = self._ask(cohorts)
+        sent = self._flights.complete(due)  # all that is due flies before the first lands: it arrives or not as one
+        meeting = [cohort for cohort, states in due if PARAMS in states]
+        if self._companions and meeting:
+            self._companions.launch(meeting[0].steps, self._weigh(meeting[0], PARAMS))
         landed = True
-        for (cohort, states), launched in zip(due, sent):
-            means = self._sync.land(cohort.steps, cohort.params, launched)
+        for (cohort, states), launched, answer in zip(due, sent, answers):
+            means = self._flights.land(cohort, launched, answer)
             if means is None:
                 landed = False
-                self._spread.abandon()
                 continue
             self._adapt(cohort, means)
             if self.deslo.delay == 1:
@@ -259,20 +268,39 @@ class Averaging:
                 self.kept.landed(cohort.steps, cohort.params, states, means)
             now = cohort.steps + self.deslo.delay - 1
             hold_(self.bounds(cohort.group), means, functools.partial(self.gather, params=cohort.params), now)
-        if meeting and (means := self._buffer_sync.land(meeting[0].steps, self._buffers, buffers)):
-            write_means(buffers, means)
+        if self._companions and meeting:
+            self._companions.land(meeting[0].steps)
             if self.kept:
-                self.kept.take(meeting[0].steps, self._buffers, self._buffers)
+                self.kept.take(meeting[0].steps, self.buffers, self.buffers)
         self.meter.refused_averages += not landed
+        if not any(answer.moved for answer in answers):
+            return cohorts
+        if landed:
+            self.members.settle(param for cohort in meeting for param in cohort.params)
+        return self._cohorts()
+
+    def _ask(self, cohorts: list[Cohort]) -> tuple[Due, list[Answer]]:
+        """What is due, once all replicas have said whether it may land: what may not is dropped, and flies anew. Collective."""
+        due = self._all_due(cohorts)
+        answers = self._flights.ask(due, self.members.moved(self.groups))
+        if any(answer.moved for answer in answers):
+            answers[0].bytes[PARAMS] += self.members.agree(self.average, self.groups)
+            due = self._all_due(self._cohorts())
+            answers = [functools.reduce(Answer.joined, answers)] + [Answer()] * (len(due) - 1)
+        return due, answers
+
+    def _all_due(self, cohorts: Sequence[Cohort]) -> Due:
+        cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.delay) for cohort in cohorts]  # as they were launched
+        return [(cohort, states) for cohort in cohorts if (states := self._due(cohort))]
 
     def _adapt(self, cohort: Cohort, means: States) -> None:
         """Lets the drift that an average has found choose the periods of its adaptive states from now on."""
-        for state, mean in _adaptive(cohort, means).items():
-            drift = self._spread.land(cohort.steps, cohort.params, state, mean)
+        for state in of_adaptive(cohort, means):
+            drift = self._flights.drift(cohort, state, means)
             before, bounds = cohort.periods[state], cohort.group["sync_every"][state]
             period = cohort.periods[state] = bounds.after(cohort.steps, before, drift)
             for param in cohort.params:
-                self.optimizer.state[param][every(state)] = torch.tensor(float(period))
+                self.optimizer.state[param][every(state)] = torch.tensor(period, device="cpu")
             if period != before:
                 say(f"deslo: {state} is averaged every {period} steps now, after step {cohort.steps} found drift {drift:.3g} at "
                     f"every {before} ({bounds})")
@@ -281,17 +309,17 @@ class Averaging:
         """What this rank has seen since the last average of a state of ``cohort``, or of its state ``like``."""
         if self._samples is None:
             return None
-        return lambda state: self._samples.seen(cohort.params, cohort.steps, cohort.group["sync_every"][like or state])
+        return lambda state: self._samples.seen(cohort.group, cohort.steps, cohort.group["sync_every"][like or state])
 
     def _tick_samples(self, cohort: Cohort) -> None:
         if self._samples:
-            self._samples.tick(cohort.params, cohort.steps, max(filter(None, cohort.group["sync_every"].values()), default=1))
+            self._samples.tick(cohort.group, cohort.steps, max(filter(None, cohort.group["sync_every"].values()), default=1))
 
     def _due(self, cohort: Cohort) -> dict[str, Sequence[Tensor]]:
         return {state: self.gather(state, cohort.params) for state in self._names_due(cohort)}
 
     def _names_due(self, cohort: Cohort) -> tuple[str, ...]:
-        return due(cohort.periods, cohort.steps) if cohort.steps > self.deslo.synchronous_steps else ()
+        return due(cohort.periods, cohort.steps) if cohort.params and cohort.steps > self.deslo.synchronous_steps else ()
 
     def _synchronizer(self, average: Average, wire_dtype: torch.dtype | None = None) -> Synchronizer:
         wire, chunk = wire_dtype or getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_mb << 20
@@ -304,11 +332,6 @@ class Averaging:
             self.average.progress.waited(event.seconds_exposed)
         for listener in self.listeners:
             listener(event)
-
-
-def _adaptive(cohort: Cohort, states: States) -> States:
-    """Those of ``states`` whose periods adapt."""
-    return {state: states[state] for state in adaptive(cohort.group["sync_every"]) if state in states}
 
 
 def write_means(states: States, means: States) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.adaptive import Schedule, adaptive
-from deslo_plugin.names import STEP, every
+from deslo_plugin.names import ORIGIN, STEP, every
 from deslo_plugin.schedule import Periods
 
 GROUP_STEP = "deslo_step"  # key of a param group
@@ -25,15 +25,13 @@ class Cohort(NamedTuple):
 
 class Clock(Protocol):
     def steps(self, groups: Sequence[MutableMapping[str, Any]]) -> int:
-        """Completed steps of the first parameter."""
+        """Completed steps of the parameters that have most."""
 
-    def cohorts(self, group: MutableMapping[str, Any]) -> Iterator[Cohort]:
-        """The parameters of ``group`` by their clock and device."""
+    def cohorts(self, group: MutableMapping[str, Any], params: Sequence[Tensor]) -> Iterator[Cohort]:
+        """Those ``params`` of ``group`` by their clock and device."""
 
     def set(self, cohort: Cohort, steps: int) -> None:
         """From now on the parameters of ``cohort`` have completed ``steps``."""
-
-
 
 class ParameterClock:
     """A clock in the state of each parameter, ``state[p]["step"]``: right however a framework cuts a step into calls.
@@ -45,12 +43,25 @@ class ParameterClock:
         self._optimizer, self._create = optimizer, create
 
     def steps(self, groups: Sequence[MutableMapping[str, Any]]) -> int:
-        return int(next(iter(self._optimizer.state.values()))[STEP].item())  # groups may be empty between steps
+        states = self._optimizer.state.values()  # param groups may be empty between steps
+        return max((int(state[STEP]) for state in states if STEP in state), default=0)
 
-    def cohorts(self, group: MutableMapping[str, Any]) -> Iterator[Cohort]:
-        for steps, params in self.by_steps(group["params"]):
+    def cohorts(self, group: MutableMapping[str, Any], params: Sequence[Tensor]) -> Iterator[Cohort]:
+        self._begin([param for param in params if not self._optimizer.state.get(param)], group["params"])
+        for steps, params in self.by_steps(params):
             for periods, same in self._by_periods(group["sync_every"], params):
                 yield Cohort(steps, group, same, periods)
+
+    def _begin(self, newcomers: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        """Gives ``newcomers``, which train from now on, a state, and the clock of the ``others``: what they averaged together."""
+        if not newcomers:
+            return
+        clocks = [int(self._optimizer.state[param][STEP]) for param in others if self._optimizer.state.get(param)]
+        steps = max(clocks, default=self.steps(()))
+        for param in newcomers:
+            state = self._create(param)
+            for counter in (STEP, ORIGIN):
+                state[counter].fill_(steps)
 
     def _by_periods(self, schedule: Schedule, params: list[Tensor]) -> Iterator[tuple[Periods, list[Tensor]]]:
         adapt = adaptive(schedule)
@@ -69,9 +80,9 @@ class ParameterClock:
         """Parameters by clock and device; with ``since`` by the steps since that state's value."""
         cohorts: dict[tuple[int, torch.device], list[Tensor]] = {}
         for param in params:
-            state = self._optimizer.state[param] or self._create(param)
-            steps = state[STEP].item() - (state[since].item() if since else 0)
-            cohorts.setdefault((int(steps), param.device), []).append(param)
+            state = self._optimizer.state[param]
+            steps = int(state[STEP]) - (int(state[since]) if since else 0)
+            cohorts.setdefault((steps, param.device), []).append(param)
         return ((steps, cohort) for (steps, _), cohort in cohorts.items())
 
     def set(self, cohort: Cohort, steps: int, key: str = STEP) -> None:
@@ -83,13 +94,14 @@ class GroupClock:
     """A clock in each param group, for optimizers that create a parameter's state at its first update."""
 
     def steps(self, groups: Sequence[MutableMapping[str, Any]]) -> int:
-        return groups[0].get(GROUP_STEP, 0)
+        return max((group.get(GROUP_STEP, 0) for group in groups), default=0)
 
-    def cohorts(self, group: MutableMapping[str, Any]) -> Iterator[Cohort]:
+    def cohorts(self, group: MutableMapping[str, Any], params: Sequence[Tensor]) -> Iterator[Cohort]:
         by_device: dict[torch.device, list[Tensor]] = {}
-        for param in group["params"]:
+        for param in params:
             by_device.setdefault(param.device, []).append(param)
-        return (Cohort(group.get(GROUP_STEP, 0), group, params, group["sync_every"]) for params in by_device.values())
+        steps = group.get(GROUP_STEP, 0)  # a group without parameters ages too: some may be added, or trained later
+        return (Cohort(steps, group, same, group["sync_every"]) for same in by_device.values() or [[]])
 
     def set(self, cohort: Cohort, steps: int) -> None:
         cohort.group[GROUP_STEP] = steps

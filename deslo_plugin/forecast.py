@@ -138,7 +138,8 @@ def memory(plan: Plan, moved: Sequence[Transfer]) -> Memory:
     element = 4 if opt is None else STATE_BYTES[opt.state_dtype]
     copies = 2 if plan.config.deslo.delay > 1 else 1  # a late average takes off what it was launched with
     outer = 2 * 4 * numel if opt is not None and opt.outer else 0
-    return Memory(states * element * numel + outer, copies * max((sum(each.bytes.values()) for each in moved), default=0))
+    flying = (sum(each.bytes.values()) - plan.words_at(each.steps).total() for each in moved)
+    return Memory(states * element * numel + outer, copies * max(flying, default=0))
 
 
 def _transfer(plan: Plan, steps: int) -> Transfer:

@@ -9,11 +9,14 @@ t0 can be put in after n updates exactly as if it had been there:
     v   <- v + beta2^n (E_m[v(t0)] - v(t0))
     x   <- x + prod (1 - lr weight_decay) (E_m[x(t0)] - x(t0))
 
+So what a script writes into a state while its average flies is kept, as an update is: x + (mean - launched). With d = 1, where no
+update is made in between, all replicas average again what was written (``recall``).
+
 What stays approximate for d > 1: the n gradients were taken at parameters that were not averaged yet, and the n steps of x went
 along momenta that were not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from sys import maxsize
 
@@ -71,6 +74,15 @@ class Late:
                 seats = [i for i, each in enumerate(kept) if each.factor == factor]
                 x, local, averaged = ([each[i] for i in seats] for each in (states[state], [k.launched for k in kept], mean))
                 land_(x, local, averaged, factor)
+
+    def holds(self, params: Sequence[Tensor], states: Iterable[str]) -> bool:
+        """Whether all of it was launched and has not landed."""
+        return all((param, state) in self._kept for param in params for state in states)
+
+    def drop(self, params: Sequence[Tensor], states: Iterable[str]) -> None:
+        """Forgets what flew of these."""
+        for key in [(param, state) for param in params for state in states]:
+            self._kept.pop(key, None)
 
     def clear(self) -> None:
         """Forgets what flew."""

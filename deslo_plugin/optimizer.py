@@ -12,6 +12,8 @@ from deslo_plugin.averaging import Averaging
 from deslo_plugin.clock import Cohort, ParameterClock
 from deslo_plugin.collectives import Alone, Average, left_alone
 from deslo_plugin.config import Config, expect_averages, load_config
+from deslo_plugin.layout import alike
+from deslo_plugin.members import trains
 from deslo_plugin.names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP, every
 from deslo_plugin.ops import RULES
 from deslo_plugin.outer import mean_, nesterov_
@@ -35,8 +37,8 @@ class DesLoc(torch.optim.Optimizer):
 
     State of each parameter, float32 (float64 for float64 parameters) unless said otherwise: the momenta under their
     names (bfloat16 if ``state_dtype`` says so: rounded at random by the rule, to nearest where an average lands), ``step``
-    (completed steps, 0-dim float32) and ``origin`` (0-dim float32), of momenta with adaptive periods ``<name>_every`` (0-dim
-    float32), and with an outer optimizer ``outer_params`` and ``outer_momentum``.
+    (completed steps, 0-dim int64 on the CPU) and ``origin`` (likewise), of momenta with adaptive periods ``<name>_every``
+    (likewise), and with an outer optimizer ``outer_params`` and ``outer_momentum``. A frozen parameter has none until it trains.
 
     Raises ``ConfigError`` for a config that cannot be meant; from ``step``, ``NonFiniteError`` if any replica brings
     NaN or inf to an average, and ``AverageError`` if an average times out.
@@ -54,6 +56,9 @@ class DesLoc(torch.optim.Optimizer):
         armed: bool = True,
         **options: Any,
     ):
+        lr = options.get("lr")
+        if isinstance(lr, Tensor):  # one that the script goes on to fill, as torch's optimizers take it
+            options |= {"lr": lr.item()}
         if config is not None and options:
             raise ConfigError("DesLoc", "a config or keyword arguments", f"both ({', '.join(options)})", "keep one")
         self.config = load_config(config if config is not None else {"optimizer": {"params": options}})
@@ -62,7 +67,8 @@ class DesLoc(torch.optim.Optimizer):
                               "move the periods to optimizer.params.sync_every")
         self._emit, self.armed = emit, False
         optimizer = self.config.optimizer
-        super().__init__(params, {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay, "sync_every": {}})
+        rate = lr if isinstance(lr, Tensor) else optimizer.lr
+        super().__init__(params, {"lr": rate, "weight_decay": optimizer.weight_decay, "sync_every": {}})
         self._set_rule()
         self._unattached = average is None
         if armed:
@@ -84,7 +90,10 @@ class DesLoc(torch.optim.Optimizer):
         trained = {param: state for param, state in self.state.items() if state.get(STEP)}  # not those that are as they were made
         self.state.clear()
         for param in params:
-            self.state[param] = trained[param] if param in trained else self._create_state(param)
+            if param in trained:
+                self.state[param] = trained[param]
+            elif trains(param):
+                self._create_state(param)
         self._unattached = self._unattached and isinstance(average, Alone)
         self._clock = ParameterClock(self, self._create_state)
         bounds = self.config.optimizer.bounds
@@ -107,7 +116,7 @@ class DesLoc(torch.optim.Optimizer):
         expect_averages(self.config.deslo, group["sync_every"], f" of {where}")
         if self.armed:
             self._call("DesLoc.add_param_group", f"parameters of {[tuple(param.shape) for param in group['params']]}")
-            for param in group["params"]:
+            for param in filter(trains, group["params"]):
                 self._create_state(param, clock)
 
     @torch.no_grad()
@@ -157,13 +166,23 @@ class DesLoc(torch.optim.Optimizer):
                 tensors["u"] = [gather(state, params) for state in optimizer.momenta]
                 if optimizer.beta2 is not None:
                     tensors["v"] = gather(SECOND_MOMENT, params)
-                lr, decay = _rate(cohort.group["lr"], params[0].device), cohort.group["weight_decay"]
-                self._rule(**tensors, t=t, lr=lr, weight_decay=decay, **options)
+                lr, decay = _rate(cohort.group["lr"], params[0].device), float(cohort.group["weight_decay"])
+                try:
+                    self._rule(**tensors, t=t, lr=lr, weight_decay=decay, **options)
+                except ValueError:  # before anything was written: a layout that the operator does not take, or worse
+                    self._refuse_sparse(params)
+                    with alike(tensors) as copies:
+                        self._rule(**copies, t=t, lr=lr, weight_decay=decay, **options)
                 if self.averaging.late:
                     self.averaging.late.fade(params, self._left(t, lr, decay))
             if optimizer.outer and cohort.steps < self.config.deslo.synchronous_steps:
                 # the outer optimizer begins where the warm-up ends: its progress is no pseudo-gradient
                 torch._foreach_copy_(gather(OUTER_PARAMS, cohort.params), gather(PARAMS, cohort.params))
+
+    def _refuse_sparse(self, params: Sequence[Tensor]) -> None:
+        for param in (param for param in params if param.grad.layout != torch.strided):
+            raise ConfigError(f"gradient of parameter {self.averaging.members.name(param, self.param_groups)}", "a dense one",
+                              str(param.grad.layout), "build its module with sparse=False, or attach SparseAdam for it")
 
     def _left(self, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
         """What update ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""
@@ -194,7 +213,7 @@ class DesLoc(torch.optim.Optimizer):
                               "remove it: float64 parameters have float64 momenta")
         moment_dtype = torch.bfloat16 if optimizer.state_dtype == "bfloat16" else dtype
         for counter in self._counters:
-            state[counter] = torch.full((), float(clock if counter in (STEP, ORIGIN) else 0))
+            state[counter] = torch.tensor(clock if counter in (STEP, ORIGIN) else 0, dtype=torch.int64, device="cpu")
         for moment in optimizer.moments:
             state[moment] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
         if optimizer.outer:
@@ -226,7 +245,7 @@ class DesLoc(torch.optim.Optimizer):
             group.update({key: value for key, value in before.items() if key == "sync_every" or key not in group})
         # torch casts floating states to the parameter's dtype, and would round the float32 momenta of bfloat16 parameters
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
-            if param not in states:
+            if param not in states and trains(param):
                 self._create_state(param, clock)
             for name, value in states.get(param, {}).items():
                 device = "cpu" if name in self._counters else param.device

@@ -43,7 +43,7 @@ def read_momenta(reader: Reader, *, adaptive: bool) -> Momenta:
         return _from_betas(reader, betas, adaptive)
     if betas is not None:
         reader.refuse("betas", "either betas or momenta/second_moment", "both", "keep one form")
-    if not isinstance(entries, list | tuple) or not entries:
+    if not isinstance(entries, list) or not entries:
         reader.refuse("momenta", "a list of {beta, weight, sync_every}", shown(entries), "give at least one momentum")
 
     sync_every, first = {}, []
@@ -70,7 +70,7 @@ def read_momenta(reader: Reader, *, adaptive: bool) -> Momenta:
 def _from_betas(reader: Reader, betas: Any, adaptive: bool) -> Momenta:
     default = [0.9, 0.95] if adaptive else [0.9]
     betas = default if betas is None else betas
-    if not isinstance(betas, list | tuple) or len(betas) != len(default):
+    if not isinstance(betas, list) or len(betas) != len(default):
         reader.refuse("betas", f"a list like {default}", shown(betas), "correct the list")
     each = Reader(f"{reader.where}.betas", {str(i): beta for i, beta in enumerate(betas)})
     beta1, *beta2 = (each.number(str(i), below=1.0) for i in range(len(betas)))

@@ -1,5 +1,6 @@
 """What moves, when, between whom, and how many bytes: known before the first step, without a process group."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,15 +56,21 @@ class Plan:
     def bytes_at(self, steps: int) -> dict[str, int]:
         """State -> bytes that this rank sends for the averages due after ``steps`` completed steps.
 
-        A state whose period adapts is counted wherever it may be due: at its shortest period.
+        With what is due of a group goes one word, by which replicas learn whether any has written into it (``recall``). A state
+        whose period adapts is counted wherever it may be due: at its shortest period.
         """
         if steps <= self.config.deslo.synchronous_steps:
             return {GRADIENTS: sum(group.gradient_bytes for group in self.groups)} if steps > 0 else {}
-        sent: dict[str, int] = {}
+        sent: Counter[str] = Counter()
         for group in self.groups:
-            for state in due(shortest(group.periods), steps):
-                sent[state] = sent.get(state, 0) + group.bytes_per_event[state]
-        return sent | ({BUFFERS: self.buffer_bytes} if self.buffer_bytes and PARAMS in sent else {})
+            sent.update({state: group.bytes_per_event[state] for state in due(shortest(group.periods), steps)})
+        sent.update(self.words_at(steps))
+        return dict(sent) | ({BUFFERS: self.buffer_bytes} if self.buffer_bytes and PARAMS in sent else {})
+
+    def words_at(self, steps: int) -> Counter[str]:
+        """Those of ``bytes_at`` that are words beside averages, counted as the first state of each group's that is due."""
+        first = [due(shortest(group.periods), steps)[:1] for group in self.groups if group.numel]
+        return Counter({state: BYTES[self.config.deslo.wire_dtype] * count for (state,), count in Counter(filter(None, first)).items()})
 
     def next_sync(self, steps: int) -> tuple[int, tuple[str, ...]] | None:
         """(steps from now, states) of the next average after ``steps`` completed steps; None if none is near."""

@@ -18,7 +18,7 @@ from deslo_plugin.config import as_dict
 from deslo_plugin.journal import Journal
 from deslo_plugin.log import say
 from deslo_plugin.plan import Plan
-from deslo_plugin.strict import ConfigError, shown
+from deslo_plugin.strict import ConfigError, plain, shown
 from deslo_plugin.telemetry import SyncEvent
 from deslo_plugin.topology import Topology
 from deslo_plugin.version import __version__
@@ -158,6 +158,7 @@ def _number(name: str, value: Any) -> float | Callable[[], float]:
     """A number as it is now. One on a GPU stays there until the writer reads it."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return _on_gpu(value.detach()) if value.is_cuda else value.item()
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"log({name}=...)", "a number, or a tensor with one", shown(value), "log what it comes to")
     return value

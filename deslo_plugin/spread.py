@@ -53,6 +53,11 @@ class Spread:
         self.emit(SyncEvent(steps, {state: WORD}, time.perf_counter() - start, {}))
         return sqrt(max(each / mean - 1, 0.0)) if mean else 0.0 if each == 0 else float("inf")
 
+    def drop(self, params: Sequence[Tensor]) -> None:
+        """Waits for what flies of ``params`` and forgets it."""
+        for key in [key for key in self._flights if key[0] is params[0]]:
+            self._flights.pop(key)[1].wait()
+
     def abandon(self) -> None:
         """Waits for all that flies and forgets it."""
         for _, work in self._flights.values():

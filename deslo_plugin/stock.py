@@ -22,7 +22,6 @@ from deslo_plugin.strict import ConfigError, near
 from deslo_plugin.sync import States
 from deslo_plugin.telemetry import SyncEvent
 
-NUMELS = "deslo_numels"  # key of a param group: state name -> elements on this rank
 Everyone = Callable[[Any], list[Any]]
 """Everyone's value: collective over all ranks of all replicas."""
 
@@ -121,7 +120,12 @@ class StockAveraging(Averaging):
     def _bounds(self, group: Group) -> list[Bound]:
         """By the constants of the optimizer's own param group: DeepSpeed's tensors are in others, in the same order."""
         index = next(index for index, each in enumerate(self.groups) if each is group)
-        return bounds_of(self.optimizer.param_groups[index], group.get(NUMELS, {}))
+        return bounds_of(self.optimizer.param_groups[index], self.state_numels(group))
+
+    def state_numels(self, group: Group) -> dict[str, int]:
+        averaged = {name: [self.optimizer.state.get(param, {}).get(name, param) for param in self.members.of(group)]
+                    for name in group["sync_every"] if name != PARAMS}
+        return {name: sum(value.numel() for value in local(values)) for name, values in averaged.items()}
 
     def resume(self, steps: int) -> None:
         """Goes on after ``steps`` completed steps, with states that a checkpoint has brought: some may be due at once."""
@@ -137,7 +141,6 @@ class StockAveraging(Averaging):
     def _schedule(self, group: Group, names: Iterable[str]) -> None:
         names = sorted(names)
         group["sync_every"] = {PARAMS: self.deslo.sync_every[PARAMS]} | {name: self.deslo.sync_every[name] for name in names}
-        group[NUMELS] = {name: sum(each.numel() for each in self.gather(name, group["params"])) for name in names}
 
     def _receive(self, cohort: Cohort, states: States, means: States) -> None:
         write_means(states, means)

@@ -5,6 +5,7 @@ Errors have the form *where: expected what, got what; do what*.
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -29,6 +30,19 @@ def shown(value: Any) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
+def plain(value: Any) -> Any:
+    """``value`` in Python's own types, whatever library's mappings, sequences and numbers it is made of."""
+    if isinstance(value, Mapping):
+        return {plain(key): plain(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [plain(each) for each in value]
+    if hasattr(value, "tolist"):  # numpy's and torch's
+        return value.tolist()
+    if isinstance(value, bool | int | float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
 class Reader:
     """Takes values out of ``mapping`` one by one; ``finish`` refuses what nobody took.
 
@@ -38,7 +52,7 @@ class Reader:
     def __init__(self, where: str, mapping: Any):
         if not isinstance(mapping, Mapping):
             raise ConfigError(where, "a mapping of keys to values", shown(mapping), "write {...} there")
-        self.where, self._rest, self._known = where, dict(mapping), []
+        self.where, self._rest, self._known = where, plain(mapping), []
 
     def __contains__(self, key: str) -> bool:
         return key in self._rest

@@ -1,7 +1,8 @@
 """Launching an average and landing it: the motion between ``collectives`` and the optimizer."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from deslo_plugin.buckets import Bucket, pack
 from deslo_plugin.collectives import Average, Work
 from deslo_plugin.drift import Drift, drift_of, measure
+from deslo_plugin.recall import Answer
 from deslo_plugin.telemetry import SyncEvent
 from deslo_plugin.weights import start_weighted
 
@@ -67,10 +69,12 @@ class Synchronizer:
         return _Flight(steps, bucket, works, sent + self.wire_dtype.itemsize, start)
 
     @torch.profiler.record_function("deslo::land")
-    def land(self, steps: int, params: Sequence[Tensor], states: States) -> dict[str, list[Tensor]] | None:
+    def land(
+        self, steps: int, params: Sequence[Tensor], states: States, told: Answer = Answer()
+    ) -> dict[str, list[Tensor]] | None:
         """Waits for what was launched for ``steps``, launches what was not, and returns the means in wire dtype.
 
-        None if they did not arrive everywhere: then nobody writes them. Raises ``NonFiniteError`` everywhere if any replica
+        What ``told`` has cost is counted with it. None if they did not arrive everywhere: then nobody writes them. Raises ``NonFiniteError`` everywhere if any replica
         brought NaN or inf, ``AverageError`` on a time-out.
         """
         self.launch_absent(steps, params, states)
@@ -92,9 +96,10 @@ class Synchronizer:
         self._refuse_nonfinite(steps, flights, states, drift)
         end = time.perf_counter()
 
-        sent = {state: sum(flight.bytes for flight in each) for state, each in flights.items()}
+        sent = Counter({state: sum(flight.bytes for flight in each) for state, each in flights.items()})
+        sent.update(told.bytes)
         flown = {state: end - min(flight.start for flight in each) for state, each in flights.items()}
-        self.emit(SyncEvent(steps, sent, end - start, drift, flown))
+        self.emit(SyncEvent(steps, dict(sent), end - start + told.seconds, drift, flown))
         return means
 
     @torch.profiler.record_function("deslo::mean")
@@ -111,6 +116,18 @@ class Synchronizer:
         seconds = time.perf_counter() - start
         self.emit(SyncEvent(steps, sent, seconds, {}, dict.fromkeys(states, seconds)))
         return means
+
+    def drop(self, params: Sequence[Tensor], states: Iterable[str]) -> Counter[str]:
+        """Waits for what flies of these and forgets it: state -> bytes that were sent in vain."""
+        sent: Counter[str] = Counter()
+        keys = [(param, state) for param in params for state in states if (param, state) in self._flights]
+        for flight, state in {id(self._flights[key][0]): (self._flights[key][0], key[1]) for key in keys}.values():
+            sent[state] += flight.bytes
+            for work in flight.works:
+                work.wait()
+        for key in keys:
+            del self._flights[key]
+        return sent
 
     def abandon(self) -> None:
         """Waits for all that flies and forgets it: after a load, averages start from the loaded values."""

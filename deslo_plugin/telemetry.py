@@ -1,6 +1,7 @@
 """What averaging has cost so far, counted where it is spent (bytes, events, exposed seconds), and what it has found: drift."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from deslo_plugin.drift import Drift
@@ -36,19 +37,23 @@ class Meter:
     refused_averages: int = 0
     failed_checks: int = 0
     drift: dict[str, Drift] = field(default_factory=dict)
-    _counted: dict[str, int] = field(default_factory=dict)
-    _clock: int = -1
+    _counted: dict[str, int] = field(default_factory=dict)  # state -> steps taken at its last average
+    _stepped: set[int] = field(default_factory=set)
 
     def __call__(self, event: SyncEvent) -> None:
         self.bytes.update(event.bytes)
         # param groups and ZeRO's sub-groups land one after the other: together they are one event of the state
-        new = [state for state in event.bytes if self._counted.get(state) != event.steps]
+        new = [state for state in event.bytes if self._counted.get(state) != self.steps]
         self.events.update(new)
-        self._counted.update(dict.fromkeys(new, event.steps))
+        self._counted.update(dict.fromkeys(new, self.steps))
         self.seconds_exposed += event.seconds_exposed
         self.drift.update(event.drift)
 
-    def tick(self, clock: int) -> None:
-        """A step was completed, and parameters have ``clock`` behind them: a framework may call for each group of them."""
-        self.steps += clock != self._clock
-        self._clock = clock
+    def tick(self, params: Iterable[int]) -> None:
+        """A step of ``params`` begins, which are named by their ids: a framework may call for each param group, and the next step
+        is where one comes again."""
+        params = set(params)
+        if not self._stepped.isdisjoint(params) or not self._stepped or not params:
+            self.steps += 1
+            self._stepped.clear()
+        self._stepped |= params

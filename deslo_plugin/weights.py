@@ -6,15 +6,16 @@ has weights of its own. A replica that leaves steps out or takes smaller batches
 takes over what the others have come to. Gradients of a synchronous warm-up, exports and saves are equal means.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, isnan, nan
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deslo_plugin.collectives import Average, AverageError, Work
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.strict import ConfigError, plain
 
 
 class Samples:
@@ -27,36 +28,36 @@ class Samples:
     def forget(self) -> None:
         """After a load: what was seen before it is not known."""
         self._total = 0.0
-        self._at: dict[Tensor, dict[int, float]] = {}  # a cohort's first parameter -> completed steps -> the total then
+        self._at: dict[int, dict[int, float]] = {}  # id of a param group -> completed steps -> the total then
 
-    def saved(self, params: Sequence[Tensor]) -> tuple[bool, float, dict[int, dict[int, float]]]:
-        """All of it, with cohorts by the place of their first parameter in ``params``."""
-        place = {param: index for index, param in enumerate(params)}
-        return self._told, self._total, {place[param]: dict(at) for param, at in self._at.items()}
+    def saved(self, groups: Sequence[Mapping[str, Any]]) -> tuple[bool, float, dict[int, dict[int, float]]]:
+        """All of it, by the places of param groups in ``groups``."""
+        return self._told, self._total, {i: dict(self._at[id(group)]) for i, group in enumerate(groups) if id(group) in self._at}
 
-    def load(self, params: Sequence[Tensor], saved: tuple[bool, float, dict[int, dict[int, float]]]) -> None:
+    def load(self, groups: Sequence[Mapping[str, Any]], saved: tuple[bool, float, dict[int, dict[int, float]]]) -> None:
         """Goes on from what was ``saved``."""
         self._told, self._total, at = saved
-        self._at = {params[index]: dict(totals) for index, totals in at.items()}
+        self._at = {id(groups[index]): dict(totals) for index, totals in at.items()}
 
     def saw(self, samples: float) -> None:
         """``samples`` are in the gradients of the step that this rank is taking; several calls in a step add up."""
+        samples = plain(samples)
         if isinstance(samples, bool) or not isinstance(samples, int | float) or not (isfinite(samples) and samples >= 0):
             raise ConfigError("saw(samples)", "a number >= 0", repr(samples), "give the samples or tokens of this rank's batch")
         self._total, self._told = self._total + samples, True
 
-    def tick(self, params: Sequence[Tensor], steps: int, longest: int) -> None:
-        """``params`` have completed ``steps`` steps, and have no period above ``longest``."""
-        at = self._at.setdefault(params[0], {})
+    def tick(self, group: Mapping[str, Any], steps: int, longest: int) -> None:
+        """Parameters of ``group`` have completed ``steps`` steps, and have no period above ``longest``."""
+        at = self._at.setdefault(id(group), {})
         at[steps] = self._total
         at.pop(steps - 2 * longest, None)  # averages may land up to a period after their launch
 
-    def seen(self, params: Sequence[Tensor], steps: int, period: int) -> float:
+    def seen(self, group: Mapping[str, Any], steps: int, period: int) -> float:
         """Samples in the ``period`` steps that ended when ``steps`` were complete; NaN if this rank never told of any.
 
         After a load, of the steps since; one where nothing was stepped since, since nobody knows.
         """
-        at = self._at.get(params[0], {})
+        at = self._at.get(id(group), {})
         if steps not in at:
             return 1.0
         return at[steps] - at.get(steps - period, 0.0) if self._told else nan

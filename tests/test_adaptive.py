@@ -179,7 +179,7 @@ def test_the_banner_says_the_bounds():
                   "exp_avg_sq: adaptive, every 8 to 128 steps for drift 0.5 (given), 4,008 bytes",
                   "0.1484 to 0.375 parameter vectors per step between replicas: 2.7 to 6.7 times fewer than synchronous"):
         assert words in text, text
-    assert plan.bytes_at(8) == {"params": 4000, "exp_avg": 4008, "exp_avg_sq": 4008} and plan.bytes_at(12) == {}
+    assert plan.bytes_at(8) == {"params": 4004, "exp_avg": 4008, "exp_avg_sq": 4008} and plan.bytes_at(12) == {}
 
 
 def test_telemetry_and_report_say_the_bounds_of_each_param_group(four, tmp_path):

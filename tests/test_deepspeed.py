@@ -96,7 +96,7 @@ def test_bytes_are_shard_bytes_times_events(four, stage):
         shard["biases"] = 4 * (jobs.HIDDEN // SHARDS + -(-jobs.OUTPUTS // SHARDS))
     for result in results:
         assert result["bytes"] == result["planned"] == {
-            "params": shard["matrices"] * 8 + shard["biases"] * 12,  # every 3 and every 2 of 24 steps
+            "params": (shard["matrices"] + 4) * 8 + (shard["biases"] + 4) * 12,  # every 3 and every 2 of 24 steps
             "exp_avg": sum(shard.values()) * 4,
             "exp_avg_2": sum(shard.values()) * 6,
             "exp_avg_sq": sum(shard.values()) * 2,

@@ -63,9 +63,9 @@ def test_auto_is_a_replica_per_node():
 
 def test_planned_bytes_and_next_average():
     p = plan({"sync_every": {"params": 4, "exp_avg": 8, "exp_avg_sq": None}})
-    assert p.bytes_at(4) == {"params": 4000} and p.bytes_at(8) == {"params": 4000, "exp_avg": 4000}
+    assert p.bytes_at(4) == {"params": 4004} and p.bytes_at(8) == {"params": 4004, "exp_avg": 4000}
     assert p.next_sync(0) == (4, ("params",)) and p.next_sync(6) == (2, ("params", "exp_avg"))
-    assert plan(numel=1001, divisor=2).bytes_at(32) == {"params": 501 * 4}
+    assert plan(numel=1001, divisor=2).bytes_at(32) == {"params": 501 * 4 + 4}
 
 
 @pytest.mark.parametrize("rule, betas, warned", [

@@ -312,7 +312,7 @@ def test_tensorboard_is_asked_for_by_name_and_written(tmp_path, monkeypatch):
         model(torch.ones(2)).sum().backward()
         attachment.optimizer.step()
     attachment.end()
-    assert [(value, steps) for name, value, steps in rows if name == "deslo_bytes/params"] == [(12, 2), (24, 4)]
+    assert [(value, steps) for name, value, steps in rows if name == "deslo_bytes/params"] == [(16, 2), (32, 4)]
 
 
 def test_the_profiler_shows_launch_wait_and_land():

@@ -22,6 +22,7 @@ from deslo_plugin.frameworks.attachment import Attachment, attached
 from deslo_plugin.frameworks.equality import (
     agree_on_model, agree_on_optimizer, equal_replicas, listed, refuse_parts, say_placement,
 )
+from deslo_plugin.frameworks.kinds import refuse_kinds
 from deslo_plugin.frameworks.one_model import refuse_one_replica
 from deslo_plugin.frameworks.telemetry import start_telemetry
 from deslo_plugin.frameworks.warmup import GradientAveraging
@@ -71,7 +72,9 @@ def attach(
         inner, config = checked(model, optimizer, config)
         return _live(model, inner, config, manager, (mesh, replicate, process_group), emit)
     if not dist.is_initialized():
-        return _alone(model, *checked(model, optimizer, config), emit)
+        optimizer, config = checked(model, optimizer, config)
+        refuse_kinds(model, optimizer)
+        return _alone(model, optimizer, config, emit)
     optimizer, config = agreed(model, optimizer, config, mesh, process_group)
     around, model = model, wrappers.bare(model)
     ddps = wrappers.reducers(around)
@@ -80,6 +83,7 @@ def attach(
     groups = make_groups(topology, config.deslo.timeout_s)
     refuse_together(lambda: _expect_inside(around, ddps, topology, config, replicate), groups.world)
     agree_on_model(model, lambda p: p.shape, groups.world)
+    refuse_kinds(model, optimizer)
     fsdp.reshard(model)
     named = _params_of(model, optimizer)
     pieces = {name: param for name, param in named.items() if hasattr(param, "to_local")}
@@ -97,17 +101,19 @@ def attach(
     average = ReplicaAverage(groups, timeout_s=config.deslo.timeout_s, copies=copies)
     averaging = _averaging_of(optimizer, config, average, lambda value: list(gathered(value, groups.world).values()), emit)
     agree_on_optimizer(averaging, config, groups.world)
+    for each in ddps:
+        ddp.refuse_join(each)
     if topology.replicas > 1:
         _keep_inside_replicas(model, ddps, first, buffers, averaging, groups)
     fsdp.reshard_at_steps(model, averaging)
     params = [local(group["params"]) for group in optimizer.param_groups]
     attachment = Attachment(
         averaging, groups, config,
-        numels=[sum(param.numel() for param in each) for each in params],
         gradient_bytes=[_gradient_bytes(ddps, each, config, average.divisor) for each in params],
         buffer_bytes=sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype],
         watch=Watch(averaging, groups, named, plain, names_left_out=first),
     )
+    averaging.members.names = {param: name for name, param in named.items()}
     optimizer.deslo = attachment
     attached.setdefault(model, []).append(attachment)
     refuse_one_replica(attachment, optimizer, around)
@@ -125,8 +131,7 @@ def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, e
     topology, average = contiguous(1, 0, 1), Alone()
     groups = Groups(topology, world=None, shard=None, replica=None, singleton=None)
     averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
-    numels = [sum(param.numel() for param in group["params"]) for group in optimizer.param_groups]
-    optimizer.deslo = Attachment(averaging, groups, config, numels, watch=Watch(averaging, groups, _params_of(model, optimizer)))
+    optimizer.deslo = Attachment(averaging, groups, config, watch=Watch(averaging, groups, _params_of(model, optimizer)))
     attached.setdefault(wrappers.bare(model), []).append(optimizer.deslo)
     optimizer.deslo.announce()
     start_telemetry(optimizer.deslo)
@@ -142,14 +147,14 @@ def _live(
     inside = wrappers.bare(model)
     if inside in attached:
         raise ConfigError("attach(manager=...)", "one optimizer for the model", "a second one", "give one all parameters")
+    refuse_kinds(model, optimizer)
     average = torchft.live_average(manager, model, config)
     averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
     buffers = _floating_buffers(model)
     if buffers:
         averaging.add_buffers(buffers, average)
-    numels = [sum(param.numel() for param in group["params"]) for group in optimizer.param_groups]
     buffer_bytes = sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype]
-    attachment = torchft.LiveAttachment(averaging, None, config, numels, buffer_bytes=buffer_bytes)
+    attachment = torchft.LiveAttachment(averaging, None, config, buffer_bytes=buffer_bytes)
     average.represent(torchft.Replica(model, averaging, config), greet=lambda: announce(attachment.plan.describe()))
     optimizer.deslo, attached[inside] = attachment, [attachment]
     return attachment
@@ -203,7 +208,7 @@ def _reachable(tensor: Tensor) -> Tensor:
 
 def _averaged_buffers() -> Iterator[Tensor]:
     """Of every model in this process: modules that hold each other are attached one by one."""
-    yield from (buffer for each in attached.values() for attachment in each for buffer in attachment.averaging._buffers)
+    yield from (buffer for each in attached.values() for attachment in each for buffer in attachment.averaging.buffers)
 
 
 def _averaging_of(

@@ -19,8 +19,7 @@ from deslo_plugin.log import announce, say
 from deslo_plugin.plan import Plan, make_plan
 from deslo_plugin.recorder import Recorder
 from deslo_plugin.schedule import Periods
-from deslo_plugin.shards import local
-from deslo_plugin.stock import NUMELS, StockAveraging
+from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter
 from deslo_plugin.topology import Topology
@@ -30,14 +29,15 @@ from deslo_plugin.topology import Topology
 class Attachment:
     """The averages of one optimizer: what moves, between whom, and what it has cost.
 
-    ``groups`` is None where replicas come and go. ``numels`` and ``gradient_bytes`` are per param group, on this rank;
-    ``buffer_bytes`` is what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer alone.
+    ``groups`` is None where replicas come and go. ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is what
+    buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer alone; ``numels`` then are the
+    elements of each param group on this rank.
     """
 
     averaging: Averaging
     groups: Groups | None
     config: Config
-    numels: Sequence[int]
+    numels: Sequence[int] | None = None
     gradient_bytes: Sequence[int] | None = None
     buffer_bytes: int = 0
     engine_steps: bool = False
@@ -145,16 +145,10 @@ class Attachment:
         known = getattr(self.averaging, "periods_known", True)
         periods = [group["sync_every"] if known else self.config.deslo.sync_every for group in self.averaging.groups]
         return make_plan(
-            self.config, self._numels, periods, self.topology,
+            self.config, self.numels or self.averaging.numels(), periods, self.topology,
             divisor=self.averaging.average.divisor, gradient_bytes=self._gradient_bytes, buffer_bytes=self.buffer_bytes,
-            others=[group.get(NUMELS, {}) for group in self.averaging.groups],
+            others=[self.averaging.state_numels(group) for group in self.averaging.groups],
         )
-
-    @property
-    def _numels(self) -> list[int]:
-        """With those of param groups that were added since."""
-        added = self.averaging.groups[len(self.numels) :]
-        return [*self.numels, *(sum(param.numel() for param in local(group["params"])) for group in added)]
 
     @property
     def _gradient_bytes(self) -> list[int] | None:

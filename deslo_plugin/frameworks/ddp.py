@@ -108,3 +108,14 @@ def hook(model: DistributedDataParallel, averaging: Averaging, groups: Groups) -
 def _has_a_hook(got: str) -> ConfigError:
     return ConfigError("attach(model)", "a DDP model without a communication hook", got,
                        "attach once, and register no other hook: the average replaces the reduction that it compresses")
+
+
+def refuse_join(model: DistributedDataParallel) -> None:
+    """From now on ``model.join()`` raises ``ConfigError``, at once and on every rank."""
+    model.join = model.join_hook = _refuse_join
+
+
+def _refuse_join(*_: object, **__: object) -> None:
+    raise ConfigError("DDP.join()", "as many steps on every rank", "a join, whose idle ranks answer for gradients and not for averages",
+                      "remove it, and on a rank that has run out of batches call attachment.skip_step() in place of "
+                      "optimizer.step() until the others are done")

@@ -18,7 +18,7 @@ from deslo_plugin.collectives import Groups, gathered
 from deslo_plugin.config import Config, as_dict
 from deslo_plugin.log import say
 from deslo_plugin.ops import native
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.strict import ConfigError, plain
 from deslo_plugin.topology import Topology, spread
 
 SEED_ALIKE = 'seed every rank alike, or set "deslo": {"initial_params": "auto"} to start from replica 0'
@@ -58,7 +58,7 @@ def agree_on_optimizer(averaging: Averaging, config: Config, world: dist.Process
 def optimizer_traits(averaging: Averaging, config: Config) -> dict[str, Any]:
     """Setting -> value, of both blocks and of the param groups: what replicas must have alike."""
     of_groups = {
-        f"param group {index}.{key}": group[key]
+        f"param group {index}.{key}": plain(group[key])
         for index, group in enumerate(averaging.optimizer.param_groups)
         for key in ("lr", "weight_decay", "sync_every") if key in group
     }
@@ -69,8 +69,8 @@ def optimizer_traits(averaging: Averaging, config: Config) -> dict[str, Any]:
 
 
 def _device_of(averaging: Averaging) -> str:
-    device = next(iter(averaging.optimizer.state)).device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    devices = {param.device for param in averaging.optimizer.state}
+    return ", ".join(sorted({torch.cuda.get_device_name(each) if each.type == "cuda" else each.type for each in devices}))
 
 
 def equal_replicas(

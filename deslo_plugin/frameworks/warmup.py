@@ -6,6 +6,8 @@ from torch.autograd import Variable
 
 from deslo_plugin.averaging import Averaging
 
+SPARSE = 2.0**20  # more than replicas
+
 
 class GradientAveraging:
     """While ``averaging.synchronous``, gradients are the replicas' mean as soon as ``backward`` returns.
@@ -30,8 +32,15 @@ class GradientAveraging:
     @torch.no_grad()
     def _finished(self) -> None:
         self._queued = False
-        used = torch.tensor([float(param.grad is not None) for param in self._params], device=self._params[0].device)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
+        used = torch.tensor([_use(param) for param in self._params], dtype=torch.float32, device=self._params[0].device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in self._params]
         self._averaging.average_gradients(self._averaging.steps + 1, [*gradients, used])
         for param, gradient, share in zip(self._params, gradients, used.tolist()):
+            if share > 1:  # an optimizer for sparse gradients takes no other
+                gradient = gradient.to_sparse(1)
             param.grad = gradient if share else None
+
+
+def _use(param: Tensor) -> float:
+    """How this replica has used ``param``: 0 not, 1 with a dense gradient, or so much that the mean over replicas is above 1."""
+    return 0.0 if param.grad is None else SPARSE if param.grad.is_sparse else 1.0
