@@ -184,10 +184,10 @@ def unlike(tree: Tree, scheduled: Set[str], group: dist.ProcessGroup | None) -> 
     for name in sorted({name for each in everyone for name in each}):
         state, param = name.split("/", 1)
         furthest = max((each for each in everyone if name in each), key=lambda each: _count(each, param))
-        what, value, *_ = furthest[name]
+        what, value, *is_tensor = furthest[name]
         if what == "counter":
             own = tree.get(name)
-            more[name] = torch.full_like(own, value) if isinstance(own, Tensor) else torch.tensor(value) if furthest[name][2] else value
+            more[name] = torch.full_like(own, value) if isinstance(own, Tensor) else torch.tensor(value) if is_tensor[0] else value
         elif any(name not in each for each in everyone) and list(value[1]) != list(tree[f"{PARAMS}/{param}"].shape):
             raise ConfigError(f"state {name}", "the shape of its parameter where a replica has not trained it yet", str(value[1]),
                               "train every parameter on every replica before you save or meet")
