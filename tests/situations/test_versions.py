@@ -23,9 +23,9 @@ def test_kernels_for_another_torch_are_replaced_by_torchs_operators_with_one_war
     code = (
         "import importlib, torch\n"
         "real = importlib.import_module\n"
-        "def load(name, *more):\n"
+        "def load(name, package=None):\n"
         "    if name == 'deslo_plugin._C': raise ImportError('undefined symbol: torch_list_size')\n"
-        "    return real(name, *more)\n"
+        "    return real(name, package)\n"
         "importlib.import_module = load\n"
         "import importlib.util; found = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *more: name if name == 'deslo_plugin._C' else found(name, *more)\n"
