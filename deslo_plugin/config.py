@@ -4,15 +4,13 @@
 blocks stand in a DeepSpeed JSON, in a JSON or YAML file of their own, or in a dict.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deslo_plugin.adaptive import Schedule, adaptive, shortest
+from deslo_plugin.config_file import read_file
 from deslo_plugin.momentum_bound import Bound
 from deslo_plugin.names import PARAMS, SECOND_MOMENT, first_momenta
 from deslo_plugin.periods import adaptive_asked, read_momenta, read_periods
@@ -143,22 +141,6 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
     if deslo.sync_every is not None:
         raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "move it to optimizer.params.sync_every")
     return _whole(read_optimizer(params), deslo)
-
-
-def read_file(path: Path) -> Mapping[str, Any]:
-    """A JSON or YAML file as a mapping."""
-    if path.suffix not in (".json", ".yaml", ".yml"):
-        raise ConfigError("config", "a .json, .yaml or .yml file", repr(str(path)), "rename the file")
-    if not path.is_file():
-        raise ConfigError("config", "an existing file", repr(str(path)), "check the path")
-    text = path.read_text()
-    try:
-        blocks = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(str(path), f"valid {path.suffix[1:].upper()}", str(error), "correct the file") from error
-    if not isinstance(blocks, Mapping):
-        raise ConfigError(str(path), "a mapping at the top level", shown(blocks), "write the two blocks there")
-    return blocks
 
 
 def read_optimizer(params: Any) -> OptimizerConfig:

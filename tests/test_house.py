@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [
     {"version", "names", "rules", "schedule", "adaptive", "strict", "rounding", "theory", "momentum_bound", "versions"},
-    {"periods", "recording", "config", "shipped", "topology", "plan", "alternatives", "forecast", "methods"},
+    {"periods", "recording", "config", "config_file", "shipped", "topology", "plan", "alternatives", "forecast", "methods"},
     {"buckets", "collectives", "progress", "pace", "last_step", "weights", "telemetry", "agreement", "log", "ops", "drift",
      "landing", "arguments", "shards", "probe", "journal", "fingerprint", "members", "layout"},
     {"sync", "outer", "clock", "late", "last_average", "pseudo_gradient", "spread", "recall"},

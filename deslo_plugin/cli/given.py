@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deslo_plugin.config import Config, load_config, read_file
+from deslo_plugin.config import Config, load_config
+from deslo_plugin.config_file import read_file
 from deslo_plugin.frameworks.self_test import without_auto
 from deslo_plugin.shipped import find_config
 from deslo_plugin.strict import ConfigError

@@ -11,7 +11,7 @@ from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import DistributedType
 from torch import nn
 
-from deslo_plugin.config import read_file
+from deslo_plugin.config_file import read_file
 from deslo_plugin.frameworks.all_or_none import all_or_none
 from deslo_plugin.frameworks.attach import attach
 from deslo_plugin.frameworks.attachment import attached

@@ -6,7 +6,8 @@ from math import inf, isfinite
 from pathlib import Path
 from statistics import median
 
-from deslo_plugin.config import Config, load_config, read_file
+from deslo_plugin.config import Config, load_config
+from deslo_plugin.config_file import read_file
 from deslo_plugin.shipped import find_config
 from deslo_plugin.simulation.objectives import Objective
 from deslo_plugin.simulation.run import Moment

@@ -21,7 +21,7 @@ from worlds import threads
 import deslo_plugin
 from deslo_plugin import DesLoc, load_config
 from deslo_plugin.collectives import Alone
-from deslo_plugin.config import read_file
+from deslo_plugin.config_file import read_file
 from deslo_plugin.stock import StockAveraging, schedule
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
