@@ -13,7 +13,7 @@ from deslo_plugin.averaging import Averaging, Group
 from deslo_plugin.clock import GROUP_STEP, GroupClock
 from deslo_plugin.collectives import Average
 from deslo_plugin.config import DesloConfig
-from deslo_plugin.names import PARAMS
+from deslo_plugin.names import PARAMS, STEP
 from deslo_plugin.shards import local
 from deslo_plugin.strict import ConfigError, near
 from deslo_plugin.telemetry import SyncEvent
@@ -27,7 +27,8 @@ class StockAveraging(Averaging):
 
     Which states there are is known when the first step has created them. Then every tensor with dimensions that a
     parameter's state holds must be in ``sync_every``, with a period or null; counters (numbers and 0-dim tensors) need no
-    average, as all replicas count alike.
+    average, as all replicas count alike. Of a parameter without dimensions all states are 0-dim: what others count in is a
+    counter there too, and ``step``.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class StockAveraging(Averaging):
         """
         if self.periods_known:
             return
-        mine = [_kinds(group["params"], self.optimizer.state) for group in self.groups]
+        counters = counted_in(self.optimizer.state)
+        mine = [_kinds(group["params"], self.optimizer.state, counters) for group in self.groups]
         updates, *everyone = zip(*self._everyone((updated, *mine)))
         if not any(updates):
             return
@@ -119,13 +121,19 @@ def _unscaled(averaging: StockAveraging) -> Iterator[None]:
         vars(averaging.optimizer).update(left)
 
 
-def _kinds(params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, str]:
-    """State name -> dtype, of the states with dimensions that any of ``params`` has."""
+def counted_in(states: Mapping[Tensor, Mapping[str, Any]]) -> set[str]:
+    """Names of 0-dim states that are counters: those of parameters with dimensions, and ``step``."""
+    return {STEP} | {name for param, state in states.items() if param.ndim
+                     for name, value in state.items() if isinstance(value, Tensor) and not value.ndim}
+
+
+def _kinds(params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]], counters: set[str]) -> dict[str, str]:
+    """State name -> dtype, of the states that any of ``params`` has and that are no counters."""
     return {
         name: str(value.dtype).removeprefix("torch.")
         for param in params
         for name, value in states.get(param, {}).items()
-        if isinstance(value, Tensor) and value.ndim > 0
+        if isinstance(value, Tensor) and (value.ndim > 0 or param.ndim == 0 and name not in counters)
     }
 
 

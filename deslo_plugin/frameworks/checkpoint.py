@@ -31,7 +31,7 @@ from deslo_plugin.frameworks.fragment import Fragment, LoadFragments, SaveFragme
 from deslo_plugin.frameworks.proof import OLD, PART, Proof, measured, prove, read_proof, write_proof
 from deslo_plugin.frameworks.state_tree import KEPT, Tree, holder_of, refuse_others
 from deslo_plugin.log import say
-from deslo_plugin.names import PARAMS
+from deslo_plugin.names import BUFFERS, PARAMS
 from deslo_plugin.strict import ConfigError
 
 
@@ -61,7 +61,7 @@ def save(path: str | Path, model: Any, *, mode: str | None = None, extra: Mappin
         meet(model)
     tree = holder.tree()
     if mode == "average":
-        tree |= _means(tree, attachment)
+        tree |= _means(tree, attachments)
     where, name, group = _place(part, mode, attachment)
     if first or mode == "exact":
         own = {"aside": holder.aside(), "extra": dict(extra or {})}
@@ -86,7 +86,7 @@ def meet(model: Any) -> None:
     attachments = attachments_of(model, "meet")
     holder = holder_of(model, attachments)
     tree = holder.tree()
-    means = _means(tree, attachments[0])
+    means = _means(tree, attachments)
     for name, mean in means.items():
         for piece, new in zip(_pieces(tree[name]), _pieces(mean)):
             piece.copy_(new)
@@ -217,21 +217,23 @@ def _found(path: Path) -> Path:
     return path
 
 
-def _means(tree: Tree, attachment: Attachment) -> Tree:
-    """Of all floating tensors with dimensions, state by state; the others, clocks and counters, are alike on all replicas."""
+def _means(tree: Tree, attachments: Sequence[Attachment]) -> Tree:
+    """Of all floating tensors but clocks and counters, state by state; those are alike on all replicas."""
     means: Tree = {}
-    for _, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
-        named = {name: pieces for name in names if (pieces := _pieces(tree[name]))}
-        flat = iter(attachment.averaging.means("checkpoint", [piece for pieces in named.values() for piece in pieces]))
+    scheduled = {PARAMS, BUFFERS, *(state for each in attachments for group in each.averaging.groups for state in group["sync_every"])}
+    for state, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
+        named = {name: pieces for name in names if (pieces := _pieces(tree[name], 0 if state in scheduled else 1))}
+        flat = iter(attachments[0].averaging.means("checkpoint", [piece for pieces in named.values() for piece in pieces]))
         for name, pieces in named.items():
             own = [next(flat).to("cpu", piece.dtype) for piece in pieces]
             means[name] = tree[name].like(own) if isinstance(tree[name], Fragment) else own[0]
     return means
 
 
-def _pieces(value: Any) -> list[Tensor]:
+def _pieces(value: Any, ndim: int = 0) -> list[Tensor]:
+    """This rank's floating parts of ``value``, of ``ndim`` dimensions or more."""
     pieces = [piece for _, piece in value.pieces] if isinstance(value, Fragment) else [value]
-    return [piece for piece in pieces if isinstance(piece, Tensor) and piece.is_floating_point() and piece.ndim]
+    return [piece for piece in pieces if isinstance(piece, Tensor) and piece.is_floating_point() and piece.ndim >= ndim]
 
 
 def _random_state() -> dict[str, Any]:

@@ -10,7 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from deslo_plugin.frameworks.attachment import Attachment
 from deslo_plugin.frameworks.fragment import of_dtensor
 from deslo_plugin.frameworks.one_model import one_replica
-from deslo_plugin.names import PARAMS
+from deslo_plugin.names import PARAMS, STEP
+from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
 
@@ -97,8 +98,14 @@ class TorchState:
 
     def prepare(self, saved: States) -> None:
         for name, param in self.params.items():
-            if param in self._stepped_by and not self._states_of(param):
-                self._stepped_by[param].state[param].update(fresh_states(saved.get(name, {}), param))
+            optimizer, states = self._stepped_by.get(param), saved.get(name, {})
+            if isinstance(optimizer, DesLoc):  # frozen when it was saved, it begins to train now, or the other way round
+                if set(states) <= {PARAMS}:
+                    optimizer.state.pop(param, None)
+                elif not self._states_of(param):
+                    optimizer._create_state(param)
+            elif optimizer and not self._states_of(param):
+                optimizer.state[param].update(fresh_states(states, param))
 
     def tree(self) -> Tree:
         tree = {f"buffers/{name}": buffer for name, buffer in self.buffers.items()}
@@ -132,7 +139,8 @@ def fresh_states(saved: Mapping[str, Sequence[int] | None], param: Tensor, whole
             if shape not in (None, [], whole):
                 raise ConfigError(f"load state {state}", f"the shape of its parameter, {whole}", str(shape),
                                   "take one step before you load, so that the optimizer has created it")
-            fresh[state] = 0 if shape is None else torch.zeros_like(param) if shape else torch.zeros(())
+            tensor = torch.zeros_like(param) if shape or whole == [] and state != STEP else torch.zeros((), dtype=torch.float32)
+            fresh[state] = 0 if shape is None else tensor
     return fresh
 
 
