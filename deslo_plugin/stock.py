@@ -16,7 +16,7 @@ from deslo_plugin.collectives import Average
 from deslo_plugin.config import DesloConfig
 from deslo_plugin.log import say
 from deslo_plugin.momentum_bound import Bound, bounds_of, loose
-from deslo_plugin.names import PARAMS
+from deslo_plugin.names import PARAMS, STEP
 from deslo_plugin.shards import local
 from deslo_plugin.strict import ConfigError, near
 from deslo_plugin.sync import States
@@ -32,7 +32,8 @@ class StockAveraging(Averaging):
     Which states there are is known when the first step has created them. Then every tensor with dimensions that a
     parameter's state holds must be in ``sync_every``, with a period or null; counters (numbers and 0-dim tensors) need no
     average. A replica that has not trained a parameter yet counts as one whose gradient was zero: its states are zeros, they
-    are created when an average brings something else, and their counters stand where its furthest parameter's stand.
+    are created when an average brings something else, and their counters stand where its furthest parameter's stand. Of a
+    parameter without dimensions all states are 0-dim: what others count in is a counter there too, and ``step``.
     """
 
     def __init__(
@@ -71,12 +72,13 @@ class StockAveraging(Averaging):
         counted = max((_updates(self.optimizer.state.get(param, {})) for index in new for param in self.groups[index]["params"]),
                       default=0)
         clock = max([*(self.groups[index].get(GROUP_STEP, 0) for index in new), counted]) if new else 0
+        counters = counted_in(self.optimizer.state)
         for index in new:
             before = self._taken[min(index, len(self._taken) - 1)].get(GROUP_STEP, 0) if self._taken else 0
             group = self.groups[index]
             if self._groups is None:  # an engine's clock is the engine's
                 group[GROUP_STEP] = clock or before
-            own = {name for name in _kinds(group["params"], self.optimizer.state) if name in self.deslo.sync_every}
+            own = {name for name in _kinds(group["params"], self.optimizer.state, counters) if name in self.deslo.sync_every}
             self._schedule(group, own | {name for name in self._known if name in self.deslo.sync_every})
         self._taken = list(self.groups)
 
@@ -103,7 +105,9 @@ class StockAveraging(Averaging):
         """
         if self.periods_known:
             return
-        mine = [(_kinds(group["params"], self.optimizer.state), _told(self._counters(group["params"]))) for group in self.groups]
+        counters = counted_in(self.optimizer.state)
+        mine = [(_kinds(group["params"], self.optimizer.state, counters), _told(self._counters(group["params"])))
+                for group in self.groups]
         updates, *everyone = zip(*self._everyone((updated, *mine)))
         if not any(updates):
             return
@@ -256,13 +260,19 @@ def _unscaled(averaging: StockAveraging) -> Iterator[None]:
         vars(averaging.optimizer).update(left)
 
 
-def _kinds(params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> dict[str, str]:
-    """State name -> dtype, of the states with dimensions that any of ``params`` has."""
+def counted_in(states: Mapping[Tensor, Mapping[str, Any]]) -> set[str]:
+    """Names of 0-dim states that are counters: those of parameters with dimensions, and ``step``."""
+    return {STEP} | {name for param, state in states.items() if param.ndim
+                     for name, value in state.items() if isinstance(value, Tensor) and not value.ndim}
+
+
+def _kinds(params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]], counters: set[str]) -> dict[str, str]:
+    """State name -> dtype, of the states that any of ``params`` has and that are no counters."""
     return {
         name: str(value.dtype).removeprefix("torch.")
         for param in params
         for name, value in states.get(param, {}).items()
-        if isinstance(value, Tensor) and value.ndim > 0
+        if isinstance(value, Tensor) and (value.ndim > 0 or param.ndim == 0 and name not in counters)
     }
 
 

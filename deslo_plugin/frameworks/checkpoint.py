@@ -96,7 +96,7 @@ def _write(
     if mode != "exact":
         tree |= unlike(tree, _scheduled(attachments), attachment.groups.replica)
     if mode == "average":
-        tree |= _means(tree, attachment)
+        tree |= _means(tree, attachments)
     where, name, group = _place(part, mode, attachment)
 
     def write() -> None:
@@ -125,11 +125,12 @@ def meet(model: Any) -> None:
     attachments = attachments_of(model, "meet")
     holder = holder_of(model, attachments)
     tree = all_or_none(holder.tree, attachments[0].groups.world)
-    more = unlike(tree, _scheduled(attachments), attachments[0].groups.replica)
+    scheduled = _scheduled(attachments)
+    more = unlike(tree, scheduled, attachments[0].groups.replica)
     if more:
         holder.prepare(united(holder.states, attachments[0].groups.world))
-        tree = holder.tree() | {name: value for name, value in more.items() if not _pieces(value)}
-    means = _means(tree, attachments[0])
+        tree = holder.tree() | {name: value for name, value in more.items() if name.split("/", 1)[0] not in scheduled}
+    means = _means(tree, attachments)
     for name, mean in means.items():
         for piece, new in zip(_pieces(tree[name]), _pieces(mean)):
             piece.copy_(new)
@@ -264,16 +265,17 @@ def _place(folder: Path, mode: str, attachment: Attachment) -> tuple[Path, str, 
     return folder, FIRST, attachment.groups.world
 
 
-def _means(tree: Tree, attachment: Attachment) -> Tree:
-    """Of all floating tensors with dimensions, state by state; the others, clocks and counters, are alike on all replicas."""
+def _means(tree: Tree, attachments: Sequence[Attachment]) -> Tree:
+    """Of all floating tensors but clocks and counters, state by state; those are alike on all replicas."""
     means: Tree = {}
+    scheduled = {PARAMS} | _scheduled(attachments)
     for state, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
         if state == BUFFERS:  # the ranks of one replica have their own as well
-            means |= {name: mean_of(tree[name], attachment.groups.world, tree[name].dtype)
+            means |= {name: mean_of(tree[name], attachments[0].groups.world, tree[name].dtype)
                       for name in names if tree[name].is_floating_point() or tree[name].is_complex()}
             continue
-        named = {name: pieces for name in names if (pieces := _pieces(tree[name]))}
-        flat = iter(attachment.averaging.means("checkpoint", [piece for pieces in named.values() for piece in pieces]))
+        named = {name: pieces for name in names if (pieces := _pieces(tree[name], 0 if state in scheduled else 1))}
+        flat = iter(attachments[0].averaging.means("checkpoint", [piece for pieces in named.values() for piece in pieces]))
         for name, pieces in named.items():
             own = [next(flat).to("cpu", piece.dtype) for piece in pieces]
             means[name] = tree[name].like(own) if isinstance(tree[name], Fragment) else own[0]
@@ -284,6 +286,7 @@ def _scheduled(attachments: Sequence[Attachment]) -> set[str]:
     return {state for each in attachments for group in each.averaging.groups for state in group["sync_every"]}
 
 
-def _pieces(value: Any) -> list[Tensor]:
+def _pieces(value: Any, ndim: int = 0) -> list[Tensor]:
+    """This rank's floating parts of ``value``, of ``ndim`` dimensions or more."""
     pieces = [piece for _, piece in value.pieces] if isinstance(value, Fragment) else [value]
-    return [piece for piece in pieces if isinstance(piece, Tensor) and piece.is_floating_point() and piece.ndim]
+    return [piece for piece in pieces if isinstance(piece, Tensor) and piece.is_floating_point() and piece.ndim >= ndim]

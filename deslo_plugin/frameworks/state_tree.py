@@ -15,6 +15,7 @@ from deslo_plugin.frameworks.fragment import Fragment, of_dtensor
 from deslo_plugin.frameworks.one_model import one_replica
 from deslo_plugin.frameworks.wrappers import bare
 from deslo_plugin.names import BUFFERS, ORIGIN, PARAMS, STEP
+from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
 
@@ -112,8 +113,14 @@ class TorchState:
 
     def prepare(self, saved: States) -> None:
         for name, param in self.params.items():
-            if param in self._stepped_by and not self._states_of(param):
-                self._stepped_by[param].state[param].update(fresh_states(saved.get(name, {}), param))
+            optimizer, states = self._stepped_by.get(param), saved.get(name, {})
+            if isinstance(optimizer, DesLoc):  # frozen when it was saved, it begins to train now, or the other way round
+                if set(states) <= {PARAMS}:
+                    optimizer.state.pop(param, None)
+                elif not self._states_of(param):
+                    optimizer._create_state(param)
+            elif optimizer and not self._states_of(param):
+                optimizer.state[param].update(fresh_states(states, param))
 
     def forget(self, names: Sequence[str]) -> None:
         for name in names:
@@ -221,7 +228,8 @@ def fresh_states(saved: Mapping[str, Sequence[int] | None], param: Tensor, whole
             if shape not in (None, [], whole):
                 raise ConfigError(f"load state {state}", f"the shape of its parameter, {whole}", str(shape),
                                   "take one step before you load, so that the optimizer has created it")
-            fresh[state] = 0 if shape is None else torch.zeros_like(param) if shape else torch.zeros(())
+            tensor = torch.zeros_like(param) if shape or whole == [] and state != STEP else torch.zeros((), dtype=torch.float32)
+            fresh[state] = 0 if shape is None else tensor
     return fresh
 
 

@@ -75,8 +75,11 @@ class EngineState:
             range, shape = self.ranges.get(name), self.shapes[name]
             if range is not None:
                 for state, value in {PARAMS: range.flat.detach(), **self.optimizer.state.get(range.flat, {})}.items():
-                    apart = range.of(value, shape) if self._shape(name, value) else deepcopy(value)  # clocks are shared
-                    tree[f"{state}/{name}"] = apart
+                    if _has_parts(value):
+                        value = range.of(value, shape)
+                    elif range.flat.ndim:
+                        value = deepcopy(value)  # clocks of a partition are shared
+                    tree[f"{state}/{name}"] = value
             elif hasattr(param, "ds_tensor") and not param.requires_grad:
                 start = dist.get_rank(param.ds_process_group) * param.partition_numel()
                 tree[f"{PARAMS}/{name}"] = of_range(own_part(param), start, shape)
@@ -95,7 +98,7 @@ class EngineState:
         clocks: dict[Tensor, dict[str, Any]] = {}
         for name, range in self.ranges.items():
             states = self.optimizer.state.get(range.flat, {})
-            counted = {state: tree[f"{state}/{name}"] for state, value in states.items() if not self._shape(name, value)}
+            counted = {state: tree[f"{state}/{name}"] for state, value in states.items() if not _has_parts(value)}
             if clocks.setdefault(range.flat, counted) != counted:
                 raise ConfigError(f"load {name}", f"the clocks {clocks[range.flat]} of the other parameters in its partition",
                                   str(counted), "load it without ZeRO: parameters that had no gradient at times cannot share one")
@@ -159,3 +162,8 @@ class EngineState:
                     (flat,) = self.groups[held.param_group_index]["params"]
                     high, low = held.hp_fragment_address, held.lp_fragment_address
                     yield name, Range(flat, high.start, low.start, low.numel)
+
+
+def _has_parts(value: Any) -> bool:
+    """Whether a state runs over the elements of what the optimizer steps, which may be of several parameters."""
+    return isinstance(value, Tensor) and value.ndim > 0
