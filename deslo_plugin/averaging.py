@@ -13,16 +13,15 @@ from deslo_plugin.clock import Clock, Cohort
 from deslo_plugin.collectives import Average
 from deslo_plugin.companions import Companions
 from deslo_plugin.config import DesloConfig
-from deslo_plugin.flights import Due, Flights, of_adaptive
+from deslo_plugin.flights import Due, Flights
 from deslo_plugin.last_average import LastAverage
-from deslo_plugin.log import say
 from deslo_plugin.members import Group, Members
 from deslo_plugin.momentum_bound import Bound, hold_
-from deslo_plugin.names import GRADIENTS, PARAMS, every
-from deslo_plugin.outer import mean_
+from deslo_plugin.names import GRADIENTS, PARAMS
+from deslo_plugin.outer import write_means
 from deslo_plugin.recall import Answer
 from deslo_plugin.schedule import Periods, due
-from deslo_plugin.shards import local
+from deslo_plugin.shards import gradients_of, local
 from deslo_plugin.sync import States, Synchronizer, Weigh, finite
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.telemetry import Meter, SyncEvent
@@ -77,11 +76,7 @@ class Averaging:
         self.buffers, self._companions = buffers, Companions(buffers, self._synchronizer(average))
 
     def saw(self, samples: float) -> None:
-        """Tells what is in the gradients of this rank's next step, in samples, tokens, or whatever is counted on every rank.
-
-        ``deslo.weights: "samples"`` needs it before each step; calls add up, as over micro-batches. Raises ``ConfigError`` for
-        what is no number >= 0, and where nobody asks.
-        """
+        """See ``Attachment.saw``. Raises ``ConfigError`` for what is no number >= 0, and where nobody asks."""
         if self._samples is None:
             raise ConfigError("saw(samples)", 'deslo.weights "samples"', '"equal"', "set it, or remove the call")
         self._samples.saw(samples)
@@ -106,7 +101,8 @@ class Averaging:
         for index, cohort in enumerate(cohorts):
             self.clock.set(cohort, cohort.steps + 1)
             cohorts[index] = cohort._replace(steps=cohort.steps + 1)
-            self._tick_samples(cohorts[index])
+            if self._samples:
+                self._samples.tick(cohort.group, cohort.steps + 1)
         if self.kept and self.steps == self.deslo.synchronous_steps:
             self.keep()
         if any(map(self._names_due, cohorts)) and self._convene():
@@ -125,19 +121,10 @@ class Averaging:
                     self._flights.launch(cohort, states)
 
     def _cohorts(self) -> list[Cohort]:
-        """What averages, by clock; what trains and does not average yet has no periods."""
-        cohorts, newcomers = [], []
-        for group in self.groups:
-            for cohort in self.clock.cohorts(group, self.members.active(group)):
-                old = [param for param in cohort.params if self.members.averages(param)]
-                new = [param for param in cohort.params if not self.members.averages(param)]
-                cohorts += [cohort._replace(params=old)] if old or not new else []
-                newcomers += [cohort._replace(params=new, periods={})] if new else []
-        if newcomers and not any(cohort.params for cohort in cohorts):  # nothing averages, at which others could be asked
-            self.members.settle(param for cohort in newcomers for param in cohort.params)
-            return self._cohorts()
-        self._periods |= {id(cohort.group): cohort.periods for cohort in cohorts}
-        return cohorts + newcomers
+        """What averages, by clock, and what trains and does not average yet, without periods."""
+        cohorts = self.members.cohorts(self.groups, self.clock)
+        self._periods |= {id(cohort.group): cohort.periods for cohort in cohorts if cohort.periods}
+        return cohorts
 
     def _convene(self) -> bool:
         start = time.perf_counter()
@@ -163,10 +150,6 @@ class Averaging:
         """Copies parameters and buffers, which all replicas hold alike, if somebody wants the last average."""
         for tensors in [*(group["params"] for group in self.groups), self.buffers] if self.kept else ():
             self.kept.take(self.steps, tensors, local(tensors))
-
-    def loaded(self) -> None:
-        """The optimizer has loaded states: whether replicas are equal is not known any more."""
-        self._met = 0
 
     def abandon(self) -> None:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
@@ -226,15 +209,14 @@ class Averaging:
 
     def gradients(self) -> Sequence[Tensor]:
         """This rank's part of every gradient that there is; of sparse ones the values."""
-        grads = (param.grad for group in self.groups for param in group["params"])
-        return local([grad._values() if grad.is_sparse else grad for grad in grads if grad is not None])
+        return gradients_of(param for group in self.groups for param in group["params"])
 
     def numels(self) -> list[int]:
         """Elements of each param group that average, on this rank."""
         return [sum(param.numel() for param in local(self.members.of(group))) for group in self.groups]
 
     def state_numels(self, group: Group) -> dict[str, int]:
-        """Those of states of ``group`` that have other sizes than the parameters."""
+        """Those of states of ``group`` that may have other sizes than the parameters."""
         return {}
 
     def gather(self, state: str, params: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -257,7 +239,7 @@ class Averaging:
             if means is None:
                 landed = False
                 continue
-            self._adapt(cohort, means)
+            self._flights.adapt(cohort, means, self.optimizer.state)
             if self.deslo.delay == 1:
                 self.receive(cohort, states, means)
                 if self.watch and PARAMS in states:
@@ -293,27 +275,9 @@ class Averaging:
         cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.delay) for cohort in cohorts]  # as they were launched
         return [(cohort, states) for cohort in cohorts if (states := self._due(cohort))]
 
-    def _adapt(self, cohort: Cohort, means: States) -> None:
-        """Lets the drift that an average has found choose the periods of its adaptive states from now on."""
-        for state in of_adaptive(cohort, means):
-            drift = self._flights.drift(cohort, state, means)
-            before, bounds = cohort.periods[state], cohort.group["sync_every"][state]
-            period = cohort.periods[state] = bounds.after(cohort.steps, before, drift)
-            for param in cohort.params:
-                self.optimizer.state[param][every(state)] = torch.tensor(period, device="cpu")
-            if period != before:
-                say(f"deslo: {state} is averaged every {period} steps now, after step {cohort.steps} found drift {drift:.3g} at "
-                    f"every {before} ({bounds})")
-
     def _weigh(self, cohort: Cohort, like: str | None = None) -> Weigh | None:
         """What this rank has seen since the last average of a state of ``cohort``, or of its state ``like``."""
-        if self._samples is None:
-            return None
-        return lambda state: self._samples.seen(cohort.group, cohort.steps, cohort.group["sync_every"][like or state])
-
-    def _tick_samples(self, cohort: Cohort) -> None:
-        if self._samples:
-            self._samples.tick(cohort.group, cohort.steps, max(filter(None, cohort.group["sync_every"].values()), default=1))
+        return self._samples and (lambda state: self._samples.seen(cohort.group, cohort.steps, like or state))
 
     def _due(self, cohort: Cohort) -> dict[str, Sequence[Tensor]]:
         return {state: self.gather(state, cohort.params) for state in self._names_due(cohort)}
@@ -332,9 +296,3 @@ class Averaging:
             self.average.progress.waited(event.seconds_exposed)
         for listener in self.listeners:
             listener(event)
-
-
-def write_means(states: States, means: States) -> None:
-    """states <- means, in place."""
-    for state, mean in means.items():
-        mean_(states[state], mean)

@@ -1,14 +1,17 @@
 """What of one optimizer's averages is under way, with what travels beside it: launched, asked about, landed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from deslo_plugin.adaptive import adaptive
 from deslo_plugin.clock import Cohort
 from deslo_plugin.config import DesloConfig
 from deslo_plugin.late import Late
-from deslo_plugin.names import PARAMS
+from deslo_plugin.log import say
+from deslo_plugin.names import PARAMS, every
 from deslo_plugin.recall import Answer, Recall
 from deslo_plugin.spread import Spread
 from deslo_plugin.sync import States, Synchronizer, Weigh
@@ -73,9 +76,18 @@ class Flights:
             self._spread.abandon()
         return means
 
-    def drift(self, cohort: Cohort, state: str, means: States) -> float:
-        """How far replicas were apart in an adaptive ``state`` that has landed, the same on every rank. Collective."""
-        return self._spread.land(cohort.steps, cohort.params, state, means[state])
+    def adapt(self, cohort: Cohort, means: States, states: Mapping[Tensor, MutableMapping[str, Any]]) -> None:
+        """Lets the drift that an average has found choose the periods of its adaptive states from now on: in ``cohort``, and in
+        the ``states`` of its parameters. The same on every rank. Collective where periods adapt."""
+        for state in of_adaptive(cohort, means):
+            drift = self._spread.land(cohort.steps, cohort.params, state, means[state])
+            before, bounds = cohort.periods[state], cohort.group["sync_every"][state]
+            period = cohort.periods[state] = bounds.after(cohort.steps, before, drift)
+            for param in cohort.params:
+                states[param][every(state)] = torch.tensor(period, device="cpu")
+            if period != before:
+                say(f"deslo: {state} is averaged every {period} steps now, after step {cohort.steps} found drift {drift:.3g} at "
+                    f"every {before} ({bounds})")
 
     def abandon(self) -> None:
         """Drops all of it."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deslo_plugin.clock import Clock, Cohort
 from deslo_plugin.collectives import Average
 from deslo_plugin.strict import ConfigError
 
@@ -40,6 +41,20 @@ class Members:
     def active(self, group: Group) -> list[Tensor]:
         """The parameters of ``group`` that average or train, or both."""
         return [param for param in group["params"] if self.averages(param) or trains(param)]
+
+    def cohorts(self, groups: Sequence[Group], clock: Clock) -> list[Cohort]:
+        """Those that average, by ``clock``; behind them those that train and do not average yet, which have no periods."""
+        cohorts, newcomers = [], []
+        for group in groups:
+            for cohort in clock.cohorts(group, self.active(group)):
+                old = [param for param in cohort.params if self.averages(param)]
+                new = [param for param in cohort.params if not self.averages(param)]
+                cohorts += [cohort._replace(params=old)] if old or not new else []
+                newcomers += [cohort._replace(params=new, periods={})] if new else []
+        if newcomers and not any(cohort.params for cohort in cohorts):  # nothing averages, at which others could be asked
+            self.settle(param for cohort in newcomers for param in cohort.params)
+            return self.cohorts(groups, clock)
+        return cohorts + newcomers
 
     def moved(self, groups: Sequence[Group]) -> bool:
         """Whether this replica trains others than those that average."""

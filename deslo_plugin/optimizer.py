@@ -251,8 +251,6 @@ class DesLoc(torch.optim.Optimizer):
                 device = "cpu" if name in self._counters else param.device
                 dtype = dtypes.get(param, {}).get(name, value.dtype)
                 self.state[param][name] = value.detach().to(device, dtype, copy=True)
-        if self.armed:
-            self.averaging.loaded()
 
     def _own_form(self, state_dict: Mapping[str, Any]) -> tuple[dict[Tensor, dict[str, Tensor]], int]:
         """Parameter -> the states that ``state_dict`` has of it, in full, and the furthest step of all."""

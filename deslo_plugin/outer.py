@@ -1,6 +1,6 @@
 """SERVER of DES-LOC, Algorithm 1: what the replicas make of their averaged parameters before going on from them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,3 +28,9 @@ def nesterov_(
     torch._foreach_add_(anchor, delta, alpha=-lr)
     torch._foreach_add_(anchor, momentum, alpha=-lr * beta)
     torch._foreach_copy_(list(x), list(anchor))
+
+
+def write_means(states: Mapping[str, Sequence[Tensor]], means: Mapping[str, Sequence[Tensor]]) -> None:
+    """states <- means, in place."""
+    for state, mean in means.items():
+        mean_(states[state], mean)

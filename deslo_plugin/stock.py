@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin.averaging import Averaging, Group, write_means
+from deslo_plugin.averaging import Averaging, Group
 from deslo_plugin.clock import GROUP_STEP, Cohort, GroupClock
 from deslo_plugin.collectives import Average
 from deslo_plugin.config import DesloConfig
 from deslo_plugin.log import say
 from deslo_plugin.momentum_bound import Bound, bounds_of, loose
-from deslo_plugin.names import PARAMS, STEP
+from deslo_plugin.names import PARAMS
+from deslo_plugin.outer import write_means
 from deslo_plugin.shards import local
-from deslo_plugin.strict import ConfigError, near
+from deslo_plugin.strict import ConfigError
+from deslo_plugin.stock_states import check_periods, counted_in, counter, counts, kinds_of, told, updates_of
 from deslo_plugin.sync import States
 from deslo_plugin.telemetry import SyncEvent
 
@@ -69,7 +71,7 @@ class StockAveraging(Averaging):
         the count of their states' updates, or where the others stand."""
         new = [index for index, group in enumerate(self.groups)
                if index >= len(self._taken) or self._taken[index] is not group]
-        counted = max((_updates(self.optimizer.state.get(param, {})) for index in new for param in self.groups[index]["params"]),
+        counted = max((updates_of(self.optimizer.state.get(param, {})) for index in new for param in self.groups[index]["params"]),
                       default=0)
         clock = max([*(self.groups[index].get(GROUP_STEP, 0) for index in new), counted]) if new else 0
         counters = counted_in(self.optimizer.state)
@@ -78,14 +80,14 @@ class StockAveraging(Averaging):
             group = self.groups[index]
             if self._groups is None:  # an engine's clock is the engine's
                 group[GROUP_STEP] = clock or before
-            own = {name for name in _kinds(group["params"], self.optimizer.state, counters) if name in self.deslo.sync_every}
+            own = {name for name in kinds_of(group["params"], self.optimizer.state, counters) if name in self.deslo.sync_every}
             self._schedule(group, own | {name for name in self._known if name in self.deslo.sync_every})
         self._taken = list(self.groups)
 
     def loading(self, state_dict: Mapping[str, Any]) -> None:
         """Before a load: every rank must bring the same step, or none loads. Collective."""
         groups, states = state_dict["param_groups"], state_dict["state"].values()
-        clock = max([*(group.get(GROUP_STEP, 0) for group in groups), *map(_updates, states)], default=0)
+        clock = max([*(group.get(GROUP_STEP, 0) for group in groups), *map(updates_of, states)], default=0)
         if self.average.progress:
             self.average.progress.change("optimizer.load_state_dict", f"{len(groups)} param group(s) of step {clock}",
                                        self.deslo.timeout_s)
@@ -93,7 +95,6 @@ class StockAveraging(Averaging):
 
     def loaded(self) -> None:
         """After a load: goes on from its clock."""
-        super().loaded()
         self.take_in()
 
     def learn_states(self, updated: bool) -> None:
@@ -106,17 +107,17 @@ class StockAveraging(Averaging):
         if self.periods_known:
             return
         counters = counted_in(self.optimizer.state)
-        mine = [(_kinds(group["params"], self.optimizer.state, counters), _told(self._counters(group["params"])))
+        mine = [(kinds_of(group["params"], self.optimizer.state, counters), told(self._counters(group["params"])))
                 for group in self.groups]
         updates, *everyone = zip(*self._everyone((updated, *mine)))
         if not any(updates):
             return
         kinds = [{name: kind for each, _ in of_group for name, kind in each.items()} for of_group in everyone]
         known = {name: kind for of_group in kinds for name, kind in of_group.items()}
-        _check(self.deslo.sync_every, known, type(self.optimizer).__name__)
+        check_periods(self.deslo.sync_every, known, type(self.optimizer).__name__)
         for group, of_group in zip(self.groups, kinds):
             self._schedule(group, of_group)
-        self._known = {name: _counter(*told) for of_group in everyone for _, each in of_group for name, told in each.items()} | known
+        self._known = {name: counter(*each_told) for of_group in everyone for _, each in of_group for name, each_told in each.items()} | known
         self.periods_known = True
         for said in dict.fromkeys(said for group in self.groups for said in loose(self._bounds(group), group["sync_every"])):
             say(f"deslo: {type(self.optimizer).__name__}: {said}", logging.WARNING)
@@ -171,8 +172,8 @@ class StockAveraging(Averaging):
     def _counters(self, params: Sequence[Tensor]) -> dict[str, Any]:
         """Name -> value of the counters of that parameter which has been updated most often."""
         states = [state for param in params if (state := self.optimizer.state.get(param))]
-        furthest = max(states, key=_updates, default={})
-        return {name: value for name, value in furthest.items() if name not in self.deslo.sync_every and _counts(value)}
+        furthest = max(states, key=updates_of, default={})
+        return {name: value for name, value in furthest.items() if name not in self.deslo.sync_every and counts(value)}
 
 
 def refuse_inner_loops(optimizer: torch.optim.Optimizer) -> None:
@@ -258,54 +259,3 @@ def _unscaled(averaging: StockAveraging) -> Iterator[None]:
         yield
     finally:
         vars(averaging.optimizer).update(left)
-
-
-def counted_in(states: Mapping[Tensor, Mapping[str, Any]]) -> set[str]:
-    """Names of 0-dim states that are counters: those of parameters with dimensions, and ``step``."""
-    return {STEP} | {name for param, state in states.items() if param.ndim
-                     for name, value in state.items() if isinstance(value, Tensor) and not value.ndim}
-
-
-def _kinds(params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]], counters: set[str]) -> dict[str, str]:
-    """State name -> dtype, of the states that any of ``params`` has and that are no counters."""
-    return {
-        name: str(value.dtype).removeprefix("torch.")
-        for param in params
-        for name, value in states.get(param, {}).items()
-        if isinstance(value, Tensor) and (value.ndim > 0 or param.ndim == 0 and name not in counters)
-    }
-
-
-def _counts(value: Any) -> bool:
-    """Whether a value of a parameter's state is a number or has no dimensions."""
-    return isinstance(value, int | float) or isinstance(value, Tensor) and value.ndim == 0
-
-
-def _told(counters: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
-    """Name -> value and dtype of each counter, as plain data; no dtype for a number."""
-    return {name: (value.item(), str(value.dtype).removeprefix("torch.")) if isinstance(value, Tensor) else (value, "")
-            for name, value in counters.items()}
-
-
-def _counter(value: float, dtype: str) -> Any:
-    return torch.tensor(value, dtype=getattr(torch, dtype)) if dtype else value
-
-
-def _updates(state: Mapping[str, Any]) -> int:
-    """How often a parameter was updated, where its state counts that."""
-    return int(state.get("step", 0))
-
-
-def _check(periods: Mapping[str, int | None], kinds: Mapping[str, str], optimizer: str) -> None:
-    where, names = "deslo.sync_every", ", ".join(sorted(kinds)) or "none"
-    for name in periods:
-        if name != PARAMS and name not in kinds:
-            raise ConfigError(f"{where}.{name}", f"{PARAMS} or a state of {optimizer} ({names})", "an unknown one",
-                              near(name, kinds) or "remove it")
-    for name, kind in sorted(kinds.items()):
-        if name not in periods:
-            raise ConfigError(where, f"a period for every state of {optimizer} ({names})", f"none for {name}",
-                              f'add "{name}": a number of steps, or null for never')
-        if periods[name] and not getattr(torch, kind).is_floating_point:
-            raise ConfigError(f"{where}.{name}", f"null: {kind} values of {optimizer} have no mean", str(periods[name]),
-                              "write null, or take an optimizer with floating states")

@@ -46,21 +46,22 @@ class Samples:
             raise ConfigError("saw(samples)", "a number >= 0", repr(samples), "give the samples or tokens of this rank's batch")
         self._total, self._told = self._total + samples, True
 
-    def tick(self, group: Mapping[str, Any], steps: int, longest: int) -> None:
-        """Parameters of ``group`` have completed ``steps`` steps, and have no period above ``longest``."""
+    def tick(self, group: Mapping[str, Any], steps: int) -> None:
+        """Parameters of ``group`` have completed ``steps`` steps."""
+        longest = max(filter(None, group["sync_every"].values()), default=1)
         at = self._at.setdefault(id(group), {})
         at[steps] = self._total
         at.pop(steps - 2 * longest, None)  # averages may land up to a period after their launch
 
-    def seen(self, group: Mapping[str, Any], steps: int, period: int) -> float:
-        """Samples in the ``period`` steps that ended when ``steps`` were complete; NaN if this rank never told of any.
+    def seen(self, group: Mapping[str, Any], steps: int, state: str) -> float:
+        """Samples in the period of ``state`` that ended when ``steps`` were complete; NaN if this rank never told of any.
 
         After a load, of the steps since; one where nothing was stepped since, since nobody knows.
         """
         at = self._at.get(id(group), {})
         if steps not in at:
             return 1.0
-        return at[steps] - at.get(steps - period, 0.0) if self._told else nan
+        return at[steps] - at.get(steps - group["sync_every"][state], 0.0) if self._told else nan
 
 
 @dataclass(frozen=True)
