@@ -98,7 +98,8 @@ def _zero_init(original: Callable[..., None]) -> Callable[..., None]:
         call = signature.bind(self, *args, **kwargs)
         config = call.arguments.get("config_dict_or_path") or call.arguments.get("config")
         if call.arguments.get("data_parallel_group") is None:
-            deepspeed.init_distributed()  # as DeepSpeed begins
+            if not dist.is_initialized():
+                deepspeed.init_distributed()  # as DeepSpeed begins
             ds = {} if config is None else deepspeed.runtime.config.DeepSpeedConfig(config)._param_dict
             place = leave_note("deepspeed.zero.Init", "deslo" in ds)
             if "deslo" in ds:
