@@ -46,7 +46,7 @@ def agree(
 
 
 def first_to_say(message: str) -> bool:
-    """Whether no other rank has said ``message`` in this world before: what comes up on all of them is said once. Not collective."""
+    """Whether no other rank of this world has said ``message`` before: what comes up on all is said once. Not collective."""
     try:
         store = dist.group.WORLD.get_group_store() if dist.is_initialized() else dist.HashStore()
         return store.add(f"deslo/said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1

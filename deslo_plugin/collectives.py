@@ -267,4 +267,8 @@ def _error_as_text(error: Any) -> dict[str, Any]:
 def _read(text: Tensor) -> Any:
     content = bytearray(len(text))
     torch.frombuffer(content, dtype=torch.uint8).copy_(text)
-    return json.loads(content, object_hook=lambda found: ConfigError(*found["ConfigError"]) if [*found] == ["ConfigError"] else found)
+    return json.loads(content, object_hook=_error_of)
+
+
+def _error_of(found: dict[str, Any]) -> Any:
+    return ConfigError(*found["ConfigError"]) if [*found] == ["ConfigError"] else found

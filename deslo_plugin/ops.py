@@ -127,9 +127,9 @@ def _wide(tensors: Tensors, states: Tensors) -> Tensors:
 def _say_slow(device: str) -> None:
     if _MISFIT:
         return say(
-            f"deslo: deslo_plugin._C does not fit torch {torch.__version__} ({_MISFIT}): updates run on torch's operators, several times "
-            "slower; build it again with pip install --no-build-isolation (it needs torch 2.10), or leave it out with DESLO_NATIVE=off",
-            logging.WARNING)
+            f"deslo: deslo_plugin._C does not fit torch {torch.__version__} ({_MISFIT}): updates run on torch's operators, "
+            "several times slower; build it again with pip install --no-build-isolation (it needs torch 2.10), or leave it out with "
+            "DESLO_NATIVE=off", logging.WARNING)
     say(f"deslo: no native kernels for {device} tensors: updates run on torch's operators, several times slower; "
         f"DESLO_NATIVE={'cuda' if device == 'cuda' else 'cpu'} pip install --no-build-isolation builds them or says why not")
 
@@ -209,8 +209,8 @@ def _define() -> None:
 
 
 def _load() -> str:
-    """Imports the native module after its operators are defined; without it, or with one for another torch, ``_say_slow`` says why
-    at the first update: rank 0 is known then."""
+    """Imports the native module after its operators are defined; without it, or with one for another torch, ``_say_slow`` says
+    why at the first update: rank 0 is known then."""
     global _MISFIT
     if importlib.util.find_spec("deslo_plugin._C") is None:
         return "python"

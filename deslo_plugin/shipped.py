@@ -1,4 +1,4 @@
-"""The configs that come with the package, by name: those of ``configs/`` in a checkout, and their copies in an installed package."""
+"""The configs that come with the package, by name: ``configs/`` of a checkout, which a wheel carries inside the package."""
 
 from pathlib import Path
 

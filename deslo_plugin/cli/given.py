@@ -22,7 +22,7 @@ class Given:
 
 
 def given(path: Path | None) -> Given:
-    """Of a file, or one of ours by name; without, the papers' default. Raises ``ConfigError`` for a file that no job of ours reads."""
+    """Of a file, or one of ours by name; without, the papers' default. Raises ``ConfigError`` for a file that no job reads."""
     if path is None:
         return Given({}, load_config({}))
     blocks = read_file(find_config(path))

@@ -40,8 +40,8 @@ OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_c
 
 ZERO_3_SINCE = (0, 19, 8)  # on CPUs, where the releases before it are not even equal to themselves
 NOTHING_OF_US = (
-    'deslo: deslo_plugin.run started this script, but its DeepSpeed config has no "deslo" block and no "DesLoc" optimizer: this engine '
-    "trains as DeepSpeed alone; to average its optimizer's states instead of gradients, write their periods into deslo.sync_every"
+    'deslo: deslo_plugin.run started this script, but its DeepSpeed config has no "deslo" block and no "DesLoc" optimizer: this '
+    "engine trains as DeepSpeed alone; to average its optimizer's states instead of gradients, write their periods into deslo.sync_every"
 )
 expected = False  # whether the user has asked for us otherwise than by a config, so that one without us is a surprise
 
@@ -101,7 +101,8 @@ def _zero_init(original: Callable[..., None]) -> Callable[..., None]:
         call = signature.bind(self, *args, **kwargs)
         config = call.arguments.get("config_dict_or_path") or call.arguments.get("config")
         if call.arguments.get("data_parallel_group") is None:
-            deepspeed.init_distributed()  # as DeepSpeed begins
+            if not dist.is_initialized():
+                deepspeed.init_distributed()  # as DeepSpeed begins
             ds = {} if config is None else deepspeed.runtime.config.DeepSpeedConfig(config)._param_dict
             place = leave_note("deepspeed.zero.Init", "deslo" in ds)
             if "deslo" in ds:

@@ -1,7 +1,7 @@
-"""Do all ranks build this engine with our block? Asked by notes in the world's store: a rank without it joins no collective of ours.
+"""Do all ranks build this engine with our block? Asked by notes in the world's store, so that others join no collective of ours.
 
-An engine that is not ours leaves a note and goes on as DeepSpeed alone: nothing is sent to it, and it waits for nobody. One that is
-ours reads everyone's notes before its first collective, so that a rank without the block is an error and not a hang.
+An engine that is not ours leaves a note and goes on as DeepSpeed alone: nothing is sent to it, and it waits for nobody. One that
+is ours reads everyone's notes before its first collective, so that a rank without the block is an error and not a hang.
 """
 
 import time
@@ -45,8 +45,8 @@ def expect_ours(what: str, place: str | None) -> None:
         if store.check([f"{place}/others"]):
             break
         if time.monotonic() > until:
-            raise _not_everywhere(what, f"none on rank(s) {[rank for rank in ranks if not store.check([notes[rank]])]}, which have not "
-                                  f"come to it within {WAIT_S:g} s")
+            absent = [rank for rank in ranks if not store.check([notes[rank]])]
+            raise _not_everywhere(what, f"none on rank(s) {absent}, which have not come to it within {WAIT_S:g} s")
     if store.check([f"{place}/others"]):
         others = [rank for rank in ranks if store.check([notes[rank]]) and store.get(notes[rank]) == OTHERS.encode()]
         raise _not_everywhere(what, f"none on rank(s) {others}")
