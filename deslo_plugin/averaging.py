@@ -204,14 +204,6 @@ class Averaging:
         grads = (param.grad for group in self.groups for param in group["params"])
         return local([grad._values() if grad.is_sparse else grad for grad in grads if grad is not None])
 
-    def numels(self) -> list[int]:
-        """Elements of each param group that average, on this rank."""
-        return [sum(param.numel() for param in local(self.members.of(group))) for group in self.groups]
-
-    def state_numels(self, group: Group) -> dict[str, int]:
-        """Those of states of ``group`` that have other sizes than the parameters."""
-        return {}
-
     def gather(self, state: str, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """This rank's part of a state of each parameter; zeros where a stock optimizer has not created it yet."""
         if state == PARAMS:
@@ -249,7 +241,7 @@ class Averaging:
     def _ask(self, cohorts: list[Cohort]) -> tuple[Due, list[Answer]]:
         """What is due, once all replicas have said whether it may land: what may not is dropped, and flies anew. Collective."""
         due = self._all_due(cohorts)
-        answers = self._flights.ask(due, self.members.moved(self.groups))
+        answers = self._flights.ask(due, any(PARAMS in states for _, states in due) and self.members.moved(self.groups))
         if any(answer.moved for answer in answers):
             answers[0].bytes[PARAMS] += self.members.agree(self.average, self.groups)
             due = self._all_due(self._cohorts())

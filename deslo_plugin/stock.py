@@ -68,6 +68,7 @@ class StockAveraging(Averaging):
         self.periods_known = True
 
     def state_numels(self, group: Group) -> dict[str, int]:
+        """State -> elements that average on this rank: not all have the sizes of the parameters."""
         averaged = {name: [self.optimizer.state[param].get(name, param) for param in self.members.of(group)]
                     for name in group["sync_every"] if name != PARAMS}
         return {name: sum(value.numel() for value in local(values)) for name, values in averaged.items()}

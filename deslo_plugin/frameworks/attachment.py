@@ -113,9 +113,11 @@ class Attachment:
     def plan(self) -> Plan:
         """By the periods as they are configured: those of a stock optimizer's states are known after its first step."""
         return make_plan(
-            self.config, self.numels or self.averaging.numels(), [group["sync_every"] for group in self.averaging.groups], self.topology,
+            self.config, self.numels or [self.averaging.members.numel(group) for group in self.averaging.groups],
+            [group["sync_every"] for group in self.averaging.groups], self.topology,
             divisor=self.averaging.average.divisor, gradient_bytes=self.gradient_bytes, buffer_bytes=self.buffer_bytes,
-            others=[self.averaging.state_numels(group) for group in self.averaging.groups],
+            others=[self.averaging.state_numels(group) if isinstance(self.averaging, StockAveraging) else {}
+                    for group in self.averaging.groups],
         )
 
 
