@@ -211,14 +211,6 @@ class Averaging:
         """This rank's part of every gradient that there is; of sparse ones the values."""
         return gradients_of(param for group in self.groups for param in group["params"])
 
-    def numels(self) -> list[int]:
-        """Elements of each param group that average, on this rank."""
-        return [sum(param.numel() for param in local(self.members.of(group))) for group in self.groups]
-
-    def state_numels(self, group: Group) -> dict[str, int]:
-        """Those of states of ``group`` that may have other sizes than the parameters."""
-        return {}
-
     def gather(self, state: str, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """This rank's part of a state of each parameter; zeros where a stock optimizer has not created it yet."""
         if state == PARAMS:
@@ -264,7 +256,7 @@ class Averaging:
     def _ask(self, cohorts: list[Cohort]) -> tuple[Due, list[Answer]]:
         """What is due, once all replicas have said whether it may land: what may not is dropped, and flies anew. Collective."""
         due = self._all_due(cohorts)
-        answers = self._flights.ask(due, self.members.moved(self.groups))
+        answers = self._flights.ask(due, any(PARAMS in states for _, states in due) and self.members.moved(self.groups))
         if any(answer.moved for answer in answers):
             answers[0].bytes[PARAMS] += self.members.agree(self.average, self.groups)
             due = self._all_due(self._cohorts())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deslo_plugin.clock import Clock, Cohort
 from deslo_plugin.collectives import Average
+from deslo_plugin.shards import local
 from deslo_plugin.strict import ConfigError
 
 Group = MutableMapping[str, Any]
@@ -32,11 +33,17 @@ class Members:
 
     def averages(self, param: Tensor) -> bool:
         """One that was never seen does if it trains."""
-        return self._known.setdefault(param, trains(param))
+        if param not in self._known:
+            self._known[param] = trains(param)
+        return self._known[param]
 
     def of(self, group: Group) -> list[Tensor]:
         """The parameters of ``group`` that average."""
         return [param for param in group["params"] if self.averages(param)]
+
+    def numel(self, group: Group) -> int:
+        """Elements of ``group`` that average, on this rank."""
+        return sum(param.numel() for param in local(self.of(group)))
 
     def active(self, group: Group) -> list[Tensor]:
         """The parameters of ``group`` that average or train, or both."""

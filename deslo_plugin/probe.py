@@ -49,7 +49,7 @@ def probe(groups: Groups, device: torch.device, *, nbytes: int, rounds: int, tim
     """
     topology = groups.topology
     average = ReplicaAverage(groups, timeout_s=timeout_s)
-    small, large = (torch.zeros(numel, device=device) for numel in (1, max(1, nbytes // 4)))
+    small, large = (torch.zeros(numel, dtype=torch.float32, device=device) for numel in (1, max(1, nbytes // 4)))
 
     def calls(chunk: torch.Tensor, count: int) -> Callable[[], None]:
         def run() -> None:

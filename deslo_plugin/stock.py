@@ -128,6 +128,7 @@ class StockAveraging(Averaging):
         return bounds_of(self.optimizer.param_groups[index], self.state_numels(group))
 
     def state_numels(self, group: Group) -> dict[str, int]:
+        """State -> elements that average on this rank: not all have the sizes of the parameters."""
         averaged = {name: [self.optimizer.state.get(param, {}).get(name, param) for param in self.members.of(group)]
                     for name in group["sync_every"] if name != PARAMS}
         return {name: sum(value.numel() for value in local(values)) for name, values in averaged.items()}

@@ -75,7 +75,7 @@ def test_latency_counts_once_for_each_bucket_begun():
 
 def test_ranks_of_a_replica_share_its_link():
     one, four = (seen(job({"params": 4}, replica_size=size, numel=4000, overlap=False), Link(0.001)) for size in (1, 4))
-    assert one.exposed_s == pytest.approx(four.exposed_s)
+    assert one.exposed_s == pytest.approx(four.exposed_s, rel=1e-3)  # but for a word from each
     each = (one.bytes["params"] - 4 * one.events["params"], four.bytes["params"] - 4 * four.events["params"])  # less a word
     assert each[0] == 4 * each[1]
 

@@ -88,6 +88,11 @@ def threads(replicas: int, run: Callable[[ThreadAverage], Any]) -> list[Any]:
     return [result for result, _ in results]
 
 
+BROKEN = ("no answer within", "the process died", "Connection closed by peer", "Application timeout caused pair closure",
+          "Connection reset by peer")
+"""What errors say of a world whose ranks cannot reach each other any more."""
+
+
 class RankError(AssertionError):
     """A function failed on some rank of a ``Processes`` world. ``errors`` holds the traceback of each rank or None."""
 
@@ -142,8 +147,8 @@ class Processes:
                 results[rank], errors[rank] = pipe.recv()
             except (EOFError, ConnectionResetError):
                 errors[rank] = "the process died"
-        if any(error and error.startswith(("no answer", "the process died")) for error in errors):
-            self.close()
+        if any(error and any(sign in error for sign in BROKEN) for error in errors):
+            self.close()  # whatever ran on it next would fail too
         return results, errors
 
     def close(self) -> None:

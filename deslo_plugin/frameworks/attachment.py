@@ -145,9 +145,10 @@ class Attachment:
         known = getattr(self.averaging, "periods_known", True)
         periods = [group["sync_every"] if known else self.config.deslo.sync_every for group in self.averaging.groups]
         return make_plan(
-            self.config, self.numels or self.averaging.numels(), periods, self.topology,
+            self.config, self.numels or [self.averaging.members.numel(group) for group in self.averaging.groups], periods, self.topology,
             divisor=self.averaging.average.divisor, gradient_bytes=self._gradient_bytes, buffer_bytes=self.buffer_bytes,
-            others=[self.averaging.state_numels(group) for group in self.averaging.groups],
+            others=[self.averaging.state_numels(group) if isinstance(self.averaging, StockAveraging) else {}
+                    for group in self.averaging.groups],
         )
 
     @property
