@@ -21,7 +21,7 @@ from deslo_plugin.report.run import Run
 from deslo_plugin.simulation import Replicas
 from deslo_plugin.topology import contiguous
 
-S = Setting("adam", {"x": 3, "u1": 6, "v": 6}, [0.9], [1.0], eps=1e-3, adaptive={"u1": (12, 1.25), "v": (24, 0.32)})
+S = Setting("adam", {"x": 3, "u1": 6, "v": 6}, [0.9], [1.0], eps=1e-3, lr=3e-2, adaptive={"u1": (12, 1.4), "v": (24, 0.32)})
 STEPS = 61
 KINDS = ["plain", "ddp", "fsdp", "hsdp", "zero 0", "zero 1", "zero 2", "zero 3"]
 
@@ -185,7 +185,7 @@ def test_the_banner_says_the_bounds():
 def test_telemetry_and_report_say_the_bounds_of_each_param_group(four, tmp_path):
     four().run(adaptive_jobs.run, "hsdp", config_for("hsdp", telemetry={"path": str(tmp_path)}), 14)
     run = Run(tmp_path)
-    first = "3 / adaptive, every 6 to 12 steps for drift 1.25 / adaptive, every 6 to 24 steps for drift 0.32"
+    first = "3 / adaptive, every 6 to 12 steps for drift 1.4 / adaptive, every 6 to 24 steps for drift 0.32"
     assert ["periods", f"{first}; 2{first[1:]}"] in rows([run])
     assert sum(run.bytes.values()) > 0 and set(run.drift) == {"params", "exp_avg", "exp_avg_sq"}
 
