@@ -67,7 +67,8 @@ class DesLoc(torch.optim.Optimizer):
                               "move the periods to optimizer.params.sync_every")
         self._emit, self.armed = emit, False
         optimizer = self.config.optimizer
-        super().__init__(params, {"lr": lr if isinstance(lr, Tensor) else optimizer.lr, "weight_decay": optimizer.weight_decay, "sync_every": {}})
+        rate = lr if isinstance(lr, Tensor) else optimizer.lr
+        super().__init__(params, {"lr": rate, "weight_decay": optimizer.weight_decay, "sync_every": {}})
         self._rule = RULES[optimizer.rule]
         self._constants: dict[str, Any] = {
             "betas": optimizer.betas, "weights": optimizer.weights, "clip_value": optimizer.clip_value

@@ -220,7 +220,8 @@ def _found(path: Path) -> Path:
 def _means(tree: Tree, attachments: Sequence[Attachment]) -> Tree:
     """Of all floating tensors but clocks and counters, state by state; those are alike on all replicas."""
     means: Tree = {}
-    scheduled = {PARAMS, BUFFERS, *(state for each in attachments for group in each.averaging.groups for state in group["sync_every"])}
+    groups = [group for each in attachments for group in each.averaging.groups]
+    scheduled = {PARAMS, BUFFERS, *(state for group in groups for state in group["sync_every"])}
     for state, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
         named = {name: pieces for name in names if (pieces := _pieces(tree[name], 0 if state in scheduled else 1))}
         flat = iter(attachments[0].averaging.means("checkpoint", [piece for pieces in named.values() for piece in pieces]))
