@@ -1,4 +1,4 @@
-"""Tensors that a script has laid out anew, such as by ``model.to(memory_format=torch.channels_last)`` after the optimizer was made."""
+"""Tensors that a script has laid out anew, as ``model.to(memory_format=torch.channels_last)`` does, after their states were made."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +28,6 @@ def alike(tensors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _copied(tensors: Sequence[Tensor], strides: Sequence[tuple[int, ...]]) -> list[Tensor]:
     return [
-        tensor if tensor.stride() == stride else torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+        tensor if tensor.stride() == stride else tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
         for tensor, stride in zip(tensors, strides)
     ]

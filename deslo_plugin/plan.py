@@ -69,8 +69,11 @@ class Plan:
 
     def words_at(self, steps: int) -> Counter[str]:
         """Those of ``bytes_at`` that are words beside averages, counted as the first state of each group's that is due."""
-        first = [due(shortest(group.periods), steps)[:1] for group in self.groups if group.numel]
-        return Counter({state: BYTES[self.config.deslo.wire_dtype] * count for (state,), count in Counter(filter(None, first)).items()})
+        word, words = BYTES[self.config.deslo.wire_dtype], Counter()
+        for group in self.groups:
+            for state in due(shortest(group.periods), steps)[:1] if group.numel else ():
+                words[state] += word
+        return words
 
     def next_sync(self, steps: int) -> tuple[int, tuple[str, ...]] | None:
         """(steps from now, states) of the next average after ``steps`` completed steps; None if none is near."""
@@ -109,6 +112,8 @@ class Plan:
             lines.append(f"  outer Nesterov step on averaged params: lr {opt.outer.lr:g}, momentum {opt.outer.momentum:g}")
         if opt is not None and opt.reset_momenta:
             lines.append("  momenta are reset after each average of params")
+        if not any(group.numel for group in self.groups):
+            return lines[0] + "\n  nothing averages: all parameters are frozen"
         moved = dict.fromkeys(self._vectors_per_step(at) for at in (longest, shortest))  # one number, or from and to
         lines.append(f"  {' to '.join(f'{each:.4g}' for each in moved)} parameter vectors per step between replicas: "
                      f"{' to '.join(f'{1 / each:.1f}' for each in reversed(moved))} times fewer than synchronous training")

@@ -68,7 +68,7 @@ class Recall:
     def ask(
         self, steps: int, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]], *, written: bool | None, moved: bool
     ) -> Question:
-        """Starts the question about ``states``, which are to land. ``written`` says what this replica finds; None: it compares."""
+        """Starts the question about ``states``, which are to land. ``written``: what this replica finds; None: it compares."""
         (some, *_), divisor = states.values(), self.average.divisor
         mine = torch.zeros((), dtype=self.wire_dtype, device=some[0].device)
         if moved:
@@ -83,7 +83,7 @@ class Recall:
     def _differs(
         self, steps: int, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]], mine: Tensor
     ) -> Tensor:
-        """1 if any of ``states`` is not what was launched for ``steps``, else 0; read by nobody here, so that no device is waited for."""
+        """1 if any of ``states`` is not what was launched for ``steps``, else 0. Not read here: no device is waited for."""
         for state, tensors in states.items():
             before = self._launched.pop((params[0], state), None)
             if before is None or before[0] != steps or [*map(id, before[1])] != [*map(id, params)]:

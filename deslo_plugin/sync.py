@@ -74,8 +74,8 @@ class Synchronizer:
     ) -> dict[str, list[Tensor]] | None:
         """Waits for what was launched for ``steps``, launches what was not, and returns the means in wire dtype.
 
-        What ``told`` has cost is counted with it. None if they did not arrive everywhere: then nobody writes them. Raises ``NonFiniteError`` everywhere if any replica
-        brought NaN or inf, ``AverageError`` on a time-out.
+        What ``told`` has cost is counted with it. None if they did not arrive everywhere: then nobody writes them. Raises
+        ``NonFiniteError`` everywhere if any replica brought NaN or inf, ``AverageError`` on a time-out.
         """
         self.launch_absent(steps, params, states)
         seats = {state: [self._flights.pop((param, state)) for param in params] for state in states}

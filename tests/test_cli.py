@@ -35,8 +35,8 @@ def test_plan_prints_hand_computed_figures():
     plan = answer(*PLAN, "--params", "1B", "--step-ms", "1000", "--steps", "193")
     own, in_turn, synchronous, *_ = plan["methods"]
     assert plan["parameters"] == 10**9 and plan["replica_size"] == 2
-    # 193 steps: params after 32, 64, ..., 192, exp_avg after 96 and 192, exp_avg_sq after 192; 2 GB from each of 2 ranks
-    assert own["bytes_per_rank_by_state"] == {"params": 12e9 + 6 * 4, "exp_avg": 4e9, "exp_avg_sq": 2e9}  # and a word with what is due
+    # and a word with what is due; 193 steps: params after 32, 64, ..., 192, exp_avg after 96 and 192, exp_avg_sq after 192; 2 GB from each of 2 ranks
+    assert own["bytes_per_rank_by_state"] == {"params": 12e9 + 6 * 4, "exp_avg": 4e9, "exp_avg_sq": 2e9}
     assert synchronous["bytes_per_rank"] == 193 * 2 * 10**9
     vector = 2 * 4e9 * 8 / 1e10 * (1 - 1 / 4) + 0.001 * 30  # 2 GB are 30 buckets of 64 MiB
     waited = 4 * (vector - 1) + (2 * vector - 1) + (3 * vector - 1)

@@ -116,6 +116,6 @@ def refuse_join(model: DistributedDataParallel) -> None:
 
 
 def _refuse_join(*_: object, **__: object) -> None:
-    raise ConfigError("DDP.join()", "as many steps on every rank", "a join, whose idle ranks answer for gradients and not for averages",
-                      "remove it, and on a rank that has run out of batches call attachment.skip_step() in place of "
+    raise ConfigError("DDP.join()", "as many steps on every rank",
+                      "a join, whose idle ranks answer for gradients and not for averages", "remove it, and on a rank that has run out of batches call attachment.skip_step() in place of "
                       "optimizer.step() until the others are done")

@@ -1,4 +1,4 @@
-"""Parameters that are frozen, and that begin or cease to train between steps: what trains has state, bytes and averages, and no more."""
+"""Parameters that are frozen, and that begin or cease to train: what trains has state, bytes and averages, and no more."""
 
 import pytest
 import torch
@@ -122,6 +122,21 @@ def on_one_replica_alone(kind, deslo):
         unfrozen(kind, "one", deslo)
     except deslo_plugin.ConfigError as error:
         return str(error)
+
+
+def thawed():
+    model = Adapted().requires_grad_(False)
+    model, optimizer, attachment = attached("desloc", model=model)
+    nothing = attachment.plan.bytes_at(4)
+    model.base.requires_grad_(True)
+    step = stepper(model, optimizer)
+    step(5)
+    return nothing, attachment.meter.bytes["params"], attachment.plan.bytes_at(4)["params"]
+
+
+def test_a_model_that_is_frozen_when_it_is_attached_may_train_later(four):
+    for nothing, sent, planned in four().run(thawed):
+        assert not any(nothing.values()) and sent == planned == 4 * 272 + 4
 
 
 @pytest.mark.parametrize("kind, deslo", [("desloc", {}), ("stock", {"overlap": False}), ("desloc", {"delay": 2})], ids=str)

@@ -124,7 +124,7 @@ def test_param_groups_may_be_empty_anywhere(kind, empty):
 def test_a_meter_counts_averages_after_the_clock_went_back_too():
     def replica(average):
         param = nn.Parameter(torch.ones(2))
-        optimizer = DesLoc([param], {"optimizer": {"params": {"rule": "sgdm", "sync_every": {"params": 2, "exp_avg": None}}}}, average=average)
+        optimizer = DesLoc([param], rule="sgdm", sync_every={"params": 2, "exp_avg": None}, average=average)
         for _ in range(3):
             kept = None
             for step in range(3):  # after each third step, back to where the second began

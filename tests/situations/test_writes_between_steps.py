@@ -100,7 +100,7 @@ def test_nine_times_plus_one_is_nine():
 def test_nothing_written_costs_one_word_of_an_average_and_something_written_one_average_more():
     def replica(average, write):
         (x,) = params = [torch.nn.Parameter(torch.zeros(100))]
-        optimizer = DesLoc(params, {"optimizer": {"params": {"rule": "sgdm", "sync_every": {"params": 2, "exp_avg": 2}}}}, average=average)
+        optimizer = DesLoc(params, rule="sgdm", sync_every={"params": 2, "exp_avg": 2}, average=average)
         for _ in range(5):
             x.grad = torch.ones(100)
             optimizer.step()
@@ -116,8 +116,8 @@ def test_nothing_written_costs_one_word_of_an_average_and_something_written_one_
 
 
 def restored(kind, what, whose, steps_to_landing, delay=1):
-    """The model, or model and optimizer, go back to a copy between launch and landing, with rates of 0 from then on: what is there
-    after the next step is the mean of what was restored."""
+    """The model, or model and optimizer, go back to a copy between launch and landing, with rates of 0 from then on: what is
+    there after the landing is the mean of what was restored."""
     torch.manual_seed(0)
     model, rank = torch.nn.Linear(4, 3), dist.get_rank()
     every = {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}
