@@ -126,7 +126,9 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
         # elsewhere DeepSpeed looks at the gradients itself, before it hands them over group by group
         averaging.skips_nonfinite &= engine.optimizer is optimizer
     agree_on_optimizer(averaging, config)
-    numels = [sum(param.numel() for param in params) for params in partitions]
+    numels = None
+    if engine.zero_optimization_partition_weights():  # whose param groups are empty between steps
+        numels = [sum(param.numel() for param in params) for params in partitions]
     engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True)
     engine._take_model_step = (_averaged if stock else _kept_in_step)(engine, engine._take_model_step)
     if deslo.synchronous_steps:
