@@ -1,6 +1,5 @@
 """Averages in which a replica counts by what it has seen, against the float64 oracle, and what is told wrongly."""
 
-import re
 
 import pytest
 import torch

@@ -8,10 +8,8 @@ import torch
 import torch.distributed as dist
 import torch_jobs
 from checkpoint_jobs import Job
-from jobs import INPUTS
 from oracle import blocks
 from theory import RULES
-from torch import nn
 
 S = RULES["mt-dao-adam-n2"]  # parameters every 4 steps, biases every 2
 EVERY_4 = {"params": {"rule": "adam", "lr": 1e-2, "sync_every": {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}}}

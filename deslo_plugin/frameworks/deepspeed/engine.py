@@ -149,7 +149,9 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
         # elsewhere DeepSpeed looks at the gradients itself, before it hands them over group by group
         averaging.skips_nonfinite &= engine.optimizer is optimizer
     agree_on_optimizer(averaging, config)
-    numels = [sum(param.numel() for param in params) for params in partitions]
+    numels = None
+    if engine.zero_optimization_partition_weights():  # whose param groups are empty between steps
+        numels = [sum(param.numel() for param in params) for params in partitions]
     stepped = {f"parameter {i} of param group {g}": param for g, params in enumerate(partitions) for i, param in enumerate(params)}
     watch = Watch(averaging, groups, stepped, [] if engine.zero_optimization() else stepped, in_engine=True)
     engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True, watch=watch)
