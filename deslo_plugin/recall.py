@@ -70,6 +70,8 @@ class Recall:
     ) -> Question:
         """Starts the question about ``states``, which are to land. ``written``: what this replica finds; None: it compares."""
         (some, *_), divisor = states.values(), self.average.divisor
+        if self.average.progress:
+            self.average.progress.launching(steps)  # who has not come to the question is named as one who misses an average
         mine = torch.zeros((), dtype=self.wire_dtype, device=some[0].device)
         if moved:
             mine.fill_(MOVED)
