@@ -30,18 +30,23 @@ class Attachment:
     """The averages of one optimizer: what moves, between whom, and what it has cost.
 
     ``groups`` is None where replicas come and go. ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is what
-    buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer alone; ``numels`` then are the
-    elements of each param group on this rank.
+    buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer alone; ``fixed_numels`` are the
+    ``numels`` where its param groups do not show them.
     """
 
     averaging: Averaging
     groups: Groups | None
     config: Config
-    numels: Sequence[int] | None = None
+    fixed_numels: Sequence[int] | None = None
     gradient_bytes: Sequence[int] | None = None
     buffer_bytes: int = 0
     engine_steps: bool = False
     watch: Watch | None = None
+
+    @property
+    def numels(self) -> Sequence[int]:
+        """Elements of each param group that average, on this rank."""
+        return self.fixed_numels or [self.averaging.members.numel(group) for group in self.averaging.groups]
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -145,7 +150,7 @@ class Attachment:
         known = getattr(self.averaging, "periods_known", True)
         periods = [group["sync_every"] if known else self.config.deslo.sync_every for group in self.averaging.groups]
         return make_plan(
-            self.config, self.numels or [self.averaging.members.numel(group) for group in self.averaging.groups], periods, self.topology,
+            self.config, self.numels, periods, self.topology,
             divisor=self.averaging.average.divisor, gradient_bytes=self._gradient_bytes, buffer_bytes=self.buffer_bytes,
             others=[self.averaging.state_numels(group) if isinstance(self.averaging, StockAveraging) else {}
                     for group in self.averaging.groups],
