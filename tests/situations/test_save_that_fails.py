@@ -17,22 +17,35 @@ from oracle import blocks
 from test_checkpoint import config_for
 from theory import RULES
 
+from deslo_plugin.progress import Progress
+
 S = RULES["mt-dao-adam-n2"]
 ROOM = 300  # bytes that a full disk still takes
 
 
 @contextmanager
 def full_disk(rank: int) -> Iterator[None]:
-    """Writing a file of more than ``ROOM`` bytes fails on ``rank``."""
+    """Writing a file of more than ``ROOM`` bytes fails on ``rank``, but for the store of the ranks, which is a file in these tests."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    if dist.get_rank() == rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, hard))
-    try:
+
+    def spared(call: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*args: Any) -> Any:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            try:
+                return call(*args)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, hard))
+        return act
+
+    with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGXFSZ, before)
+        stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
+        if dist.get_rank() == rank:
+            for name in ("_roll_call", "_write"):
+                stack.enter_context(mock.patch.object(Progress, name, spared(getattr(Progress, name))))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, hard))
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
 
 
 @contextmanager
