@@ -209,7 +209,7 @@ def test_a_launched_doctor_counts_what_it_planned_with_deepspeed():
     assert checks["replicas"]["found"].startswith("2 replica(s) of 2 rank(s) on 1 node(s), gloo")
     assert "2 with DeepSpeed" in checks["steps"]["found"]
     assert checks["bytes"] == {"name": "bytes", "status": "ok", "do": "",
-                               "found": "counted as planned: params 16,640, exp_avg 16,640, exp_avg_sq 16,640"}
+                               "found": "counted as planned: params 16,644, exp_avg 16,640, exp_avg_sq 16,640"}
     assert "Gbit/s" in checks["link"]["found"]
 
 
