@@ -123,10 +123,11 @@ optimizer = deslo_plugin.DesLoc(model.parameters(), "deslo.yaml")
 
 def test_the_python_of_the_readme_runs(tmp_path):
     """In one process, which is one replica; each block begins with what its text says is there."""
-    initialize, given, attach, accelerate, save, preemption = blocks(ROOT / "README.md", "python")
+    initialize, given, attach, accelerate, evaluate, save, preemption = blocks(ROOT / "README.md", "python")
     before, after = accelerate.strip().splitlines()
     script = [
-        README_SETUP, initialize, given, "model = nn.Linear(4, 2)", attach, TRAINING, save, TRAINING, preemption,
+        README_SETUP, initialize, given, "model = nn.Linear(4, 2)", attach, TRAINING,
+        "rank, evaluate = 0, lambda model: None", evaluate, save, TRAINING, preemption,
         ACCELERATOR, before, "model, optimizer = accelerator.prepare(model, optimizer)",
         ACCELERATOR, "model, optimizer = accelerator.prepare(model, optimizer)", after,
         "print('all ran', sorted(weights)); sys.stdout.flush(); os._exit(0)",

@@ -11,7 +11,6 @@ from small_gpt import small_gpt
 from torch import Tensor
 
 from deslo_plugin import NonFiniteError
-from deslo_plugin.late import Late
 from deslo_plugin.names import OUTER_MOMENTUM, OUTER_PARAMS, PARAMS
 from deslo_plugin.outer import nesterov_
 from deslo_plugin.simulation import Moment, Replicas, simulate, warmup_cosine
@@ -24,13 +23,6 @@ def warmup_hold(steps: int) -> Callable[[int], float]:
 
 
 SCHEDULES = {"cosine": warmup_cosine, "hold": warmup_hold}
-
-
-class FullDifference(Late):
-    """Late averages that ignore the updates made while they travelled: the difference lands whole, not beta^n of it."""
-
-    def fade(self, params: list[Tensor], factors: dict[str, float]) -> None:
-        """Nothing fades."""
 
 
 def train(run: Run, preset: Preset) -> dict[str, Any]:
@@ -53,7 +45,8 @@ def train(run: Run, preset: Preset) -> dict[str, Any]:
                                    rate=SCHEDULES[preset.schedule](steps)):
                 world = moment.replicas
                 if moment.steps == 1 and not run.compensated:
-                    world.optimizer.averaging.late = FullDifference(torch.float32)
+                    # the difference lands whole, not what updates leave of it while it travels
+                    world.optimizer.averaging.late.fade = lambda params, factors: None
                 alignment.look(moment)
                 if moment.steps % preset.look == 0:
                     loss = float(objective.evaluate(served(world)))
