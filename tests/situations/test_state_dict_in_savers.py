@@ -172,7 +172,7 @@ def called_alone(call, config):
                                         ("state_dict", "Sequential.state_dict()")])
 def test_a_collective_call_on_rank_0_alone_is_an_error_as_soon_as_others_go_on(four, call, name):
     first, *others = four().run(called_alone, call, config_of("plain", "averaged"))
-    assert first == (f"{name}: expected a call on every rank, got none on rank(s) [1, 2, 3], which went on to the average after step 8; "
+    assert first == (f"{name}: expected a call on every rank, got none on rank(s) [1, 2, 3], which went on to the average after step 6; "
                      "move it out of `if rank == 0:` and the like: it is collective, and only what writes its result belongs there")
     assert others == [""] * 3
 
