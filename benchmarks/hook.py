@@ -32,8 +32,10 @@ NEVER = 10**9
 
 def contestants() -> dict[str, Callable[[], None]]:
     """Name -> one forward, backward and step of the same model."""
-    config = {"optimizer": {"params": {"sync_every": dict.fromkeys(("params", "exp_avg", "exp_avg_sq"), NEVER)}},
-              "deslo": {"replica_size": 1}}
+    config = {
+        "optimizer": {"params": {"sync_every": dict.fromkeys(("params", "exp_avg", "exp_avg_sq"), NEVER)}},
+        "deslo": {"replica_size": 1},
+    }
 
     def steps(wrap: Callable[[nn.Module], nn.Module], ours: bool) -> Callable[[], None]:
         torch.manual_seed(0)
@@ -72,7 +74,9 @@ def measure(rank: int, store: str, rounds: int, each: int) -> None:
                 step()
             times[name].append((time.perf_counter() - start) / each)
     if rank == 0:
-        table = Table("per step", "median ms", "times the bare module", title=f"{LAYERS} x {WIDTH}^2 float32, 2 ranks of 1 thread")
+        table = Table(
+            "per step", "median ms", "times the bare module", title=f"{LAYERS} x {WIDTH}^2 float32, 2 ranks of 1 thread"
+        )
         for name, own in times.items():
             ratio = statistics.median(mine / bare for mine, bare in zip(own, times["bare module"]))
             table.add_row(name, f"{1e3 * statistics.median(own):.1f}", f"{ratio:.2f}")

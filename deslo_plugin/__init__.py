@@ -26,8 +26,23 @@ from deslo_plugin.sync import NonFiniteError
 from deslo_plugin.version import __version__
 
 __all__ = [
-    "AverageError", "ConfigError", "DesLoc", "NonFiniteError", "Preemption", "__version__", "attach", "attach_accelerator",
-    "averaged_state_dict", "averaged_weights", "latest", "load", "load_config", "meet", "one_replica", "save", "saved_state_dict",
+    "AverageError",
+    "ConfigError",
+    "DesLoc",
+    "NonFiniteError",
+    "Preemption",
+    "__version__",
+    "attach",
+    "attach_accelerator",
+    "averaged_state_dict",
+    "averaged_weights",
+    "latest",
+    "load",
+    "load_config",
+    "meet",
+    "one_replica",
+    "save",
+    "saved_state_dict",
 ]
 
 

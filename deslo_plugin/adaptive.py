@@ -1,6 +1,7 @@
 """A period that follows the drift it finds (ours; an open question of arXiv 2505.22549 and 2510.05361, off by default).
 
-An average of a state costs the same bytes whatever it finds, so that what a byte buys is the drift that the average removes,
+An average of a state costs the same bytes whatever it finds, so that what a byte buys is the drift that the average
+removes,
 
     d = sqrt(E_m ||s_m - E_m[s]||^2) / ||E_m[s]||          over all of a replica's shards of one param group
 
@@ -9,10 +10,10 @@ and a period is right where its averages find neither much more nor much less th
     K <- K / 2   if d > drift          it came late
     K <- 2 K     if d < drift / 2      it came early, and 2 K steps are complete together now
 
-With K in {min, 2 min, 4 min, ..., max} and min a multiple of the parameters' period, an average is due where t % K == 0, as
-with fixed periods, and averages of different states still fall together. Where drift grows no faster than K, a period that has
-become right stays. What decides is a mean over replicas (``spread``), the same on every rank of every replica.
-"""
+With K in {min, 2 min, 4 min, ..., max} and min a multiple of the parameters' period, an average is due where t % K ==
+0, as with fixed periods, and averages of different states still fall together. Where drift grows no faster than K, a
+period that has become right stays. What decides is a mean over replicas (``spread``), the same on every rank of every
+replica."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from deslo_plugin.schedule import Periods
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Bounds on a period, in steps, and the drift (>= 0) that its averages should find; ``max`` is ``min`` times a power of 2."""
+    """Bounds on a period, in steps, and the drift (>= 0) that its averages should find; ``max`` is ``min`` times a
+    power of 2."""
 
     min: int
     max: int
@@ -32,7 +34,8 @@ class Adaptive:
         return f"adaptive, every {self.min} to {self.max} steps for drift {self.drift:g}"
 
     def allowed(self, period: int) -> int:
-        """The longest period on offer that is not above ``period``, or the shortest one: after a load, bounds may be others."""
+        """The longest period on offer that is not above ``period``, or the shortest one: after a load, bounds may be
+        others."""
         longest = self.max
         while longest > max(period, self.min):
             longest //= 2

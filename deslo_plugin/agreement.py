@@ -15,10 +15,15 @@ CHUNK = 1 << 22  # words of 8 bytes hashed at a time
 
 
 def agree(
-    what: str, mine: Mapping[str, Any], *, do: str, among: Sequence[Sequence[int]] | None = None,
+    what: str,
+    mine: Mapping[str, Any],
+    *,
+    do: str,
+    among: Sequence[Sequence[int]] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Compares ``mine`` over all ranks, or over those of each list in ``among``; all ranks raise the same error or none.
+    """Compares ``mine`` over all ranks, or over those of each list in ``among``; all ranks raise the same error or
+    none.
 
     Args:
         what: where the setting comes from, the start of the message.
@@ -40,13 +45,16 @@ def agree(
             different = [rank for rank in others if everyone[rank].get(key, "nothing") != reference]
             if different:
                 raise ConfigError(
-                    f"{what} {key}", f"{reference} on every rank, as on rank {first}",
-                    f"{everyone[different[0]].get(key, 'nothing')} on rank(s) {different}", do,
+                    f"{what} {key}",
+                    f"{reference} on every rank, as on rank {first}",
+                    f"{everyone[different[0]].get(key, 'nothing')} on rank(s) {different}",
+                    do,
                 )
 
 
 def first_to_say(message: str) -> bool:
-    """Whether no other rank of this world has said ``message`` before: what comes up on all is said once. Not collective."""
+    """Whether no other rank of this world has said ``message`` before: what comes up on all is said once. Not
+    collective."""
     try:
         store = dist.group.WORLD.get_group_store() if dist.is_initialized() else dist.HashStore()
         return store.add(f"deslo/said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1

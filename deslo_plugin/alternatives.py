@@ -25,7 +25,8 @@ def papers_default(periods: Periods) -> Periods:
 
 
 def half_life_rule(config: Config) -> Periods | None:
-    """Each momentum at its half-life, but not more often than the parameters (App. I); None where betas are not known."""
+    """Each momentum at its half-life, but not more often than the parameters (App. I); None where betas are not
+    known."""
     if config.optimizer is None:
         return None
     own, shortest = config.optimizer.periods, config.optimizer.periods[PARAMS]

@@ -10,10 +10,13 @@ def refuse(message: str) -> None:
 
 
 def refuse_overlap(lists: Mapping[str, Sequence[Tensor]], *, written: Collection[str]) -> None:
-    """Refuses tensors that share memory with one that is written. ``lists`` runs over arguments by name; all are dense."""
+    """Refuses tensors that share memory with one that is written. ``lists`` runs over arguments by name; all are
+    dense."""
     stretches = sorted(
         (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, f"{name}[{index}]", name in written)
-        for name, tensors in lists.items() for index, tensor in enumerate(tensors) if tensor.numel()
+        for name, tensors in lists.items()
+        for index, tensor in enumerate(tensors)
+        if tensor.numel()
     )
     reaching, writing = (0, 0, "", True), (0, 0, "", True)  # those so far that end last
     for stretch in stretches:

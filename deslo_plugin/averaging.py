@@ -22,8 +22,8 @@ from deslo_plugin.outer import write_means
 from deslo_plugin.recall import Answer
 from deslo_plugin.schedule import Periods, due
 from deslo_plugin.shards import gradients_of, local
-from deslo_plugin.sync import States, Synchronizer, Weigh, finite
 from deslo_plugin.strict import ConfigError
+from deslo_plugin.sync import States, Synchronizer, Weigh, finite
 from deslo_plugin.telemetry import Meter, SyncEvent
 from deslo_plugin.weights import Samples
 
@@ -133,12 +133,14 @@ class Averaging:
         return replaced
 
     def periods(self, group: Group) -> Periods:
-        """The periods in force in a param group; adaptive ones change (where ZeRO cuts a group, those of its last part)."""
+        """The periods in force in a param group; adaptive ones change (where ZeRO cuts a group, those of its last
+        part)."""
         return self._periods.get(id(group), shortest(group["sync_every"]))
 
     @property
     def diverged(self) -> bool:
-        """Whether this replica has taken steps of its own since all were equal. What averages since then is not looked at."""
+        """Whether this replica has taken steps of its own since all were equal. What averages since then is not looked
+        at."""
         return self.steps > max(self._met, self.deslo.synchronous_steps)
 
     def met(self) -> None:
@@ -159,7 +161,8 @@ class Averaging:
             each.forget()
 
     def aside(self) -> dict[str, Any]:
-        """What this rank knows of its averages beside the optimizer's state: values that were launched, samples seen."""
+        """What this rank knows of its averages beside the optimizer's state: values that were launched, samples
+        seen."""
         params = list(self.optimizer.state)
         return {"late": self.late.saved(params), "samples": self._samples.saved(self.groups) if self._samples else None}
 
@@ -171,7 +174,8 @@ class Averaging:
             self._samples.load(self.groups, aside["samples"])
 
     def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The means of any floating tensors in at least float32, counted under ``name``; they stay as they are. Collective."""
+        """The means of any floating tensors in at least float32, counted under ``name``; they stay as they are.
+        Collective."""
         if not tensors:
             return []
         wire = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
@@ -202,7 +206,8 @@ class Averaging:
         return self.deslo.synchronous_steps > 0 and self.steps < self.deslo.synchronous_steps
 
     def average_gradients(self, steps: int, gradients: Sequence[Tensor]) -> None:
-        """gradients <- E_m[gradients], at once: what step number ``steps`` of the warm-up does before clipping. Collective."""
+        """gradients <- E_m[gradients], at once: what step number ``steps`` of the warm-up does before clipping.
+        Collective."""
         if gradients:
             states = {GRADIENTS: local(gradients)}
             write_means(states, self._sync.mean(steps, states))
@@ -219,7 +224,8 @@ class Averaging:
         return local([torch.zeros_like(p) if s is None else s for p, s in zip(params, states)])
 
     def _average(self, cohorts: list[Cohort]) -> list[Cohort]:
-        """Averages what is due, and returns the cohorts from now on: others where parameters were frozen or not any more."""
+        """Averages what is due, and returns the cohorts from now on: others where parameters were frozen or not any
+        more."""
         due, answers = self._ask(cohorts)
         sent = self._flights.complete(due)  # all that is due flies before the first lands: it arrives or not as one
         meeting = [cohort for cohort, states in due if PARAMS in states]
@@ -254,7 +260,8 @@ class Averaging:
         return self._cohorts()
 
     def _ask(self, cohorts: list[Cohort]) -> tuple[Due, list[Answer]]:
-        """What is due, once all replicas have said whether it may land: what may not is dropped, and flies anew. Collective."""
+        """What is due, once all replicas have said whether it may land: what may not is dropped, and flies anew.
+        Collective."""
         due = self._all_due(cohorts)
         answers = self._flights.ask(due, any(PARAMS in states for _, states in due) and self.members.moved(self.groups))
         if any(answer.moved for answer in answers):
@@ -264,7 +271,8 @@ class Averaging:
         return due, answers
 
     def _all_due(self, cohorts: Sequence[Cohort]) -> Due:
-        cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.delay) for cohort in cohorts]  # as they were launched
+        # as they were launched
+        cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.delay) for cohort in cohorts]
         return [(cohort, states) for cohort in cohorts if (states := self._due(cohort))]
 
     def _weigh(self, cohort: Cohort, like: str | None = None) -> Weigh | None:
@@ -275,7 +283,9 @@ class Averaging:
         return {state: self.gather(state, cohort.params) for state in self._names_due(cohort)}
 
     def _names_due(self, cohort: Cohort) -> tuple[str, ...]:
-        return due(cohort.periods, cohort.steps) if cohort.params and cohort.steps > self.deslo.synchronous_steps else ()
+        return (
+            due(cohort.periods, cohort.steps) if cohort.params and cohort.steps > self.deslo.synchronous_steps else ()
+        )
 
     def _synchronizer(self, average: Average, wire_dtype: torch.dtype | None = None) -> Synchronizer:
         wire, chunk = wire_dtype or getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_mb << 20

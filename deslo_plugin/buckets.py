@@ -10,7 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Bucket:
-    """``chunks`` tile the flat buffer and travel one by one; ``views`` are its slices in the shapes that were packed."""
+    """``chunks`` tile the flat buffer and travel one by one; ``views`` are its slices in the shapes that were
+    packed."""
 
     chunks: tuple[Tensor, ...]
     views: list[Tensor]

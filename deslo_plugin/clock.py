@@ -15,7 +15,8 @@ GROUP_STEP = "deslo_step"  # key of a param group
 
 
 class Cohort(NamedTuple):
-    """Parameters of one param group and device that have completed the same number of steps, with the same periods now."""
+    """Parameters of one param group and device that have completed the same number of steps, with the same periods
+    now."""
 
     steps: int
     group: MutableMapping[str, Any]
@@ -33,11 +34,12 @@ class Clock(Protocol):
     def set(self, cohort: Cohort, steps: int) -> None:
         """From now on the parameters of ``cohort`` have completed ``steps``."""
 
+
 class ParameterClock:
     """A clock in the state of each parameter, ``state[p]["step"]``: right however a framework cuts a step into calls.
 
-    Periods that adapt are there as well (``names.every``): what lands together decides together, and checkpoints have it.
-    """
+    Periods that adapt are there as well (``names.every``): what lands together decides together, and checkpoints have
+    it."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, create: Callable[[Tensor], dict[str, Any]]):
         self._optimizer, self._create = optimizer, create
@@ -48,12 +50,13 @@ class ParameterClock:
 
     def cohorts(self, group: MutableMapping[str, Any], params: Sequence[Tensor]) -> Iterator[Cohort]:
         self._begin([param for param in params if not self._optimizer.state.get(param)], group["params"])
-        for steps, params in self.by_steps(params):
-            for periods, same in self._by_periods(group["sync_every"], params):
+        for steps, abreast in self.by_steps(params):
+            for periods, same in self._by_periods(group["sync_every"], abreast):
                 yield Cohort(steps, group, same, periods)
 
     def _begin(self, newcomers: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-        """Gives ``newcomers``, which train from now on, a state, and the clock of the ``others``: what they averaged together."""
+        """Gives ``newcomers``, which train from now on, a state, and the clock of the ``others``: what they averaged
+        together."""
         if not newcomers:
             return
         clocks = [int(self._optimizer.state[param][STEP]) for param in others if self._optimizer.state.get(param)]

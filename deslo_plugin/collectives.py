@@ -21,7 +21,6 @@ from deslo_plugin.progress import MOMENT, Progress
 from deslo_plugin.strict import ConfigError
 from deslo_plugin.topology import Topology
 
-
 ASK_EVERY = 1.0  # seconds of waiting
 
 
@@ -38,8 +37,8 @@ class Average(Protocol):
     """The mean over replicas, for the ranks that hold one shard.
 
     ``divisor`` ranks of a replica split each chunk between them: chunks must be a multiple of it, and each of them
-    sends ``1 / divisor`` of the bytes. ``progress`` is told of every launch and every wait, where somebody wants to know.
-    """
+    sends ``1 / divisor`` of the bytes. ``progress`` is told of every launch and every wait, where somebody wants to
+    know."""
 
     divisor: int
     progress: Progress | None
@@ -63,8 +62,8 @@ class Average(Protocol):
         """
 
     def landed(self) -> bool:
-        """Whether all that was started since ``convene`` has arrived, asked once it was waited for; if not, nothing of it
-        may be written."""
+        """Whether all that was started since ``convene`` has arrived, asked once it was waited for; if not, nothing of
+        it may be written."""
 
 
 class _Done:
@@ -73,7 +72,8 @@ class _Done:
 
 
 class Fixed:
-    """What transports between the same replicas from the first step to the last have in common: a failure is an error."""
+    """What transports between the same replicas from the first step to the last have in common: a failure is an
+    error."""
 
     def convene(self) -> bool:
         return False
@@ -107,7 +107,8 @@ def left_alone() -> bool:
 
 @dataclass(frozen=True)
 class Groups:
-    """The process groups that this rank belongs to: all replicas, its own, its shard's peers in all of them, and itself.
+    """The process groups that this rank belongs to: all replicas, its own, its shard's peers in all of them, and
+    itself.
 
     They are None in a process that was started alone.
     """
@@ -123,8 +124,8 @@ _made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Topology, float], Groups
 
 
 def make_groups(topology: Topology, timeout_s: float) -> Groups:
-    """The groups, created once in a world, since each keeps threads and sockets; every rank of the topology must call it.
-    ``timeout_s`` bounds each average, not the replica's own traffic."""
+    """The groups, created once in a world, since each keeps threads and sockets; every rank of the topology must call
+    it. ``timeout_s`` bounds each average, not the replica's own traffic."""
     made = _made.setdefault(dist.group.WORLD, {})
     if (topology, timeout_s) not in made:
         made[topology, timeout_s] = _create_groups(topology, timeout_s)
@@ -168,8 +169,8 @@ class _Pending:
             dist.all_gather(parts, self.own.clone(), group=self.average.copies)
 
     def _until_complete(self) -> None:
-        """Waits on the host. Whoever waits for long asks whether others have given up: of a ring only the neighbours of a rank
-        that died notice it, and NCCL would end the process without a word."""
+        """Waits on the host. Whoever waits for long asks whether others have given up: of a ring only the neighbours of
+        a rank that died notice it, and NCCL would end the process without a word."""
         start = asked = time.monotonic()
         while not self.work.is_completed():
             now = time.monotonic()
@@ -180,7 +181,9 @@ class _Pending:
                 if given_up := self.average.progress.given_up(self.average.ranks, self.launch):
                     raise RuntimeError(f"rank(s) {given_up} gave up")
                 if alone := self.average.progress.alone(self.average.ranks):
-                    raise RuntimeError(f"rank(s) {alone} in load_state_dict or add_param_group, which every rank must call")
+                    raise RuntimeError(
+                        f"rank(s) {alone} in load_state_dict or add_param_group, which every rank must call"
+                    )
             time.sleep(min((now - start) / 64, 0.05))
 
 
@@ -193,7 +196,12 @@ class ReplicaAverage(Fixed):
     """
 
     def __init__(
-        self, groups: Groups, *, timeout_s: float, copies: dist.ProcessGroup | None = None, progress: Progress | None = None
+        self,
+        groups: Groups,
+        *,
+        timeout_s: float,
+        copies: dist.ProcessGroup | None = None,
+        progress: Progress | None = None,
     ):
         self.groups, self.timeout_s, self.copies = groups, timeout_s, copies
         self.progress = progress or Progress(groups.topology, groups.world)
@@ -217,7 +225,8 @@ class ReplicaAverage(Fixed):
         except RuntimeError as error:
             who = self.progress.missing(self.ranks, launch, timed_out=time.monotonic() - at >= 0.9 * self.timeout_s)
             raise AverageError(
-                f"average over replicas: expected ranks {self.ranks} to answer within {self.timeout_s:g} s (deslo.timeout_s), "
+                f"average over replicas: expected ranks {self.ranks} to answer within {self.timeout_s:g} s "
+                f"(deslo.timeout_s), "
                 f"got {str(error).splitlines()[0]!r}; {who}; nothing of this average was written"
             ) from error
 
@@ -238,8 +247,8 @@ class ReplicaAverage(Fixed):
 def gathered(value: Any, group: dist.ProcessGroup | None = None) -> dict[int, Any]:
     """Global rank -> its ``value``, over ``group`` or the world. Collective.
 
-    A value is what JSON can hold, or a ``ConfigError``: nothing that a peer sends is run. Tuples come back as lists, and keys as
-    strings. Raises ``TypeError`` for anything else. (torch's object collectives unpickle, and need numpy.)
+    A value is what JSON can hold, or a ``ConfigError``: nothing that a peer sends is run. Tuples come back as lists,
+    and keys as strings. Raises ``TypeError`` for anything else. (torch's object collectives unpickle, and need numpy.)
     """
     text, device = json.dumps(value, default=_error_as_text).encode(), _device_of(group)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]

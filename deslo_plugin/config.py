@@ -85,12 +85,12 @@ class OptimizerConfig:
 class DesloConfig:
     """Who averages and how: ``deslo``. ``replica_size`` is in ranks, ``bucket_mb`` in MiB, ``timeout_s`` in seconds.
 
-    ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``delay`` is the
-    number of forwards and backwards that an average travels under, ``weights`` what a replica counts in an average: as much as
-    any other, or what it has seen; ``checkpoint`` is what ``save`` saves, ``checkpoint_digest`` what proves its files;
-    ``state_dict`` is what ``state_dict()`` of the model does while replicas differ; ``telemetry`` is what is written down, if
-    anything. ``initial_params`` is what becomes of replicas that start unequal: "auto" makes them equal to replica 0 and says
-    what differed, "broadcast" does so without a word, "check" is an error.
+    ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``delay`` is
+    the number of forwards and backwards that an average travels under, ``weights`` what a replica counts in an average:
+    as much as any other, or what it has seen; ``checkpoint`` is what ``save`` saves, ``checkpoint_digest`` what proves
+    its files; ``state_dict`` is what ``state_dict()`` of the model does while replicas differ; ``telemetry`` is what is
+    written down, if anything. ``initial_params`` is what becomes of replicas that start unequal: "auto" makes them
+    equal to replica 0 and says what differed, "broadcast" does so without a word, "check" is an error.
     """
 
     replica_size: int | str = "auto"
@@ -133,8 +133,12 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
         return _whole(None, deslo)
     optimizer = Reader("optimizer", {} if block is None else block)
     if isinstance(kind, str) and kind != "DesLoc" and not near(kind, ["DesLoc"]):
-        optimizer.refuse("type", '"DesLoc", or the periods of this optimizer\'s states in deslo.sync_every', shown(kind),
-                         'set it to "DesLoc", or write "deslo": {"sync_every": {"params": 16, "exp_avg": 48, ...}} for any other')
+        optimizer.refuse(
+            "type",
+            '"DesLoc", or the periods of this optimizer\'s states in deslo.sync_every',
+            shown(kind),
+            'set it to "DesLoc", or write "deslo": {"sync_every": {"params": 16, "exp_avg": 48, ...}} for any other',
+        )
     optimizer.choice("type", "DesLoc", ["DesLoc"])
     params = optimizer.take("params", {})
     optimizer.finish()
@@ -175,7 +179,9 @@ def read_optimizer(params: Any) -> OptimizerConfig:
     averaged = [state for state in config.moments if periods[state]]
     if config.reset_momenta and averaged:
         reader.refuse(
-            "reset_momenta", f"every momentum's sync_every to be null (here {', '.join(averaged)} is averaged)", "true",
+            "reset_momenta",
+            f"every momentum's sync_every to be null (here {', '.join(averaged)} is averaged)",
+            "true",
             "set those periods to null, or drop reset_momenta: resetting at each average of params undoes theirs",
         )
     return config
@@ -207,27 +213,41 @@ def read_deslo(block: Any) -> DesloConfig:
     )
     reader.finish()
     if config.telemetry and config.telemetry.pseudo_gradient and config.delay > 1:
-        reader.refuse("telemetry.pseudo_gradient", "false with a delay above 1", "true", "remove one: parameters have moved on "
-                      "when such an average lands")
+        reader.refuse(
+            "telemetry.pseudo_gradient",
+            "false with a delay above 1",
+            "true",
+            "remove one: parameters have moved on when such an average lands",
+        )
     if config.delay > 1 and not config.overlap:
-        reader.refuse("delay", "1 without overlap", str(config.delay), "remove it, or take when 'before_update' with overlap")
+        reader.refuse(
+            "delay", "1 without overlap", str(config.delay), "remove it, or take when 'before_update' with overlap"
+        )
     return config
 
 
 def expect_averages(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
     """Refuses periods that cannot be kept.
 
-    One shorter than ``deslo.delay``: its next average would start before this one has landed. An adaptive one where replicas
-    are weighted: the drift that it goes by is that of equals.
+    One shorter than ``deslo.delay``: its next average would start before this one has landed. An adaptive one where
+    replicas are weighted: the drift that it goes by is that of equals.
     """
     for state, period in shortest(periods).items():
         if period and period < deslo.delay:
-            raise ConfigError("deslo.delay", f"at most {period}, the period of {state}{of}", str(deslo.delay),
-                              "lower it, or raise that period")
+            raise ConfigError(
+                "deslo.delay",
+                f"at most {period}, the period of {state}{of}",
+                str(deslo.delay),
+                "lower it, or raise that period",
+            )
     for state in adaptive(periods):
         if deslo.weights != "equal":
-            raise ConfigError("deslo.weights", f'"equal" with an adaptive period of {state}{of}', repr(deslo.weights),
-                              "remove it, or give that state a number of steps")
+            raise ConfigError(
+                "deslo.weights",
+                f'"equal" with an adaptive period of {state}{of}',
+                repr(deslo.weights),
+                "remove it, or give that state a number of steps",
+            )
 
 
 def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
@@ -237,8 +257,12 @@ def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
         if optimizer is not None:
             others = {"outer": optimizer.outer, "reset_momenta": optimizer.reset_momenta}
         for other in (name for name, given in others.items() if given):
-            raise ConfigError("deslo.delay", f"1 with {other}", str(deslo.delay),
-                              "remove one: it cannot take in an average that is some updates old")
+            raise ConfigError(
+                "deslo.delay",
+                f"1 with {other}",
+                str(deslo.delay),
+                "remove one: it cannot take in an average that is some updates old",
+            )
     if optimizer is not None:
         expect_averages(deslo, optimizer.periods)
     return Config(optimizer=optimizer, deslo=deslo)
@@ -249,7 +273,8 @@ def as_dict(config: Config) -> dict[str, Any]:
     return {
         f"{block.name}.{field.name}": str(getattr(part, field.name))
         for block in fields(config)
-        for part in [getattr(config, block.name)] if part is not None
+        for part in [getattr(config, block.name)]
+        if part is not None
         for field in fields(part)
     }
 

@@ -2,13 +2,13 @@
 
     drift(local, mean) -> sum (local - mean)^2, sum local mean, sum mean^2     over all elements, float64
 
-``local`` may be float32, float64, bfloat16 or float16, ``mean`` float32 or float64; tensors of one position are contiguous
-and of one shape. Bad input raises ``ValueError`` naming the argument. NaN or inf in ``mean`` makes the first and the third
-sum NaN or inf: the pass that looks for them measures the drift as well.
+``local`` may be float32, float64, bfloat16 or float16, ``mean`` float32 or float64; tensors of one position are
+contiguous and of one shape. Bad input raises ``ValueError`` naming the argument. NaN or inf in ``mean`` makes the first
+and the third sum NaN or inf: the pass that looks for them measures the drift as well.
 
-Here are the schema and the meaning; the native module adds CPU and CUDA kernels. Those of the CPU flush subnormal numbers
-to zero, sum fixed blocks in a fixed order, and so give the same bits for any number of threads and any instruction set.
-"""
+Here are the schema and the meaning; the native module adds CPU and CUDA kernels. Those of the CPU flush subnormal
+numbers to zero, sum fixed blocks in a fixed order, and so give the same bits for any number of threads and any
+instruction set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,9 +29,11 @@ _library = torch.library.Library("deslo", "FRAGMENT")
 class Drift:
     """How far this replica's state x went from the mean over replicas between two averages.
 
-    ``distance``: ||x - mean|| / ||mean||; 0 if both are zero, inf if only the mean is. ``cosine``: x . mean / (||x|| ||mean||),
-    the worker-to-global cosine by which MT-DAO (arXiv 2510.05361) tells how well momenta of the replicas stay aligned: above
-    0.95 with a slow momentum, about 0.7 for Local ADOPT. 1 if x is the mean, also where both are zero; 0 if one of them is.
+    ``distance``: ||x - mean|| / ||mean||; 0 if both are zero, inf if only the mean is. ``cosine``: x . mean / (||x||
+    ||mean||), the worker-to-global cosine by which MT-DAO (arXiv 2510.05361) tells how well momenta of the replicas
+    stay aligned: above
+    0.95 with a slow momentum, about 0.7 for Local ADOPT. 1 if x is the mean, also where both are zero; 0 if one of them
+    is.
 
     Norms run over the tensors that this rank averaged at once: its own shard, of one param group.
     """
@@ -64,7 +66,10 @@ def reference(local: Sequence[Tensor], mean: Sequence[Tensor]) -> Tensor:
     size = ROW * (CACHED if total.device.type == "cpu" else QUEUED)
     for x, m in zip(local, mean):
         for l_part, m_part in zip(x.reshape(-1).split(size), m.reshape(-1).split(size)):
-            l, m = (torch.nn.functional.pad(part.double(), (0, -part.numel() % ROW)).view(-1, ROW) for part in (l_part, m_part))
+            l, m = (
+                torch.nn.functional.pad(part.double(), (0, -part.numel() % ROW)).view(-1, ROW)
+                for part in (l_part, m_part)
+            )
             total += torch.stack([(l - m).square().sum(1).sum(), (l * m).sum(1).sum(), m.square().sum(1).sum()])
     return total
 

@@ -1,8 +1,8 @@
 """Whether tensors still hold what they held before: one number of their bits, on their device, in one pass.
 
-Each word, of 32 bits at most, is multiplied by an odd number of its column and each row of columns by one of the row, and all of
-it is summed modulo 2^64: one word that changes always shows, and where several do, even in their signs alone, they cancel each
-other out once in 2^33.
+Each word, of 32 bits at most, is multiplied by an odd number of its column and each row of columns by one of the row,
+and all of it is summed modulo 2^64: one word that changes always shows, and where several do, even in their signs
+alone, they cancel each other out once in 2^33.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 COLUMNS = 1 << 12
-CACHED, QUEUED = 1 << 16, 1 << 22  # words multiplied at a time: few for the caches of a CPU, many for the queue of a GPU
+# words multiplied at a time: few for the caches of a CPU, many for the queue of a GPU
+CACHED, QUEUED = 1 << 16, 1 << 22
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by bytes of an element
 
 

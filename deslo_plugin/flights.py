@@ -25,7 +25,11 @@ class Flights:
     """Averages of ``sync`` by ``deslo``; ``weigh`` says what this rank counts in those of a cohort."""
 
     def __init__(
-        self, sync: Synchronizer, deslo: DesloConfig, weigh: Callable[[Cohort], Weigh | None], emit: Callable[[SyncEvent], object]
+        self,
+        sync: Synchronizer,
+        deslo: DesloConfig,
+        weigh: Callable[[Cohort], Weigh | None],
+        emit: Callable[[SyncEvent], object],
     ):
         self._sync, self._deslo, self._weigh = sync, deslo, weigh
         self.late, self._spread = Late(getattr(torch, deslo.wire_dtype)), Spread(sync.average, emit)
@@ -45,8 +49,16 @@ class Flights:
 
         ``moved``: this replica trains other parameters than those that average.
         """
-        questions = [self._recall.ask(cohort.steps, cohort.params, states, written=self._written(cohort, states),
-                                      moved=moved and PARAMS in states) for cohort, states in due]
+        questions = [
+            self._recall.ask(
+                cohort.steps,
+                cohort.params,
+                states,
+                written=self._written(cohort, states),
+                moved=moved and PARAMS in states,
+            )
+            for cohort, states in due
+        ]
         answers = [question.answer() for question in questions]
         for (cohort, states), answer in zip(due, answers):
             if answer.written:
@@ -63,7 +75,9 @@ class Flights:
 
     def complete(self, due: Due) -> list[States]:
         """Launches what is to land and does not fly yet; what was launched of each cohort."""
-        sent = [states if self._deslo.delay == 1 else self.late.launched(cohort.params, states) for cohort, states in due]
+        sent = [
+            states if self._deslo.delay == 1 else self.late.launched(cohort.params, states) for cohort, states in due
+        ]
         for (cohort, _), states in zip(due, sent):
             self._sync.launch_absent(cohort.steps, cohort.params, states, self._weigh(cohort))
             self._spread.launch(cohort.params, of_adaptive(cohort, states))
@@ -77,8 +91,8 @@ class Flights:
         return means
 
     def adapt(self, cohort: Cohort, means: States, states: Mapping[Tensor, MutableMapping[str, Any]]) -> None:
-        """Lets the drift that an average has found choose the periods of its adaptive states from now on: in ``cohort``, and in
-        the ``states`` of its parameters. The same on every rank. Collective where periods adapt."""
+        """Lets the drift that an average has found choose the periods of its adaptive states from now on: in
+        ``cohort``, and in the ``states`` of its parameters. The same on every rank. Collective where periods adapt."""
         for state in of_adaptive(cohort, means):
             drift = self._spread.land(cohort.steps, cohort.params, state, means[state])
             before, bounds = cohort.periods[state], cohort.group["sync_every"][state]
@@ -86,8 +100,11 @@ class Flights:
             for param in cohort.params:
                 states[param][every(state)] = torch.tensor(period, device="cpu")
             if period != before:
-                say(f"deslo: {state} is averaged every {period} steps now, after step {cohort.steps} found drift {drift:.3g} at "
-                    f"every {before} ({bounds})")
+                say(
+                    f"deslo: {state} is averaged every {period} steps now, after step {cohort.steps} found drift "
+                    f"{drift:.3g} at "
+                    f"every {before} ({bounds})"
+                )
 
     def abandon(self) -> None:
         """Drops all of it."""

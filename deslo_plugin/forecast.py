@@ -1,7 +1,7 @@
 """What averages cost on a link, known before the first step: bytes, seconds waited, hours, memory. Arithmetic alone.
 
-The model is the papers' (arXiv 2505.22549): a ring all-reduce of b bytes over M replicas takes 2 b/B (1 - 1/M) + l, and D
-tokens are computed in 6 d D / (MFU S). Added to it is when an average starts, and when it is waited for.
+The model is the papers' (arXiv 2505.22549): a ring all-reduce of b bytes over M replicas takes 2 b/B (1 - 1/M) + l, and
+D tokens are computed in 6 d D / (MFU S). Added to it is when an average starts, and when it is waited for.
 """
 
 from collections import Counter, deque
@@ -19,8 +19,8 @@ STATE_BYTES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Link:
-    """What the ranks of one replica share towards the others: ``gbit_per_s``, 1e9 bits of payload a second in each direction;
-    ``latency_s``, the seconds of an all-reduce of next to nothing."""
+    """What the ranks of one replica share towards the others: ``gbit_per_s``, 1e9 bits of payload a second in each
+    direction; ``latency_s``, the seconds of an all-reduce of next to nothing."""
 
     gbit_per_s: float
     latency_s: float = 0.0
@@ -41,8 +41,8 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Forecast:
-    """``steps`` steps on each replica: seconds computed, waited for averages (``exposed_s``), and waited at most at once
-    (``longest_s``); averages and bytes of one rank by state, as its ``Meter`` counts them."""
+    """``steps`` steps on each replica: seconds computed, waited for averages (``exposed_s``), and waited at most at
+    once (``longest_s``); averages and bytes of one rank by state, as its ``Meter`` counts them."""
 
     steps: int
     compute_s: float
@@ -63,7 +63,8 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank, beside parameters and gradients: ``states``, and copies in flight, at most, as averages need them."""
+    """Bytes on one rank, beside parameters and gradients: ``states``, and copies in flight, at most, as averages need
+    them."""
 
     states: int
     in_flight: int
@@ -94,8 +95,8 @@ def forecast(
 ) -> Forecast:
     """``steps`` steps that compute for ``step_s`` seconds each, on every replica alike.
 
-    An overlapped average has ``delay`` steps before it is waited for, one that is not overlapped is waited for from its start,
-    and averages queue for the link.
+    An overlapped average has ``delay`` steps before it is waited for, one that is not overlapped is waited for from its
+    start, and averages queue for the link.
 
     Args:
         moved: ``transfers(plan, steps)``, if they are at hand.
@@ -110,7 +111,8 @@ def forecast(
         waited, sent[GRADIENTS], events[GRADIENTS] = warm_up * longest, warm_up * gradients.bytes[GRADIENTS], warm_up
 
     lands_after = 0 if deslo.when == "after_update" else deslo.delay
-    free, flying = 0.0, deque()  # the time at which the link has nothing left to do; (landing step, time of arrival, transfer)
+    # the time at which the link has nothing left to do; (landing step, time of arrival, transfer)
+    free, flying = 0.0, deque()
 
     def land(until: int) -> None:
         nonlocal waited, longest
@@ -146,4 +148,6 @@ def _transfer(plan: Plan, steps: int) -> Transfer:
     deslo, sent = plan.config.deslo, plan.bytes_at(steps)
     weights = len(sent) if deslo.weights == "samples" and GRADIENTS not in sent else 0
     spreads = sum(len(adaptive(group.periods).keys() & sent.keys()) for group in plan.groups)
-    return Transfer(steps, sent, weights + spreads + sum(max(1, ceil(each / (deslo.bucket_mb << 20))) for each in sent.values()))
+    return Transfer(
+        steps, sent, weights + spreads + sum(max(1, ceil(each / (deslo.bucket_mb << 20))) for each in sent.values())
+    )

@@ -1,7 +1,7 @@
 """A file of JSON objects, one to a line, that nobody waits for: a thread writes what others put.
 
-Whole lines are appended once a second. A process that is killed loses the last second and leaves whole lines, but for the
-last one if it dies within a write: ``Journal`` cuts that off when it goes on, and ``read`` leaves it out.
+Whole lines are appended once a second. A process that is killed loses the last second and leaves whole lines, but for
+the last one if it dies within a write: ``Journal`` cuts that off when it goes on, and ``read`` leaves it out.
 """
 
 import json
@@ -26,8 +26,8 @@ _open: "WeakValueDictionary[Path, Journal]" = WeakValueDictionary()
 
 
 class Journal:
-    """Appends to ``path``, whose folder is made. Raises ``OSError`` if that fails, for a link, for a file that is open here
-    already, and for one that no journal has begun: a ``first`` line begins with other keys.
+    """Appends to ``path``, whose folder is made. Raises ``OSError`` if that fails, for a link, for a file that is open
+    here already, and for one that no journal has begun: a ``first`` line begins with other keys.
 
     What fails later (a full disk) is said once, and the rest of the run is not written.
     """
@@ -45,7 +45,8 @@ class Journal:
         self._close = finalize(self, _end, thread, self._over)  # at the latest when the process ends
 
     def put(self, record: Mapping[str, Any]) -> None:
-        """Will be written; the caller changes it no more. Functions in it are called by the writer, for their values."""
+        """Will be written; the caller changes it no more. Functions in it are called by the writer, for their
+        values."""
         self._waiting.append(record)  # atomic, and wakes nobody
 
     def close(self) -> None:
@@ -55,7 +56,8 @@ class Journal:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a journal, without a last line that is not whole. Raises ``ValueError`` naming a line that is none."""
+    """The records of a journal, without a last line that is not whole. Raises ``ValueError`` naming a line that is
+    none."""
     with path.open() as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
@@ -117,7 +119,9 @@ def _opened(path: Path, first: bytes) -> int:
     head = os.pread(file, len(first), 0) if S_ISREG(os.fstat(file).st_mode) else b"no file"
     if head != first[: len(head)]:
         os.close(file)
-        raise FileExistsError(f"{path} is no telemetry of deslo_plugin and stays as it is: move it, or give another folder")
+        raise FileExistsError(
+            f"{path} is no telemetry of deslo_plugin and stays as it is: move it, or give another folder"
+        )
     os.ftruncate(file, _whole(file))
     return file
 

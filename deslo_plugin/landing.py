@@ -2,10 +2,10 @@
 
     land_(x, local, mean, factor):   x <- x + factor (mean - local)
 
-``x`` is a state as it is now, float32, float64, bfloat16 or float16; ``local`` is what it was when its average was launched,
-and ``mean`` is that average, both float32 or both float64 (for float64 states always). Computed in the dtype of ``mean``,
-stored rounded to nearest. Tensors of one position are contiguous and of one shape, and nothing overlaps ``x``. Bad input raises
-``ValueError`` naming the argument, before anything is written.
+``x`` is a state as it is now, float32, float64, bfloat16 or float16; ``local`` is what it was when its average was
+launched, and ``mean`` is that average, both float32 or both float64 (for float64 states always). Computed in the dtype
+of ``mean``, stored rounded to nearest. Tensors of one position are contiguous and of one shape, and nothing overlaps
+``x``. Bad input raises ``ValueError`` naming the argument, before anything is written.
 
 Here are the schema and the meaning; the native module adds CPU and CUDA kernels, which flush subnormal numbers to zero.
 """

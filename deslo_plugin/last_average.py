@@ -1,4 +1,5 @@
-"""The parameters and buffers as their last average left them, on the host: one model that a rank can save without the others."""
+"""The parameters and buffers as their last average left them, on the host: one model that a rank can save without the
+others."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,8 +16,8 @@ class LastAverage:
     """Copies of this rank's parts, in their own dtypes, made while all replicas hold the same.
 
     Costs one copy of the parameters in the host's memory, and one copy to the host at each of their averages.
-    ``outer``: what lands is not the mean, but what the outer optimizer makes of it, which is the same on all replicas too.
-    """
+    ``outer``: what lands is not the mean, but what the outer optimizer makes of it, which is the same on all replicas
+    too."""
 
     def __init__(self, outer: bool = False):
         self._outer = outer

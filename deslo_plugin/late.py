@@ -1,19 +1,19 @@
 """Averages that land d steps after their launch, as exactly as local steps allow (``deslo.delay``; not in the papers).
 
 An average is launched when t0 steps are complete and lands in ``step()`` when t0 + d - 1 are, before the update: it has
-travelled under d forwards and backwards, and d - 1 updates were made in between, of the local values. d = 1 is the papers'
-order, with no update in between. Momenta are linear recurrences, u <- beta u + (1 - beta) g, so that the mean of the values at
-t0 can be put in after n updates exactly as if it had been there:
+travelled under d forwards and backwards, and d - 1 updates were made in between, of the local values. d = 1 is the
+papers' order, with no update in between. Momenta are linear recurrences, u <- beta u + (1 - beta) g, so that the mean
+of the values at t0 can be put in after n updates exactly as if it had been there:
 
     u_j <- u_j + beta_j^n (E_m[u_j(t0)] - u_j(t0))          n = d - 1, less the steps that were skipped
     v   <- v + beta2^n (E_m[v(t0)] - v(t0))
     x   <- x + prod (1 - lr weight_decay) (E_m[x(t0)] - x(t0))
 
-So what a script writes into a state while its average flies is kept, as an update is: x + (mean - launched). With d = 1, where no
-update is made in between, all replicas average again what was written (``recall``).
+So what a script writes into a state while its average flies is kept, as an update is: x + (mean - launched). With d =
+1, where no update is made in between, all replicas average again what was written (``recall``).
 
-What stays approximate for d > 1: the n gradients were taken at parameters that were not averaged yet, and the n steps of x went
-along momenta that were not.
+What stays approximate for d > 1: the n gradients were taken at parameters that were not averaged yet, and the n steps
+of x went along momenta that were not.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +34,8 @@ class _Kept:
 
 
 class Late:
-    """For each parameter and state whose average flies: the values that were launched, and what updates leave of them."""
+    """For each parameter and state whose average flies: the values that were launched, and what updates leave of
+    them."""
 
     def __init__(self, wire_dtype: torch.dtype):
         self.wire_dtype = wire_dtype
@@ -72,7 +73,9 @@ class Late:
             kept = [self._kept.pop((param, state)) for param in params]
             for factor in {each.factor for each in kept}:
                 seats = [i for i, each in enumerate(kept) if each.factor == factor]
-                x, local, averaged = ([each[i] for i in seats] for each in (states[state], [k.launched for k in kept], mean))
+                x, local, averaged = (
+                    [each[i] for i in seats] for each in (states[state], [k.launched for k in kept], mean)
+                )
                 land_(x, local, averaged, factor)
 
     def holds(self, params: Sequence[Tensor], states: Iterable[str]) -> bool:
@@ -95,4 +98,6 @@ class Late:
 
     def load(self, params: Sequence[Tensor], saved: Sequence[tuple[int, str, Tensor, float]]) -> None:
         """Makes ``saved`` what flies: launched once more when it is to land, from the same values."""
-        self._kept = {(params[i], state): _Kept(launched.to(params[i].device), factor) for i, state, launched, factor in saved}
+        self._kept = {
+            (params[i], state): _Kept(launched.to(params[i].device), factor) for i, state, launched, factor in saved
+        }

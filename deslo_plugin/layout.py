@@ -1,4 +1,5 @@
-"""Tensors that a script has laid out anew, as ``model.to(memory_format=torch.channels_last)`` does, after their states were made."""
+"""Tensors that a script has laid out anew, as ``model.to(memory_format=torch.channels_last)`` does, after their states
+were made."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ from deslo_plugin.shards import local
 
 @contextmanager
 def alike(tensors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The lists ``x``, ``g``, ``u`` (a list of lists) and perhaps ``v`` in the strides of ``x``: copies where they have others,
-    written back at the end, but for ``g``. What of ``x`` has gaps between its elements is copied without."""
-    lists = {name: [local(each) for each in value] if name == "u" else [local(value)] for name, value in tensors.items()}
+    """The lists ``x``, ``g``, ``u`` (a list of lists) and perhaps ``v`` in the strides of ``x``: copies where they have
+    others, written back at the end, but for ``g``. What of ``x`` has gaps between its elements is copied without."""
+    lists = {
+        name: [local(each) for each in value] if name == "u" else [local(value)] for name, value in tensors.items()
+    }
     (x,) = lists["x"]
     strides = [torch.empty_like(each, device="meta").stride() for each in x]
     copies = {name: [_copied(each, strides) for each in of_name] for name, of_name in lists.items()}

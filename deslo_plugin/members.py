@@ -1,9 +1,9 @@
 """Which parameters average: those that train, by what all replicas last found alike.
 
-A script may freeze and unfreeze between steps (``requires_grad_``). A parameter that begins to train takes local steps at once.
-It averages with the others from the next average of parameters on, at which replicas compare what they train: so lists of
-different lengths never meet. One that is frozen takes part in that average once more, and is equal everywhere then.
-"""
+A script may freeze and unfreeze between steps (``requires_grad_``). A parameter that begins to train takes local steps
+at once. It averages with the others from the next average of parameters on, at which replicas compare what they train:
+so lists of different lengths never meet. One that is frozen takes part in that average once more, and is equal
+everywhere then."""
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
@@ -54,7 +54,8 @@ class Members:
         return [param for param in group["params"] if self.averages(param) or trains(param)]
 
     def cohorts(self, groups: Sequence[Group], clock: Clock) -> list[Cohort]:
-        """Those that average, by ``clock``; behind them those that train and do not average yet, which have no periods."""
+        """Those that average, by ``clock``; behind them those that train and do not average yet, which have no
+        periods."""
         cohorts, newcomers = [], []
         for group in groups:
             for cohort in clock.cohorts(group, self.active(group)):
@@ -62,7 +63,8 @@ class Members:
                 new = [param for param in cohort.params if not self.averages(param)]
                 cohorts += [cohort._replace(params=old)] if old or not new else []
                 newcomers += [cohort._replace(params=new, periods={})] if new else []
-        if newcomers and not any(cohort.params for cohort in cohorts):  # nothing averages, at which others could be asked
+        # nothing averages, at which others could be asked
+        if newcomers and not any(cohort.params for cohort in cohorts):
             self.settle(param for cohort in newcomers for param in cohort.params)
             return self.cohorts(groups, clock)
         return cohorts + newcomers
@@ -74,8 +76,8 @@ class Members:
     def agree(self, average: Average, groups: Sequence[Group]) -> int:
         """Compares what is trained over replicas: those that begin average from now on. Returns the bytes sent.
 
-        Collective over all ranks. Raises ``ConfigError`` on every rank where a parameter is trained on some replicas only.
-        """
+        Collective over all ranks. Raises ``ConfigError`` on every rank where a parameter is trained on some replicas
+        only."""
         params = [param for group in groups for param in group["params"]]
         mine = torch.tensor([float(trains(param)) for param in params], dtype=torch.float32, device=params[0].device)
         means = mine.repeat(average.divisor)
@@ -83,8 +85,12 @@ class Members:
         different = [i % len(params) for i, mean in enumerate(means.tolist()) if mean not in (0.0, 1.0)]
         if average.any(bool(different)):
             name = self.name(params[different[0]], groups) if different else "on other ranks"
-            raise ConfigError(f"parameter {name}", "training on every replica or on none (requires_grad)", "on some only",
-                              "freeze and unfreeze alike on every rank")
+            raise ConfigError(
+                f"parameter {name}",
+                "training on every replica or on none (requires_grad)",
+                "on some only",
+                "freeze and unfreeze alike on every rank",
+            )
         self._known |= {param: True for param in params if trains(param)}
         return mine.nbytes
 

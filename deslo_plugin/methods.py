@@ -19,8 +19,8 @@ SYNCHRONOUS, HIDDEN = "synchronous", "synchronous, overlapped"
 
 @dataclass(frozen=True)
 class Job:
-    """``numel`` parameters on ``replicas`` of ``replica_size`` ranks, which hold equal shards; ``steps`` steps that compute for
-    ``step_s`` seconds each. Synchronous training sends gradients in ``gradient_dtype``."""
+    """``numel`` parameters on ``replicas`` of ``replica_size`` ranks, which hold equal shards; ``steps`` steps that
+    compute for ``step_s`` seconds each. Synchronous training sends gradients in ``gradient_dtype``."""
 
     config: Config
     numel: int
@@ -35,8 +35,9 @@ class Job:
         shard = ceil(self.numel / self.replica_size)
         topology = contiguous(self.replicas * self.replica_size, 0, self.replica_size)
         own = config.deslo.sync_every if config.optimizer is None else config.optimizer.periods
-        return make_plan(config, [shard], [periods or own], topology,
-                         gradient_bytes=[shard * GRADIENT_BYTES[self.gradient_dtype]])
+        return make_plan(
+            config, [shard], [periods or own], topology, gradient_bytes=[shard * GRADIENT_BYTES[self.gradient_dtype]]
+        )
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ def methods(job: Job) -> list[Method]:
 
 
 def hiding_delay(job: Job, link: Link) -> int | None:
-    """The smallest ``deslo.delay`` with which nothing is waited for, after the warm-up; None if no delay that the config may
-    have does that."""
+    """The smallest ``deslo.delay`` with which nothing is waited for, after the warm-up; None if no delay that the
+    config may have does that."""
     config, own = job.config, job.plan()
     periods = [period for period in periods_of(config).values() if period]
-    fixed = not config.deslo.overlap or config.optimizer is None or config.optimizer.outer or config.optimizer.reset_momenta
+    fixed = (
+        not config.deslo.overlap or config.optimizer is None or config.optimizer.outer or config.optimizer.reset_momenta
+    )
     moved = transfers(own, job.steps)
     warm_up = forecast(own, link, job.step_s, min(job.steps, config.deslo.synchronous_steps), moved=[]).exposed_s
     longest = max((travel_seconds(own, link, each) for each in moved), default=0.0)

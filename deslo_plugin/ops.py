@@ -3,21 +3,23 @@
 The schema and the meaning of each operator are here, the meaning as a reference made of ``rules.py``. The native module
 ``deslo_plugin._C``, if it was built, adds implementations for CPU and CUDA tensors. All of them
 
-- take params, gradients and copies in float32, bfloat16 or float16 with float32 or bfloat16 momenta, mixed as the model has
+- take params, gradients and copies in float32, bfloat16 or float16 with float32 or bfloat16 momenta, mixed as the model
+has
   them, or all in float64, and compute in float32 or float64;
 - round new values of bfloat16 momenta at random (``rounding.py``), of everything else to nearest;
 - multiply gradients by ``grad_scale``, then clip them to [-clip_value, clip_value], and write nothing if ``found_inf``
   is not 0 (both 0-dim float32 on the params' device);
 - write the new params into ``copy`` too, if it is given: ZeRO's 16-bit weights;
-- take ``t`` and ``lr`` as numbers, or as tensors of one element (any real dtype) on the params' device. CUDA kernels read those
-  there, so that the host does not wait and a CUDA graph that captured the call uses their values at replay. Bias corrections
-  and ADOPT's t^(1/4) are formed in float64 on either side; on the CPU results are those of the numbers, on CUDA within one
-  rounding of such a factor (2^-23 of a float32 update);
+- take ``t`` and ``lr`` as numbers, or as tensors of one element (any real dtype) on the params' device. CUDA kernels
+read those
+  there, so that the host does not wait and a CUDA graph that captured the call uses their values at replay. Bias
+  corrections and ADOPT's t^(1/4) are formed in float64 on either side; on the CPU results are those of the numbers, on
+  CUDA within one rounding of such a factor (2^-23 of a float32 update);
 - want tensors of one position in one shape and in one dense layout, contiguous or permuted, and no two written tensors
   on the same memory. They raise ``ValueError`` naming the argument, before anything is written.
 
-The native kernels flush subnormal numbers to zero. Their results do not depend on the number of threads nor, bit for bit,
-on the instruction set.
+The native kernels flush subnormal numbers to zero. Their results do not depend on the number of threads nor, bit for
+bit, on the instruction set.
 """
 
 import importlib
@@ -41,10 +43,18 @@ from deslo_plugin.shards import local
 
 MAX_MOMENTA = 16
 
-_TENSORS = {"x": "Tensor(a!)[] x", "g": "Tensor[] g", "u": "Tensor(b!)[] u", "v": "Tensor(c!)[] v", "copy": "Tensor(d!)[] copy"}
+_TENSORS = {
+    "x": "Tensor(a!)[] x",
+    "g": "Tensor[] g",
+    "u": "Tensor(b!)[] u",
+    "v": "Tensor(c!)[] v",
+    "copy": "Tensor(d!)[] copy",
+}
 _NUMBERS = "int t, float lr, float weight_decay, float[] betas, float[] weights"
-_OPTIONS = ("float? clip_value=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? t_tensor=None, "
-            "Tensor? lr_tensor=None")
+_OPTIONS = (
+    "float? clip_value=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? t_tensor=None, "
+    "Tensor? lr_tensor=None"
+)
 _SCALARS = {"t": torch.int64, "lr": torch.float64}  # numbers that may be tensors
 _SECOND_MOMENT = {"sgdm": "", "adam": "float beta2, float eps, bool bias_correction", "adopt": "float beta2, float eps"}
 
@@ -88,9 +98,20 @@ def reference(rule: str) -> Callable[..., None]:
     """The operator made of torch's own, with the same arguments: checks, casts, and the rule of ``rules.py``."""
 
     def update(
-        x: Tensors, g: Tensors, u: Tensors, *more: Tensors, t: int, lr: float, betas: Sequence[float], weights: Sequence[float],
-        clip_value: float | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
-        t_tensor: Tensor | None = None, lr_tensor: Tensor | None = None, **numbers: Any,
+        x: Tensors,
+        g: Tensors,
+        u: Tensors,
+        *more: Tensors,
+        t: int,
+        lr: float,
+        betas: Sequence[float],
+        weights: Sequence[float],
+        clip_value: float | None = None,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        t_tensor: Tensor | None = None,
+        lr_tensor: Tensor | None = None,
+        **numbers: Any,
     ) -> None:
         *v, copy = more
         scalars = {"grad_scale": grad_scale, "found_inf": found_inf, "t": t_tensor, "lr": lr_tensor}
@@ -120,23 +141,39 @@ def reference(rule: str) -> Callable[..., None]:
 
 def _wide(tensors: Tensors, states: Tensors) -> Tensors:
     """Tensors in the dtypes that ``states`` are computed in; the tensors themselves where they have it."""
-    return [tensor.to(torch.float64 if s.dtype == torch.float64 else torch.float32) for tensor, s in zip(tensors, states)]
+    return [
+        tensor.to(torch.float64 if s.dtype == torch.float64 else torch.float32) for tensor, s in zip(tensors, states)
+    ]
 
 
 @cache
 def _say_slow(device: str) -> None:
     if _MISFIT:
         return say(
-            f"deslo: deslo_plugin._C does not fit torch {torch.__version__} ({_MISFIT}): updates run on torch's operators, "
-            "several times slower; build it again with pip install --no-build-isolation (it needs torch 2.10), or leave it out with "
-            "DESLO_NATIVE=off", logging.WARNING)
-    say(f"deslo: no native kernels for {device} tensors: updates run on torch's operators, several times slower; "
-        f"DESLO_NATIVE={'cuda' if device == 'cuda' else 'cpu'} pip install --no-build-isolation builds them or says why not")
+            f"deslo: deslo_plugin._C does not fit torch {torch.__version__} ({_MISFIT}): updates run on torch's "
+            f"operators, "
+            "several times slower; build it again with pip install --no-build-isolation (it needs torch 2.10), or "
+            "leave it out with "
+            "DESLO_NATIVE=off",
+            logging.WARNING,
+        )
+    say(
+        f"deslo: no native kernels for {device} tensors: updates run on torch's operators, several times slower; "
+        f"DESLO_NATIVE={'cuda' if device == 'cuda' else 'cpu'} pip install --no-build-isolation builds them or says "
+        f"why not"
+    )
 
 
 def _check(
-    x: Tensors, g: Tensors, u: Tensors, v: Sequence[Tensors], copy: Tensors, betas: Sequence[float],
-    weights: Sequence[float], clip_value: float | None, scalars: Mapping[str, Tensor | None],
+    x: Tensors,
+    g: Tensors,
+    u: Tensors,
+    v: Sequence[Tensors],
+    copy: Tensors,
+    betas: Sequence[float],
+    weights: Sequence[float],
+    clip_value: float | None,
+    scalars: Mapping[str, Tensor | None],
 ) -> None:
     """What csrc/launch.h refuses, in its words."""
     if not 1 <= len(betas) <= MAX_MOMENTA:
@@ -164,7 +201,9 @@ def _check(
     lists = {"x": x, **lists}
     for name, tensors in lists.items():
         for index, tensor in enumerate(tensors):
-            _check_tensor(f"{name}[{index}]", tensor, x[index % len(x)], index % len(x), u[index % len(x)].dtype, x[0].device)
+            _check_tensor(
+                f"{name}[{index}]", tensor, x[index % len(x)], index % len(x), u[index % len(x)].dtype, x[0].device
+            )
     refuse_overlap(lists, written=lists.keys() - {"g"})
 
 
@@ -209,8 +248,8 @@ def _define() -> None:
 
 
 def _load() -> str:
-    """Imports the native module after its operators are defined; without it, or with one for another torch, ``_say_slow`` says
-    why at the first update: rank 0 is known then."""
+    """Imports the native module after its operators are defined; without it, or with one for another torch,
+    ``_say_slow`` says why at the first update: rank 0 is known then."""
     global _MISFIT
     if importlib.util.find_spec("deslo_plugin._C") is None:
         return "python"

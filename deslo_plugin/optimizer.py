@@ -36,9 +36,10 @@ class DesLoc(torch.optim.Optimizer):
         armed: False defers everything until ``attach``; steps do nothing until then.
 
     State of each parameter, float32 (float64 for float64 parameters) unless said otherwise: the momenta under their
-    names (bfloat16 if ``state_dtype`` says so: rounded at random by the rule, to nearest where an average lands), ``step``
-    (completed steps, 0-dim int64 on the CPU) and ``origin`` (likewise), of momenta with adaptive periods ``<name>_every``
-    (likewise), and with an outer optimizer ``outer_params`` and ``outer_momentum``. A frozen parameter has none until it trains.
+    names (bfloat16 if ``state_dtype`` says so: rounded at random by the rule, to nearest where an average lands),
+    ``step`` (completed steps, 0-dim int64 on the CPU) and ``origin`` (likewise), of momenta with adaptive periods
+    ``<name>_every`` (likewise), and with an outer optimizer ``outer_params`` and ``outer_momentum``. A frozen parameter
+    has none until it trains.
 
     Raises ``ConfigError`` for a config that cannot be meant; from ``step``, ``NonFiniteError`` if any replica brings
     NaN or inf to an average, and ``AverageError`` if an average times out.
@@ -63,8 +64,12 @@ class DesLoc(torch.optim.Optimizer):
             raise ConfigError("DesLoc", "a config or keyword arguments", f"both ({', '.join(options)})", "keep one")
         self.config = load_config(config if config is not None else {"optimizer": {"params": options}})
         if self.config.optimizer is None:
-            raise ConfigError("DesLoc", 'a config of "type": "DesLoc"', "one for a stock optimizer (deslo.sync_every)",
-                              "move the periods to optimizer.params.sync_every")
+            raise ConfigError(
+                "DesLoc",
+                'a config of "type": "DesLoc"',
+                "one for a stock optimizer (deslo.sync_every)",
+                "move the periods to optimizer.params.sync_every",
+            )
         self._emit, self.armed = emit, False
         optimizer = self.config.optimizer
         rate = lr if isinstance(lr, Tensor) else optimizer.lr
@@ -78,7 +83,9 @@ class DesLoc(torch.optim.Optimizer):
         optimizer = self.config.optimizer
         self._rule = RULES[optimizer.rule]
         self._constants: dict[str, Any] = {
-            "betas": optimizer.betas, "weights": optimizer.weights, "clip_value": optimizer.clip_value
+            "betas": optimizer.betas,
+            "weights": optimizer.weights,
+            "clip_value": optimizer.clip_value,
         }
         if optimizer.beta2 is not None:
             self._constants |= {"beta2": optimizer.beta2, "eps": optimizer.eps}
@@ -87,7 +94,8 @@ class DesLoc(torch.optim.Optimizer):
 
     def attach(self, average: Average, params: Any, emit: Callable[[SyncEvent], object] | None = None) -> None:
         """Creates the state of ``params`` where none was loaded, connects the transport and arms ``step``."""
-        trained = {param: state for param, state in self.state.items() if state.get(STEP)}  # not those that are as they were made
+        # not those that are as they were made
+        trained = {param: state for param, state in self.state.items() if state.get(STEP)}
         self.state.clear()
         for param in params:
             if param in trained:
@@ -97,8 +105,15 @@ class DesLoc(torch.optim.Optimizer):
         self._unattached = self._unattached and isinstance(average, Alone)
         self._clock = ParameterClock(self, self._create_state)
         bounds = self.config.optimizer.bounds
-        self.averaging = Averaging(self, self.config.deslo, average, self._clock, receive=self._receive,
-                                   bounds=lambda group: bounds, emit=emit or self._emit)
+        self.averaging = Averaging(
+            self,
+            self.config.deslo,
+            average,
+            self._clock,
+            receive=self._receive,
+            bounds=lambda group: bounds,
+            emit=emit or self._emit,
+        )
         self.armed = True
 
     @property
@@ -123,8 +138,12 @@ class DesLoc(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every replica's own, after or before the averages that are due: Algorithm 1."""
         if self.armed and self._unattached and left_alone():
-            raise ConfigError("DesLoc.step", "deslo_plugin.attach(model, optimizer) before the first step", "none in a world of "
-                              "several ranks", "attach it, or say average=Alone() for an optimizer that averages nothing")
+            raise ConfigError(
+                "DesLoc.step",
+                "deslo_plugin.attach(model, optimizer) before the first step",
+                "none in a world of several ranks",
+                "attach it, or say average=Alone() for an optimizer that averages nothing",
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -181,8 +200,12 @@ class DesLoc(torch.optim.Optimizer):
 
     def _refuse_sparse(self, params: Sequence[Tensor]) -> None:
         for param in (param for param in params if param.grad.layout != torch.strided):
-            raise ConfigError(f"gradient of parameter {self.averaging.members.name(param, self.param_groups)}", "a dense one",
-                              str(param.grad.layout), "build its module with sparse=False, or attach SparseAdam for it")
+            raise ConfigError(
+                f"gradient of parameter {self.averaging.members.name(param, self.param_groups)}",
+                "a dense one",
+                str(param.grad.layout),
+                "build its module with sparse=False, or attach SparseAdam for it",
+            )
 
     def _left(self, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
         """What update ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""
@@ -205,12 +228,20 @@ class DesLoc(torch.optim.Optimizer):
         """A state without updates, at step ``clock``."""
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         if dtype == torch.float64 and self.config.deslo.wire_dtype != "float64":
-            raise ConfigError("deslo.wire_dtype", "'float64' for float64 parameters", "'float32'",
-                              "set it: float32 averages would round their states")
+            raise ConfigError(
+                "deslo.wire_dtype",
+                "'float64' for float64 parameters",
+                "'float32'",
+                "set it: float32 averages would round their states",
+            )
         optimizer, state = self.config.optimizer, self.state[param]
         if dtype == torch.float64 and optimizer.state_dtype == "bfloat16":
-            raise ConfigError("optimizer.params.state_dtype", "'float32' with float64 parameters", "'bfloat16'",
-                              "remove it: float64 parameters have float64 momenta")
+            raise ConfigError(
+                "optimizer.params.state_dtype",
+                "'float32' with float64 parameters",
+                "'bfloat16'",
+                "remove it: float64 parameters have float64 momenta",
+            )
         moment_dtype = torch.bfloat16 if optimizer.state_dtype == "bfloat16" else dtype
         for counter in self._counters:
             state[counter] = torch.tensor(clock if counter in (STEP, ORIGIN) else 0, dtype=torch.int64, device="cpu")
@@ -230,10 +261,10 @@ class DesLoc(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads states and drops averages in flight; the periods, and the dtypes of states, stay those of the config.
 
-        The state dict of a plain Adam(W) is taken over: the clock is the most often updated parameter's ``step``, and every
-        parameter keeps its own count of updates for bias correction. Collective once it is attached. Raises ``ConfigError``
-        on every rank, before anything is written, for other states than the config's, or another step on some rank.
-        """
+        The state dict of a plain Adam(W) is taken over: the clock is the most often updated parameter's ``step``, and
+        every parameter keeps its own count of updates for bias correction. Collective once it is attached. Raises
+        ``ConfigError`` on every rank, before anything is written, for other states than the config's, or another step
+        on some rank."""
         states, clock = self._own_form(state_dict)
         if self.armed:
             self._call("DesLoc.load_state_dict", f"{len(state_dict['param_groups'])} param group(s) of step {clock}")
@@ -243,7 +274,8 @@ class DesLoc(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for group, before in zip(self.param_groups, own):
             group.update({key: value for key, value in before.items() if key == "sync_every" or key not in group})
-        # torch casts floating states to the parameter's dtype, and would round the float32 momenta of bfloat16 parameters
+        # torch casts floating states to the parameter's dtype, and would round the float32 momenta of bfloat16
+        # parameters
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
             if param not in states and trains(param):
                 self._create_state(param, clock)
@@ -256,8 +288,11 @@ class DesLoc(torch.optim.Optimizer):
         """Parameter -> the states that ``state_dict`` has of it, in full, and the furthest step of all."""
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
-        states = {param: {name: torch.as_tensor(value) for name, value in state.items() if value is not None}
-                  for index, param in zip(saved, params) if (state := state_dict["state"].get(index))}
+        states = {
+            param: {name: torch.as_tensor(value) for name, value in state.items() if value is not None}
+            for index, param in zip(saved, params)
+            if (state := state_dict["state"].get(index))
+        }
         clock = max((int(state.get(STEP, 0)) for state in states.values()), default=0)
         optimizer = self.config.optimizer
         wanted = [*optimizer.moments, *((OUTER_PARAMS, OUTER_MOMENTUM) if optimizer.outer else ())]
@@ -272,8 +307,12 @@ class DesLoc(torch.optim.Optimizer):
             if STEP not in state or names != sorted(wanted) or any(shape != tuple(param.shape) for shape in shapes):
                 got = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes))
                 raise ConfigError(
-                    "DesLoc.load_state_dict", f"step and {', '.join(wanted)} of shape {list(param.shape)}", got or "none of them",
-                    "load the states of an optimizer with these momenta and param groups in this order, or begin with fresh ones")
+                    "DesLoc.load_state_dict",
+                    f"step and {', '.join(wanted)} of shape {list(param.shape)}",
+                    got or "none of them",
+                    "load the states of an optimizer with these momenta and param groups in this order, or begin "
+                    "with fresh ones",
+                )
         return states, clock
 
     def __getstate__(self) -> dict[str, Any]:

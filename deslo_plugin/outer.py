@@ -12,8 +12,13 @@ def mean_(x: Sequence[Tensor], averaged: Sequence[Tensor]) -> None:
 
 
 def nesterov_(
-    x: Sequence[Tensor], averaged: Sequence[Tensor], anchor: Sequence[Tensor], momentum: Sequence[Tensor],
-    *, lr: float, beta: float,
+    x: Sequence[Tensor],
+    averaged: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    momentum: Sequence[Tensor],
+    *,
+    lr: float,
+    beta: float,
 ) -> None:
     """Nesterov step along the averaged progress, from ``anchor``, the parameters after the last outer step.
 

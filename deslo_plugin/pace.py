@@ -23,7 +23,8 @@ class Pace:
         self._waited += seconds
 
     def reached(self, steps: int) -> None:
-        """``steps`` steps are complete; said again for the same ones, it changes nothing. Fewer than before are a new start."""
+        """``steps`` steps are complete; said again for the same ones, it changes nothing. Fewer than before are a new
+        start."""
         before, start = self._since or (steps, 0.0)
         if steps == before and self._since:
             return
@@ -34,7 +35,8 @@ class Pace:
 
 
 class Stragglers:
-    """Says once of a replica that it is slower than the median of all by more than a quarter, three averages in a row."""
+    """Says once of a replica that it is slower than the median of all by more than a quarter, three averages in a
+    row."""
 
     def __init__(self) -> None:
         self._in_a_row: Counter[int] = Counter()
@@ -45,5 +47,9 @@ class Stragglers:
         for replica, rate in rates.items():
             self._in_a_row[replica] = self._in_a_row[replica] + 1 if rate < (1 - SLOWER) * middle else 0
             if self._in_a_row[replica] == IN_A_ROW:
-                say(f"deslo: replica {replica} is slow: {rate:.3g} steps/s at {IN_A_ROW} averages in a row, where the median of "
-                    f"{len(rates)} replicas is now {middle:.3g}; the others wait for it", logging.WARNING)
+                say(
+                    f"deslo: replica {replica} is slow: {rate:.3g} steps/s at {IN_A_ROW} averages in a row, where "
+                    f"the median of "
+                    f"{len(rates)} replicas is now {middle:.3g}; the others wait for it",
+                    logging.WARNING,
+                )

@@ -55,7 +55,9 @@ def read_momenta(reader: Reader, *, adaptive: bool) -> Momenta:
     total = math.fsum(weight for _, weight in first)
     if total > 1 + 1e-9:
         reader.refuse(
-            "momenta", "weights that sum to at most 1", f"{total:g}",
+            "momenta",
+            "weights that sum to at most 1",
+            f"{total:g}",
             "lower them: what is left of 1 is the weight of the raw gradient",
         )
     beta2 = None
@@ -112,8 +114,12 @@ def group_periods(sync_every: Any, periods: Schedule, beta_of: Mapping[str, floa
     own.finish()
     for state, bounds in adaptive(resolved).items():
         if bounds.min % resolved[PARAMS]:
-            raise ConfigError(f"{where}.sync_every.{state}", f"a multiple of {resolved[PARAMS]}, this group's period of {PARAMS}, "
-                              "as min", f"{bounds.min}, the config's", f"give {state} a period here as well")
+            raise ConfigError(
+                f"{where}.sync_every.{state}",
+                f"a multiple of {resolved[PARAMS]}, this group's period of {PARAMS}, as min",
+                f"{bounds.min}, the config's",
+                f"give {state} a period here as well",
+            )
     return resolved
 
 
@@ -124,11 +130,15 @@ def _period(reader: Reader, state: str, beta: float | None, params: int) -> int 
     """
     asked = adaptive_asked(reader, state)
     if beta is None:
-        return reader.whole(state, params, hint="give steps: adaptive periods are multiples of this one" if asked else "")
+        return reader.whole(
+            state, params, hint="give steps: adaptive periods are multiples of this one" if asked else ""
+        )
     if asked:
         return _adaptive(reader, state, params)
     hint = f"(the half-life of beta {beta:g} is {half_life(beta):.1f} steps)"
-    period = reader.whole(state, also=("half_life", None), hint=f'give steps, "half_life" {hint}, "adaptive", or null for never')
+    period = reader.whole(
+        state, also=("half_life", None), hint=f'give steps, "half_life" {hint}, "adaptive", or null for never'
+    )
     return half_life_period(beta) if period == "half_life" else period
 
 
@@ -148,9 +158,13 @@ def _adaptive(reader: Reader, state: str, params: int) -> Adaptive:
     drift = bounds.number("drift", DRIFT)
     bounds.finish()
     if shortest % params:
-        bounds.refuse("min", f"a multiple of {params}, the period of {PARAMS}", str(shortest), "averages must fall together")
+        bounds.refuse(
+            "min", f"a multiple of {params}, the period of {PARAMS}", str(shortest), "averages must fall together"
+        )
     if longest not in (shortest << doubled for doubled in range(1, 64)):
-        bounds.refuse("max", f"{shortest} (min) times 2, 4, 8, ...", str(longest), "correct it; for one period write its steps")
+        bounds.refuse(
+            "max", f"{shortest} (min) times 2, 4, 8, ...", str(longest), "correct it; for one period write its steps"
+        )
     if drift == 0:
         bounds.refuse("drift", "a number > 0", "0", f"write {shortest} to average at the shortest period always")
     return Adaptive(shortest, longest, drift)

@@ -27,7 +27,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Measured:
-    """``gbit_per_s`` of one replica towards the others, all its ranks together; ``latency_ms`` of one all-reduce of 4 bytes."""
+    """``gbit_per_s`` of one replica towards the others, all its ranks together; ``latency_ms`` of one all-reduce of 4
+    bytes."""
 
     gbit_per_s: Spread
     latency_ms: Spread
@@ -44,8 +45,8 @@ class Measured:
 def probe(groups: Groups, device: torch.device, *, nbytes: int, rounds: int, timeout_s: float = 60.0) -> Measured:
     """B and l of 2 b/B (1 - 1/M) + l, from ``rounds`` samples each of ``nbytes`` float32 from every rank.
 
-    Needs two replicas or more. Collective over all ranks; every rank gets the same answer. Raises ``AverageError`` if a rank
-    does not answer within ``timeout_s`` seconds.
+    Needs two replicas or more. Collective over all ranks; every rank gets the same answer. Raises ``AverageError`` if a
+    rank does not answer within ``timeout_s`` seconds.
     """
     topology = groups.topology
     average = ReplicaAverage(groups, timeout_s=timeout_s)
@@ -64,7 +65,9 @@ def probe(groups: Groups, device: torch.device, *, nbytes: int, rounds: int, tim
     typical = median(latency)
     moved = Link(1.0).seconds(large.nbytes * topology.replica_size, topology.replicas)  # seconds at 1 Gbit/s
     bandwidth = [moved / max(seconds - typical, 1e-9) for seconds in _samples(groups, calls(large, 1), rounds)]
-    return Measured(_spread(bandwidth), _spread([1e3 * each for each in latency]), topology.replicas, large.nbytes, rounds)
+    return Measured(
+        _spread(bandwidth), _spread([1e3 * each for each in latency]), topology.replicas, large.nbytes, rounds
+    )
 
 
 def _samples(groups: Groups, run: Callable[[], None], rounds: int) -> list[float]:

@@ -1,11 +1,11 @@
 """Who is late: how far each rank has come and how fast, as a note of its own in the world's store.
 
-A note is written at every launch of an average and read by nobody until an average fails or somebody asks: nothing is added
-to what travels between replicas. Writing one never waits for the store's host (a TCP store's ``set`` has no answer), and
-reading waits for a moment at most.
+A note is written at every launch of an average and read by nobody until an average fails or somebody asks: nothing is
+added to what travels between replicas. Writing one never waits for the store's host (a TCP store's ``set`` has no
+answer), and reading waits for a moment at most.
 
-A call that every rank must make, such as a save, begins with a roll call in the same store: who made it alone learns that as
-soon as another goes on without it, not when a collective times out.
+A call that every rank must make, such as a save, begins with a roll call in the same store: who made it alone learns
+that as soon as another goes on without it, not when a collective times out.
 """
 
 import json
@@ -28,11 +28,13 @@ from deslo_plugin.topology import Topology
 
 Answer = TypeVar("Answer")
 MOMENT = 5.0  # seconds in which those that still live answer
-LOOK_EVERY, PATIENCE = 1.0, 30.0  # seconds of a roll call: between looks at who goes on without it, and until it is said
+# seconds of a roll call: between looks at who goes on without it, and until it is said
+LOOK_EVERY, PATIENCE = 1.0, 30.0
 
 
 class _Board:
-    """Two connections with the store of a world, so that nobody who writes waits for an answer to somebody who reads."""
+    """Two connections with the store of a world, so that nobody who writes waits for an answer to somebody who
+    reads."""
 
     def __init__(self, world: dist.ProcessGroup):
         store = world.get_group_store()
@@ -44,9 +46,9 @@ _boards: "WeakKeyDictionary[dist.ProcessGroup, _Board]" = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Note:
-    """What a rank says of itself: ``launches`` of averages so far, the last one after ``steps`` steps, ``at`` (seconds since
-    the epoch), at ``rate`` steps per second, the last launch that it has ``given_up``, how many ``calls`` it has made that every
-    rank must make, ``inside`` which it is now, and how many ``changes`` of what is averaged."""
+    """What a rank says of itself: ``launches`` of averages so far, the last one after ``steps`` steps, ``at`` (seconds
+    since the epoch), at ``rate`` steps per second, the last launch that it has ``given_up``, how many ``calls`` it has
+    made that every rank must make, ``inside`` which it is now, and how many ``changes`` of what is averaged."""
 
     launches: int = 0
     steps: int = 0
@@ -59,7 +61,8 @@ class Note:
 
 
 class Progress:
-    """The notes of all ranks of ``topology``, which are those of ``world``. Every rank makes its own, in the same order.
+    """The notes of all ranks of ``topology``, which are those of ``world``. Every rank makes its own, in the same
+    order.
 
     Ranks of one group launch the same averages in the same order, so that the count of launches names an average.
     """
@@ -91,20 +94,22 @@ class Progress:
         self._pace.waited(seconds)
 
     def given_up(self, ranks: Iterable[int], launch: int) -> list[int]:
-        """Those of ``ranks`` that were seen to have given up average number ``launch``; looks again without waiting for it."""
+        """Those of ``ranks`` that were seen to have given up average number ``launch``; looks again without waiting for
+        it."""
         self._look_around(self._seen.update)
         return [rank for rank in ranks if rank in self._seen and self._seen[rank].given_up >= launch]
 
     def alone(self, ranks: Iterable[int]) -> list[int]:
-        """Those of ``ranks`` that were seen to wait in a call that this rank has not come to; looks again as ``given_up`` does."""
+        """Those of ``ranks`` that were seen to wait in a call that this rank has not come to; looks again as
+        ``given_up`` does."""
         self._look_around(self._seen.update)
         return [rank for rank in ranks if rank in self._seen and self._seen[rank].changes > self._note.changes]
 
     def change(self, what: str, traits: str, timeout_s: float) -> None:
         """Waits until every rank has come to the same change of what is averaged. Collective, through the store.
 
-        ``traits``: what must be alike. Raises ``ConfigError`` on every rank if they differ, or if some rank does not come:
-        whoever waits for an average from here notices it, and gives up.
+        ``traits``: what must be alike. Raises ``ConfigError`` on every rank if they differ, or if some rank does not
+        come: whoever waits for an average from here notices it, and gives up.
         """
         given_up = self._note.given_up
         self._write(replace(self._note, changes=self._note.changes + 1))
@@ -118,31 +123,39 @@ class Progress:
             left = [rank for rank, note in notes.items() if note.given_up > max(given_up, self.launches)]
             if left or time.monotonic() > deadline:
                 absent = [rank for rank, note in notes.items() if note.changes < self._note.changes]
-                raise ConfigError(what, "the same call on every rank", f"none on rank(s) {left or absent}", "call it on every rank")
+                raise ConfigError(
+                    what, "the same call on every rank", f"none on rank(s) {left or absent}", "call it on every rank"
+                )
             time.sleep(0.02)
         if store.check([f"{key} refused"]):
-            raise ConfigError(what, f"{reference!r} on every rank", repr(store.get(f"{key} refused").decode()),
-                              "call it alike on every rank, at the same step")
+            raise ConfigError(
+                what,
+                f"{reference!r} on every rank",
+                repr(store.get(f"{key} refused").decode()),
+                "call it alike on every rank, at the same step",
+            )
 
     def rates(self) -> dict[int, float]:
-        """Replica -> steps per second of its slowest rank between its last two averages, without what it waited for others.
+        """Replica -> steps per second of its slowest rank between its last two averages, without what it waited for
+        others.
 
-        A replica that has not come to two averages yet is absent. Not collective. Raises ``TimeoutError`` if the store's host
-        does not answer.
+        A replica that has not come to two averages yet is absent. Not collective. Raises ``TimeoutError`` if the
+        store's host does not answer.
         """
         notes = self._read(self.topology.ranks)
         if notes is None:
-            raise TimeoutError(f"step_rates(): expected an answer of the world's store within {MOMENT:g} s, got none; "
-                               "its host is gone")
+            raise TimeoutError(
+                f"step_rates(): expected an answer of the world's store within {MOMENT:g} s, got none; its host is gone"
+            )
         return self._by_replica(notes)
 
     @contextmanager
     def together(self, call: str, timeout_s: float) -> Iterator[None]:
         """The body is ``call``, which every rank must make: it begins once all have come. Collective.
 
-        Raises ``ConfigError`` for a call that other ranks cannot make any more, since they have gone on to an average after it or
-        to another such call, or have not made within ``timeout_s``; nothing has been sent then, and training can go on.
-        """
+        Raises ``ConfigError`` for a call that other ranks cannot make any more, since they have gone on to an average
+        after it or to another such call, or have not made within ``timeout_s``; nothing has been sent then, and
+        training can go on."""
         outer = self._note
         self._write(replace(outer, calls=outer.calls + 1, inside=call))
         try:
@@ -170,12 +183,22 @@ class Progress:
                 if absent and come(0) < everyone:
                     time.sleep(2 * LOOK_EVERY)  # others that wait in another call shall see this one
                     come(-1)
-                    raise ConfigError(call, "a call on every rank", absent, "move it out of `if rank == 0:` and the like: it is "
-                                      "collective, and only what writes its result belongs there")
+                    raise ConfigError(
+                        call,
+                        "a call on every rank",
+                        absent,
+                        "move it out of `if rank == 0:` and the like: it is "
+                        "collective, and only what writes its result belongs there",
+                    )
                 if waited > PATIENCE and not said:
                     said = True
-                    say(f"deslo: rank {self.topology.rank} has waited {PATIENCE:g} s in {call} for others to call it too: every "
-                        "rank must, so not inside `if rank == 0:`", logging.WARNING, anywhere=True)
+                    say(
+                        f"deslo: rank {self.topology.rank} has waited {PATIENCE:g} s in {call} for others to call it "
+                        f"too: every "
+                        "rank must, so not inside `if rank == 0:`",
+                        logging.WARNING,
+                        anywhere=True,
+                    )
             time.sleep(min(0.001 + waited / 32, 0.1))
             here = come(0)
 
@@ -208,8 +231,10 @@ class Progress:
                 break
             time.sleep(0.05)
         if known is None:
-            return (f"the store that knows who is late gave no answer in {MOMENT:g} s: its host, rank 0 or the launcher's "
-                    "first node, may be what died")
+            return (
+                f"the store that knows who is late gave no answer in {MOMENT:g} s: its host, rank 0 or the launcher's "
+                "first node, may be what died"
+            )
         told = [f"rank {rank} has not come to it ({_last(known[rank])})" for rank in behind]
         told += [f"rank {rank} came to it and has said nothing since ({_last(known[rank])})" for rank in silent]
         return ", ".join(told) or "every rank came to it and lives: the link between them is broken or too slow"
@@ -220,6 +245,7 @@ class Progress:
 
     def _look_around(self, then: Callable[[dict[int, Note]], object]) -> None:
         """``then(notes)`` soon, unless a look is under way: the store may be far, and training goes on."""
+
         def look() -> None:
             if notes := self._read(self.topology.ranks):
                 then(notes)
@@ -248,7 +274,9 @@ class Progress:
 def _last(note: Note) -> str:
     """When a rank was last heard of, by the clocks of the two hosts."""
     ago = f"{max(0.0, time.time() - note.at):.1f} s ago"
-    last = f"its last average was after step {note.steps}, {ago}" if note.launches else f"no average yet, attached {ago}"
+    last = (
+        f"its last average was after step {note.steps}, {ago}" if note.launches else f"no average yet, attached {ago}"
+    )
     return last + (f"; it is in {note.inside}, which every rank must call" if note.inside else "")
 
 

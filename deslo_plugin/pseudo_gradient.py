@@ -1,9 +1,9 @@
 """How well replicas agree on where to go: the worker-to-global cosine of the pseudo-gradient (arXiv 2510.05361).
 
-Between two averages replica m moves its parameters by Delta_m = x_m - a, with a the parameters after the last average. The
-cosine of Delta_m and the mean of all of them is that of the papers' figures. It needs a, a copy of this rank's parameters, and
-a pass of its own at each average; hence only where it is asked for (``deslo.telemetry.pseudo_gradient``).
-"""
+Between two averages replica m moves its parameters by Delta_m = x_m - a, with a the parameters after the last average.
+The cosine of Delta_m and the mean of all of them is that of the papers' figures. It needs a, a copy of this rank's
+parameters, and a pass of its own at each average; hence only where it is asked for
+(``deslo.telemetry.pseudo_gradient``)."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,7 +22,8 @@ Receive = Callable[[Cohort, States, States], None]
 
 
 class PseudoGradient:
-    """Wraps what writes landed means, and emits a ``SyncEvent`` with the drift of ``pseudo_gradient`` after each of them.
+    """Wraps what writes landed means, and emits a ``SyncEvent`` with the drift of ``pseudo_gradient`` after each of
+    them.
 
     The first average of a parameter, and the first after a load, only sets what the next is measured from.
     """
@@ -38,7 +39,8 @@ class PseudoGradient:
         anchors = [self._anchors.get(param, (None, None)) for param in cohort.params]
         sums = [
             measure([(x - anchor).flatten()], [(mean - anchor).flatten()])  # one by one: two copies of one, not of all
-            for x, mean, (steps, anchor) in zip(states[PARAMS], means[PARAMS], anchors) if steps == last
+            for x, mean, (steps, anchor) in zip(states[PARAMS], means[PARAMS], anchors)
+            if steps == last
         ]
         if len(sums) == len(anchors):
             drift = drift_of(torch.stack(sums).sum(0))

@@ -1,9 +1,10 @@
-"""May what flies land? Asked of all replicas by one small average, whenever something is due, as everything lands or nothing.
+"""May what flies land? Asked of all replicas by one small average, whenever something is due, as everything lands or
+nothing.
 
-An average is launched at the end of a step and lands at the begin of the next. What a script writes into the states meanwhile
-(clamped weights, rows that start anew, a load), on one replica or on all, would be lost under the mean of what was launched. So
-each replica compares what there is with what it launched, by a fingerprint. If any finds another, or has nothing in flight, all
-drop what flies and average what is there now: overlap changes no result.
+An average is launched at the end of a step and lands at the begin of the next. What a script writes into the states
+meanwhile (clamped weights, rows that start anew, a load), on one replica or on all, would be lost under the mean of
+what was launched. So each replica compares what there is with what it launched, by a fingerprint. If any finds another,
+or has nothing in flight, all drop what flies and average what is there now: overlap changes no result.
 """
 
 import time
@@ -23,8 +24,8 @@ MOVED = 2.0**20  # a replica trains other parameters than before: one is enough 
 
 @dataclass(frozen=True)
 class Answer:
-    """What replicas said before an average: ``written`` and ``moved`` hold on any of them. ``seconds`` were waited for it, and
-    ``bytes`` sent beside the average or in vain, by state."""
+    """What replicas said before an average: ``written`` and ``moved`` hold on any of them. ``seconds`` were waited for
+    it, and ``bytes`` sent beside the average or in vain, by state."""
 
     written: bool = False
     moved: bool = False
@@ -33,8 +34,12 @@ class Answer:
 
     def joined(self, other: "Answer") -> "Answer":
         """Both as one."""
-        return Answer(self.written or other.written, self.moved or other.moved, self.seconds + other.seconds,
-                      self.bytes + other.bytes)
+        return Answer(
+            self.written or other.written,
+            self.moved or other.moved,
+            self.seconds + other.seconds,
+            self.bytes + other.bytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Question:
     work: Work
 
     def answer(self) -> Answer:
-        """Waits for it. The same on every rank. Collective over the replica's ranks. Raises ``AverageError`` on a time-out."""
+        """Waits for it. The same on every rank. Collective over the replica's ranks. Raises ``AverageError`` on a
+        time-out."""
         start = time.perf_counter()
         self.work.wait()
         said = float(self.chunk.max())
@@ -66,12 +72,20 @@ class Recall:
             self._launched[params[0], state] = steps, list(params), fingerprint(tensors)
 
     def ask(
-        self, steps: int, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]], *, written: bool | None, moved: bool
+        self,
+        steps: int,
+        params: Sequence[Tensor],
+        states: Mapping[str, Sequence[Tensor]],
+        *,
+        written: bool | None,
+        moved: bool,
     ) -> Question:
-        """Starts the question about ``states``, which are to land. ``written``: what this replica finds; None: it compares."""
+        """Starts the question about ``states``, which are to land. ``written``: what this replica finds; None: it
+        compares."""
         (some, *_), divisor = states.values(), self.average.divisor
         if self.average.progress:
-            self.average.progress.launching(steps)  # who has not come to the question is named as one who misses an average
+            # who has not come to the question is named as one who misses an average
+            self.average.progress.launching(steps)
         mine = torch.zeros((), dtype=self.wire_dtype, device=some[0].device)
         if moved:
             mine.fill_(MOVED)
@@ -85,7 +99,8 @@ class Recall:
     def _differs(
         self, steps: int, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]], mine: Tensor
     ) -> Tensor:
-        """1 if any of ``states`` is not what was launched for ``steps``, else 0. Not read here: no device is waited for."""
+        """1 if any of ``states`` is not what was launched for ``steps``, else 0. Not read here: no device is waited
+        for."""
         for state, tensors in states.items():
             before = self._launched.pop((params[0], state), None)
             if before is None or before[0] != steps or [*map(id, before[1])] != [*map(id, params)]:

@@ -1,7 +1,7 @@
 """What becomes of a run's averages and losses: lines of a journal, scalars of whoever draws curves, and a summary.
 
-Nothing here waits for a disk, and nothing but scalars for the user's own trackers: one call for each step with an average.
-"""
+Nothing here waits for a disk, and nothing but scalars for the user's own trackers: one call for each step with an
+average."""
 
 import logging
 import time
@@ -40,12 +40,14 @@ class Recorder:
     def start(self, path: Path, plan: Plan) -> None:
         """Opens the journal. Raises ``OSError`` where it cannot be written."""
         self.journal = Journal(path)
-        self.journal.put({"kind": "start", "at": self._began, "version": __version__} | _place(plan.topology) | _planned(plan))
+        self.journal.put(
+            {"kind": "start", "at": self._began, "version": __version__} | _place(plan.topology) | _planned(plan)
+        )
         self.averaging.listeners.append(self._write)
 
     def add(self, sink: Sink) -> None:
-        """``sink`` gets the scalars of every step with an average, once ``step_ended`` says that there are no more, or the next
-        average does. One that raises is said once and dropped."""
+        """``sink`` gets the scalars of every step with an average, once ``step_ended`` says that there are no more, or
+        the next average does. One that raises is said once and dropped."""
         if not self._sinks:
             self.averaging.listeners.append(self._collect)
         self._sinks.append(sink)
@@ -85,11 +87,21 @@ class Recorder:
         if self.journal is None:
             return
         meter = self.averaging.meter
-        self.journal.put({
-            "kind": "end", "at": time.time(), "steps": self.averaging.steps, "taken": meter.steps, "bytes": dict(meter.bytes),
-            "events": dict(meter.events), "exposed_s": meter.seconds_exposed, "skipped_steps": meter.skipped_steps,
-            "refused_averages": meter.refused_averages, "failed_checks": meter.failed_checks, "reduction": reduction(self.averaging, plan),
-        })
+        self.journal.put(
+            {
+                "kind": "end",
+                "at": time.time(),
+                "steps": self.averaging.steps,
+                "taken": meter.steps,
+                "bytes": dict(meter.bytes),
+                "events": dict(meter.events),
+                "exposed_s": meter.seconds_exposed,
+                "skipped_steps": meter.skipped_steps,
+                "refused_averages": meter.refused_averages,
+                "failed_checks": meter.failed_checks,
+                "reduction": reduction(self.averaging, plan),
+            }
+        )
         self.averaging.listeners.remove(self._write)
         self.journal.close()
         self.journal = None
@@ -98,8 +110,10 @@ class Recorder:
         """What averaging has moved, cost and found since this process attached."""
         meter, passed = self.averaging.meter, time.time() - self._began
         less = reduction(self.averaging, plan)
-        lines = [f"deslo: {meter.steps:,} steps, {sum(meter.bytes.values()):,} bytes from this rank"
-                 + (f", {less:.1f} times fewer than synchronous training" if less else "")]
+        lines = [
+            f"deslo: {meter.steps:,} steps, {sum(meter.bytes.values()):,} bytes from this rank"
+            + (f", {less:.1f} times fewer than synchronous training" if less else "")
+        ]
         for state, count in meter.bytes.items():
             drift = meter.drift.get(state)
             found = f"; last drift {drift.distance:.3g}, cosine {drift.cosine:.4f}" if drift else ""
@@ -107,18 +121,26 @@ class Recorder:
         share = 100 * meter.seconds_exposed / passed if passed else 0.0
         lines.append(f"  waited for averages: {meter.seconds_exposed:.2f} s of {passed:.1f} s ({share:.2g}%)")
         if meter.skipped_steps or meter.refused_averages:
-            lines.append(f"  steps left out: {meter.skipped_steps}; averages that did not arrive: {meter.refused_averages}")
+            lines.append(
+                f"  steps left out: {meter.skipped_steps}; averages that did not arrive: {meter.refused_averages}"
+            )
         if meter.failed_checks:
             lines.append(f"  checks that failed: {meter.failed_checks}; attachment.check() says which")
         return "\n".join(lines)
 
     def _write(self, event: SyncEvent) -> None:
-        self.journal.put({
-            "kind": "average", "at": time.time(), "steps": event.steps, "bytes": event.bytes,
-            "in_flight_s": event.seconds_in_flight, "exposed_s": event.seconds_exposed,
-            "distance": {state: drift.distance for state, drift in event.drift.items()},
-            "cosine": {state: drift.cosine for state, drift in event.drift.items()},
-        })
+        self.journal.put(
+            {
+                "kind": "average",
+                "at": time.time(),
+                "steps": event.steps,
+                "bytes": event.bytes,
+                "in_flight_s": event.seconds_in_flight,
+                "exposed_s": event.seconds_exposed,
+                "distance": {state: drift.distance for state, drift in event.drift.items()},
+                "cosine": {state: drift.cosine for state, drift in event.drift.items()},
+            }
+        )
 
     def _collect(self, event: SyncEvent) -> None:
         if event.steps != self._steps:
@@ -126,7 +148,10 @@ class Recorder:
         self._steps, scalars, meter = event.steps, self._pending, self.averaging.meter
         for state, drift in event.drift.items():  # of param groups, which land one by one, the worst
             far, near = f"deslo_distance/{state}", f"deslo_cosine/{state}"
-            scalars[far], scalars[near] = max(scalars.get(far, 0.0), drift.distance), min(scalars.get(near, 1.0), drift.cosine)
+            scalars[far], scalars[near] = (
+                max(scalars.get(far, 0.0), drift.distance),
+                min(scalars.get(near, 1.0), drift.cosine),
+            )
         for state, seconds in event.seconds_in_flight.items():
             name = f"deslo_in_flight_s/{state}"
             scalars[name] = max(scalars.get(name, 0.0), seconds)

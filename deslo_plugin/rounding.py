@@ -1,12 +1,12 @@
 """Stochastic rounding to bfloat16, for states that move by less than bfloat16 can tell apart.
 
-v <- 0.999 v + 0.001 g^2 changes v by a tenth of a per cent, of which the 8 bits of bfloat16 see nothing: rounded to nearest it
-stands still. Rounded up with the probability of what is cut off, it is right on average.
+v <- 0.999 v + 0.001 g^2 changes v by a tenth of a per cent, of which the 8 bits of bfloat16 see nothing: rounded to
+nearest it stands still. Rounded up with the probability of what is cut off, it is right on average.
 
-The draws are a hash of (t, state, index): ``t`` counts the updates before this one, ``state`` is 0 for v and j for u_j, and
-``index`` counts the elements of the tensor in memory, modulo 2^32. There is no seed and no generator: results are a function of
-the inputs on every device, equal replicas stay equal, and a resumed run draws what the straight one draws. Tensors of one
-shape share their draws. csrc/numbers.h draws the same.
+The draws are a hash of (t, state, index): ``t`` counts the updates before this one, ``state`` is 0 for v and j for u_j,
+and ``index`` counts the elements of the tensor in memory, modulo 2^32. There is no seed and no generator: results are a
+function of the inputs on every device, equal replicas stay equal, and a resumed run draws what the straight one draws.
+Tensors of one shape share their draws. csrc/numbers.h draws the same.
 """
 
 import torch

@@ -25,8 +25,15 @@ Tensors = Sequence[Tensor]
 
 
 def sgdm_(
-    x: Tensors, g: Tensors, u: Sequence[Tensors], *, t: int, lr: float, weight_decay: float,
-    betas: Sequence[float], weights: Sequence[float],
+    x: Tensors,
+    g: Tensors,
+    u: Sequence[Tensors],
+    *,
+    t: int,
+    lr: float,
+    weight_decay: float,
+    betas: Sequence[float],
+    weights: Sequence[float],
 ) -> None:
     """SGD with momenta in exponential-average form: DES-LOC-SGDM (arXiv 2505.22549, Alg. 4), MT-DAO-SGDM."""
     _decay_weights_(x, lr, weight_decay)
@@ -37,8 +44,19 @@ def sgdm_(
 
 
 def adam_(
-    x: Tensors, g: Tensors, u: Sequence[Tensors], v: Tensors, *, t: int, lr: float, weight_decay: float,
-    betas: Sequence[float], weights: Sequence[float], beta2: float, eps: float, bias_correction: bool,
+    x: Tensors,
+    g: Tensors,
+    u: Sequence[Tensors],
+    v: Tensors,
+    *,
+    t: int,
+    lr: float,
+    weight_decay: float,
+    betas: Sequence[float],
+    weights: Sequence[float],
+    beta2: float,
+    eps: float,
+    bias_correction: bool,
 ) -> None:
     """Adam: x <- x - lr d / (sqrt(v) + eps), u and v first (arXiv 2505.22549, Alg. 2; arXiv 2510.05361, Alg. 1).
 
@@ -64,8 +82,18 @@ def adam_(
 
 
 def adopt_(
-    x: Tensors, g: Tensors, u: Sequence[Tensors], v: Tensors, *, t: int, lr: float, weight_decay: float,
-    betas: Sequence[float], weights: Sequence[float], beta2: float, eps: float,
+    x: Tensors,
+    g: Tensors,
+    u: Sequence[Tensors],
+    v: Tensors,
+    *,
+    t: int,
+    lr: float,
+    weight_decay: float,
+    betas: Sequence[float],
+    weights: Sequence[float],
+    beta2: float,
+    eps: float,
 ) -> None:
     """ADOPT: the gradient is normalised by the OLD v, and v is updated last (arXiv 2505.22549, Alg. 3).
 

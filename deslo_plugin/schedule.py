@@ -1,8 +1,8 @@
 """When each state is averaged, and the arithmetic of half-lives that periods are chosen by.
 
 Periods count completed steps: a state of period K is due after steps K, 2K, 3K, ... (arXiv 2505.22549, Alg. 1, where
-step t averages the state that the first t steps left behind). Nothing is due before the first step: replicas start equal.
-"""
+step t averages the state that the first t steps left behind). Nothing is due before the first step: replicas start
+equal."""
 
 import math
 from collections.abc import Mapping

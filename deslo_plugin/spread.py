@@ -2,9 +2,9 @@
 
     E_m ||s_m - E_m[s]||^2 = E_m ||s_m||^2 - ||E_m[s]||^2
 
-The first term is one float64 element that travels beside the state, the second is known where the mean has landed; each is
-summed over the shards of a replica, in the order of its ranks. Both come from what an all-reduce gave to all replicas alike:
-none decides by what only it has seen.
+The first term is one float64 element that travels beside the state, the second is known where the mean has landed; each
+is summed over the shards of a replica, in the order of its ranks. Both come from what an all-reduce gave to all
+replicas alike: none decides by what only it has seen.
 """
 
 import time

@@ -1,4 +1,5 @@
-"""What a stock optimizer keeps of each parameter: states that have a mean, and counters, told apart by their names and shapes."""
+"""What a stock optimizer keeps of each parameter: states that have a mean, and counters, told apart by their names and
+shapes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +13,13 @@ from deslo_plugin.strict import ConfigError, near
 
 def counted_in(states: Mapping[Tensor, Mapping[str, Any]]) -> set[str]:
     """Names of 0-dim states that are counters: those of parameters with dimensions, and ``step``."""
-    return {STEP} | {name for param, state in states.items() if param.ndim
-                     for name, value in state.items() if isinstance(value, Tensor) and not value.ndim}
+    return {STEP} | {
+        name
+        for param, state in states.items()
+        if param.ndim
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not value.ndim
+    }
 
 
 def kinds_of(params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]], counters: set[str]) -> dict[str, str]:
@@ -33,8 +39,10 @@ def counts(value: Any) -> bool:
 
 def told(counters: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
     """Name -> value and dtype of each counter, as plain data; no dtype for a number."""
-    return {name: (value.item(), str(value.dtype).removeprefix("torch.")) if isinstance(value, Tensor) else (value, "")
-            for name, value in counters.items()}
+    return {
+        name: (value.item(), str(value.dtype).removeprefix("torch.")) if isinstance(value, Tensor) else (value, "")
+        for name, value in counters.items()
+    }
 
 
 def counter(value: float, dtype: str) -> Any:
@@ -50,12 +58,24 @@ def check_periods(periods: Mapping[str, int | None], kinds: Mapping[str, str], o
     where, names = "deslo.sync_every", ", ".join(sorted(kinds)) or "none"
     for name in periods:
         if name != PARAMS and name not in kinds:
-            raise ConfigError(f"{where}.{name}", f"{PARAMS} or a state of {optimizer} ({names})", "an unknown one",
-                              near(name, kinds) or "remove it")
+            raise ConfigError(
+                f"{where}.{name}",
+                f"{PARAMS} or a state of {optimizer} ({names})",
+                "an unknown one",
+                near(name, kinds) or "remove it",
+            )
     for name, kind in sorted(kinds.items()):
         if name not in periods:
-            raise ConfigError(where, f"a period for every state of {optimizer} ({names})", f"none for {name}",
-                              f'add "{name}": a number of steps, or null for never')
+            raise ConfigError(
+                where,
+                f"a period for every state of {optimizer} ({names})",
+                f"none for {name}",
+                f'add "{name}": a number of steps, or null for never',
+            )
         if periods[name] and not getattr(torch, kind).is_floating_point:
-            raise ConfigError(f"{where}.{name}", f"null: {kind} values of {optimizer} have no mean", str(periods[name]),
-                              "write null, or take an optimizer with floating states")
+            raise ConfigError(
+                f"{where}.{name}",
+                f"null: {kind} values of {optimizer} have no mean",
+                str(periods[name]),
+                "write null, or take an optimizer with floating states",
+            )

@@ -106,7 +106,9 @@ class Reader:
         for key in self._rest:
             known = ", ".join(sorted(set(self._known)))
             raise ConfigError(
-                f"{self.where}.{key}", f"a known key ({known})", "an unknown one",
+                f"{self.where}.{key}",
+                f"a known key ({known})",
+                "an unknown one",
                 near(str(key), self._known) or "remove it",
             )
 

@@ -20,6 +20,7 @@ States = Mapping[str, Sequence[Tensor]]
 """State name -> that state of each parameter of a cohort, in the cohort's order."""
 Weigh = Callable[[str], float]
 """What this rank has seen since that state's last average."""
+NOTHING_ASKED = Answer()
 
 
 class NonFiniteError(FloatingPointError):
@@ -70,12 +71,12 @@ class Synchronizer:
 
     @torch.profiler.record_function("deslo::land")
     def land(
-        self, steps: int, params: Sequence[Tensor], states: States, told: Answer = Answer()
+        self, steps: int, params: Sequence[Tensor], states: States, told: Answer = NOTHING_ASKED
     ) -> dict[str, list[Tensor]] | None:
         """Waits for what was launched for ``steps``, launches what was not, and returns the means in wire dtype.
 
-        What ``told`` has cost is counted with it. None if they did not arrive everywhere: then nobody writes them. Raises
-        ``NonFiniteError`` everywhere if any replica brought NaN or inf, ``AverageError`` on a time-out.
+        What ``told`` has cost is counted with it. None if they did not arrive everywhere: then nobody writes them.
+        Raises ``NonFiniteError`` everywhere if any replica brought NaN or inf, ``AverageError`` on a time-out.
         """
         self.launch_absent(steps, params, states)
         seats = {state: [self._flights.pop((param, state)) for param in params] for state in states}
@@ -92,7 +93,8 @@ class Synchronizer:
             return None
         means = {state: [flight.bucket.views[seat] for flight, seat in taken] for state, taken in seats.items()}
         sums = {state: measure(states[state], mean) for state, mean in means.items()}
-        drift = {state: drift_of(each) for state, each in sums.items()}  # reads the sums, so that a GPU's wait ends here
+        # reads the sums, so that a GPU's wait ends here
+        drift = {state: drift_of(each) for state, each in sums.items()}
         self._refuse_nonfinite(steps, flights, states, drift)
         end = time.perf_counter()
 
@@ -150,8 +152,11 @@ class Synchronizer:
     def _refuse_nonfinite(
         self, steps: int, flights: Mapping[str, list[_Flight]], states: States, drift: Mapping[str, Drift]
     ) -> None:
-        bad = [s for s, each in flights.items() if not _proves_finite(drift[s], each, len(states[s]))
-               and not all(finite(f.bucket.chunks) for f in each)]
+        bad = [
+            s
+            for s, each in flights.items()
+            if not _proves_finite(drift[s], each, len(states[s])) and not all(finite(f.bucket.chunks) for f in each)
+        ]
         if not self.average.any(bool(bad)):
             return
         mine = not all(finite(tensors) for tensors in states.values())

@@ -1,4 +1,5 @@
-"""What averaging has cost so far, counted where it is spent (bytes, events, exposed seconds), and what it has found: drift."""
+"""What averaging has cost so far, counted where it is spent (bytes, events, exposed seconds), and what it has found:
+drift."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,8 +10,8 @@ from deslo_plugin.drift import Drift
 
 @dataclass(frozen=True)
 class SyncEvent:
-    """One average: after ``steps`` completed steps, ``bytes`` sent by this rank and ``drift`` found, both by state, and the
-    seconds waited for it. ``seconds_in_flight``: by state, from its launch until it was here and looked at."""
+    """One average: after ``steps`` completed steps, ``bytes`` sent by this rank and ``drift`` found, both by state, and
+    the seconds waited for it. ``seconds_in_flight``: by state, from its launch until it was here and looked at."""
 
     steps: int
     bytes: dict[str, int]
@@ -26,8 +27,8 @@ class Meter:
     ``steps`` are those taken since this process attached, whatever the clock said then.
 
     ``refused_averages`` did not arrive at every replica and were written by none, where replicas may come and go.
-    ``failed_checks`` are kinds of mistakes that ``attachment.check()``, or the watch over the first averages, has found.
-    """
+    ``failed_checks`` are kinds of mistakes that ``attachment.check()``, or the watch over the first averages, has
+    found."""
 
     bytes: Counter[str] = field(default_factory=Counter)
     events: Counter[str] = field(default_factory=Counter)
@@ -50,8 +51,8 @@ class Meter:
         self.drift.update(event.drift)
 
     def tick(self, params: Iterable[int]) -> None:
-        """A step of ``params`` begins, which are named by their ids: a framework may call for each param group, and the next step
-        is where one comes again."""
+        """A step of ``params`` begins, which are named by their ids: a framework may call for each param group, and the
+        next step is where one comes again."""
         params = set(params)
         if not self._stepped.isdisjoint(params) or not self._stepped or not params:
             self.steps += 1

@@ -1,4 +1,5 @@
-"""What the papers prove of momenta between two averages, in closed form: what stays, what is noise, how far a state can go.
+"""What the papers prove of momenta between two averages, in closed form: what stays, what is noise, how far a state can
+go.
 
 K is the number of local steps since the average, M the number of replicas; gradients have independent noise of standard
 deviation ``sigma`` in each coordinate. With u <- beta u + (1 - beta) g the momentum after K steps is
@@ -39,8 +40,8 @@ def shared_variance(beta: float, replicas: int, sigma: float = 1.0) -> float:
 def mutual_information(beta: float, steps: float, shared: Tensor, local: Tensor) -> float:
     """I(u_{t+K}; u_t) = 1/2 log det(I + beta^(2K) Sigma_U Sigma_L^-1) in nats (arXiv 2510.05361).
 
-    What the momentum that a replica steps by still says of the average, both Gaussian. ``shared`` (n, n) is the covariance
-    Sigma_U of the average, ``local`` (n, n) Sigma_L of the local part, positive definite.
+    What the momentum that a replica steps by still says of the average, both Gaussian. ``shared`` (n, n) is the
+    covariance Sigma_U of the average, ``local`` (n, n) Sigma_L of the local part, positive definite.
     """
     ratio = torch.linalg.solve(local.double(), shared.double(), left=False)
     return 0.5 * float(torch.linalg.slogdet(torch.eye(len(ratio)) + beta ** (2 * steps) * ratio).logabsdet)
@@ -52,12 +53,14 @@ def first_momentum_drift(beta: float, steps: float, rho: float = 1.0) -> float:
 
 
 def second_momentum_drift(beta2: float, steps: float, rho: float = 1.0) -> float:
-    """2 rho^2 (1 - beta2^K) >= max_i |v_{t+K} - v_t|_i where gradients lie in [-rho, rho] (arXiv 2505.22549, App. I)."""
+    """2 rho^2 (1 - beta2^K) >= max_i |v_{t+K} - v_t|_i where gradients lie in [-rho, rho] (arXiv 2505.22549, App.
+    I)."""
     return first_momentum_drift(beta2, steps, rho**2)
 
 
 def psi(params_period: int, betas: Sequence[float], weights: Sequence[float], periods: Sequence[int | None]) -> float:
-    """psi = 4 (1-p_x)/p_x^2 sum_j w_j (1-beta_j)(1-p_j) / (1 - (1-p_j) beta_j), p = 1/K, 0 for a momentum never averaged.
+    """psi = 4 (1-p_x)/p_x^2 sum_j w_j (1-beta_j)(1-p_j) / (1 - (1-p_j) beta_j), p = 1/K, 0 for a momentum never
+    averaged.
 
     What periods cost the rate of MT-DAO-SGDM (arXiv 2510.05361), and of DES-LOC-SGDM with one momentum of weight 1
     (arXiv 2505.22549, Alg. 4): 4/sqrt(T) (f_0 - f* + L sigma^2/(2M)) + O((1 + psi)/T) after T steps.
@@ -69,7 +72,8 @@ def psi(params_period: int, betas: Sequence[float], weights: Sequence[float], pe
 
 
 def proven_rate(beta: float, psi: float, smoothness: float = 1.0, dissimilarity: float = 1.0) -> float:
-    """eta_0 = 1/(4L) min(1 - beta, 1/(6 sqrt(psi max(1, B^2 - 1)))): DES-LOC-SGDM converges up to it (arXiv 2505.22549).
+    """eta_0 = 1/(4L) min(1 - beta, 1/(6 sqrt(psi max(1, B^2 - 1)))): DES-LOC-SGDM converges up to it (arXiv
+    2505.22549).
 
     ``smoothness`` is L, ``dissimilarity`` B: how many times longer replicas' gradients are than their mean, 1 where all
     minimise the same.

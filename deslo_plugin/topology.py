@@ -64,24 +64,32 @@ def contiguous(world_size: int, rank: int, replica_size: int) -> Topology:
 
 
 def make_topology(deslo: DesloConfig, *, world_size: int, rank: int, local_world_size: int) -> Topology:
-    """Resolves ``replica_size: "auto"`` to one replica per node. Raises ``ConfigError`` if it does not fit the world."""
+    """Resolves ``replica_size: "auto"`` to one replica per node. Raises ``ConfigError`` if it does not fit the
+    world."""
     size, where = deslo.replica_size, "deslo.replica_size"
     if size == "auto":
         if local_world_size >= world_size > 1:
             raise ConfigError(
-                where, "a number of ranks when all ranks are on one node", '"auto"',
+                where,
+                "a number of ranks when all ranks are on one node",
+                '"auto"',
                 f'write "deslo": {{"replica_size": S}} with S a divisor of {world_size}',
             )
         size = min(local_world_size, world_size)
     if world_size % size:
         divisors = ", ".join(str(s) for s in range(1, world_size + 1) if world_size % s == 0)
-        raise ConfigError(where, f"a divisor of the world size {world_size}", str(size), f"use one of {divisors}, "
-                          "or start another number of processes")
+        raise ConfigError(
+            where,
+            f"a divisor of the world size {world_size}",
+            str(size),
+            f"use one of {divisors}, or start another number of processes",
+        )
     return contiguous(world_size, rank, size)
 
 
 def spread(topology: Topology, hosts: Sequence[str]) -> str | None:
-    """What is wrong with how replicas lie on nodes, ``hosts`` being that of each of ``topology.ranks``; None if nothing.
+    """What is wrong with how replicas lie on nodes, ``hosts`` being that of each of ``topology.ranks``; None if
+    nothing.
 
     A replica should be on as few nodes as its ranks need, since it reduces gradients at every step.
     """
@@ -92,8 +100,10 @@ def spread(topology: Topology, hosts: Sequence[str]) -> str | None:
         nodes = {host_of[rank] for rank in row}
         if len(nodes) > needed:
             return (
-                f"deslo: replica {replica} (ranks {list(row)}) lies on {len(nodes)} nodes ({', '.join(sorted(nodes))}) where "
-                f"{needed} would do: its gradients cross the slow links at every step; number ranks node by node, and let "
+                f"deslo: replica {replica} (ranks {list(row)}) lies on {len(nodes)} nodes "
+                f"({', '.join(sorted(nodes))}) where "
+                f"{needed} would do: its gradients cross the slow links at every step; number ranks node by node, "
+                f"and let "
                 "deslo.replica_size be the ranks of a node or a divisor of them"
             )
     return None

@@ -6,7 +6,10 @@ from importlib import import_module
 from deslo_plugin.strict import ConfigError
 
 SUPPORTED = {  # from, and below; the same as in pyproject.toml
-    "torch": ("2.9", None), "deepspeed": ("0.16", "0.20"), "accelerate": ("1.10", None), "transformers": ("4.51", None),
+    "torch": ("2.9", None),
+    "deepspeed": ("0.16", "0.20"),
+    "accelerate": ("1.10", None),
+    "transformers": ("4.51", None),
 }
 
 
@@ -21,8 +24,12 @@ def expect(package: str) -> None:
     found = release(package)
     if found < _numbers(low) or below is not None and found >= _numbers(below):
         pin = f"{package}>={low}" + (f",<{below}" if below else "")
-        raise ConfigError(package, f"{low} or later" + (f", before {below}" if below else ""), import_module(package).__version__,
-                          f"pip install '{pin}'")
+        raise ConfigError(
+            package,
+            f"{low} or later" + (f", before {below}" if below else ""),
+            import_module(package).__version__,
+            f"pip install '{pin}'",
+        )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

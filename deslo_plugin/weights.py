@@ -1,10 +1,10 @@
 """What a replica counts in an average: E_m[s] = sum_m w_m s_m / sum_m w_m, with w_m the samples that it has seen.
 
-Ours, not in the papers, whose replicas all count alike (``deslo.weights: "equal"``). A state that is averaged every K steps is
-the work of the K steps since it was averaged last, so w_m is what replica m has seen in those: each state, on its own period,
-has weights of its own. A replica that leaves steps out or takes smaller batches counts less, and one that has seen nothing
-takes over what the others have come to. Gradients of a synchronous warm-up, exports and saves are equal means.
-"""
+Ours, not in the papers, whose replicas all count alike (``deslo.weights: "equal"``). A state that is averaged every K
+steps is the work of the K steps since it was averaged last, so w_m is what replica m has seen in those: each state, on
+its own period, has weights of its own. A replica that leaves steps out or takes smaller batches counts less, and one
+that has seen nothing takes over what the others have come to. Gradients of a synchronous warm-up, exports and saves are
+equal means."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,11 @@ class Samples:
 
     def saved(self, groups: Sequence[Mapping[str, Any]]) -> tuple[bool, float, dict[int, dict[int, float]]]:
         """All of it, by the places of param groups in ``groups``."""
-        return self._told, self._total, {i: dict(self._at[id(group)]) for i, group in enumerate(groups) if id(group) in self._at}
+        return (
+            self._told,
+            self._total,
+            {i: dict(self._at[id(group)]) for i, group in enumerate(groups) if id(group) in self._at},
+        )
 
     def load(self, groups: Sequence[Mapping[str, Any]], saved: tuple[bool, float, dict[int, dict[int, float]]]) -> None:
         """Goes on from what was ``saved``."""
@@ -42,8 +46,14 @@ class Samples:
     def saw(self, samples: float) -> None:
         """``samples`` are in the gradients of the step that this rank is taking; several calls in a step add up."""
         samples = plain(samples)
-        if isinstance(samples, bool) or not isinstance(samples, int | float) or not (isfinite(samples) and samples >= 0):
-            raise ConfigError("saw(samples)", "a number >= 0", repr(samples), "give the samples or tokens of this rank's batch")
+        if (
+            isinstance(samples, bool)
+            or not isinstance(samples, int | float)
+            or not (isfinite(samples) and samples >= 0)
+        ):
+            raise ConfigError(
+                "saw(samples)", "a number >= 0", repr(samples), "give the samples or tokens of this rank's batch"
+            )
         self._total, self._told = self._total + samples, True
 
     def tick(self, group: Mapping[str, Any], steps: int) -> None:
@@ -54,7 +64,8 @@ class Samples:
         at.pop(steps - 2 * longest, None)  # averages may land up to a period after their launch
 
     def seen(self, group: Mapping[str, Any], steps: int, state: str) -> float:
-        """Samples in the period of ``state`` that ended when ``steps`` were complete; NaN if this rank never told of any.
+        """Samples in the period of ``state`` that ended when ``steps`` were complete; NaN if this rank never told of
+        any.
 
         After a load, of the steps since; one where nothing was stepped since, since nobody knows.
         """
@@ -76,11 +87,17 @@ class _Weight:
         mean = float(self.mean[0])
         if isnan(mean):
             ranks = self.average.culprits(isnan(self.mine))
-            raise ConfigError('deslo.weights "samples"', "every rank to call saw(samples) before each step",
-                              f"nothing from rank(s) {ranks}", "call it, or remove deslo.weights")
+            raise ConfigError(
+                'deslo.weights "samples"',
+                "every rank to call saw(samples) before each step",
+                f"nothing from rank(s) {ranks}",
+                "call it, or remove deslo.weights",
+            )
         if mean == 0:
-            raise AverageError("average over replicas: expected samples (saw) on some replica since the last one, got none on any; "
-                               "nothing of this average was written")
+            raise AverageError(
+                "average over replicas: expected samples (saw) on some replica since the last one, got none on any; "
+                "nothing of this average was written"
+            )
 
 
 @dataclass(frozen=True)
@@ -99,8 +116,8 @@ def start_weighted(
 ) -> list[Work]:
     """Starts ``average`` of ``chunks`` with this replica's weight: E[w s] and E[w], which is one element more to send.
 
-    ``mine`` is what this rank has seen, and its replica's weight the sum of its ranks'. On landing a weight that was told on no
-    replica, or not at all on some rank, is an error on every rank. Collective over the replica's ranks.
+    ``mine`` is what this rank has seen, and its replica's weight the sum of its ranks'. On landing a weight that was
+    told on no replica, or not at all on some rank, is an error on every rank. Collective over the replica's ranks.
     """
     weight = average.total(mine)
     mean = torch.full((average.divisor,), weight, dtype=dtype, device=device)

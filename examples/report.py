@@ -105,8 +105,7 @@ def table(results: Sequence[Result]) -> Group:
     grid.add_row("bytes in total", *row(lambda r: human(sum(r.bytes.values()))))
     grid.add_row("times less than synchronous", *row(times_less), end_section=True)
     grid.add_row(
-        "seconds waited for averages",
-        *row(lambda r: "-" if r.seconds_exposed is None else f"{r.seconds_exposed:.2f}"),
+        "seconds waited for averages", *row(lambda r: "-" if r.seconds_exposed is None else f"{r.seconds_exposed:.2f}")
     )
     grid.add_row("seconds of training", *row(lambda r: f"{r.seconds:.1f}"))
     return Group(grid, Text(notes(results), style="dim"))
@@ -121,14 +120,16 @@ def times_less(result: Result) -> str:
 def notes(results: Sequence[Result]) -> str:
     """The small print: whose bytes these are, which of them were computed, and which model was validated."""
     share = results[0].replica_size
-    return "\n".join((
-        "Loss: of the mean of all replicas, in fp32, on held-out bytes.",
-        "Bytes: what one rank hands to the averages across replicas.",
-        *(
-            f"{result.name}: bytes are computed, one {result.gradient_dtype} gradient per step"
-            + (f", 1/{share} of it per rank." if share > 1 else ".")
-            for result in results
-            if result.seconds_exposed is None
-        ),
-        "Seconds: here, where no link may be slow; the bytes are what a slow one would carry.",
-    ))
+    return "\n".join(
+        (
+            "Loss: of the mean of all replicas, in fp32, on held-out bytes.",
+            "Bytes: what one rank hands to the averages across replicas.",
+            *(
+                f"{result.name}: bytes are computed, one {result.gradient_dtype} gradient per step"
+                + (f", 1/{share} of it per rank." if share > 1 else ".")
+                for result in results
+                if result.seconds_exposed is None
+            ),
+            "Seconds: here, where no link may be slow; the bytes are what a slow one would carry.",
+        )
+    )

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, Subset
-
 from corpus import Windows, load_bytes, split
 from frameworks import start
 from frameworks.blocks import refuse_unread
 from frameworks.job import Batch, local_ranks
 from gpt import GPT, GPTConfig
 from report import Result, Status, display
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 VALIDATION_FRACTION = 0.05
 VALIDATION_WINDOWS = 2048  # at most: enough for the third digit of the loss, a few seconds on two cores
@@ -88,7 +87,9 @@ def load_config(args: Namespace) -> dict[str, Any]:
     """
     config = json.loads(args.config.read_text())
     if "train_micro_batch_size_per_gpu" not in config:
-        raise ValueError(f"{args.config}: expected train_micro_batch_size_per_gpu, which every framework needs; write one")
+        raise ValueError(
+            f"{args.config}: expected train_micro_batch_size_per_gpu, which every framework needs; write one"
+        )
     if args.framework != "deepspeed":
         refuse_unread(config)
     if "deslo" in config:

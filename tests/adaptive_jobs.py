@@ -7,7 +7,8 @@ from deslo_plugin.telemetry import SyncEvent
 
 
 def run(kind: str, config: dict, steps: int, folder: str = "") -> dict:
-    """Trains, saves an average in ``folder``, and returns what the rank has sent when, by which periods, and its states."""
+    """Trains, saves an average in ``folder``, and returns what the rank has sent when, by which periods, and its
+    states."""
     import deslo_plugin
 
     job = Job(kind, config)

@@ -1,4 +1,5 @@
-"""A real job of one param group, and what its collectives were handed: counted at ``all_reduce`` itself, and by the meter."""
+"""A real job of one param group, and what its collectives were handed: counted at ``all_reduce`` itself, and by the
+meter."""
 
 from collections import Counter
 from typing import Any
@@ -12,7 +13,8 @@ FEATURES, ROWS = next(iter(net().parameters())).shape[1], 4
 
 
 def counted(wrap: str, blocks: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Bytes of this rank by state, forecast and from its meter, and all that it handed to reductions between replicas."""
+    """Bytes of this rank by state, forecast and from its meter, and all that it handed to reductions between
+    replicas."""
     import deslo_plugin
     from deslo_plugin.forecast import Link, forecast
 
@@ -38,5 +40,9 @@ def counted(wrap: str, blocks: dict[str, Any], steps: int) -> dict[str, Any]:
     finally:
         dist.all_reduce = reduce
     planned = forecast(attachment.plan, Link(1), 1.0, steps).bytes
-    return {"planned": planned, "meter": dict(attachment.meter.bytes), "handed": handed[True],
-            "numel": sum(p.numel() for p in net().parameters())}
+    return {
+        "planned": planned,
+        "meter": dict(attachment.meter.bytes),
+        "handed": handed[True],
+        "numel": sum(p.numel() for p in net().parameters()),
+    }

@@ -11,11 +11,15 @@ from jobs import engine_for
 from jobs import train as train_engine
 from torch_jobs import attached, train
 
+
 def sums(attachment: Any, steps: int) -> dict:
     """What the meter and the plan say of a run of ``steps``."""
     meter, plan = attachment.meter, attachment.plan
     return {
-        "bytes": dict(meter.bytes), "events": dict(meter.events), "exposed": meter.seconds_exposed, "taken": meter.steps,
+        "bytes": dict(meter.bytes),
+        "events": dict(meter.events),
+        "exposed": meter.seconds_exposed,
+        "taken": meter.steps,
         "planned": {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes},
         "drift": {state: (drift.distance, drift.cosine) for state, drift in meter.drift.items()},
     }

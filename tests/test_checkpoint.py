@@ -37,12 +37,15 @@ def same(a: dict, b: dict, tolerance: float = 0.0) -> None:
 @pytest.mark.parametrize("before", [3, 4, 5])  # an average in flight, one step after it, in the middle of a period
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exact_resume_changes_no_bit(four, tmp_path, kind, before):
-    for rank, result in enumerate(four().run(jobs.resumed, kind, config_for(kind), str(tmp_path / "c"), "exact", before, 6)):
+    for rank, result in enumerate(
+        four().run(jobs.resumed, kind, config_for(kind), str(tmp_path / "c"), "exact", before, 6)
+    ):
         same(result["straight"], result["loaded"])
         assert result["losses"] and result["random"] and result["extra"] == {"rank": rank, "batch": before}
 
 
-@pytest.mark.parametrize("kind, before", [("plain", 3), ("ddp", 6), ("hsdp", 4), ("zero 2", 6), ("zero 3", 7)])  # some land next
+# some land next
+@pytest.mark.parametrize("kind, before", [("plain", 3), ("ddp", 6), ("hsdp", 4), ("zero 2", 6), ("zero 3", 7)])
 def test_an_exact_resume_under_averages_that_fly_for_two_steps_changes_no_bit(four, tmp_path, kind, before):
     config = config_for(kind, delay=2)
     for result in four().run(jobs.resumed, kind, config, str(tmp_path / "c"), "exact", before, 6):
@@ -81,8 +84,10 @@ def test_an_average_is_saved_and_training_does_not_notice(four, tmp_path, kind):
         same(result["before"], result["at save"])
         same(result["later"], alone)
     for result in four().run(jobs.loaded, kind, config, str(tmp_path / "c")):
-        mean = {state: {name: torch.stack([r["before"][state][name].double() for r in results]).mean(0) for name in tensors}
-                for state, tensors in result["states"].items()}
+        mean = {
+            state: {name: torch.stack([r["before"][state][name].double() for r in results]).mean(0) for name in tensors}
+            for state, tensors in result["states"].items()
+        }
         same(result["states"], mean, tolerance=2e-7)
         assert result["steps"] == 5 and result["extra"] == {"rank": 0}
 
@@ -96,10 +101,21 @@ def test_sync_averages_in_place(four, tmp_path, kind):
         same(result["states"], results[0]["at save"])
 
 
-@pytest.mark.parametrize("saver, loader", [
-    ("hsdp", "plain"), ("plain", "hsdp"), ("zero 2", "hsdp"), ("hsdp", "zero 3"), ("zero 3", "ddp"), ("zero 1", "zero 3"),
-    ("ddp", "zero 0"), ("fsdp 2x2", "fsdp 1x4"), ("fsdp 2x2", "fsdp 4x1"), ("fsdp 1x4", "zero 2"),
-])
+@pytest.mark.parametrize(
+    "saver, loader",
+    [
+        ("hsdp", "plain"),
+        ("plain", "hsdp"),
+        ("zero 2", "hsdp"),
+        ("hsdp", "zero 3"),
+        ("zero 3", "ddp"),
+        ("zero 1", "zero 3"),
+        ("ddp", "zero 0"),
+        ("fsdp 2x2", "fsdp 1x4"),
+        ("fsdp 2x2", "fsdp 4x1"),
+        ("fsdp 1x4", "zero 2"),
+    ],
+)
 def test_an_average_loads_in_other_frameworks_on_other_replicas_and_shards(four, tmp_path, saver, loader):
     four().run(jobs.saved, saver, config_for(saver), str(tmp_path / "c"), "average", 5)
     there = four().run(jobs.loaded, saver, config_for(saver), str(tmp_path / "c"))[0]["states"]
@@ -168,10 +184,16 @@ def of_a_later_format(folder):
     (folder / "deslo.json").write_text(json.dumps(text | {"format": 99}))
 
 
-@pytest.mark.parametrize("harm, message", [
-    (truncated, "distcp: other bytes than were saved"), (bit_flipped, "distcp: other bytes than were saved"),
-    (without_a_file, "distcp: missing"), (foreign, "a folder with deslo.json, got none"), (of_a_later_format, "format 2, got 99"),
-])
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (truncated, "distcp: other bytes than were saved"),
+        (bit_flipped, "distcp: other bytes than were saved"),
+        (without_a_file, "distcp: missing"),
+        (foreign, "a folder with deslo.json, got none"),
+        (of_a_later_format, "format 2, got 99"),
+    ],
+)
 def test_a_harmed_checkpoint_is_named_and_refused_on_every_rank(four, tmp_path, harm, message):
     four().run(jobs.saved, "plain", blocks(S), str(tmp_path / "c"), "average", 2)
     harm(tmp_path / "c")
@@ -202,7 +224,11 @@ def test_a_process_killed_anywhere_in_a_save_leaves_a_whole_checkpoint(tmp_path)
         child.join(timeout=10)
         model, optimizer = jobs.alone()
         deslo_plugin.load(tmp_path / "c", model)
-        values = {float(each) for param in model.parameters() for each in (*param.detach().flatten(), *optimizer.state[param]["exp_avg"].flatten())}
+        values = {
+            float(each)
+            for param in model.parameters()
+            for each in (*param.detach().flatten(), *optimizer.state[param]["exp_avg"].flatten())
+        }
         assert len(values) == 1 and values.pop() >= 1000 * seed
 
 
@@ -223,4 +249,7 @@ def test_plain_ways_to_save_one_replica_are_refused(four, kind):
 def test_other_models_and_optimizers_are_refused_by_name(four, tmp_path):
     four().run(jobs.saved, "plain", blocks(S), str(tmp_path / "c"), "average", 2)
     for error in four().run(jobs.refused, "plain", blocks(RULES["des-loc-sgdm"]), str(tmp_path / "c")):
-        assert "0.weight: expected exp_avg [8, 6], origin [], params [8, 6], step [], got exp_avg [8, 6], exp_avg_2 [8, 6]" in error
+        assert (
+            "0.weight: expected exp_avg [8, 6], origin [], params [8, 6], step [], got exp_avg [8, 6], exp_avg_2 [8, 6]"
+            in error
+        )

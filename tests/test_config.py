@@ -14,7 +14,9 @@ def optimizer(**params):
 
 def message(params=None, deslo=None):
     with pytest.raises(ConfigError) as error:
-        load_config({"optimizer": {"params": {} if params is None else params}, "deslo": {} if deslo is None else deslo})
+        load_config(
+            {"optimizer": {"params": {} if params is None else params}, "deslo": {} if deslo is None else deslo}
+        )
     return str(error.value)
 
 
@@ -32,15 +34,23 @@ def test_half_life_null_and_numbers():
 
 def test_momenta_carry_their_own_periods():
     config = optimizer(
-        momenta=[{"beta": 0.9, "weight": 0.5, "sync_every": 4}, {"beta": 0.999, "weight": 0.3, "sync_every": "half_life"}],
-        second_moment={"beta": 0.9999, "sync_every": None}, sync_every={"params": 32},
+        momenta=[
+            {"beta": 0.9, "weight": 0.5, "sync_every": 4},
+            {"beta": 0.999, "weight": 0.3, "sync_every": "half_life"},
+        ],
+        second_moment={"beta": 0.9999, "sync_every": None},
+        sync_every={"params": 32},
     )
     assert config.periods == {"params": 32, "exp_avg": 4, "exp_avg_2": 693, "exp_avg_sq": None}
     assert (config.betas, config.weights, config.beta2) == ((0.9, 0.999), (0.5, 0.3), 0.9999)
 
 
 def test_dict_json_and_yaml_mean_the_same(tmp_path):
-    blocks = {"optimizer": {"type": "DesLoc", "params": {"lr": 0.01}}, "deslo": {"replica_size": 4}, "train_batch_size": 8}
+    blocks = {
+        "optimizer": {"type": "DesLoc", "params": {"lr": 0.01}},
+        "deslo": {"replica_size": 4},
+        "train_batch_size": 8,
+    }
     (tmp_path / "a.json").write_text(json.dumps(blocks))
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(blocks))
     assert load_config(blocks) == load_config(tmp_path / "a.json") == load_config(str(tmp_path / "a.yaml"))
@@ -51,8 +61,14 @@ def test_dict_json_and_yaml_mean_the_same(tmp_path):
     [
         ({"learning_rate": 1}, "optimizer.params.learning_rate: expected a known key"),
         ({"sync_evry": {}}, "did you mean 'sync_every'?"),
-        ({"sync_every": {"params": 0}}, "optimizer.params.sync_every.params: expected a whole number >= 1, got 0 (int)"),
-        ({"sync_every": {"exp_avg": -4}}, "sync_every.exp_avg: expected a whole number >= 1, 'half_life', null, got -4 (int)"),
+        (
+            {"sync_every": {"params": 0}},
+            "optimizer.params.sync_every.params: expected a whole number >= 1, got 0 (int)",
+        ),
+        (
+            {"sync_every": {"exp_avg": -4}},
+            "sync_every.exp_avg: expected a whole number >= 1, 'half_life', null, got -4 (int)",
+        ),
         ({"sync_every": {"params": None}}, "sync_every.params: expected a whole number >= 1, got None"),
         ({"sync_every": {"params": 2.5}}, "expected a whole number >= 1, got 2.5 (float)"),
         ({"sync_every": {"exp_avg": True}}, "got True (bool)"),
@@ -61,25 +77,37 @@ def test_dict_json_and_yaml_mean_the_same(tmp_path):
         ({"sync_every": 32}, "optimizer.params.sync_every: expected a mapping"),
         ({"momenta": [{"beta": 0.9, "weight": 0.7}, {"beta": 0.99, "weight": 0.7}]}, "sum to at most 1, got 1.4"),
         ({"momenta": [{"beta": 0.9, "weight": -0.1}]}, "momenta[0].weight: expected a number >= 0"),
-        ({"momenta": [{"beta": 0.9, "weight": 0.2}, {"beta": 0.99}]}, "momenta[1].weight: expected a number >= 0, got None"),
+        (
+            {"momenta": [{"beta": 0.9, "weight": 0.2}, {"beta": 0.99}]},
+            "momenta[1].weight: expected a number >= 0, got None",
+        ),
         ({"momenta": []}, "momenta: expected a list of {beta, weight, sync_every}, got [] (list)"),
-        ({"betas": [0.9, 0.95], "momenta": [{"beta": 0.9}]}, "betas: expected either betas or momenta/second_moment, got both"),
+        (
+            {"betas": [0.9, 0.95], "momenta": [{"beta": 0.9}]},
+            "betas: expected either betas or momenta/second_moment, got both",
+        ),
         ({"momenta": [{"beta": 0.9, "sync_every": 3}], "sync_every": {"exp_avg": 2}}, "expected one period, got two"),
         ({"betas": [0.9, 1.0]}, "betas.1: expected a number >= 0 and < 1, got 1.0"),
         ({"betas": [0.9]}, "betas: expected a list like [0.9, 0.95]"),
         ({"lr": "1e-4"}, "in YAML, 1e-4 is text"),
-        ({"lr": "auto"}, 'lr: expected a number >= 0, got \'auto\' (str); give the value here'),
+        ({"lr": "auto"}, "lr: expected a number >= 0, got 'auto' (str); give the value here"),
         ({"lr": float("nan")}, "lr: expected a number >= 0, got nan"),
         ({"rule": "adamw"}, "did you mean 'adam'?"),
         ({"rule": "sgdm", "eps": 1e-8}, "eps: expected no such key for rule sgdm"),
         ({"rule": "sgdm", "second_moment": {}}, "second_moment: expected no such key for rule sgdm"),
-        ({"rule": "sgdm", "sync_every": {"exp_avg_sq": 3}}, "sync_every.exp_avg_sq: expected a known key (exp_avg, params)"),
+        (
+            {"rule": "sgdm", "sync_every": {"exp_avg_sq": 3}},
+            "sync_every.exp_avg_sq: expected a known key (exp_avg, params)",
+        ),
         ({"rule": "adopt", "bias_correction": True}, "bias_correction: expected no such key for rule adopt"),
         ({"clip": {"value": 0}}, "clip.value: expected a number > 0"),
         ({"clip": 1.0}, "clip: expected a mapping"),
         ({"state_dtype": "float16"}, "state_dtype: expected one of float32, bfloat16, got 'float16'"),
         ({"outer": {"lr": 1.0, "nesterov": True}}, "outer.nesterov: expected a known key (lr, momentum)"),
-        ({"reset_momenta": True}, "expected every momentum's sync_every to be null (here exp_avg, exp_avg_sq is averaged)"),
+        (
+            {"reset_momenta": True},
+            "expected every momentum's sync_every to be null (here exp_avg, exp_avg_sq is averaged)",
+        ),
         ([], "optimizer.params: expected a mapping of keys to values, got [] (list)"),
     ],
 )
@@ -112,7 +140,11 @@ def test_another_optimizer_type_or_a_key_beside_params_is_refused():
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    for name, text, expected in (("a.toml", "", "rename the file"), ("a.json", "{", "valid JSON"), ("b.yaml", "[1]", "mapping")):
+    for name, text, expected in (
+        ("a.toml", "", "rename the file"),
+        ("a.json", "{", "valid JSON"),
+        ("b.yaml", "[1]", "mapping"),
+    ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ConfigError, match=expected):
             load_config(tmp_path / name)

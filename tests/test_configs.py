@@ -13,8 +13,15 @@ from deslo_plugin.topology import contiguous
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
 NAMED = {
-    "local-adam", "favg+opt", "favg-opt", "diloco",
-    "des-loc-sgdm", "des-loc-adam", "des-loc-adam-qh", "des-loc-adopt", "des-loc-nesterov",
+    "local-adam",
+    "favg+opt",
+    "favg-opt",
+    "diloco",
+    "des-loc-sgdm",
+    "des-loc-adam",
+    "des-loc-adam-qh",
+    "des-loc-adopt",
+    "des-loc-nesterov",
     *(f"mt-dao-{rule}-{kind}" for rule in ("sgdm", "adam", "adopt") for kind in ("qh", "n2")),
 }
 

@@ -41,9 +41,13 @@ def assert_sums(got, local, mean):
 @st.composite
 def cases(draw):
     sizes = draw(st.lists(st.sampled_from(SIZES), min_size=1, max_size=5))
-    types = draw(st.lists(st.tuples(st.sampled_from(LOCAL), st.sampled_from(WIRE)), min_size=len(sizes), max_size=len(sizes)))
+    types = draw(
+        st.lists(st.tuples(st.sampled_from(LOCAL), st.sampled_from(WIRE)), min_size=len(sizes), max_size=len(sizes))
+    )
     offset, seed = draw(st.integers(0, 3)), draw(st.integers(0, 9))
-    return tuple([randn(n, kind[k], seed + 50 * k + i, offset) for i, (n, kind) in enumerate(zip(sizes, types))] for k in (0, 1))
+    return tuple(
+        [randn(n, kind[k], seed + 50 * k + i, offset) for i, (n, kind) in enumerate(zip(sizes, types))] for k in (0, 1)
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -132,15 +136,21 @@ EVERY_STEP = {"params": 1, "exp_avg": 1, "exp_avg_sq": 1}
 
 
 def optimizer_of(*weights, average, sync_every, emit=None, **deslo):
-    settings = {"optimizer": {"params": {"lr": 1e-2, "sync_every": sync_every}}, "deslo": {"when": "after_update", **deslo}}
+    settings = {
+        "optimizer": {"params": {"lr": 1e-2, "sync_every": sync_every}},
+        "deslo": {"when": "after_update", **deslo},
+    }
     return DesLoc([torch.nn.Parameter(weight) for weight in weights], settings, average=average, emit=emit)
 
 
 def drifts(average, steps=1):
-    """What the events of ``steps`` steps without updates say, two parameters starting at 1 + 2 rank; and the optimizer."""
+    """What the events of ``steps`` steps without updates say, two parameters starting at 1 + 2 rank; and the
+    optimizer."""
     weights = (torch.full((5, 3), 1.0 + 2 * average.rank), torch.full((7,), 1.0 + 2 * average.rank))
     found = []
-    optimizer = optimizer_of(*weights, average=average, sync_every={"params": 1}, emit=lambda event: found.append(event.drift))
+    optimizer = optimizer_of(
+        *weights, average=average, sync_every={"params": 1}, emit=lambda event: found.append(event.drift)
+    )
     for _ in range(steps):
         optimizer.skip_step()
     return found, optimizer
@@ -183,7 +193,9 @@ def test_a_broken_state_is_named_and_nothing_is_written(value):
         optimizer = optimizer_of(*weights, average=average, sync_every=EVERY_STEP)
         if average.rank == 1:
             optimizer.state[optimizer.param_groups[0]["params"][1]]["exp_avg"][2] = value
-        with pytest.raises(NonFiniteError, match=r"average of exp_avg after step 1: .* from rank\(s\) \[1\]; nothing was"):
+        with pytest.raises(
+            NonFiniteError, match=r"average of exp_avg after step 1: .* from rank\(s\) \[1\]; nothing was"
+        ):
             optimizer.skip_step()
         return [weight[0].item() for weight in weights], optimizer.meter.drift
 

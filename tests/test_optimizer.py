@@ -54,8 +54,12 @@ def test_a_group_has_its_own_rate_decay_and_periods():
         weights, bias = params_of((3,), (2,))
         groups = [{"params": [weights]}, {"params": [bias], "lr": 0.0, "sync_every": {"params": 2, "exp_avg_sq": None}}]
         landed = []
-        optimizer = DesLoc(groups, config(lr=1e-2, sync_every={"params": 3}), average=average,
-                           emit=lambda event: landed.append((event.steps, event.bytes)))
+        optimizer = DesLoc(
+            groups,
+            config(lr=1e-2, sync_every={"params": 3}),
+            average=average,
+            emit=lambda event: landed.append((event.steps, event.bytes)),
+        )
         for step in range(7):
             give_gradients([weights, bias], step, average.rank)
             optimizer.step()
@@ -64,8 +68,13 @@ def test_a_group_has_its_own_rate_decay_and_periods():
 
     for landed in threads(2, replica):
         # 2 or 3 numbers, and the word by which replicas learn that none has written into them
-        assert landed == [(2, {"params": 12}), (3, {"params": 16}), (4, {"params": 12}), (6, {"params": 16}),
-                          (6, {"params": 12})]
+        assert landed == [
+            (2, {"params": 12}),
+            (3, {"params": 16}),
+            (4, {"params": 12}),
+            (6, {"params": 16}),
+            (6, {"params": 12}),
+        ]
 
 
 def test_a_misspelt_state_of_a_group_is_refused():
@@ -121,7 +130,9 @@ def test_float64_parameters_need_a_float64_wire():
 
 
 def test_state_dict_round_trip_changes_no_bit_and_keeps_the_configs_periods():
-    settings = config(lr=1e-2, sync_every={"params": 2}, momenta=[{"beta": 0.9, "weight": 0.5}, {"beta": 0.99, "weight": 0.5}])
+    settings = config(
+        lr=1e-2, sync_every={"params": 2}, momenta=[{"beta": 0.9, "weight": 0.5}, {"beta": 0.99, "weight": 0.5}]
+    )
     straight = params_of((4,), dtype=torch.bfloat16)
     one = DesLoc(straight, settings)
     for step in range(5):
@@ -237,8 +248,9 @@ def test_adopt_that_skips_its_first_step_still_sets_its_second_moment_from_a_gra
 def test_k_256_768_1536_moves_170_times_less_than_synchronous():
     def replica(average):
         params = params_of((4096,))
-        optimizer = DesLoc(params, config(lr=1e-3, sync_every={"params": 256, "exp_avg": 768, "exp_avg_sq": 1536}),
-                           average=average)
+        optimizer = DesLoc(
+            params, config(lr=1e-3, sync_every={"params": 256, "exp_avg": 768, "exp_avg_sq": 1536}), average=average
+        )
         for step in range(1537):
             params[0].grad = torch.ones(4096)
             optimizer.step()

@@ -2,13 +2,13 @@
 
 import re
 
+import jobs as deepspeed_jobs
 import pytest
 import torch
 import torch_jobs as jobs
 from test_deepspeed import ds_config
 from theory import RULES, assert_oracle, oracle_states
 
-import jobs as deepspeed_jobs
 from deslo_plugin import ConfigError, load_config
 from deslo_plugin.collectives import Alone
 from deslo_plugin.stock import StockAveraging, schedule
@@ -52,8 +52,12 @@ def test_adamw_trains_as_the_oracle(four, wrap, optimizer):
 def test_order_and_warm_up_are_those_of_the_oracle(four, wrap, more):
     s = type(RULES["des-loc-adam"])(**vars(RULES["des-loc-adam"]) | {"after_update": "when" in more})
     results = four().run(jobs.run, wrap, deslo(wrap, **more), 20, None, adamw)
-    assert_oracle(results, oracle_states(s, 20, replicas=WORLDS[wrap][0], own_period=False,
-                                         synchronous_steps=more.get("synchronous_steps", 0)))
+    assert_oracle(
+        results,
+        oracle_states(
+            s, 20, replicas=WORLDS[wrap][0], own_period=False, synchronous_steps=more.get("synchronous_steps", 0)
+        ),
+    )
 
 
 def stock_ds(stage: int, **more) -> dict:
@@ -64,7 +68,10 @@ def stock_ds(stage: int, **more) -> dict:
 
 
 def params_of_theory(steps, broken=None):
-    return [{"params": replica["params"]} for replica in oracle_states(RULES["des-loc-adam"], steps, broken, own_period=False)]
+    return [
+        {"params": replica["params"]}
+        for replica in oracle_states(RULES["des-loc-adam"], steps, broken, own_period=False)
+    ]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -78,7 +85,7 @@ def test_a_skip_that_nobody_would_take_is_refused(four):
     ds = stock_ds(0)
     ds["deslo"]["on_nonfinite"] = "skip"
     for error in four().run(deepspeed_jobs.raises, ds):
-        assert "deslo.on_nonfinite: expected \"stop\"" in error
+        assert 'deslo.on_nonfinite: expected "stop"' in error
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -127,10 +134,16 @@ def test_two_optimizers_of_one_model_have_their_own_periods(four):
     assert equal == [{"params": True, "momentum_buffer": True, "exp_avg": False, "exp_avg_sq": True}] * 4
 
 
-@pytest.mark.parametrize("sync_every, message", [
-    ({"params": 3, "exp_avg": 6}, "a period for every state of AdamW .exp_avg, exp_avg_sq., got none for exp_avg_sq"),
-    (SYNC_EVERY | {"exp_avg_square": 3}, "sync_every.exp_avg_square: .*did you mean 'exp_avg_sq'"),
-])
+@pytest.mark.parametrize(
+    "sync_every, message",
+    [
+        (
+            {"params": 3, "exp_avg": 6},
+            "a period for every state of AdamW .exp_avg, exp_avg_sq., got none for exp_avg_sq",
+        ),
+        (SYNC_EVERY | {"exp_avg_square": 3}, "sync_every.exp_avg_square: .*did you mean 'exp_avg_sq'"),
+    ],
+)
 def test_states_that_do_not_fit_the_schedule_are_named_after_the_first_step(four, sync_every, message):
     for error in four().run(jobs.raises, "plain", {"deslo": {"sync_every": sync_every}}, 2, None, adamw):
         assert re.search(message, error)
@@ -143,11 +156,20 @@ def test_a_state_that_has_no_mean_is_refused_unless_it_stays_local(four):
             assert expected in error
 
 
-@pytest.mark.parametrize("blocks, message", [
-    ({"deslo": {"sync_every": {"exp_avg": 3}}}, "deslo.sync_every.params: expected a whole number >= 1"),
-    ({"optimizer": {"type": "DesLoc"}, "deslo": {"sync_every": {"params": 3}}}, "move it to optimizer.params.sync_every"),
-    ({"deslo": {"sync_every": {"params": 3, "exp_avg": "half_life"}}}, "sync_every.exp_avg: expected a whole number >= 1, null"),
-])
+@pytest.mark.parametrize(
+    "blocks, message",
+    [
+        ({"deslo": {"sync_every": {"exp_avg": 3}}}, "deslo.sync_every.params: expected a whole number >= 1"),
+        (
+            {"optimizer": {"type": "DesLoc"}, "deslo": {"sync_every": {"params": 3}}},
+            "move it to optimizer.params.sync_every",
+        ),
+        (
+            {"deslo": {"sync_every": {"params": 3, "exp_avg": "half_life"}}},
+            "sync_every.exp_avg: expected a whole number >= 1, null",
+        ),
+    ],
+)
 def test_a_schedule_that_cannot_be_meant_is_refused(blocks, message):
     with pytest.raises(ConfigError, match=message):
         load_config(blocks)

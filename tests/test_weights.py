@@ -1,6 +1,6 @@
 """Averages in which a replica counts by what it has seen, against the float64 oracle, and what is told wrongly."""
 
-
+import jobs as deepspeed_jobs
 import pytest
 import torch
 import torch_jobs as jobs
@@ -10,7 +10,6 @@ from test_oracle import SIZE, assert_equal, noisy_quadratic
 from theory import RULES
 from worlds import threads
 
-import jobs as deepspeed_jobs
 from deslo_plugin import AverageError, ConfigError, DesLoc
 
 STEPS = 26
@@ -40,7 +39,9 @@ def run_ours(s: Setting, told=samples, steps: int = STEPS, reload_at: int | None
                 for _ in range(2):  # two micro-batches
                     optimizer.averaging.saw(told(average.rank, step) / 2)
             optimizer.skip_step() if params[0].grad is None else optimizer.step()
-        return {"params": params[0].detach()} | {n: optimizer.state[params[0]][n] for n in optimizer.config.optimizer.moments}
+        return {"params": params[0].detach()} | {
+            n: optimizer.state[params[0]][n] for n in optimizer.config.optimizer.moments
+        }
 
     return threads(3, replica)
 
@@ -55,10 +56,18 @@ def expected(s: Setting, told=samples) -> list[dict]:
     return [states(s, groups[0]) for groups in train([s], [start], 3, STEPS, vectors, samples=told)]
 
 
-@pytest.mark.parametrize("change, deslo", [
-    ({}, {}), ({}, {"overlap": False}), ({"after_update": True}, {}), ({"delay": 2}, {}),
-    ({"rule": "sgdm", "periods": {"x": 3, "u1": 6}}, {}), ({"outer": (0.7, 0.9)}, {}),
-], ids=str)
+@pytest.mark.parametrize(
+    "change, deslo",
+    [
+        ({}, {}),
+        ({}, {"overlap": False}),
+        ({"after_update": True}, {}),
+        ({"delay": 2}, {}),
+        ({"rule": "sgdm", "periods": {"x": 3, "u1": 6}}, {}),
+        ({"outer": (0.7, 0.9)}, {}),
+    ],
+    ids=str,
+)
 def test_every_order_is_the_oracle_in_float64(change, deslo):
     s = Setting(**vars(S) | change)
     assert_equal(run_ours(s, **deslo), expected(s), 1e-12)
@@ -67,7 +76,7 @@ def test_every_order_is_the_oracle_in_float64(change, deslo):
 def test_uneven_weights_make_a_difference_and_even_ones_weigh_by_steps_taken():
     weighted, alike = expected(S), expected(S, None)
     assert (weighted[0]["params"] - alike[0]["params"]).abs().max() > 1e-3
-    seven = lambda replica, step: 7.0 if samples(replica, step) else 0.0  # noqa: E731
+    seven = lambda replica, step: 7.0 if samples(replica, step) else 0.0
     assert_equal(run_ours(S, seven), expected(S, seven), 1e-12)
 
 
@@ -76,13 +85,19 @@ def test_a_replica_that_saw_nothing_takes_over_the_others():
     s = Setting(**vars(S) | {"after_update": True})
     ours = run_ours(s, lambda replica, step: float(replica != 2), steps=3)
     assert all(torch.equal(ours[2]["params"], other["params"]) for other in ours)
-    two = [states(s, groups[0])["params"] for groups in
-           train([s], [torch.linspace(-1, 1, SIZE, dtype=torch.float64)], 2, 3, lambda m, t, x: [noisy_quadratic(m, t, x[0])])]
+    two = [
+        states(s, groups[0])["params"]
+        for groups in train(
+            [s], [torch.linspace(-1, 1, SIZE, dtype=torch.float64)], 2, 3, lambda m, t, x: [noisy_quadratic(m, t, x[0])]
+        )
+    ]
     assert torch.allclose(ours[2]["params"], two[0], atol=1e-12)
 
 
 def test_nothing_told_is_an_error_at_the_first_average():
-    with pytest.raises(ConfigError, match=r"weights .samples.: expected every rank to call saw.* from rank\(s\) \[0, 1, 2\]"):
+    with pytest.raises(
+        ConfigError, match=r"weights .samples.: expected every rank to call saw.* from rank\(s\) \[0, 1, 2\]"
+    ):
         run_ours(S, None)
 
 
@@ -139,8 +154,10 @@ def theory_of(rank_of: list[list[int]], steps: int, rests: bool, own_period: boo
     model = jobs.net().double()
     groups = deepspeed_jobs.two_groups(model)
     base = dict(vars(RULES["des-loc-adam"]))
-    settings = [Setting(**base | {"weight_decay": 0.1}),
-                Setting(**base | {"lr": 5e-3, "periods": base["periods"] | ({"x": 2} if own_period else {})})]
+    settings = [
+        Setting(**base | {"weight_decay": 0.1}),
+        Setting(**base | {"lr": 5e-3, "periods": base["periods"] | ({"x": 2} if own_period else {})}),
+    ]
 
     def gradient(replica, step, vectors):
         for group, vector in zip(groups, vectors):
@@ -154,12 +171,17 @@ def theory_of(rank_of: list[list[int]], steps: int, rests: bool, own_period: boo
         return [torch.cat([p.grad.flatten() for p in group["params"]]) for group in groups]
 
     starts = [torch.cat([p.detach().flatten() for p in group["params"]]) for group in groups]
-    samples = lambda replica, step: sum(jobs.batch_of(rank, step, rests) for rank in rank_of[replica])  # noqa: E731
+    samples = lambda replica, step: sum(jobs.batch_of(rank, step, rests) for rank in rank_of[replica])
     names = {id(p): name for name, p in model.named_parameters()}
     out = []
     for replica in train(settings, starts, len(rank_of), steps, gradient, samples=samples):
-        out.append({names[id(p)]: part for group, of in zip(replica, groups)
-                    for p, part in zip(of["params"], group.x.split([p.numel() for p in of["params"]]))})
+        out.append(
+            {
+                names[id(p)]: part
+                for group, of in zip(replica, groups)
+                for p, part in zip(of["params"], group.x.split([p.numel() for p in of["params"]]))
+            }
+        )
     return out
 
 
@@ -190,7 +212,9 @@ def test_a_replica_of_several_ranks_counts_what_all_of_them_saw(four):
 def test_running_statistics_have_the_weights_of_the_parameters(four):
     config = blocks(RULES["des-loc-adam"], weights="samples", replica_size=1)
     results = four().run(jobs.weighted, "ddp", config, 8, True, None, True)
-    assert all(result["bytes"] == result["planned"] and result["bytes"]["buffers"] == 4 * 4 * (2 * 4 + 1) for result in results)
+    assert all(
+        result["bytes"] == result["planned"] and result["bytes"]["buffers"] == 4 * 4 * (2 * 4 + 1) for result in results
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

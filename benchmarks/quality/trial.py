@@ -17,7 +17,8 @@ from deslo_plugin.simulation import Moment, Replicas, simulate, warmup_cosine
 
 
 def warmup_hold(steps: int) -> Callable[[int], float]:
-    """Linear over the first tenth of ``steps``, constant, and over the last tenth 1 - sqrt: as in MT-DAO's public code."""
+    """Linear over the first tenth of ``steps``, constant, and over the last tenth 1 - sqrt: as in MT-DAO's public
+    code."""
     tenth = max(1, steps // 10)
     return lambda step: min((step + 1) / tenth, 1 - math.sqrt(max(0.0, (step - (steps - tenth)) / tenth)))
 
@@ -28,21 +29,34 @@ SCHEDULES = {"cosine": warmup_cosine, "hold": warmup_hold}
 def train(run: Run, preset: Preset) -> dict[str, Any]:
     """Trains ``run`` to its end, or until it diverges.
 
-    ``validation`` nats per byte at ``steps``, of the model that training would hand out (``served``), null from where it is
-    no number; ``bytes`` that one replica sent; ``progress`` and ``momentum``: cosines of a replica's with the mean of all,
-    averaged over replicas and over the second half of the run's periods, null where replicas never part.
+    ``validation`` nats per byte at ``steps``, of the model that training would hand out (``served``), null from where
+    it is no number; ``bytes`` that one replica sent; ``progress`` and ``momentum``: cosines of a replica's with the
+    mean of all, averaged over replicas and over the second half of the run's periods, null where replicas never part.
     """
     config = {"optimizer": {"type": "DesLoc", **run.blocks["optimizer"]}, "deslo": run.blocks["deslo"]}
-    objective = small_gpt(preset.shape, sequences=run.sequences or preset.sequences, replicas=run.replicas, seed=run.seed,
-                          held_out=preset.held_out, shards=run.shards, device=preset.device)
+    objective = small_gpt(
+        preset.shape,
+        sequences=run.sequences or preset.sequences,
+        replicas=run.replicas,
+        seed=run.seed,
+        held_out=preset.held_out,
+        shards=run.shards,
+        device=preset.device,
+    )
     steps = run.steps or preset.steps
     curve: dict[str, list[Any]] = {"steps": [], "validation": []}
     alignment = Alignment(steps)
     world = None
     try:
         with torch.autocast(preset.device, torch.bfloat16, enabled=preset.bfloat16):
-            for moment in simulate(objective, config, replicas=run.replicas, steps=steps, norm_clip=run.norm_clip,
-                                   rate=SCHEDULES[preset.schedule](steps)):
+            for moment in simulate(
+                objective,
+                config,
+                replicas=run.replicas,
+                steps=steps,
+                norm_clip=run.norm_clip,
+                rate=SCHEDULES[preset.schedule](steps),
+            ):
                 world = moment.replicas
                 if moment.steps == 1 and not run.compensated:
                     # the difference lands whole, not what updates leave of it while it travels
@@ -69,7 +83,8 @@ def served(world: Replicas) -> Tensor:
 
 
 class Alignment:
-    """Cosines of replicas with their mean, each time parameters are about to be averaged in the second half of a run."""
+    """Cosines of replicas with their mean, each time parameters are about to be averaged in the second half of a
+    run."""
 
     def __init__(self, steps: int):
         self.steps, self._anchor, self._seen = steps, None, {"progress": [], "momentum": []}

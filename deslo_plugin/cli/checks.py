@@ -22,7 +22,8 @@ from deslo_plugin.version import __version__
 OK, WARNING, WRONG = "ok", "warning", "wrong"
 FRAMEWORKS = ("deepspeed", "accelerate", "transformers")
 NUMEL, ROUNDS = 1 << 22, 7  # of the kernels' race
-BYTES_PER_ELEMENT = 28  # that Adam has to move: parameter, momentum and second moment read and written, the gradient read
+# that Adam has to move: parameter, momentum and second moment read and written, the gradient read
+BYTES_PER_ELEMENT = 28
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,13 @@ class Check:
 def versions() -> list[Check]:
     """Of everything on every rank; equal everywhere, and of frameworks those that are supported. Collective."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    mine = {"deslo_plugin": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "native kernels": ops.native(), "device": device}
+    mine = {
+        "deslo_plugin": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "native kernels": ops.native(),
+        "device": device,
+    }
     mine |= {name: metadata.version(name) for name in FRAMEWORKS if find_spec(name) is not None}
     everyone = gathered(mine) if dist.is_initialized() else {0: mine}
     checks = []
@@ -57,8 +63,20 @@ def kernels(device: torch.device) -> Check:
     x, g, u, v = (torch.rand(NUMEL, device=device) for _ in range(4))
 
     def ours() -> None:
-        ops.adam_([x], [g], [[u]], [v], t=10, lr=1e-4, weight_decay=0.0, betas=[0.9], weights=[1.0], beta2=0.95, eps=1e-8,
-                  bias_correction=True)
+        ops.adam_(
+            [x],
+            [g],
+            [[u]],
+            [v],
+            t=10,
+            lr=1e-4,
+            weight_decay=0.0,
+            betas=[0.9],
+            weights=[1.0],
+            beta2=0.95,
+            eps=1e-8,
+            bias_correction=True,
+        )
 
     weights = torch.nn.Parameter(torch.rand(NUMEL, device=device))
     weights.grad = torch.rand(NUMEL, device=device)
@@ -68,15 +86,21 @@ def kernels(device: torch.device) -> Check:
     found = f"{built}: {rate:.3g} GB/s on {kind}, {other / seconds:.2f} times as fast as torch's fused AdamW"
     found += f", {dist.get_world_size()} ranks at once" if dist.is_initialized() else ""
     if kind not in built:
-        return Check("kernels", WARNING, found, "every step is slower without kernels for it: DESLO_NATIVE="
-                     f"{kind} pip install --no-build-isolation . builds them or says why not")
+        return Check(
+            "kernels",
+            WARNING,
+            found,
+            "every step is slower without kernels for it: DESLO_NATIVE="
+            f"{kind} pip install --no-build-isolation . builds them or says why not",
+        )
     return Check("kernels", OK, found)
 
 
 def topology(groups: Groups) -> Check:
     """Replicas and where they lie. Collective."""
     shape, hosts = groups.topology, hosts_of(groups.topology)
-    found = f"{shape.replicas} replica(s) of {shape.replica_size} rank(s) on {len(set(hosts))} node(s), {dist.get_backend()}"
+    nodes = len(set(hosts))
+    found = f"{shape.replicas} replica(s) of {shape.replica_size} rank(s) on {nodes} node(s), {dist.get_backend()}"
     if shape.replicas == 1:
         return Check("replicas", WARNING, found, "nothing is averaged: start more ranks, or lower deslo.replica_size")
     wrong = placement(shape, hosts)
@@ -95,18 +119,38 @@ def steps(blocks: Mapping[str, Any], device: torch.device) -> list[Check]:
     """Two real steps of the config. Collective; raises what a training script would get."""
     checks = []
     if is_deepspeed(blocks) and find_spec("deepspeed") is None:
-        checks.append(Check("DeepSpeed", WARNING, "not installed, though the config is a DeepSpeed JSON",
-                            "pip install 'deslo-plugin[deepspeed]'; the two blocks were tested with torch alone"))
+        checks.append(
+            Check(
+                "DeepSpeed",
+                WARNING,
+                "not installed, though the config is a DeepSpeed JSON",
+                "pip install 'deslo-plugin[deepspeed]'; the two blocks were tested with torch alone",
+            )
+        )
     result = self_test(blocks, device)
     losses = ", ".join(f"{loss:.4g}" for loss in result.losses)
     finite = all(loss == loss and abs(loss) < float("inf") for loss in result.losses)
-    checks.append(Check("steps", OK if finite else WRONG, f"{len(result.losses)} with {result.framework}, losses {losses}",
-                        "" if finite else "look at lr and the dtype: the model is tiny and its inputs are normal"))
+    checks.append(
+        Check(
+            "steps",
+            OK if finite else WRONG,
+            f"{len(result.losses)} with {result.framework}, losses {losses}",
+            "" if finite else "look at lr and the dtype: the model is tiny and its inputs are normal",
+        )
+    )
     if result.replicas == 1:
-        checks.append(Check("bytes", WARNING, "one replica: nothing was averaged", "start it with torchrun, on two replicas"))
+        checks.append(
+            Check("bytes", WARNING, "one replica: nothing was averaged", "start it with torchrun, on two replicas")
+        )
     elif result.planned != result.counted:
-        checks.append(Check("bytes", WRONG, f"{dict(result.counted)} counted, {dict(result.planned)} planned",
-                            "report it with this config: the plan does not know what is sent"))
+        checks.append(
+            Check(
+                "bytes",
+                WRONG,
+                f"{dict(result.counted)} counted, {dict(result.planned)} planned",
+                "report it with this config: the plan does not know what is sent",
+            )
+        )
     else:
         said = ", ".join(f"{state} {count:,}" for state, count in result.counted.items())
         checks.append(Check("bytes", OK, f"counted as planned: {said}"))

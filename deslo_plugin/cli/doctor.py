@@ -27,10 +27,13 @@ COLOURS = {OK: "green", WARNING: "yellow", WRONG: "bold red"}
 
 @command
 def doctor(
-    config: Annotated[Path | None, typer.Option(help="The job's JSON or YAML: two steps of it are taken on fake data.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The job's JSON or YAML: two steps of it are taken on fake data.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Versions, kernels, replicas, the link and two real steps of a config. Start it alone, or with torchrun like the job.
+    """Versions, kernels, replicas, the link and two real steps of a config. Start it alone, or with torchrun like the
+    job.
 
     Status 1 if anything is wrong on any rank.
     """
@@ -39,12 +42,25 @@ def doctor(
         found += _tried("config", lambda: _with_config(config, device))
     everywhere = _merged(found)
     if as_json:
-        show_json({"ok": all(each.status != WRONG for each in everywhere), "checks": [asdict(each) for each in everywhere]})
+        show_json(
+            {"ok": all(each.status != WRONG for each in everywhere), "checks": [asdict(each) for each in everywhere]}
+        )
     else:
-        show(table("deslo doctor", ("what", "", "found"), [
-            (each.name, f"[{COLOURS[each.status]}]{each.status}[/]", escape("; ".join(filter(None, (each.found, each.do)))))
-            for each in everywhere
-        ], words=3))
+        show(
+            table(
+                "deslo doctor",
+                ("what", "", "found"),
+                [
+                    (
+                        each.name,
+                        f"[{COLOURS[each.status]}]{each.status}[/]",
+                        escape("; ".join(filter(None, (each.found, each.do)))),
+                    )
+                    for each in everywhere
+                ],
+                words=3,
+            )
+        )
     leave(FAILED if any(each.status == WRONG for each in everywhere) else 0)
 
 

@@ -22,13 +22,18 @@ class Given:
 
 
 def given(path: Path | None) -> Given:
-    """Of a file, or one of ours by name; without, the papers' default. Raises ``ConfigError`` for a file that no job reads."""
+    """Of a file, or one of ours by name; without, the papers' default. Raises ``ConfigError`` for a file that no job
+    reads."""
     if path is None:
         return Given({}, load_config({}))
     blocks = read_file(find_config(path))
     if "optimizer" not in blocks and "deslo" not in blocks:
-        raise ConfigError("--config", 'a file with an "optimizer" or a "deslo" block', f"neither in {str(path)!r}",
-                          "give the file that the job reads them from")
+        raise ConfigError(
+            "--config",
+            'a file with an "optimizer" or a "deslo" block',
+            f"neither in {str(path)!r}",
+            "give the file that the job reads them from",
+        )
     left_out = tuple(each for block in ("optimizer", "deslo") for each in _auto(block, blocks.get(block)))
     return Given(blocks, load_config(without_auto(blocks)), left_out)
 

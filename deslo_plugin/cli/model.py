@@ -11,7 +11,7 @@ from torch import nn
 from deslo_plugin.strict import ConfigError
 
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-FORMS = 'a Hugging Face config (a config.json or its folder), or package.module:function, which returns an nn.Module'
+FORMS = "a Hugging Face config (a config.json or its folder), or package.module:function, which returns an nn.Module"
 
 
 def parse_count(text: str) -> int:
@@ -35,8 +35,12 @@ def count_parameters(model: str) -> int:
 
 def _from_hugging_face(path: Path) -> nn.Module:
     if find_spec("transformers") is None:
-        raise ConfigError("--model", "transformers installed, to read a Hugging Face config", "none",
-                          "pip install transformers, or give the number as --params")
+        raise ConfigError(
+            "--model",
+            "transformers installed, to read a Hugging Face config",
+            "none",
+            "pip install transformers, or give the number as --params",
+        )
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     try:
@@ -45,8 +49,12 @@ def _from_hugging_face(path: Path) -> nn.Module:
         return kind.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError("--model", "a Hugging Face config that transformers can build", f"{str(path)!r}: {reason}",
-                          "correct it, or give the number as --params") from error
+        raise ConfigError(
+            "--model",
+            "a Hugging Face config that transformers can build",
+            f"{str(path)!r}: {reason}",
+            "correct it, or give the number as --params",
+        ) from error
 
 
 def _from_module(path: str) -> nn.Module:
@@ -57,10 +65,16 @@ def _from_module(path: str) -> nn.Module:
     try:
         built = getattr(importlib.import_module(name), function)()
     except (ImportError, AttributeError) as error:
-        raise ConfigError("--model", "package.module:function that can be imported", f"{path!r}: {error}",
-                          "run the command where the package can be found") from error
+        raise ConfigError(
+            "--model",
+            "package.module:function that can be imported",
+            f"{path!r}: {error}",
+            "run the command where the package can be found",
+        ) from error
     finally:
         sys.path.pop(0)
     if not isinstance(built, nn.Module):
-        raise ConfigError(f"--model {path}", "a function that returns an nn.Module", type(built).__name__, "return the model")
+        raise ConfigError(
+            f"--model {path}", "a function that returns an nn.Module", type(built).__name__, "return the model"
+        )
     return built

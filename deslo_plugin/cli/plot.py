@@ -20,9 +20,16 @@ def draw(outlook: Outlook, path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for name in (each for each in hours[0] if each != IN_TURN):
-        axes.plot(rates, [each[name] for each in hours], label=name, linestyle="--" if name.startswith("synchronous") else "-")
+        axes.plot(
+            rates, [each[name] for each in hours], label=name, linestyle="--" if name.startswith("synchronous") else "-"
+        )
     axes.axvline(outlook.link.gbit_per_s, color="grey", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="Gbit/s between replicas", ylabel=f"hours for {job.steps:,} steps",
-             title=f"{job.numel:.3g} parameters, {job.replicas} replicas, {job.step_s * 1e3:.4g} ms a step")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="Gbit/s between replicas",
+        ylabel=f"hours for {job.steps:,} steps",
+        title=f"{job.numel:.3g} parameters, {job.replicas} replicas, {job.step_s * 1e3:.4g} ms a step",
+    )
     axes.legend(fontsize="small")
     figure.savefig(path)

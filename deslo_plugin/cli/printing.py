@@ -15,7 +15,8 @@ from rich.table import Table
 from deslo_plugin.agreement import first_to_say
 from deslo_plugin.strict import ConfigError
 
-FAILED, UNUSABLE = 1, 2  # exit statuses: something checked is not as it should be; the command cannot be carried out as written
+# exit statuses: something checked is not as it should be; the command cannot be carried out as written
+FAILED, UNUSABLE = 1, 2
 PLAIN_WIDTH = 132  # of output that no terminal shows
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]

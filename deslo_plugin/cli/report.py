@@ -20,7 +20,8 @@ def report(
     text: Annotated[Path | None, typer.Option("--markdown", help="Also write the table as Markdown.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Loss by step, token and wall clock, bytes by state, waits, drift and a timeline of averages, runs side by side."""
+    """Loss by step, token and wall clock, bytes by state, waits, drift and a timeline of averages, runs side by
+    side."""
     read = [Run(path) for path in runs]
     _expect_names(read)
     if as_json:

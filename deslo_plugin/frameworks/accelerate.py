@@ -30,7 +30,10 @@ Source = Mapping[str, Any] | str | Path
 
 
 def attach_accelerator(
-    accelerator: Accelerator, config: Source | None = None, *, model: nn.Module | None = None,
+    accelerator: Accelerator,
+    config: Source | None = None,
+    *,
+    model: nn.Module | None = None,
     emit: Callable[[SyncEvent], object] | None = None,
 ) -> None:
     """Connects what ``accelerator.prepare`` has prepared, or will prepare, to its replicas: ``attach`` for Accelerate.
@@ -54,8 +57,12 @@ def attach_accelerator(
     if model is not None:
         _connect(accelerator, model, config, emit)
     elif accelerator._models:
-        raise ConfigError("attach_accelerator(model=...)", "the model that prepare returned, since it was called", "none",
-                          "pass it, or call attach_accelerator before prepare")
+        raise ConfigError(
+            "attach_accelerator(model=...)",
+            "the model that prepare returned, since it was called",
+            "none",
+            "pass it, or call attach_accelerator before prepare",
+        )
     else:
         accelerator.prepare = _preparing(accelerator, config, emit)
 
@@ -81,14 +88,20 @@ def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, 
         raise _dispatches("its default for an IterableDataset")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if not hasattr(model, "deslo"):
-            raise ConfigError("attach_accelerator", 'a DeepSpeed JSON with a "deslo" block', "none", "pass config=, or add it")
+            raise ConfigError(
+                "attach_accelerator", 'a DeepSpeed JSON with a "deslo" block', "none", "pass config=, or add it"
+            )
         accelerator.deslo = model.deslo
         _agree_on_states(accelerator)
         return _track(accelerator)
     for kind, found in (("model", accelerator._models), ("optimizer", accelerator._optimizers)):
         if len(found) != 1:
-            raise ConfigError("attach_accelerator", f"one prepared {kind}", str(len(found)),
-                              "prepare model and optimizer in one call; for several, call deslo_plugin.attach for each pair")
+            raise ConfigError(
+                "attach_accelerator",
+                f"one prepared {kind}",
+                str(len(found)),
+                "prepare model and optimizer in one call; for several, call deslo_plugin.attach for each pair",
+            )
     optimizer = accelerator._optimizers[0]
     accelerator.deslo = attach(model, optimizer, None if isinstance(optimizer.optimizer, DesLoc) else config, emit=emit)
     _save_the_truth(accelerator, model)
@@ -102,7 +115,8 @@ def _track(accelerator: Accelerator) -> None:
 
 
 def _save_the_truth(accelerator: Accelerator, model: nn.Module) -> None:
-    """``save_state`` and ``load_state`` leave model and optimizer to ``deslo_plugin.save`` and ``load``, by ``deslo.checkpoint``."""
+    """``save_state`` and ``load_state`` leave model and optimizer to ``deslo_plugin.save`` and ``load``, by
+    ``deslo.checkpoint``."""
     save_state, load_state, world = accelerator.save_state, accelerator.load_state, accelerator.deslo.groups.world
     loaded_from: list[str] = []
     accelerator.register_load_state_pre_hook(lambda models, folder: loaded_from.append(folder))
@@ -127,9 +141,11 @@ def _agree_on_states(accelerator: Accelerator) -> None:
     """Under DeepSpeed: what one rank's own files fail at, all ranks hear of."""
     save_state, load_state, world = accelerator.save_state, accelerator.load_state, accelerator.deslo.groups.world
     accelerator.save_state = functools.wraps(save_state)(
-        lambda *args, **kwargs: all_or_none(lambda: save_state(*args, **kwargs), world))
+        lambda *args, **kwargs: all_or_none(lambda: save_state(*args, **kwargs), world)
+    )
     accelerator.load_state = functools.wraps(load_state)(
-        lambda *args, **kwargs: all_or_none(lambda: load_state(*args, **kwargs), world, "see and read"))
+        lambda *args, **kwargs: all_or_none(lambda: load_state(*args, **kwargs), world, "see and read")
+    )
 
 
 @contextmanager
@@ -150,7 +166,11 @@ def install() -> None:
     def averaged(self: Accelerator, model: nn.Module, unwrap: bool = True) -> Any:
         attachment = getattr(model, "deslo", None) or next(iter(attached.get(bare(model), [])), None)
         collective = self.distributed_type == DistributedType.DEEPSPEED or self.is_fsdp2
-        if attachment is None or not collective or not (attachment.topology.replicas > 1 and attachment.averaging.diverged):
+        if (
+            attachment is None
+            or not collective
+            or not (attachment.topology.replicas > 1 and attachment.averaging.diverged)
+        ):
             return get_state_dict(self, model, unwrap)
         say("deslo: get_state_dict gives the average of all replicas")
         return averaged_state_dict(model, as_trained=True)
@@ -172,7 +192,10 @@ def _into_deepspeed(accelerator: Accelerator, config: Source | None) -> None:
 
 def _dispatches(got: str) -> ConfigError:
     return ConfigError(
-        "Accelerator(dataloader_config.dispatch_batches)", "False", got,
-        "pass DataLoaderConfiguration(dispatch_batches=False): a batch read on one rank and sent to all crosses the slow "
+        "Accelerator(dataloader_config.dispatch_batches)",
+        "False",
+        got,
+        "pass DataLoaderConfiguration(dispatch_batches=False): a batch read on one rank and sent to all crosses the "
+        "slow "
         "link at every step",
     )

@@ -1,4 +1,5 @@
-"""What one rank alone can fail at, files above all, agreed on by all of them: nobody waits for a rank that has given up."""
+"""What one rank alone can fail at, files above all, agreed on by all of them: nobody waits for a rank that has given
+up."""
 
 import os
 from collections.abc import Callable
@@ -33,8 +34,8 @@ class _Problem(NamedTuple):
 def all_or_none(act: Callable[[], T], world: dist.ProcessGroup | None, access: str = "see and write to") -> T:
     """``act()`` on every rank, and its value; if it fails on any, it has failed on all. Collective.
 
-    Raises ``ConfigError`` on every rank if a rank did, with the ranks that did, and ``OSError`` for whatever else, with the
-    rank and the system's error number; ``access`` is what every rank needs to have of a folder.
+    Raises ``ConfigError`` on every rank if a rank did, with the ranks that did, and ``OSError`` for whatever else, with
+    the rank and the system's error number; ``access`` is what every rank needs to have of a folder.
     """
     value, problem, cause = None, None, None
     try:

@@ -24,15 +24,20 @@ def checked(model: nn.Module, optimizer: Any, config: Any) -> tuple[torch.optim.
         raise ConfigError("attach(optimizer)", "one call for each optimizer", "a second one", "remove it")
     wrappers.refuse(model, optimizer)
     if any(each.averaging.diverged for each in attached.get(wrappers.bare(model), ())):
-        raise ConfigError("attach(optimizer)", "replicas that are equal, as before the first step", "some that have trained",
-                          "attach every optimizer before the first step, or call deslo_plugin.meet(model) right before")
+        raise ConfigError(
+            "attach(optimizer)",
+            "replicas that are equal, as before the first step",
+            "some that have trained",
+            "attach every optimizer before the first step, or call deslo_plugin.meet(model) right before",
+        )
     return optimizer, _config_of(optimizer, config)
 
 
 def agreed(
     model: nn.Module, optimizer: Any, config: Any, mesh: DeviceMesh | None, group: dist.ProcessGroup | None
 ) -> tuple[torch.optim.Optimizer, Config]:
-    """As ``checked``, the same on every rank, or an error on every rank: a mistake of one must not leave the others waiting."""
+    """As ``checked``, the same on every rank, or an error on every rank: a mistake of one must not leave the others
+    waiting."""
     problem = ""
     try:
         inner, config = checked(model, optimizer, config)
@@ -61,13 +66,23 @@ def refuse_together(check: Callable[[], object], world: dist.ProcessGroup) -> No
 def _config_of(optimizer: torch.optim.Optimizer, config: Any) -> Config:
     if isinstance(optimizer, DesLoc):
         if config is not None:
-            raise ConfigError("attach(config=...)", "none beside a DesLoc, which has its own", "one", "give it to DesLoc")
+            raise ConfigError(
+                "attach(config=...)", "none beside a DesLoc, which has its own", "one", "give it to DesLoc"
+            )
         return optimizer.config
     if config is None:
-        raise ConfigError("attach(config=...)", f"a config with deslo.sync_every for {type(optimizer).__name__}", "none",
-                          "pass the file or dict, or use deslo_plugin.DesLoc")
+        raise ConfigError(
+            "attach(config=...)",
+            f"a config with deslo.sync_every for {type(optimizer).__name__}",
+            "none",
+            "pass the file or dict, or use deslo_plugin.DesLoc",
+        )
     config = load_config(config)
     if config.deslo.sync_every is None:
-        raise ConfigError("attach(optimizer)", "a DesLoc for a config without deslo.sync_every", type(optimizer).__name__,
-                          "build DesLoc(params, config), or write the periods of this optimizer's states in deslo.sync_every")
+        raise ConfigError(
+            "attach(optimizer)",
+            "a DesLoc for a config without deslo.sync_every",
+            type(optimizer).__name__,
+            "build DesLoc(params, config), or write the periods of this optimizer's states in deslo.sync_every",
+        )
     return config

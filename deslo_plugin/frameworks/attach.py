@@ -1,4 +1,5 @@
-"""``attach``: one call that connects any torch optimizer to its replicas, under DDP, under FSDP2, or without a wrapper."""
+"""``attach``: one call that connects any torch optimizer to its replicas, under DDP, under FSDP2, or without a
+wrapper."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,12 @@ from deslo_plugin.frameworks import ddp, fsdp, torchft, wrappers
 from deslo_plugin.frameworks.asked import agreed, checked, refuse_together
 from deslo_plugin.frameworks.attachment import Attachment, attached
 from deslo_plugin.frameworks.equality import (
-    agree_on_model, agree_on_optimizer, equal_replicas, listed, refuse_parts, say_placement,
+    agree_on_model,
+    agree_on_optimizer,
+    equal_replicas,
+    listed,
+    refuse_parts,
+    say_placement,
 )
 from deslo_plugin.frameworks.kinds import refuse_kinds
 from deslo_plugin.frameworks.one_model import refuse_one_replica
@@ -51,23 +57,26 @@ def attach(
     """Makes ``optimizer.step()`` a step of DES-LOC or MT-DAO, and gradients stay inside a replica from now on.
 
     Call it on every rank, once model and optimizer are as they will train: after ``DDP(model)``, ``fully_shard(model)``
-    or ``accelerator.prepare(...)``, before the first step. Where several optimizers step one model, once for each of them.
+    or ``accelerator.prepare(...)``, before the first step. Where several optimizers step one model, once for each of
+    them.
 
     Args:
         model: a ``DistributedDataParallel``, a model sharded by ``fully_shard``, or any other module, of which every
             rank then is one replica; compiled or not, with DDP around it or among its modules.
         optimizer: a ``DesLoc``, or any other optimizer whose states ``config`` schedules by ``deslo.sync_every``.
-        config: both blocks as a dict or the path of a JSON or YAML file. For a DesLoc only where it has none of its own.
+        config: both blocks as a dict or the path of a JSON or YAML file. For a DesLoc only where it has none of its
+        own.
         mesh: the device mesh of all ranks, of which one dimension runs across replicas.
         replicate: the name of that dimension; "replicate" or "dp_replicate" by default.
         process_group: without ``mesh``, the ranks that average, each a replica of one rank; by default the world.
-        manager: a ``torchft.Manager``, for replicas that may die and come back: every process that has one is a replica,
+        manager: a ``torchft.Manager``, for replicas that may die and come back: every process that has one is a
+        replica,
             and nothing else joins them. See ``frameworks.torchft``.
         emit: called with a ``SyncEvent`` after every average.
 
-    Replicas that start unequal start from replica 0, which is said (``deslo.initial_params``). Raises ``ConfigError`` for a
-    setting that cannot work, and for what shards or communicates by itself, on every rank and before anything is changed.
-    """
+    Replicas that start unequal start from replica 0, which is said (``deslo.initial_params``). Raises ``ConfigError``
+    for a setting that cannot work, and for what shards or communicates by itself, on every rank and before anything is
+    changed."""
     if manager is not None:
         inner, config = checked(model, optimizer, config)
         return _live(model, inner, config, manager, (mesh, replicate, process_group), emit)
@@ -91,7 +100,9 @@ def attach(
     if not ddps and config.deslo.initial_params != "broadcast":
         refuse_parts(plain, groups, fsdp.forgotten(model) if sharded else ())
     whole = plain | wrappers.saved_buffers(model)
-    equal_replicas(whole, dict(zip(pieces, local(list(pieces.values())))), config.deslo.initial_params, groups, _reachable)
+    equal_replicas(
+        whole, dict(zip(pieces, local(list(pieces.values())))), config.deslo.initial_params, groups, _reachable
+    )
 
     first = model not in attached
     buffers = [buffer for buffer in _floating_buffers(model) if not any(buffer is each for each in _averaged_buffers())]
@@ -99,7 +110,9 @@ def attach(
         fsdp.keep_inside_replicas(model, replicate)
     copies = groups.shard if ddps else fsdp.copies_of(model) if sharded else None
     average = ReplicaAverage(groups, timeout_s=config.deslo.timeout_s, copies=copies)
-    averaging = _averaging_of(optimizer, config, average, lambda value: list(gathered(value, groups.world).values()), emit)
+    averaging = _averaging_of(
+        optimizer, config, average, lambda value: list(gathered(value, groups.world).values()), emit
+    )
     agree_on_optimizer(averaging, config, groups.world)
     for each in ddps:
         ddp.refuse_join(each)
@@ -108,7 +121,9 @@ def attach(
     fsdp.reshard_at_steps(model, averaging)
     params = [local(group["params"]) for group in optimizer.param_groups]
     attachment = Attachment(
-        averaging, groups, config,
+        averaging,
+        groups,
+        config,
         gradient_bytes=[_gradient_bytes(ddps, each, config, average.divisor) for each in params],
         buffer_bytes=sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype],
         watch=Watch(averaging, groups, named, plain, names_left_out=first),
@@ -120,8 +135,12 @@ def attach(
     attachment.announce()
     say_placement(topology, groups.world)
     if sharded and topology.replica_size > 1 and (beside := fsdp.not_sharded(model)):
-        say(f"deslo: {listed(beside)} are trained and not sharded: nothing reduces their gradients inside a replica, whose ranks "
-            "go apart; call fully_shard on the whole model too, or reduce those gradients yourself", logging.WARNING)
+        say(
+            f"deslo: {listed(beside)} are trained and not sharded: nothing reduces their gradients inside a replica, "
+            f"whose ranks "
+            "go apart; call fully_shard on the whole model too, or reduce those gradients yourself",
+            logging.WARNING,
+        )
     start_telemetry(attachment)
     return attachment
 
@@ -131,7 +150,9 @@ def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, e
     topology, average = contiguous(1, 0, 1), Alone()
     groups = Groups(topology, world=None, shard=None, replica=None, singleton=None)
     averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
-    optimizer.deslo = Attachment(averaging, groups, config, watch=Watch(averaging, groups, _params_of(model, optimizer)))
+    optimizer.deslo = Attachment(
+        averaging, groups, config, watch=Watch(averaging, groups, _params_of(model, optimizer))
+    )
     attached.setdefault(wrappers.bare(model), []).append(optimizer.deslo)
     optimizer.deslo.announce()
     start_telemetry(optimizer.deslo)
@@ -141,12 +162,15 @@ def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, e
 def _live(
     model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, manager: Any, others: Sequence[Any], emit: Any
 ) -> Attachment:
-    """A replica whose peers come and go: the transport is torchft's, and so is the way in which replicas become equal."""
+    """A replica whose peers come and go: the transport is torchft's, and so is the way in which replicas become
+    equal."""
     if any(other is not None for other in others):
         raise ConfigError("attach(manager=...)", "no mesh, replicate or process_group beside it", "one", "remove it")
     inside = wrappers.bare(model)
     if inside in attached:
-        raise ConfigError("attach(manager=...)", "one optimizer for the model", "a second one", "give one all parameters")
+        raise ConfigError(
+            "attach(manager=...)", "one optimizer for the model", "a second one", "give one all parameters"
+        )
     refuse_kinds(model, optimizer)
     average = torchft.live_average(manager, model, config)
     averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
@@ -171,12 +195,18 @@ def _expect_inside(
 
 
 def _topology_of(
-    model: nn.Module, ddps: Sequence[DistributedDataParallel], config: Config, mesh: DeviceMesh | None, replicate: str | None,
+    model: nn.Module,
+    ddps: Sequence[DistributedDataParallel],
+    config: Config,
+    mesh: DeviceMesh | None,
+    replicate: str | None,
     process_group: dist.ProcessGroup | None,
 ) -> Topology:
     size = config.deslo.replica_size
     if ddps and fsdp.is_sharded(model):
-        raise ConfigError("attach(model)", "DDP or fully_shard", "both", "remove DDP: fully_shard reduces gradients in a replica")
+        raise ConfigError(
+            "attach(model)", "DDP or fully_shard", "both", "remove DDP: fully_shard reduces gradients in a replica"
+        )
     if ddps:
         topology = ddp.topology_of(ddps, config.deslo)
     elif fsdp.is_sharded(model):
@@ -187,8 +217,12 @@ def _topology_of(
         ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
         topology = Topology(tuple((rank,) for rank in ranks), dist.get_rank())
     if size not in ("auto", topology.replica_size):
-        raise ConfigError("deslo.replica_size", f"{topology.replica_size}, as the model and its mesh have it", str(size),
-                          "remove it, or wrap the model in DDP or FSDP2, which reduce gradients inside a replica")
+        raise ConfigError(
+            "deslo.replica_size",
+            f"{topology.replica_size}, as the model and its mesh have it",
+            str(size),
+            "remove it, or wrap the model in DDP or FSDP2, which reduce gradients inside a replica",
+        )
     return topology
 
 
@@ -196,8 +230,11 @@ def _params_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     """Of the model, and what else the optimizer steps, such as those of a loss."""
     named = dict(model.named_parameters())
     known = set(map(id, named.values()))
-    others = ((f"{index} of param group {number}", param) for number, group in enumerate(optimizer.param_groups)
-              for index, param in enumerate(group["params"]))
+    others = (
+        (f"{index} of param group {number}", param)
+        for number, group in enumerate(optimizer.param_groups)
+        for index, param in enumerate(group["params"])
+    )
     return named | {name: param for name, param in others if id(param) not in known}
 
 
@@ -212,7 +249,10 @@ def _averaged_buffers() -> Iterator[Tensor]:
 
 
 def _averaging_of(
-    optimizer: torch.optim.Optimizer, config: Config, average: Average, everyone: Everyone,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    average: Average,
+    everyone: Everyone,
     emit: Callable[[SyncEvent], object] | None,
 ) -> Averaging:
     if isinstance(optimizer, DesLoc):
@@ -224,7 +264,11 @@ def _averaging_of(
 
 
 def _keep_inside_replicas(
-    model: nn.Module, ddps: Sequence[DistributedDataParallel], first: bool, buffers: list[Tensor], averaging: Averaging,
+    model: nn.Module,
+    ddps: Sequence[DistributedDataParallel],
+    first: bool,
+    buffers: list[Tensor],
+    averaging: Averaging,
     groups: Groups,
 ) -> None:
     """Whatever wrapped the model reduces gradients inside replicas only; buffers follow the parameters' averages."""

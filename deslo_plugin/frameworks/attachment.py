@@ -1,4 +1,5 @@
-"""What an optimizer that is connected to its replicas can be asked: ``attach(...)`` returns it, ``engine.deslo`` is it."""
+"""What an optimizer that is connected to its replicas can be asked: ``attach(...)`` returns it, ``engine.deslo`` is
+it."""
 
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,9 +30,9 @@ from deslo_plugin.topology import Topology
 class Attachment:
     """The averages of one optimizer: what moves, between whom, and what it has cost.
 
-    ``groups`` is None where replicas come and go. ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is what
-    buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer alone; ``fixed_numels`` are the
-    ``numels`` where its param groups do not show them.
+    ``groups`` is None where replicas come and go. ``gradient_bytes`` are per param group, on this rank;
+    ``buffer_bytes`` is what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer
+    alone; ``fixed_numels`` are the ``numels`` where its param groups do not show them.
     """
 
     averaging: Averaging
@@ -78,9 +79,9 @@ class Attachment:
     def log(self, **values: Any) -> None:
         """Writes numbers of this rank beside its averages, for ``deslo report``: call it once a step, on every rank.
 
-        ``loss``: of this rank's batch, ``tokens``: in it, are what the report draws; other names are kept. A tensor is read
-        when it is there: no GPU is waited for. Does nothing without ``deslo.telemetry``, and on ranks that write no file.
-        Raises ``ConfigError`` for what is no number.
+        ``loss``: of this rank's batch, ``tokens``: in it, are what the report draws; other names are kept. A tensor is
+        read when it is there: no GPU is waited for. Does nothing without ``deslo.telemetry``, and on ranks that write
+        no file. Raises ``ConfigError`` for what is no number.
         """
         self.recorder.log(values)
 
@@ -89,14 +90,15 @@ class Attachment:
         return self.recorder.summary(self.plan)
 
     def end(self) -> None:
-        """Writes what telemetry has not written yet, and says the summary. The end of the process does that too, but not that
-        of ``os._exit`` or a kill, which lose the last second. Does nothing without ``deslo.telemetry``."""
+        """Writes what telemetry has not written yet, and says the summary. The end of the process does that too, but
+        not that of ``os._exit`` or a kill, which lose the last second. Does nothing without ``deslo.telemetry``."""
         if self.config.deslo.telemetry is not None and not self.recorder.ended:
             self.recorder.end(self.plan)
             say(self.summary())
 
     def announce(self) -> None:
-        """Says the plan, and again after the first step if a stock optimizer turned out to have other states; begins to watch."""
+        """Says the plan, and again after the first step if a stock optimizer turned out to have other states; begins to
+        watch."""
         said = self.plan.describe()
         announce(said)
         if self.watch is not None:
@@ -104,14 +106,17 @@ class Attachment:
             self.watch.begin()
 
     def check(self) -> list[str]:
-        """What is wrong with this attachment, as sentences that are the same on every rank, each said once; empty if all is well.
+        """What is wrong with this attachment, as sentences that are the same on every rank, each said once; empty if
+        all is well.
 
-        Whether parameters moved without a step of the attached optimizer, replicas and the ranks of each are equal where they
-        must be, and every trained parameter is in an attached optimizer; and what the first averages have shown, which are
-        looked at without a call. Collective over all ranks. Raises ``ConfigError`` where replicas come and go.
-        """
+        Whether parameters moved without a step of the attached optimizer, replicas and the ranks of each are equal
+        where they must be, and every trained parameter is in an attached optimizer; and what the first averages have
+        shown, which are looked at without a call. Collective over all ranks. Raises ``ConfigError`` where replicas come
+        and go."""
         if self.watch is None:
-            raise ConfigError("check()", "replicas that are there from start to end", "those of a torchft manager", "remove it")
+            raise ConfigError(
+                "check()", "replicas that are there from start to end", "those of a torchft manager", "remove it"
+            )
         return self.watch.check()
 
     def saw(self, samples: float) -> None:
@@ -121,17 +126,23 @@ class Attachment:
 
     @torch.no_grad()
     def skip_step(self) -> None:
-        """In place of ``optimizer.step()``: this replica leaves a step out that others may take, and averages with them.
+        """In place of ``optimizer.step()``: this replica leaves a step out that others may take, and averages with
+        them.
 
         On every rank of the replica. Raises ``ConfigError`` under DeepSpeed, whose engine counts its steps itself.
         """
         if self.engine_steps:
-            raise ConfigError("skip_step()", "engine.step() at every step under DeepSpeed", "a step left out",
-                              'take smaller batches on a slow replica, with deslo.weights "samples"')
+            raise ConfigError(
+                "skip_step()",
+                "engine.step() at every step under DeepSpeed",
+                "a step left out",
+                'take smaller batches on a slow replica, with deslo.weights "samples"',
+            )
         (self.averaging if isinstance(self.averaging, StockAveraging) else self.optimizer).skip_step()
 
     def step_rates(self) -> dict[int, float]:
-        """Replica -> steps per second between its last two averages, without what it waited for others; any rank may ask.
+        """Replica -> steps per second between its last two averages, without what it waited for others; any rank may
+        ask.
 
         A replica that has not come to two averages yet is absent. Raises ``TimeoutError`` if the world's store is gone.
         """
@@ -140,20 +151,28 @@ class Attachment:
 
     @property
     def periods(self) -> list[Periods]:
-        """Of each param group, state -> the period in force: those that adapt change at averages, the same on every rank."""
+        """Of each param group, state -> the period in force: those that adapt change at averages, the same on every
+        rank."""
         return [dict(self.averaging.periods(group)) for group in self.averaging.groups]
 
     @property
     def plan(self) -> Plan:
-        """By the periods as they are configured. Which states a stock optimizer has is known after its first step: until then
-        all that ``deslo.sync_every`` names, each as large as its parameter."""
+        """By the periods as they are configured. Which states a stock optimizer has is known after its first step:
+        until then all that ``deslo.sync_every`` names, each as large as its parameter."""
         known = getattr(self.averaging, "periods_known", True)
         periods = [group["sync_every"] if known else self.config.deslo.sync_every for group in self.averaging.groups]
         return make_plan(
-            self.config, self.numels, periods, self.topology,
-            divisor=self.averaging.average.divisor, gradient_bytes=self._gradient_bytes, buffer_bytes=self.buffer_bytes,
-            others=[self.averaging.state_numels(group) if isinstance(self.averaging, StockAveraging) else {}
-                    for group in self.averaging.groups],
+            self.config,
+            self.numels,
+            periods,
+            self.topology,
+            divisor=self.averaging.average.divisor,
+            gradient_bytes=self._gradient_bytes,
+            buffer_bytes=self.buffer_bytes,
+            others=[
+                self.averaging.state_numels(group) if isinstance(self.averaging, StockAveraging) else {}
+                for group in self.averaging.groups
+            ],
         )
 
     @property
@@ -169,22 +188,31 @@ attached: MutableMapping[torch.nn.Module, list[Attachment]] = WeakKeyDictionary(
 
 
 def attachments_of(model: Any, what: str) -> list[Attachment]:
-    """Of a model that ``attach`` was called with, or a DeepSpeed engine. Raises ``ConfigError`` for anything else, and for
-    replicas that come and go, of which no rank can ask the others at will."""
+    """Of a model that ``attach`` was called with, or a DeepSpeed engine. Raises ``ConfigError`` for anything else, and
+    for replicas that come and go, of which no rank can ask the others at will."""
     inside = bare(model) if isinstance(model, torch.nn.Module) else None
     if inside in attached:
         if any(attachment.groups is None for attachment in attached[inside]):
-            raise ConfigError(what, "replicas that are there from start to end", "those of a torchft manager",
-                              "keep the state dicts of model and optimizer yourself, of any replica; latecomers need no file")
+            raise ConfigError(
+                what,
+                "replicas that are there from start to end",
+                "those of a torchft manager",
+                "keep the state dicts of model and optimizer yourself, of any replica; latecomers need no file",
+            )
         return attached[inside]
     if hasattr(model, "basic_optimizer") and hasattr(model, "deslo"):
         return [model.deslo]
-    raise ConfigError(what, "a DeepSpeed engine with a deslo block, or a model that attach was called with", type(model).__name__,
-                      "call deslo_plugin.attach(model, optimizer) first")
+    raise ConfigError(
+        what,
+        "a DeepSpeed engine with a deslo block, or a model that attach was called with",
+        type(model).__name__,
+        "call deslo_plugin.attach(model, optimizer) first",
+    )
 
 
 def on_every_rank(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, which has a parameter ``model``, as a call that begins once all ranks have come to it; see ``together``."""
+    """``function``, which has a parameter ``model``, as a call that begins once all ranks have come to it; see
+    ``together``."""
     parameters = signature(function)
 
     @wraps(function)

@@ -1,9 +1,10 @@
 """Checkpoints that tell the truth about replicas: one averaged model, or every replica's own state.
 
-A checkpoint is a folder: ``torch.distributed.checkpoint`` files and ``deslo.json``, which says what they are and proves that
-they are whole. It appears under its name only when it is complete, and all ranks must see it.
+A checkpoint is a folder: ``torch.distributed.checkpoint`` files and ``deslo.json``, which says what they are and proves
+that they are whole. It appears under its name only when it is complete, and all ranks must see it.
 
-    average   one consistent model: parameters, momenta and buffers are averaged into the checkpoint; the replicas go on as
+    average   one consistent model: parameters, momenta and buffers are averaged into the checkpoint; the replicas go on
+    as
               they are. Loads on any number of replicas and shards, in every framework.
     sync      the replicas average in place first, and go on from there.
     exact     every replica's own state, and every rank's random numbers: resumes to the last bit, in the middle of any
@@ -43,7 +44,12 @@ FIRST, READ = "first_rank.pt", "see and read"
 @on_every_rank
 @torch.no_grad()
 def save(
-    path: str | Path, model: Any, *, mode: str | None = None, extra: Mapping[str, Any] | None = None, digest: str | None = None,
+    path: str | Path,
+    model: Any,
+    *,
+    mode: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    digest: str | None = None,
 ) -> None:
     """Saves a model that ``attach`` was called with, or a DeepSpeed engine, with its optimizer's states and clocks.
 
@@ -51,13 +57,14 @@ def save(
         path: the folder; a checkpoint that is there already is replaced once the new one is whole.
         mode: "average", "sync" or "exact"; by default ``deslo.checkpoint`` of the config.
         extra: whatever else training needs to go on, such as ``{"scheduler": scheduler.state_dict(), "batch": 1200}``:
-            dicts, lists and tuples of text, bytes, numbers, None and tensors. That of this rank with "exact", otherwise that of
-            the first rank.
-        digest: "crc32", which finds accidents, or "sha256" beside it; by default ``deslo.checkpoint_digest`` of the config.
+            dicts, lists and tuples of text, bytes, numbers, None and tensors. That of this rank with "exact", otherwise
+            that of the first rank.
+        digest: "crc32", which finds accidents, or "sha256" beside it; by default ``deslo.checkpoint_digest`` of the
+        config.
 
-    Collective over all ranks. On every rank, with the checkpoint that was there untouched: raises ``ConfigError`` for an unknown
-    mode, a model that nothing is attached to, an ``extra`` that is no data, and a folder of other files; ``OSError`` if any rank
-    cannot write.
+    Collective over all ranks. On every rank, with the checkpoint that was there untouched: raises ``ConfigError`` for
+    an unknown mode, a model that nothing is attached to, an ``extra`` that is no data, and a folder of other files;
+    ``OSError`` if any rank cannot write.
     """
     attachments, final = attachments_of(model, "save"), Path(os.path.abspath(path))
     attachment, *_ = attachments
@@ -82,7 +89,12 @@ def save(
 
 
 def _write(
-    final: Path, model: Any, holder: Holder, attachments: Sequence[Attachment], mode: str, own: Mapping[str, Any] | None,
+    final: Path,
+    model: Any,
+    holder: Holder,
+    attachments: Sequence[Attachment],
+    mode: str,
+    own: Mapping[str, Any] | None,
     strong: bool,
 ) -> None:
     attachment, *_ = attachments
@@ -111,14 +123,18 @@ def _write(
     sha256 = all_or_none(lambda: write_proof(part, proof) if first else None, world)
     all_or_none(lambda: put_in_place(final) if first else None, world)
     if strong:
-        say(f"deslo: saved {final}; the SHA-256 of its deslo.json is {sha256}: keep it elsewhere, and load(path, model, "
-            "sha256=...) refuses any other")
+        say(
+            f"deslo: saved {final}; the SHA-256 of its deslo.json is {sha256}: keep it elsewhere, and load(path, "
+            f"model, "
+            "sha256=...) refuses any other"
+        )
 
 
 @on_every_rank
 @torch.no_grad()
 def meet(model: Any) -> None:
-    """Averages parameters, states and buffers of all replicas in place, whatever is due: they are equal then. Collective.
+    """Averages parameters, states and buffers of all replicas in place, whatever is due: they are equal then.
+    Collective.
 
     Takes an attached model or an engine, like ``save``.
     """
@@ -145,12 +161,13 @@ def meet(model: Any) -> None:
 def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str, Any]:
     """Loads what ``save`` saved into an attached model or an engine, and returns its ``extra``, tensors on the CPU.
 
-    Averages that were in flight are dropped, and start again from what was loaded. Files are read as data: nothing in them
-    runs. ``sha256``: that of the checkpoint's ``deslo.json``, kept where whoever writes to the folder cannot write.
+    Averages that were in flight are dropped, and start again from what was loaded. Files are read as data: nothing in
+    them runs. ``sha256``: that of the checkpoint's ``deslo.json``, kept where whoever writes to the folder cannot
+    write.
 
-    Collective over all ranks. Raises ``ConfigError`` on every rank, and changes nothing, for a folder that is torn, altered or
-    foreign, for other parameters or states than the model has, and for an "exact" checkpoint of other replicas or shards.
-    Raises ``OSError`` on every rank if any rank cannot read.
+    Collective over all ranks. Raises ``ConfigError`` on every rank, and changes nothing, for a folder that is torn,
+    altered or foreign, for other parameters or states than the model has, and for an "exact" checkpoint of other
+    replicas or shards. Raises ``OSError`` on every rank if any rank cannot read.
     """
     attachments, folder = attachments_of(model, "load"), found(Path(path))
     attachment, *_ = attachments
@@ -161,8 +178,10 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     prove(folder, proof, world)
     if proof.mode == "exact" and proof.rows != topology.rows:
         raise ConfigError(
-            where, f"the {len(proof.rows)} replica(s) of {len(proof.rows[0])} rank(s) that saved it",
-            f"{topology.replicas} of {topology.replica_size}", 'start as many, or load one that was saved with mode "average"',
+            where,
+            f"the {len(proof.rows)} replica(s) of {len(proof.rows[0])} rank(s) that saved it",
+            f"{topology.replicas} of {topology.replica_size}",
+            'start as many, or load one that was saved with mode "average"',
         )
     source, name, group = _place(folder, proof.mode, attachment)
     index, own = all_or_none(lambda: (read_index(source), _expect_own(source / name, proof.mode)), world, READ)
@@ -174,11 +193,18 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     if proof.mode == "exact":
         holder.forget([each for each in holder.tree() if each not in index.state_dict_metadata])
     content = all_or_none(holder.tree, world)
-    all_or_none(lambda: read_tree(content, source, index, group), world, f"{READ}; a part was loaded: load again before training")
+    all_or_none(
+        lambda: read_tree(content, source, index, group),
+        world,
+        f"{READ}; a part was loaded: load again before training",
+    )
     all_or_none(lambda: _go_on(own, proof, attachments) if proof.mode == "exact" else None, world)
     if proof.mode != "exact" and len(proof.rows) != topology.replicas:
-        say(f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all replicas "
-            "changes with them, the learning rate stays as it was saved")
+        say(
+            f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all "
+            f"replicas "
+            "changes with them, the learning rate stays as it was saved"
+        )
     _take_over(proof.groups, holder.groups)
     holder.put(content)
     all_or_none(lambda: holder.put_aside(own["aside"], proof.steps), world)
@@ -190,16 +216,21 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
 def saved_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
     """The model's state dict out of a checkpoint, on the CPU: in one process, without the model or replicas.
 
-    It has the names that ``state_dict()`` of the plain model gave, in their order, each name of a shared tensor among them.
+    It has the names that ``state_dict()`` of the plain model gave, in their order, each name of a shared tensor among
+    them.
 
-    Nothing in the files runs; ``sha256`` as for ``load``. Raises ``ConfigError`` for a folder that is torn, altered or foreign,
-    and for the replicas of an "exact" checkpoint.
+    Nothing in the files runs; ``sha256`` as for ``load``. Raises ``ConfigError`` for a folder that is torn, altered or
+    foreign, and for the replicas of an "exact" checkpoint.
     """
     folder = found(Path(path))
     proof = read_proof(folder, sha256)
     if proof.mode == "exact":
-        raise ConfigError(f"saved_state_dict({str(folder)!r})", "one model", "every replica's own, saved with mode \"exact\"",
-                          'load it and save with mode "average"')
+        raise ConfigError(
+            f"saved_state_dict({str(folder)!r})",
+            "one model",
+            'every replica\'s own, saved with mode "exact"',
+            'load it and save with mode "average"',
+        )
     prove(folder, proof, None)
     index = read_index(folder)
     stored = tensors_of(index)
@@ -208,17 +239,27 @@ def saved_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str
     all_or_none(lambda: read_tree(state, folder, index, None, alone=True), None, READ)
     absent = [stored for stored in proof.names.values() if stored not in state]
     if absent:
-        raise ConfigError(f"saved_state_dict({str(folder)!r})", "the tensors that deslo.json names", f"none of {absent[0]!r}",
-                          "take another checkpoint")
+        raise ConfigError(
+            f"saved_state_dict({str(folder)!r})",
+            "the tensors that deslo.json names",
+            f"none of {absent[0]!r}",
+            "take another checkpoint",
+        )
     return {name: state[stored] for name, stored in proof.names.items()}
 
 
 def _own(holder: Holder, attachments: Sequence[Attachment], mode: str, extra: Any) -> dict[str, Any]:
     """What this rank keeps beside the tree, as plain values."""
-    own = {"aside": plain(holder.aside(), "save: what the engine counts in"), "extra": expect_mapping(extra, "save(extra)")}
+    own = {
+        "aside": plain(holder.aside(), "save: what the engine counts in"),
+        "extra": expect_mapping(extra, "save(extra)"),
+    }
     if mode == "exact":
         averaging = [each.averaging.aside() for each in attachments]
-        own |= {"random": plain(random_state(), "save: the random state"), "averaging": plain(averaging, "save: averages in flight")}
+        own |= {
+            "random": plain(random_state(), "save: the random state"),
+            "averaging": plain(averaging, "save: averages in flight"),
+        }
     return own
 
 
@@ -247,7 +288,10 @@ def _expect_plain(tree: Tree) -> Tree:
 def _take_over(saved: Sequence[Mapping[str, float]], groups: Sequence[dict[str, Any]]) -> None:
     """The numbers of each param group, into a tensor where the group keeps one."""
     if len(saved) != len(groups):
-        say(f"deslo: {len(groups)} param group(s) go on from a checkpoint of {len(saved)}: learning rates are as configured")
+        say(
+            f"deslo: {len(groups)} param group(s) go on from a checkpoint of {len(saved)}: learning rates are as "
+            f"configured"
+        )
         return
     for group, numbers in zip(groups, saved):
         for key, value in numbers.items():
@@ -271,11 +315,16 @@ def _means(tree: Tree, attachments: Sequence[Attachment]) -> Tree:
     scheduled = {PARAMS} | _scheduled(attachments)
     for state, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
         if state == BUFFERS:  # the ranks of one replica have their own as well
-            means |= {name: mean_of(tree[name], attachments[0].groups.world, tree[name].dtype)
-                      for name in names if tree[name].is_floating_point() or tree[name].is_complex()}
+            means |= {
+                name: mean_of(tree[name], attachments[0].groups.world, tree[name].dtype)
+                for name in names
+                if tree[name].is_floating_point() or tree[name].is_complex()
+            }
             continue
         named = {name: pieces for name in names if (pieces := _pieces(tree[name], 0 if state in scheduled else 1))}
-        flat = iter(attachments[0].averaging.means("checkpoint", [piece for pieces in named.values() for piece in pieces]))
+        flat = iter(
+            attachments[0].averaging.means("checkpoint", [piece for pieces in named.values() for piece in pieces])
+        )
         for name, pieces in named.items():
             own = [next(flat).to("cpu", piece.dtype) for piece in pieces]
             means[name] = tree[name].like(own) if isinstance(tree[name], Fragment) else own[0]

@@ -1,4 +1,5 @@
-"""Replicas must start equal: the same model, the same values, the same optimizer on every rank, or an error before step 1."""
+"""Replicas must start equal: the same model, the same values, the same optimizer on every rank, or an error before step
+1."""
 
 import hashlib
 import logging
@@ -37,16 +38,24 @@ def say_placement(topology: Topology, world: dist.ProcessGroup) -> None:
         say(complaint, logging.WARNING)
 
 
-def agree_on_model(model: nn.Module, shape_of: Callable[[Tensor], object], group: dist.ProcessGroup | None = None) -> None:
+def agree_on_model(
+    model: nn.Module, shape_of: Callable[[Tensor], object], group: dist.ProcessGroup | None = None
+) -> None:
     """Raises ``ConfigError`` on every rank if parameters differ in name, shape, dtype or in being trained."""
-    agree("model parameter", model_traits(model, shape_of), group=group, do="build the same model on every rank; for stages of a "
-          'pipeline, which average among themselves, attach(stage, ..., process_group=mesh["replicate"].get_group())')
+    agree(
+        "model parameter",
+        model_traits(model, shape_of),
+        group=group,
+        do="build the same model on every rank; for stages of a "
+        'pipeline, which average among themselves, attach(stage, ..., process_group=mesh["replicate"].get_group())',
+    )
 
 
 def model_traits(model: nn.Module, shape_of: Callable[[Tensor], object]) -> dict[str, str]:
     """Parameter name -> shape, dtype and whether it is trained: what replicas must have alike."""
     return {
-        name: f"{tuple(shape_of(p))} {p.dtype}{'' if p.requires_grad else ' frozen'}" for name, p in model.named_parameters()
+        name: f"{tuple(shape_of(p))} {p.dtype}{'' if p.requires_grad else ' frozen'}"
+        for name, p in model.named_parameters()
     }
 
 
@@ -60,7 +69,8 @@ def optimizer_traits(averaging: Averaging, config: Config) -> dict[str, Any]:
     of_groups = {
         f"param group {index}.{key}": plain(group[key])
         for index, group in enumerate(averaging.optimizer.param_groups)
-        for key in ("lr", "weight_decay", "sync_every") if key in group
+        for key in ("lr", "weight_decay", "sync_every")
+        if key in group
     }
     kind = {"type": type(averaging.optimizer).__name__}
     if any(adaptive(group["sync_every"]) for group in averaging.groups):
@@ -70,15 +80,20 @@ def optimizer_traits(averaging: Averaging, config: Config) -> dict[str, Any]:
 
 def _device_of(averaging: Averaging) -> str:
     devices = {param.device for param in averaging.optimizer.state}
-    return ", ".join(sorted({torch.cuda.get_device_name(each) if each.type == "cuda" else each.type for each in devices}))
+    return ", ".join(
+        sorted({torch.cuda.get_device_name(each) if each.type == "cuda" else each.type for each in devices})
+    )
 
 
 def equal_replicas(
-    whole: Mapping[str, Tensor], sharded: Mapping[str, Tensor], initial: str, groups: Groups,
+    whole: Mapping[str, Tensor],
+    sharded: Mapping[str, Tensor],
+    initial: str,
+    groups: Groups,
     stage: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> None:
-    """Makes replicas equal to replica 0, and says on which ranks what differed; ``initial`` "broadcast" says nothing, "check"
-    raises ``ConfigError`` on every rank instead. Collective.
+    """Makes replicas equal to replica 0, and says on which ranks what differed; ``initial`` "broadcast" says nothing,
+    "check" raises ``ConfigError`` on every rank instead. Collective.
 
     Args:
         whole: tensors that every rank of every replica must hold alike.
@@ -104,8 +119,11 @@ def equal_replicas(
     agree(INITIAL, digests(sharded.items()), do=SEED_ALIKE, group=groups.world, among=topology.columns)
 
 
-def differing(mine: Mapping[str, Any], among: Sequence[Sequence[int]], world: dist.ProcessGroup) -> dict[str, list[int]]:
-    """Name -> the ranks whose value is not that of the first of their ranks in ``among``; the same on every rank. Collective."""
+def differing(
+    mine: Mapping[str, Any], among: Sequence[Sequence[int]], world: dist.ProcessGroup
+) -> dict[str, list[int]]:
+    """Name -> the ranks whose value is not that of the first of their ranks in ``among``; the same on every rank.
+    Collective."""
     digest = gathered(hashlib.sha256(repr(tuple(mine.items())).encode()).hexdigest(), world)
     if all(digest[rank] == digest[first] for first, *others in among for rank in others):
         return {}
@@ -120,11 +138,11 @@ def differing(mine: Mapping[str, Any], among: Sequence[Sequence[int]], world: di
 
 
 def refuse_parts(plain: Mapping[str, Tensor], groups: Groups, forgotten: Collection[str]) -> None:
-    """Raises ``ConfigError`` on every rank if plain tensors are meant to differ inside a replica: experts, or tensor parallelism
-    by hand. An average and a checkpoint would keep those of one rank. Collective.
+    """Raises ``ConfigError`` on every rank if plain tensors are meant to differ inside a replica: experts, or tensor
+    parallelism by hand. An average and a checkpoint would keep those of one rank. Collective.
 
-    Those that sharding has only ``forgotten`` are meant to differ if they are alike in all replicas: else nobody seeded them.
-    """
+    Those that sharding has only ``forgotten`` are meant to differ if they are alike in all replicas: else nobody seeded
+    them."""
     if groups.topology.replica_size == 1:
         return
     topology, mine = groups.topology, digests(plain.items())
@@ -133,17 +151,24 @@ def refuse_parts(plain: Mapping[str, Tensor], groups: Groups, forgotten: Collect
     for name, ranks in inside.items():
         if name not in across or name not in forgotten:
             raise ConfigError(
-                f"attach(model) parameter {name}", "one value on the ranks of a replica, or a DTensor",
+                f"attach(model) parameter {name}",
+                "one value on the ranks of a replica, or a DTensor",
                 f"another on rank(s) {ranks}",
-                "make it a DTensor (distribute_tensor, or DTensor.from_local with Shard), so that averages and checkpoints keep "
-                'every part; only if it is meant to be the same everywhere, set "deslo": {"initial_params": "broadcast"}')
+                "make it a DTensor (distribute_tensor, or DTensor.from_local with Shard), so that averages and "
+                "checkpoints keep "
+                'every part; only if it is meant to be the same everywhere, set "deslo": '
+                '{"initial_params": "broadcast"}',
+            )
 
 
 def _say_different(different: Mapping[str, Sequence[int]], first: int) -> None:
     ranks = sorted({rank for each in different.values() for rank in each})
-    say(f"deslo: {listed(different)} differed at the start on rank(s) {ranks}: every replica starts with the values of rank "
+    say(
+        f"deslo: {listed(different)} differed at the start on rank(s) {ranks}: every replica starts with the values "
+        f"of rank "
         f'{first} and its replica now, as DDP would; to make that an error, set "deslo": {{"initial_params": "check"}}',
-        logging.WARNING)
+        logging.WARNING,
+    )
 
 
 def listed(names: Iterable[str]) -> str:

@@ -12,30 +12,39 @@ from deslo_plugin.frameworks.attachment import attachments_of
 from deslo_plugin.frameworks.mean import averages, mean_of, whole
 from deslo_plugin.frameworks.state_tree import saved_state
 
+
 @torch.no_grad()
 def averaged_state_dict(
     model: Any, *, as_trained: bool = False, of: nn.Module | Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The model's state dict with the mean of all replicas' parameters on the CPU; training is not touched.
 
-    It has the names that ``state_dict()`` of the plain model has, in their order, each name of a shared tensor among them: DDP,
-    ``torch.compile`` and activation checkpointing leave no trace in them. Floating and complex buffers are averaged as well,
-    whole numbers are those of the first rank, and what ``get_extra_state()`` gives is this rank's own.
+    It has the names that ``state_dict()`` of the plain model has, in their order, each name of a shared tensor among
+    them: DDP, ``torch.compile`` and activation checkpointing leave no trace in them. Floating and complex buffers are
+    averaged as well, whole numbers are those of the first rank, and what ``get_extra_state()`` gives is this rank's
+    own.
 
     Args:
         model: a DeepSpeed engine, or a model that ``attach`` was called with. An engine without replicas has one model.
-        as_trained: every tensor in the dtype that it has in the model, instead of float32 (float64 and complex ones stay).
-        of: takes the mean of this instead, a module or a mapping of names to tensors that every rank has beside the model, with
-            the same names and shapes: a moving average of the weights (``torch.optim.swa_utils.AveragedModel``), a momentum
-            encoder, or any copy that each replica keeps for itself.
+        as_trained: every tensor in the dtype that it has in the model, instead of float32 (float64 and complex ones
+        stay).
+        of: takes the mean of this instead, a module or a mapping of names to tensors that every rank has beside the
+        model, with
+            the same names and shapes: a moving average of the weights (``torch.optim.swa_utils.AveragedModel``), a
+            momentum encoder, or any copy that each replica keeps for itself.
 
-    Collective: call it on every rank of all replicas, never on one alone. Needs room for one whole tensor more on each device.
-    Raises ``ConfigError`` for a model that nothing is attached to, and on ranks that others leave alone in it.
+    Collective: call it on every rank of all replicas, never on one alone. Needs room for one whole tensor more on each
+    device. Raises ``ConfigError`` for a model that nothing is attached to, and on ranks that others leave alone in it.
     """
     if not isinstance(model, nn.Module) or hasattr(model, "basic_optimizer"):
         from deslo_plugin.frameworks.deepspeed.export import whole_of
 
-        module, gather, world, attachment = model.module, whole_of(model), dist.group.WORLD, getattr(model, "deslo", None)
+        module, gather, world, attachment = (
+            model.module,
+            whole_of(model),
+            dist.group.WORLD,
+            getattr(model, "deslo", None),
+        )
     else:
         attachment = attachments_of(model, "averaged_state_dict")[0]
         module, gather, world = model, whole, attachment.groups.world

@@ -1,4 +1,5 @@
-"""A checkpoint's folder on its way: begun beside its name, put in its place when it is whole, and never in that of others."""
+"""A checkpoint's folder on its way: begun beside its name, put in its place when it is whole, and never in that of
+others."""
 
 import json
 import os
@@ -18,7 +19,8 @@ def part_of(final: Path) -> Path:
 
 
 def begin(final: Path) -> None:
-    """Makes an empty folder to write to. Raises ``ConfigError`` if ``final``, which it will replace, holds more than a checkpoint."""
+    """Makes an empty folder to write to. Raises ``ConfigError`` if ``final``, which it will replace, holds more than a
+    checkpoint."""
     if final.is_dir():
         _expect_checkpoint(final)
     elif final.exists():
@@ -74,12 +76,20 @@ def write_whole(file: Path, write: Callable[[IO[bytes]], object]) -> None:
 def _expect_checkpoint(final: Path) -> None:
     where = f"save({str(final)!r})"
     if Path(os.getcwd()).is_relative_to(final.resolve()):
-        raise ConfigError(where, "a folder of its own", "the working folder, which a save would replace",
-                          "give the name of a new folder in it")
+        raise ConfigError(
+            where,
+            "a folder of its own",
+            "the working folder, which a save would replace",
+            "give the name of a new folder in it",
+        )
     files, named = files_in(final), []
     with suppress(OSError, ValueError, KeyError, TypeError):
         named = json.loads((final / NAME).read_bytes())["files"]
     others = [name for name in files if name not in named]
     if others:
-        raise ConfigError(where, "a new folder, or a checkpoint to replace",
-                          f"a folder that also holds {others[0]!r}, which would be lost", "give the name of a new folder in it, or move that away")
+        raise ConfigError(
+            where,
+            "a new folder, or a checkpoint to replace",
+            f"a folder that also holds {others[0]!r}, which would be lost",
+            "give the name of a new folder in it, or move that away",
+        )

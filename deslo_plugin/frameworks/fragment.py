@@ -1,4 +1,5 @@
-"""A rank's part of a sharded tensor, as ``torch.distributed.checkpoint`` wants to hear of it: boxes of the whole tensor."""
+"""A rank's part of a sharded tensor, as ``torch.distributed.checkpoint`` wants to hear of it: boxes of the whole
+tensor."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,11 @@ class Fragment:
 
     def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
         return [
-            WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD,
-                      tensor_data=TensorWriteData(chunk, TensorProperties.create_from_tensor(piece), self.shape))
+            WriteItem(
+                MetadataIndex(name, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, TensorProperties.create_from_tensor(piece), self.shape),
+            )
             for chunk, (_, piece) in zip(self.__create_chunk_list__(), self.pieces)
         ]
 
@@ -49,7 +53,9 @@ class SaveFragments(DefaultSavePlanner):
 
 
 class LoadFragments(DefaultLoadPlanner):
-    def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
         """As the default does, but for a pass over ``state_dict`` that makes None of what it does not know."""
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
@@ -100,6 +106,8 @@ def boxes(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple
     yield from _inside(last, 0, stop - last * row, shape)
 
 
-def _inside(row: int, start: int, stop: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _inside(
+    row: int, start: int, stop: int, shape: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     for offset, size in boxes(start, stop, shape[1:]):
         yield (row, *offset), (1, *size)

@@ -1,10 +1,10 @@
 """FSDP2 (``fully_shard``): each replica sharded on its own ranks, averages between equal shards.
 
-Two ways lead there. A model sharded on the shard dimension alone, ``fully_shard(m, mesh=mesh["shard"])``, is used as it is.
-A model sharded on the 2-D mesh is HSDP, which all-reduces every gradient across replicas; it is pointed at the shard
-dimension instead, through attributes of torch that are not public, and a small model proves on every start that this works.
-(``set_requires_all_reduce(False)`` would not: torch takes it for gradient accumulation, and nothing would ever train.)
-"""
+Two ways lead there. A model sharded on the shard dimension alone, ``fully_shard(m, mesh=mesh["shard"])``, is used as it
+is. A model sharded on the 2-D mesh is HSDP, which all-reduces every gradient across replicas; it is pointed at the
+shard dimension instead, through attributes of torch that are not public, and a small model proves on every start that
+this works. (``set_requires_all_reduce(False)`` would not: torch takes it for gradient accumulation, and nothing would
+ever train.)"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -30,9 +30,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Makes every parameter this rank's shard again: a forward without gradients, ``unshard()`` or a forward that failed may
-    leave it whole, as memory that is freed at any time and that nobody reads again. Whoever reads or writes parameters by
-    ``named_parameters()`` calls it first. Not collective; nothing for a model that is not sharded."""
+    """Makes every parameter this rank's shard again: a forward without gradients, ``unshard()`` or a forward that
+    failed may leave it whole, as memory that is freed at any time and that nobody reads again. Whoever reads or writes
+    parameters by ``named_parameters()`` calls it first. Not collective; nothing for a model that is not sharded."""
     for group in _param_groups(model):
         group._to_sharded()  # FSDPModule.reshard() does nothing in a module whose forward has not ended
 
@@ -52,8 +52,8 @@ def reshard_at_steps(model: nn.Module, averaging: Averaging) -> None:
 
 
 def topology_of(model: nn.Module, mesh: DeviceMesh | None, replicate: str | None) -> Topology:
-    """Replicas along ``replicate`` of ``mesh``, or of the model's own mesh; a model sharded in one dimension alone shows
-    by itself which ranks are one replica. Changes nothing. Collective.
+    """Replicas along ``replicate`` of ``mesh``, or of the model's own mesh; a model sharded in one dimension alone
+    shows by itself which ranks are one replica. Changes nothing. Collective.
 
     Raises ``ConfigError`` if there is no such dimension, no second replica, or if torch has changed.
     """
@@ -68,8 +68,10 @@ def topology_of(model: nn.Module, mesh: DeviceMesh | None, replicate: str | None
     rows = sorted({tuple(ranks) for ranks in gathered(own.mesh.flatten().tolist()).values()})
     if len(rows) == 1 < len(rows[0]):
         raise ConfigError(
-            "attach(model)", "a model sharded over the ranks of one replica", f"one sharded over all {len(rows[0])} ranks",
-            'shard it on one dimension of a 2-D mesh: mesh = init_device_mesh(device, (replicas, ranks of a replica), '
+            "attach(model)",
+            "a model sharded over the ranks of one replica",
+            f"one sharded over all {len(rows[0])} ranks",
+            "shard it on one dimension of a 2-D mesh: mesh = init_device_mesh(device, (replicas, ranks of a replica), "
             'mesh_dim_names=("replicate", "shard")); fully_shard(model, mesh=mesh["shard"])',
         )
     return Topology(tuple(rows), dist.get_rank())
@@ -86,9 +88,13 @@ def refuse_across(model: nn.Module, topology: Topology, replicate: str | None) -
         if across is not None:
             ranks = ranks.movedim(mesh.mesh_dim_names.index(across), 0)[mesh.get_local_rank(across)]
         if not set(ranks.flatten().tolist()) <= set(topology.shard_group):
-            raise ConfigError(f"attach(model) parameter {name}", f"a DTensor over ranks of the replica {topology.shard_group}",
-                              f"one over ranks {ranks.flatten().tolist()}", 'shard it on dimensions inside the replica, such as '
-                              'mesh["shard"], and name the one across replicas "replicate"')
+            raise ConfigError(
+                f"attach(model) parameter {name}",
+                f"a DTensor over ranks of the replica {topology.shard_group}",
+                f"one over ranks {ranks.flatten().tolist()}",
+                "shard it on dimensions inside the replica, such as "
+                'mesh["shard"], and name the one across replicas "replicate"',
+            )
 
 
 def keep_inside_replicas(model: nn.Module, replicate: str | None) -> None:
@@ -99,7 +105,9 @@ def keep_inside_replicas(model: nn.Module, replicate: str | None) -> None:
 
 def forgotten(model: nn.Module) -> set[str]:
     """Plain parameters outside every module that was sharded; inside one they were left out by ``ignored_params``."""
-    inside = {id(param) for module in model.modules() if isinstance(module, FSDPModule) for param in module.parameters()}
+    inside = {
+        id(param) for module in model.modules() if isinstance(module, FSDPModule) for param in module.parameters()
+    }
     return {name for name, param in model.named_parameters() if id(param) not in inside}
 
 
@@ -113,12 +121,19 @@ def rows_of(mesh: DeviceMesh, replicate: str | None) -> Topology:
     name = _dimension(mesh, replicate)
     if name is None:
         raise ConfigError(
-            "attach(mesh=...)", f"a dimension named {replicate or ' or '.join(REPLICATE)}", f"{mesh.mesh_dim_names}",
-            "name the dimension across replicas in init_device_mesh(..., mesh_dim_names=...), or pass replicate=its name",
+            "attach(mesh=...)",
+            f"a dimension named {replicate or ' or '.join(REPLICATE)}",
+            f"{mesh.mesh_dim_names}",
+            "name the dimension across replicas in init_device_mesh(..., mesh_dim_names=...), or pass replicate=its "
+            "name",
         )
     if mesh.size() != dist.get_world_size():
-        raise ConfigError("attach(mesh=...)", f"a mesh over all {dist.get_world_size()} ranks", f"one over {mesh.size()}",
-                          "pass the mesh that init_device_mesh returned")
+        raise ConfigError(
+            "attach(mesh=...)",
+            f"a mesh over all {dist.get_world_size()} ranks",
+            f"one over {mesh.size()}",
+            "pass the mesh that init_device_mesh returned",
+        )
     across = mesh.mesh.movedim(mesh.mesh_dim_names.index(name), 0)
     return Topology(tuple(map(tuple, across.reshape(len(across), -1).tolist())), dist.get_rank())
 
@@ -132,8 +147,8 @@ def copies_of(model: nn.Module) -> dist.ProcessGroup | None:
 
 
 def _across(model: nn.Module, replicate: str | None) -> list[tuple[DeviceMesh, str]]:
-    """(mesh, dimension across replicas) of the modules that HSDP reduces across replicas; none where nothing does, which a
-    model sharded inside replicas shows without a look at what is private."""
+    """(mesh, dimension across replicas) of the modules that HSDP reduces across replicas; none where nothing does,
+    which a model sharded inside replicas shows without a look at what is private."""
     if not any(_dimension(param.device_mesh, replicate) for param in _dtensors(model)):
         return []
     meshes = [mesh for mesh in _meshes(model) if _dimension(mesh, replicate) is not None and mesh.ndim > 1]
@@ -147,8 +162,12 @@ def _dtensors(model: nn.Module) -> list[DTensor]:
 def _mesh_of(model: nn.Module) -> DeviceMesh:
     meshes = _meshes(model)
     if len(meshes) != 1:
-        raise ConfigError("attach(model)", "one mesh for all modules that are sharded, or the mesh of all ranks as mesh=",
-                          f"{len(meshes)} meshes", "pass mesh=, the one that init_device_mesh returned")
+        raise ConfigError(
+            "attach(model)",
+            "one mesh for all modules that are sharded, or the mesh of all ranks as mesh=",
+            f"{len(meshes)} meshes",
+            "pass mesh=, the one that init_device_mesh returned",
+        )
     return meshes[0]
 
 
@@ -209,6 +228,8 @@ def _param_groups(model: nn.Module) -> Iterator[Any]:
 
 def _moved(what: object) -> ConfigError:
     return ConfigError(
-        "attach(model)", "FSDP2 as in torch 2.13", f"torch {torch.__version__} ({what})",
+        "attach(model)",
+        "FSDP2 as in torch 2.13",
+        f"torch {torch.__version__} ({what})",
         'shard on the shard dimension alone, which needs nothing private: fully_shard(model, mesh=mesh["shard"])',
     )

@@ -1,4 +1,5 @@
-"""Where in which file each piece of a saved tree lies, in JSON: ``torch.distributed.checkpoint`` would run its own index.
+"""Where in which file each piece of a saved tree lies, in JSON: ``torch.distributed.checkpoint`` would run its own
+index.
 
 DCP writes the tensors, and its pickled ``.metadata`` for tools that know it, which nothing here reads.
 """
@@ -14,7 +15,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
 )
 
 from deslo_plugin.frameworks.all_or_none import Elsewhere, to_os_error
@@ -34,10 +41,13 @@ class Place(NamedTuple):
 
 
 def write_tree(tree: Mapping[str, Any], folder: Path, group: dist.ProcessGroup | None) -> None:
-    """Writes one tree of all ranks of ``group``, and its index. Collective over them. Raises ``Elsewhere`` for an error."""
+    """Writes one tree of all ranks of ``group``, and its index. Collective over them. Raises ``Elsewhere`` for an
+    error."""
     writer = _Writer(folder)
     with _named(group):
-        dcp.save(dict(tree), storage_writer=writer, process_group=group, planner=SaveFragments(flatten_state_dict=False))
+        dcp.save(
+            dict(tree), storage_writer=writer, process_group=group, planner=SaveFragments(flatten_state_dict=False)
+        )
 
 
 def read_tree(
@@ -45,8 +55,13 @@ def read_tree(
 ) -> None:
     """Reads into ``tree``, in place. Collective over ``group``, or ``alone``. Raises ``Elsewhere`` for an error."""
     with _named(None if alone else group):
-        dcp.load(tree, storage_reader=_Reader(folder, index), process_group=group, no_dist=alone,
-                 planner=LoadFragments(flatten_state_dict=False))
+        dcp.load(
+            tree,
+            storage_reader=_Reader(folder, index),
+            process_group=group,
+            no_dist=alone,
+            planner=LoadFragments(flatten_state_dict=False),
+        )
 
 
 def read_index(folder: Path) -> Metadata:
@@ -55,12 +70,16 @@ def read_index(folder: Path) -> Metadata:
     try:
         return _parsed(json.loads(file.read_bytes()))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(str(file), "an index of tensors as it was written", repr(error), "take another checkpoint") from error
+        raise ConfigError(
+            str(file), "an index of tensors as it was written", repr(error), "take another checkpoint"
+        ) from error
 
 
 def tensors_of(index: Metadata) -> dict[str, TensorStorageMetadata]:
     """Those entries of the tree that are tensors: what is said of each."""
-    return {name: stored for name, stored in index.state_dict_metadata.items() if isinstance(stored, TensorStorageMetadata)}
+    return {
+        name: stored for name, stored in index.state_dict_metadata.items() if isinstance(stored, TensorStorageMetadata)
+    }
 
 
 class _named:
@@ -75,7 +94,9 @@ class _named:
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         if isinstance(error, CheckpointException):
             number, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-            raise Elsewhere(number if self.group is None else dist.get_global_rank(self.group, number), cause) from error
+            raise Elsewhere(
+                number if self.group is None else dist.get_global_rank(self.group, number), cause
+            ) from error
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -112,8 +133,10 @@ class _Reader(dcp.FileSystemReader):
 
 
 def _written(metadata: Metadata) -> dict[str, Any]:
-    places = {(index.fqn, index.offset): [place.relative_path, place.offset, place.length]
-              for index, place in metadata.storage_data.items()}
+    places = {
+        (index.fqn, index.offset): [place.relative_path, place.offset, place.length]
+        for index, place in metadata.storage_data.items()
+    }
     tensors, values = {}, {}
     for name, stored in metadata.state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata):

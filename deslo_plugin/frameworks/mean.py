@@ -20,8 +20,8 @@ def averages(name: str, value: object) -> bool:
 
 
 def mean_of(full: Tensor, group: dist.ProcessGroup | None, dtype: torch.dtype | None = None) -> Tensor:
-    """The mean of ``full`` over the ranks of ``group`` on the CPU, in ``dtype``, or in float32 or what is wider; of whole numbers
-    the first rank's. Collective."""
+    """The mean of ``full`` over the ranks of ``group`` on the CPU, in ``dtype``, or in float32 or what is wider; of
+    whole numbers the first rank's. Collective."""
     return _mean(full.detach(), group).to("cpu", dtype)
 
 
@@ -29,7 +29,9 @@ def mean_shard(shard: Tensor, groups: Groups) -> Tensor:
     """The mean of a DTensor over replicas, sharded as it is, in its dtype and on its device. Collective."""
     own = shard.detach().to_local()
     mean = _mean(own, groups.replica).to(own.dtype)
-    return type(shard.detach()).from_local(mean, shard.device_mesh, shard.placements, shape=shard.shape, stride=shard.stride())
+    return type(shard.detach()).from_local(
+        mean, shard.device_mesh, shard.placements, shape=shard.shape, stride=shard.stride()
+    )
 
 
 def _mean(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -20,7 +20,9 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, name: str, then: Callable[[], None]):
         self.name, self.then, self.asking = name, then, False
 
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: object = None, target: object = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname != self.name or self.asking:
             return None
         self.asking = True  # the other finders find the package itself

@@ -51,14 +51,16 @@ class _Guard:
 
 
 _guards: MutableMapping[Any, _Guard] = WeakKeyDictionary()  # copies of a model, such as moving averages, are not in it
-_given = WeakTensorKeyDictionary()  # what state dicts were given: an inner module's is not averaged again in the outer one's
+# what state dicts were given: an inner module's is not averaged again in the outer one's
+_given = WeakTensorKeyDictionary()
 _own: ContextVar[str] = ContextVar("one_replica", default="")  # whose own state is asked for: "", "weights", or "all"
 _copies_told: set[str] = set()
 
 
 @contextmanager
 def one_replica(what: str = "all") -> Iterator[None]:
-    """Inside, ``state_dict()`` gives this replica's own state, as it would without us; ``what`` "weights": of modules alone."""
+    """Inside, ``state_dict()`` gives this replica's own state, as it would without us; ``what`` "weights": of modules
+    alone."""
     token = _own.set(what)
     try:
         yield
@@ -66,16 +68,23 @@ def one_replica(what: str = "all") -> Iterator[None]:
         _own.reset(token)
 
 
-def refuse_one_replica(attachment: Attachment, *owners: Owner, gather: Callable[[Tensor], Tensor] | None = None) -> None:
-    """From now on ``state_dict()`` of ``owners`` does what ``deslo.state_dict`` says while replicas differ, and by default raises
-    ``ConfigError``. ``gather`` makes a parameter whole where a framework, not a DTensor, shards it; collective."""
+def refuse_one_replica(
+    attachment: Attachment, *owners: Owner, gather: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """From now on ``state_dict()`` of ``owners`` does what ``deslo.state_dict`` says while replicas differ, and by
+    default raises ``ConfigError``. ``gather`` makes a parameter whole where a framework, not a DTensor, shards it;
+    collective."""
     if attachment.topology.replicas == 1:
         return
     averaging, mode = attachment.averaging, attachment.config.deslo.state_dict
     if mode == "last_average" and averaging.kept is None:
         if gather is not None:
-            raise ConfigError("deslo.state_dict", '"refuse" or "averaged" with DeepSpeed', '"last_average"', "change it; "
-                              "engine.save_16bit_model and engine.save_checkpoint write the average of all replicas")
+            raise ConfigError(
+                "deslo.state_dict",
+                '"refuse" or "averaged" with DeepSpeed',
+                '"last_average"',
+                "change it; engine.save_16bit_model and engine.save_checkpoint write the average of all replicas",
+            )
         averaging.kept = LastAverage(bool(attachment.config.optimizer and attachment.config.optimizer.outer))
         averaging.keep()
     new = [each for owner in owners for each in _parts(owner) if each not in _guards]
@@ -85,29 +94,37 @@ def refuse_one_replica(attachment: Attachment, *owners: Owner, gather: Callable[
     for owner in new:
         owner.register_state_dict_pre_hook(_before)
         if mode != "refuse":
-            owner.register_state_dict_post_hook(_give_states if isinstance(owner, torch.optim.Optimizer) else _give_weights)
+            owner.register_state_dict_post_hook(
+                _give_states if isinstance(owner, torch.optim.Optimizer) else _give_weights
+            )
     if any(isinstance(owner, nn.Module) for owner in new):
         say(_announcement(attachment))
 
 
 def _parts(owner: Owner) -> Iterator[Owner]:
-    """``owner`` and every module in it that holds parameters or buffers: wrappers, the plain model inside, its parts."""
+    """``owner`` and every module in it that holds parameters or buffers: wrappers, the plain model inside, its
+    parts."""
     yield owner
     if isinstance(owner, nn.Module):
-        holders = (module for module in owner.modules() if next(chain(module.parameters(), module.buffers()), None) is not None)
+        holders = (
+            module for module in owner.modules() if next(chain(module.parameters(), module.buffers()), None) is not None
+        )
         yield from (module for module in holders if module is not owner)
 
 
 def _announcement(attachment: Attachment) -> str:
     kept = attachment.averaging.kept
-    return "deslo: " + {
-        "refuse": "state_dict() raises while replicas differ. To save, call deslo_plugin.save(path, model), or averaged_state_dict("
-                  "model) for the weights, on every rank; or set deslo.state_dict: \"averaged\" where every rank calls "
-                  "state_dict(), \"last_average\" where rank 0 does alone",
-        "averaged": "state_dict() gives the average of all replicas while they differ: call it on every rank, never on one alone",
-        "last_average": f"state_dict() of the model gives the last average of the parameters while replicas differ, on any rank "
-                        f"alone: {kept.nbytes if kept else 0:,} bytes of each rank's host memory, copied at each of these averages",
-    }[attachment.config.deslo.state_dict]
+    recipes = {
+        "refuse": "state_dict() raises while replicas differ. To save, call deslo_plugin.save(path, model), or "
+        "averaged_state_dict(model) for the weights, on every rank; or set deslo.state_dict: "
+        '"averaged" where every rank calls state_dict(), "last_average" where rank 0 does alone',
+        "averaged": "state_dict() gives the average of all replicas while they differ: call it on every rank, never on "
+        "one alone",
+        "last_average": "state_dict() of the model gives the last average of the parameters while replicas differ, on "
+        f"any rank alone: {kept.nbytes if kept else 0:,} bytes of each rank's host memory, copied at each of these "
+        "averages",
+    }
+    return f"deslo: {recipes[attachment.config.deslo.state_dict]}"
 
 
 def _differs(owner: Owner, guard: _Guard) -> bool:
@@ -122,11 +139,14 @@ def _before(owner: Owner, prefix: str = "", *_: Any) -> None:
     if guard.mode != "refuse" or not _differs(owner, guard):
         return
     raise ConfigError(
-        f"{type(owner).__name__}.state_dict()", "one model", f"one of {guard.attachments[0].topology.replicas} replicas, which "
-        "differ between averages",
-        "on EVERY rank, so not inside `if rank == 0:`, call deslo_plugin.save(path, model), or averaged_state_dict(model) for the "
-        "weights alone and write them on rank 0, or deslo_plugin.meet(model) before this; or set \"deslo\": {\"state_dict\": "
-        "\"averaged\"} if every rank makes this call, \"last_average\" if rank 0 makes it alone; with "
+        f"{type(owner).__name__}.state_dict()",
+        "one model",
+        f"one of {guard.attachments[0].topology.replicas} replicas, which differ between averages",
+        "on EVERY rank, so not inside `if rank == 0:`, call deslo_plugin.save(path, model), or "
+        "averaged_state_dict(model) for the "
+        'weights alone and write them on rank 0, or deslo_plugin.meet(model) before this; or set "deslo": '
+        '{"state_dict": '
+        '"averaged"} if every rank makes this call, "last_average" if rank 0 makes it alone; with '
         "deslo_plugin.one_replica(): gives this replica's own",
     )
 
@@ -135,8 +155,12 @@ def _tell_of_copy(owner: Owner) -> None:
     kind = type(owner).__name__
     if not _own.get() and kind not in _copies_told and dist.is_initialized() and dist.get_world_size() > 1:
         _copies_told.add(kind)
-        say(f"deslo: state_dict() of a copy of the model ({kind}) gives what this replica has made of it, such as its own moving "
-            "average; the mean of all replicas' is deslo_plugin.averaged_state_dict(model, of=copy), on every rank", logging.WARNING)
+        say(
+            f"deslo: state_dict() of a copy of the model ({kind}) gives what this replica has made of it, such as "
+            f"its own moving "
+            "average; the mean of all replicas' is deslo_plugin.averaged_state_dict(model, of=copy), on every rank",
+            logging.WARNING,
+        )
 
 
 def _give_weights(owner: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -145,8 +169,12 @@ def _give_weights(owner: nn.Module, state: dict[str, Any], prefix: str, _: Any) 
     if guard is None or guard.inner and prefix or not _differs(owner, guard):
         return  # a part leaves it to the whole, which asks its parts with a prefix
     with one_replica():
-        live = {prefix + name: value for name, value in owner.state_dict(keep_vars=True).items() if averages(name, value)}
-    live = {name: value for name, value in live.items() if isinstance(state.get(name), Tensor) and state[name] not in _given}
+        live = {
+            prefix + name: value for name, value in owner.state_dict(keep_vars=True).items() if averages(name, value)
+        }
+    live = {
+        name: value for name, value in live.items() if isinstance(state.get(name), Tensor) and state[name] not in _given
+    }
     if guard.mode == "last_average":
         state |= _last(owner, guard, live)
     elif live:
@@ -173,15 +201,22 @@ def _last(owner: nn.Module, guard: _Guard, live: dict[str, Tensor]) -> dict[str,
             found[name] = _like(value, kept.copy.clone())
             steps |= {kept.steps} if value.requires_grad else set()
         elif any(keeper.forgot(value) for keeper in keepers):
-            raise ConfigError(f"{type(owner).__name__}.state_dict()", f"an average of {name} to give (deslo.state_dict)",
-                              "none since another state was loaded", "call it after the next average of the parameters, or "
-                              "deslo_plugin.save(path, model) on every rank")
+            raise ConfigError(
+                f"{type(owner).__name__}.state_dict()",
+                f"an average of {name} to give (deslo.state_dict)",
+                "none since another state was loaded",
+                "call it after the next average of the parameters, or deslo_plugin.save(path, model) on every rank",
+            )
         elif value.requires_grad:
-            guard.say_once(f"deslo: state_dict() gives this replica's own {name}: no attached optimizer steps it", logging.WARNING)
+            guard.say_once(
+                f"deslo: state_dict() gives this replica's own {name}: no attached optimizer steps it", logging.WARNING
+            )
     if steps:
         when = f"step {min(steps)}" if len(steps) == 1 else f"steps {min(steps)} to {max(steps)}"
-        guard.say_once(f"deslo: state_dict() gives the average of all replicas after {when}; this replica is at step "
-                       f"{guard.attachments[0].steps}")
+        guard.say_once(
+            f"deslo: state_dict() gives the average of all replicas after {when}; this replica is at step "
+            f"{guard.attachments[0].steps}"
+        )
     return found
 
 
@@ -200,15 +235,24 @@ def _give_states(owner: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     if guard is None or not _differs(owner, guard):
         return
     if guard.mode == "last_average":
-        guard.say_once(f"deslo: state_dict() of {type(owner).__name__} gives this replica's own momenta, beside the last average of the "
-                       "parameters; deslo_plugin.save(path, model), on every rank, saves one consistent state", logging.WARNING)
+        guard.say_once(
+            f"deslo: state_dict() of {type(owner).__name__} gives this replica's own momenta, beside the last "
+            f"average of the "
+            "parameters; deslo_plugin.save(path, model), on every rank, saves one consistent state",
+            logging.WARNING,
+        )
         return
     attachment, states = guard.attachments[0], sorted(state["state"].items())
     with attachment.together(f"{type(owner).__name__}.state_dict()"), torch.no_grad():
-        held = {(key, index): value for index, of_param in states for key, value in of_param.items() if _has_mean(value)}
-        agree(f"{type(owner).__name__}.state_dict() state", {f"{key} of parameter {index}": tuple(value.shape)
-              for (key, index), value in held.items()}, do="call deslo_plugin.save(path, model), which creates what a rank has not",
-              group=attachment.groups.world)
+        held = {
+            (key, index): value for index, of_param in states for key, value in of_param.items() if _has_mean(value)
+        }
+        agree(
+            f"{type(owner).__name__}.state_dict() state",
+            {f"{key} of parameter {index}": tuple(value.shape) for (key, index), value in held.items()},
+            do="call deslo_plugin.save(path, model), which creates what a rank has not",
+            group=attachment.groups.world,
+        )
         state["state"] = {index: dict(of_param) for index, of_param in state["state"].items()}
         for key, names in groupby(sorted(held), key=lambda name: name[0]):
             names = list(names)

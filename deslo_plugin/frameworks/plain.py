@@ -15,14 +15,20 @@ from deslo_plugin.strict import ConfigError
 ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 MAPPINGS = (dict, OrderedDict, Counter)
 PLAIN = "dicts, lists and tuples of text, bytes, numbers, None and tensors"
-HINTS = {"ndarray": "give torch.from_numpy(value), or value.tolist()", "set": "give list(value)", "frozenset": "give list(value)",
-         "deque": "give list(value)", "defaultdict": "give dict(value)", "function": "leave it out: it is code",
-         "method": "leave it out: it is code"}
+HINTS = {
+    "ndarray": "give torch.from_numpy(value), or value.tolist()",
+    "set": "give list(value)",
+    "frozenset": "give list(value)",
+    "deque": "give list(value)",
+    "defaultdict": "give dict(value)",
+    "function": "leave it out: it is code",
+    "method": "leave it out: it is code",
+}
 
 
 def plain(value: Any, where: str) -> Any:
-    """``value`` with numpy's single numbers made Python's. Raises ``ConfigError`` for what ``read_plain`` would not give back,
-    with the keys that lead to it and its type."""
+    """``value`` with numpy's single numbers made Python's. Raises ``ConfigError`` for what ``read_plain`` would not
+    give back, with the keys that lead to it and its type."""
     try:
         return _plain(value, where)
     except RecursionError as error:
@@ -42,8 +48,12 @@ def _plain(value: Any, where: str) -> Any:
         return value.detach() if value.requires_grad else value
     if kind.__module__ == "numpy" and getattr(value, "shape", None) == () and kind.__name__ != "ndarray":
         return _plain(value.item(), where)
-    raise ConfigError(where, f"plain values ({PLAIN})", f"{kind.__module__}.{kind.__qualname__}",
-                      HINTS.get(kind.__name__, "give what it is made of, such as its state_dict()"))
+    raise ConfigError(
+        where,
+        f"plain values ({PLAIN})",
+        f"{kind.__module__}.{kind.__qualname__}",
+        HINTS.get(kind.__name__, "give what it is made of, such as its state_dict()"),
+    )
 
 
 def _key(key: Any, where: str) -> Any:
@@ -66,11 +76,13 @@ def write_plain(value: Any, file: Path) -> None:
 
 
 def read_plain(file: Path) -> Any:
-    """What ``write_plain`` wrote, tensors on the CPU. Raises ``ConfigError`` for whatever else a file holds, and runs nothing."""
+    """What ``write_plain`` wrote, tensors on the CPU. Raises ``ConfigError`` for whatever else a file holds, and runs
+    nothing."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:
-        raise ConfigError(str(file), "plain values", str(error).splitlines()[0],
-                          "take another checkpoint: nothing of it was run") from error
+        raise ConfigError(
+            str(file), "plain values", str(error).splitlines()[0], "take another checkpoint: nothing of it was run"
+        ) from error

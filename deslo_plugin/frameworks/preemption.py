@@ -31,8 +31,8 @@ class Preemption:
             if preemption.due():
                 preemption.exit("checkpoints/last", extra={"step": step + 1})
 
-    One rank that gets a signal is enough: it says so in the rendezvous store, where every rank looks once a second, in a
-    thread and over a connection of its own. No step asks the store anything before that.
+    One rank that gets a signal is enough: it says so in the rendezvous store, where every rank looks once a second, in
+    a thread and over a connection of its own. No step asks the store anything before that.
 
     Args:
         model: an attached model, or an engine.
@@ -45,7 +45,9 @@ class Preemption:
         if dist.is_initialized():
             topology, timeout = self._attachments[0].topology, self._attachments[0].config.deslo.timeout_s
             store = dist.PrefixStore(f"deslo/stop/{next(_number)}", dist.group.WORLD.get_group_store())
-            self._last, watched = (LastStep(each, topology.rank, sorted(topology.ranks), timeout) for each in (store, store.clone()))
+            self._last, watched = (
+                LastStep(each, topology.rank, sorted(topology.ranks), timeout) for each in (store, store.clone())
+            )
             threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
         self._before = {number: signal.signal(number, lambda *_: self._asked.set()) for number in signals}
 
@@ -54,15 +56,19 @@ class Preemption:
         return self._asked.is_set() and (self._last is None or self._last.after(self._steps))
 
     def exit(
-        self, path: str | Path, *, mode: str | None = None, extra: Mapping[str, Any] | None = None,
+        self,
+        path: str | Path,
+        *,
+        mode: str | None = None,
+        extra: Mapping[str, Any] | None = None,
         before: Callable[[], object] | None = None,
     ) -> None:
         """Waits for averages in flight, saves as ``deslo_plugin.save`` does, and ends the process with status 0.
 
-        The process ends at once, without ``atexit`` and ``finally``. ``before`` is called when all is saved, on every rank: to
-        close what the script itself writes to, such as trackers (``accelerator.end_training``, ``wandb.finish``). What it raises
-        is said, and the job ends all the same. Raises what ``save`` raises, on every rank, and goes on then.
-        """
+        The process ends at once, without ``atexit`` and ``finally``. ``before`` is called when all is saved, on every
+        rank: to close what the script itself writes to, such as trackers (``accelerator.end_training``,
+        ``wandb.finish``). What it raises is said, and the job ends all the same. Raises what ``save`` raises, on every
+        rank, and goes on then."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._over.set()
@@ -74,7 +80,11 @@ class Preemption:
             if before is not None:
                 before()
         except Exception as error:
-            say(f"deslo: Preemption.exit(before=...) failed, the checkpoint is whole: {error!r}", logging.WARNING, anywhere=True)
+            say(
+                f"deslo: Preemption.exit(before=...) failed, the checkpoint is whole: {error!r}",
+                logging.WARNING,
+                anywhere=True,
+            )
         say(f"deslo: saved {path} after step {self._steps}, leaving")
         logging.shutdown()
         sys.stdout.flush()

@@ -1,8 +1,8 @@
 """``deslo.json`` in a checkpoint: what it holds, of which replicas, and the length and checksum of every file.
 
-A CRC-32 finds what went wrong by accident. Whoever can write to the folder can make it anew; SHA-256, where it was asked for,
-leaves him ``deslo.json`` alone to forge, whose own SHA-256 ``load`` compares with one that was kept elsewhere.
-"""
+A CRC-32 finds what went wrong by accident. Whoever can write to the folder can make it anew; SHA-256, where it was
+asked for, leaves him ``deslo.json`` alone to forge, whose own SHA-256 ``load`` compares with one that was kept
+elsewhere."""
 
 import hashlib
 import json
@@ -33,9 +33,9 @@ Files = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Proof:
-    """``rows`` is the topology that saved, ``steps`` the completed steps, ``groups`` the numbers of each param group that a
-    resume takes over, ``names`` each name of the plain model's state dict -> the stored tensor that it names. ``digest`` is the
-    SHA-256 of ``deslo.json`` itself."""
+    """``rows`` is the topology that saved, ``steps`` the completed steps, ``groups`` the numbers of each param group
+    that a resume takes over, ``names`` each name of the plain model's state dict -> the stored tensor that it names.
+    ``digest`` is the SHA-256 of ``deslo.json`` itself."""
 
     mode: str
     rows: tuple[tuple[int, ...], ...]
@@ -57,7 +57,9 @@ def latest(folder: str | Path) -> Path | None:
 
     Looks at what is there now: call it on one rank and tell the others, or before training has begun to save.
     """
-    return max(complete(folder), key=lambda each: (read_proof(each).steps, (each / NAME).stat().st_mtime_ns), default=None)
+    return max(
+        complete(folder), key=lambda each: (read_proof(each).steps, (each / NAME).stat().st_mtime_ns), default=None
+    )
 
 
 def complete(folder: str | Path) -> list[Path]:
@@ -66,7 +68,8 @@ def complete(folder: str | Path) -> list[Path]:
 
 
 def measured(folder: Path, world: dist.ProcessGroup | None, *, strong: bool = False) -> dict[str, Any]:
-    """File of ``folder`` -> [bytes, CRC-32], with SHA-256 if ``strong``, or the error of reading it; each rank a share of them.
+    """File of ``folder`` -> [bytes, CRC-32], with SHA-256 if ``strong``, or the error of reading it; each rank a share
+    of them.
 
     Collective. Raises ``OSError`` on every rank where one cannot list them.
     """
@@ -83,7 +86,9 @@ def expect_measured(files: Mapping[str, Any]) -> Files:
     """Raises ``OSError`` for a file that could not be read."""
     for name, measures in files.items():
         if isinstance(measures, str):
-            raise OSError(f"checkpoint: {name}: {measures}; expected a folder in which every rank can read what others wrote")
+            raise OSError(
+                f"checkpoint: {name}: {measures}; expected a folder in which every rank can read what others wrote"
+            )
     return files
 
 
@@ -109,8 +114,8 @@ def write_proof(folder: Path, proof: Proof) -> str:
 
 
 def read_proof(folder: Path, sha256: str | None = None) -> Proof:
-    """Raises ``ConfigError`` for what is no checkpoint of ours, one that was cut off, and one that has another ``sha256`` than
-    was kept of it."""
+    """Raises ``ConfigError`` for what is no checkpoint of ours, one that was cut off, and one that has another
+    ``sha256`` than was kept of it."""
     where = f"load({str(folder)!r})"
     try:
         text = (folder / NAME).read_bytes()
@@ -118,8 +123,12 @@ def read_proof(folder: Path, sha256: str | None = None) -> Proof:
         raise ConfigError(where, f"a folder with {NAME}", *what_is_there(folder)) from error
     digest = hashlib.sha256(text).hexdigest()
     if sha256 is not None and digest != sha256.lower():
-        raise ConfigError(f"load({str(folder)!r}, sha256=...)", f"a {NAME} with SHA-256 {sha256}", digest,
-                          "do not use it: it is another checkpoint, or somebody has changed it")
+        raise ConfigError(
+            f"load({str(folder)!r}, sha256=...)",
+            f"a {NAME} with SHA-256 {sha256}",
+            digest,
+            "do not use it: it is another checkpoint, or somebody has changed it",
+        )
     try:
         proof = _parsed(json.loads(text), where, digest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -127,8 +136,12 @@ def read_proof(folder: Path, sha256: str | None = None) -> Proof:
             raise
         raise ConfigError(where, f"a {NAME} as it was written", f"{error!r}", "take another checkpoint") from error
     if sha256 is not None and not proof.strong:
-        raise ConfigError(f"load({str(folder)!r}, sha256=...)", "a SHA-256 of every file", "CRC-32 alone",
-                          'save with "deslo": {"checkpoint_digest": "sha256"}, or leave sha256 out')
+        raise ConfigError(
+            f"load({str(folder)!r}, sha256=...)",
+            "a SHA-256 of every file",
+            "CRC-32 alone",
+            'save with "deslo": {"checkpoint_digest": "sha256"}, or leave sha256 out',
+        )
     return proof
 
 
@@ -143,7 +156,8 @@ UNNAMED = f"not named in {NAME}"
 
 
 def damaged(folder: Path, proof: Proof, world: dist.ProcessGroup | None) -> dict[str, str]:
-    """File -> what is wrong with it, of all that ``deslo.json`` names, measured again, and of all that it does not. Collective."""
+    """File -> what is wrong with it, of all that ``deslo.json`` names, measured again, and of all that it does not.
+    Collective."""
     found, problems = measured(folder, world, strong=proof.strong), {}
     for name in proof.files:
         if name not in found:
@@ -159,10 +173,21 @@ def _parsed(content: Any, where: str, digest: str) -> Proof:
     if content.pop("crc32") != _checksum(content):
         raise TypeError("its checksum is another")
     own, files = content["proof"], content["files"]
-    proof = Proof(own["mode"], tuple(map(tuple, own["rows"])), own["steps"], own["states"], own["groups"], own["names"],
-                  files, digest)
-    numbers = [*(rank for row in proof.rows for rank in row), proof.steps,
-               *(size for states in proof.states.values() for shape in states.values() for size in shape or ())]
+    proof = Proof(
+        own["mode"],
+        tuple(map(tuple, own["rows"])),
+        own["steps"],
+        own["states"],
+        own["groups"],
+        own["names"],
+        files,
+        digest,
+    )
+    numbers = [
+        *(rank for row in proof.rows for rank in row),
+        proof.steps,
+        *(size for states in proof.states.values() for shape in states.values() for size in shape or ()),
+    ]
     if proof.mode not in CHECKPOINTS or not all(proof.rows) or not all(type(number) is int for number in numbers):
         raise TypeError("a mode, rows, steps or shapes that are none")
     if not all(type(each) is str for each in proof.names.values()):
@@ -174,7 +199,9 @@ def _parsed(content: Any, where: str, digest: str) -> Proof:
     for name, (size, crc, *sha) in files.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not name or "\\" in name:
-            raise ConfigError(where, "files inside the folder", f"{name!r} in {NAME}", "do not use it: no save writes that")
+            raise ConfigError(
+                where, "files inside the folder", f"{name!r} in {NAME}", "do not use it: no save writes that"
+            )
         if type(size) is not int or type(crc) is not int or not all(type(each) is str for each in sha) or len(sha) > 1:
             raise TypeError(f"measures of {name!r}")
     return proof

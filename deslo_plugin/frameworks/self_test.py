@@ -1,8 +1,9 @@
-"""Two real steps of a user's config on a tiny model and fake data: does all of it fit, and is what moves what was planned?
+"""Two real steps of a user's config on a tiny model and fake data: does all of it fit, and is what moves what was
+planned?
 
-Every period that is not null becomes 1, so that two steps see an average of every state; a synchronous warm-up becomes one step
-before them, and a process without a launcher is one replica. All else of the config stays as it is, but for sizes of the batch,
-monitors, values that are ``"auto"``, and a scheduler that has such.
+Every period that is not null becomes 1, so that two steps see an average of every state; a synchronous warm-up becomes
+one step before them, and a process without a launcher is one replica. All else of the config stays as it is, but for
+sizes of the batch, monitors, values that are ``"auto"``, and a scheduler that has such.
 """
 
 import json
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.config import Config, load_config
+from deslo_plugin.forecast import Link, forecast
 from deslo_plugin.frameworks.attach import attach
 from deslo_plugin.frameworks.attachment import Attachment
-from deslo_plugin.forecast import Link, forecast
 from deslo_plugin.names import PARAMS
 from deslo_plugin.optimizer import DesLoc
 from deslo_plugin.schedule import Periods
@@ -29,14 +30,25 @@ from deslo_plugin.strict import ConfigError
 WIDTH, BATCH, STEPS = 64, 4, 2
 DEEPSPEED = ("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "fp16")
 ASIDE = (  # of a DeepSpeed JSON: what belongs to a real job's data and reports
-    "comment", "train_batch_size", "gradient_accumulation_steps", "steps_per_print", "wall_clock_breakdown", "dump_state",
-    "tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "comms_logger",
+    "comment",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "dump_state",
+    "tensorboard",
+    "wandb",
+    "csv_monitor",
+    "comet",
+    "flops_profiler",
+    "comms_logger",
 )
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """``framework`` took the steps on ``replicas``; bytes of this rank by state, planned and counted where they were sent."""
+    """``framework`` took the steps on ``replicas``; bytes of this rank by state, planned and counted where they were
+    sent."""
 
     framework: str
     replicas: int
@@ -51,7 +63,8 @@ def is_deepspeed(blocks: Mapping[str, Any]) -> bool:
 
 
 def self_test(blocks: Mapping[str, Any], device: torch.device) -> SelfTest:
-    """Takes the steps on every rank of the world, or in this process alone. Raises whatever a training script would get."""
+    """Takes the steps on every rank of the world, or in this process alone. Raises whatever a training script would
+    get."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)).to(device)
     if is_deepspeed(blocks) and find_spec("deepspeed") is not None:
@@ -84,8 +97,12 @@ def _with_deepspeed(model: nn.Module, blocks: Mapping[str, Any], device: torch.d
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     if not hasattr(engine, "deslo"):
-        raise ConfigError("config", 'a "deslo" block, or "optimizer": {"type": "DesLoc"}', "neither", "add them, or this is "
-                          "plain synchronous DeepSpeed")
+        raise ConfigError(
+            "config",
+            'a "deslo" block, or "optimizer": {"type": "DesLoc"}',
+            "neither",
+            "add them, or this is plain synchronous DeepSpeed",
+        )
     dtype = next(engine.module.parameters()).dtype
 
     def step(inputs: Tensor) -> Tensor:
@@ -110,9 +127,13 @@ def _run(framework: str, attachment: Attachment, step: Any, device: torch.device
 
 
 def _short(config: Config) -> Config:
-    deslo = replace(config.deslo, delay=1, synchronous_steps=min(1, config.deslo.synchronous_steps),
-                    timeout_s=min(60.0, config.deslo.timeout_s),
-                    replica_size=config.deslo.replica_size if dist.is_initialized() else 1)
+    deslo = replace(
+        config.deslo,
+        delay=1,
+        synchronous_steps=min(1, config.deslo.synchronous_steps),
+        timeout_s=min(60.0, config.deslo.timeout_s),
+        replica_size=config.deslo.replica_size if dist.is_initialized() else 1,
+    )
     if config.optimizer is None:
         return Config(optimizer=None, deslo=replace(deslo, sync_every=_every_step(deslo.sync_every)))
     periods = _every_step(config.optimizer.periods)
@@ -143,7 +164,8 @@ def _shorten(ds: dict[str, Any]) -> None:
 
 
 def without_auto(value: Any) -> Any:
-    """A deep copy without the values that only the Hugging Face integration fills in; ``replica_size`` may be "auto"."""
+    """A deep copy without the values that only the Hugging Face integration fills in; ``replica_size`` may be
+    "auto"."""
     if isinstance(value, Mapping):
         return {key: without_auto(each) for key, each in value.items() if each != "auto" or key == "replica_size"}
     return json.loads(json.dumps(value))
@@ -158,5 +180,9 @@ def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters())
     if states <= {"momentum_buffer"}:
         return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    raise ConfigError("deslo.sync_every", "states of torch's AdamW or SGD, for a self-test without your optimizer",
-                      ", ".join(sorted(states)), "trust your own first steps: attach refuses what does not fit")
+    raise ConfigError(
+        "deslo.sync_every",
+        "states of torch's AdamW or SGD, for a self-test without your optimizer",
+        ", ".join(sorted(states)),
+        "trust your own first steps: attach refuses what does not fit",
+    )

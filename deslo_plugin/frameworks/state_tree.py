@@ -20,8 +20,8 @@ from deslo_plugin.stock import StockAveraging
 from deslo_plugin.strict import ConfigError
 
 Tree = dict[str, Any]
-"""``"<state>/<parameter>"`` and ``"buffers/<buffer>"`` -> live tensor, this rank's ``Fragment`` of one, or the plain number that
-a stock optimizer counts in."""
+"""``"<state>/<parameter>"`` and ``"buffers/<buffer>"`` -> live tensor, this rank's ``Fragment`` of one, or the plain
+number that a stock optimizer counts in."""
 
 States = Mapping[str, Mapping[str, Sequence[int] | None]]
 """Parameter -> its states, the parameter itself among them -> shape of the whole tensor; None for a plain number."""
@@ -76,11 +76,17 @@ def refuse_others(own: States, saved: States, where: str) -> None:
     """Raises ``ConfigError`` if ``saved`` has other parameters, or other states or shapes of them, than ``own``."""
     for name in dict.fromkeys([*saved, *own]):
         if name not in saved or name not in own:
-            raise ConfigError(f"{where} parameter {name}", "the parameters of this model",
-                              f"none of that name in the {'model' if name in saved else 'checkpoint'}", "build the model that was saved")
+            raise ConfigError(
+                f"{where} parameter {name}",
+                "the parameters of this model",
+                f"none of that name in the {'model' if name in saved else 'checkpoint'}",
+                "build the model that was saved",
+            )
         mine, others = _shown(own[name]), _shown(saved[name])
         if mine != others:
-            raise ConfigError(f"{where} {name}", mine, others, "build the model and configure the optimizer that were saved")
+            raise ConfigError(
+                f"{where} {name}", mine, others, "build the model and configure the optimizer that were saved"
+            )
 
 
 def _shown(states: Mapping[str, Sequence[int] | None]) -> str:
@@ -100,7 +106,11 @@ class TorchState:
         self.model = model = bare(model)
         self.params = {plain_name(name): param for name, param in model.named_parameters()}
         self._stepped_by = {
-            param: averaging.optimizer for averaging in self.averagings for group in averaging.groups for param in group["params"]}
+            param: averaging.optimizer
+            for averaging in self.averagings
+            for group in averaging.groups
+            for param in group["params"]
+        }
         self.buffers = saved_buffers(model)
 
     @property
@@ -114,7 +124,8 @@ class TorchState:
     def prepare(self, saved: States) -> None:
         for name, param in self.params.items():
             optimizer, states = self._stepped_by.get(param), saved.get(name, {})
-            if isinstance(optimizer, DesLoc):  # frozen when it was saved, it begins to train now, or the other way round
+            # frozen when it was saved, it begins to train now, or the other way round
+            if isinstance(optimizer, DesLoc):
                 if set(states) <= {PARAMS}:
                     optimizer.state.pop(param, None)
                 elif not self._states_of(param):
@@ -175,14 +186,19 @@ def united(states: States, group: dist.ProcessGroup | None) -> States:
 
 
 def unlike(tree: Tree, scheduled: Set[str], group: dist.ProcessGroup | None) -> Tree:
-    """What ``tree`` lacks beside the same shard of other replicas, which have trained other parameters: zeros for states, and
-    for counters that differ those of the replica that has updated the parameter most often. Collective over ``group``.
+    """What ``tree`` lacks beside the same shard of other replicas, which have trained other parameters: zeros for
+    states, and for counters that differ those of the replica that has updated the parameter most often. Collective over
+    ``group``.
 
     ``scheduled``: names of states that have a mean, even of a parameter without dimensions.
     """
     if group is None:
         return {}
-    mine = {name: _described(name, value, scheduled) for name, value in tree.items() if not name.startswith((f"{PARAMS}/", f"{BUFFERS}/"))}
+    mine = {
+        name: _described(name, value, scheduled)
+        for name, value in tree.items()
+        if not name.startswith((f"{PARAMS}/", f"{BUFFERS}/"))
+    }
     digest = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
     if len(set(gathered(digest, group).values())) == 1:
         return {}
@@ -194,13 +210,27 @@ def unlike(tree: Tree, scheduled: Set[str], group: dist.ProcessGroup | None) -> 
         what, value, *is_tensor = furthest[name]
         if what == "counter":
             own = tree.get(name)
-            more[name] = torch.full_like(own, value) if isinstance(own, Tensor) else torch.tensor(value) if is_tensor[0] else value
+            more[name] = (
+                torch.full_like(own, value)
+                if isinstance(own, Tensor)
+                else torch.tensor(value)
+                if is_tensor[0]
+                else value
+            )
         elif any(name not in each for each in everyone) and list(value[1]) != list(tree[f"{PARAMS}/{param}"].shape):
-            raise ConfigError(f"state {name}", "the shape of its parameter where a replica has not trained it yet", str(value[1]),
-                              "train every parameter on every replica before you save or meet")
+            raise ConfigError(
+                f"state {name}",
+                "the shape of its parameter where a replica has not trained it yet",
+                str(value[1]),
+                "train every parameter on every replica before you save or meet",
+            )
         elif name not in tree:
             like, dtype = tree[f"{PARAMS}/{param}"], getattr(torch, value[0])
-            zeros = [torch.zeros_like(piece, dtype=dtype) for _, piece in like.pieces] if isinstance(like, Fragment) else None
+            zeros = (
+                [torch.zeros_like(piece, dtype=dtype) for _, piece in like.pieces]
+                if isinstance(like, Fragment)
+                else None
+            )
             more[name] = torch.zeros_like(like, dtype=dtype) if zeros is None else like.like(zeros)
     return more
 
@@ -220,22 +250,33 @@ def _count(described: Mapping[str, tuple[Any, ...]], param: str) -> float:
     return steps - origin if isinstance(steps, int | float) and isinstance(origin, int | float) else 0
 
 
-def fresh_states(saved: Mapping[str, Sequence[int] | None], param: Tensor, whole: Sequence[int] | None = None) -> dict[str, Any]:
-    """Zeros for the ``saved`` states of ``param``, whose whole shape is ``whole``: with its shape, or without dimensions."""
+def fresh_states(
+    saved: Mapping[str, Sequence[int] | None], param: Tensor, whole: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Zeros for the ``saved`` states of ``param``, whose whole shape is ``whole``: with its shape, or without
+    dimensions."""
     whole, fresh = list(param.shape if whole is None else whole), {}
     for state, shape in saved.items():
         if state != PARAMS:
             if shape not in (None, [], whole):
-                raise ConfigError(f"load state {state}", f"the shape of its parameter, {whole}", str(shape),
-                                  "take one step before you load, so that the optimizer has created it")
-            tensor = torch.zeros_like(param) if shape or whole == [] and state != STEP else torch.zeros((), dtype=torch.float32)
+                raise ConfigError(
+                    f"load state {state}",
+                    f"the shape of its parameter, {whole}",
+                    str(shape),
+                    "take one step before you load, so that the optimizer has created it",
+                )
+            tensor = (
+                torch.zeros_like(param)
+                if shape or whole == [] and state != STEP
+                else torch.zeros((), dtype=torch.float32)
+            )
             fresh[state] = 0 if shape is None else tensor
     return fresh
 
 
 def saved_state(model: nn.Module) -> dict[str, Any]:
-    """Plain name -> what this replica's ``state_dict()`` holds under it, in its order: live parameters and buffers, those with
-    several names under each of them, and what modules add to it. FSDP2 gives shards."""
+    """Plain name -> what this replica's ``state_dict()`` holds under it, in its order: live parameters and buffers,
+    those with several names under each of them, and what modules add to it. FSDP2 gives shards."""
     fsdp.reshard(model)
     with one_replica():
         return {plain_name(name): value for name, value in bare(model).state_dict(keep_vars=True).items()}
@@ -248,8 +289,11 @@ def places(model: nn.Module) -> dict[str, str]:
     named |= {f"{PARAMS}/{name}": param for name, param in params.items()}
     of_tensor = {id(tensor): place for place, tensor in named.items()}
     found = {}
-    for name, value in saved_state(model).items():  # a hook of the user's may have put a copy under the name of a parameter
-        place = of_tensor.get(id(value)) or next((f"{kind}/{name}" for kind in (PARAMS, BUFFERS) if f"{kind}/{name}" in named), None)
+    # a hook of the user's may have put a copy under the name of a parameter
+    for name, value in saved_state(model).items():
+        place = of_tensor.get(id(value)) or next(
+            (f"{kind}/{name}" for kind in (PARAMS, BUFFERS) if f"{kind}/{name}" in named), None
+        )
         if place is not None:
             found[name] = place
     return found

@@ -1,4 +1,5 @@
-"""A run's recorder, connected: the folder of ``deslo.telemetry``, TensorBoard, and what the framework tracks runs with."""
+"""A run's recorder, connected: the folder of ``deslo.telemetry``, TensorBoard, and what the framework tracks runs
+with."""
 
 import atexit
 import weakref
@@ -27,7 +28,9 @@ def start_telemetry(attachment: Attachment) -> None:
         if told:
             attachment.recorder.end(attachment.plan)
             where, expected, got = told
-            raise ConfigError(f"deslo.telemetry.{where}", expected, f"{got} on rank {rank}", "mend that, or change the setting")
+            raise ConfigError(
+                f"deslo.telemetry.{where}", expected, f"{got} on rank {rank}", "mend that, or change the setting"
+            )
     if telemetry.pseudo_gradient:
         averaging.receive = PseudoGradient(averaging.receive, averaging.record)
     if telemetry.tensorboard and _first(attachment):
@@ -50,7 +53,8 @@ def _begin(attachment: Attachment, folder: Path) -> tuple[str, str, str] | None:
 
 
 def add_scalars(attachment: Attachment, sink: Sink) -> None:
-    """``sink`` gets the scalars of every step with an average; under an engine, which must say when a step has ended."""
+    """``sink`` gets the scalars of every step with an average; under an engine, which must say when a step has
+    ended."""
     attachment.recorder.add(sink)
     if not attachment.engine_steps:
         attachment.optimizer.register_step_post_hook(lambda *_: attachment.recorder.step_ended())

@@ -1,8 +1,10 @@
 """Replicas that come and go: averages by torchft's ``Manager``, whose quorum says who takes part in each of them.
 
-One *event* is everything that is due at the end of one step. It begins with a quorum and a roll call, between two steps:
+One *event* is everything that is due at the end of one step. It begins with a quorum and a roll call, between two
+steps:
 
-    who takes part?     the quorum; a replica that is behind takes over the whole state of one that is not, and it is the
+    who takes part?     the quorum; a replica that is behind takes over the whole state of one that is not, and it is
+    the
                         others' state from then on: its own share of this event weighs nothing
     at the same step?   the roll call, one row from each replica; if clocks differ the event is void
     what is due         travels, as ever, under the forward and backward of the next step
@@ -69,12 +71,17 @@ class Replica:
         }
 
     def take_over(self, state: Mapping[str, Any]) -> None:
-        """Becomes the replica that ``state`` is of. Raises ``ConfigError``, with nothing written, if it is of another kind."""
+        """Becomes the replica that ``state`` is of. Raises ``ConfigError``, with nothing written, if it is of another
+        kind."""
         mine, theirs = self.settings | self.shapes, state["traits"]
         for key in [*theirs, *mine]:
             if mine.get(key) != theirs.get(key):
-                raise ConfigError(key, f"{theirs.get(key, 'nothing')} as in the replicas that train",
-                                  mine.get(key, "nothing"), "start this replica with their config and model")
+                raise ConfigError(
+                    key,
+                    f"{theirs.get(key, 'nothing')} as in the replicas that train",
+                    mine.get(key, "nothing"),
+                    "start this replica with their config and model",
+                )
         self.model.load_state_dict(state["model"])
         self.averaging.optimizer.load_state_dict(state["optimizer"])
 
@@ -100,7 +107,8 @@ class LiveAverage:
 
     Args:
         manager: a ``torchft.Manager`` whose replica groups are of one rank.
-        timeout_s: how long to wait for a quorum: longer than the time between two averages, which a latecomer waits for.
+        timeout_s: how long to wait for a quorum: longer than the time between two averages, which a latecomer waits
+        for.
         device: of the tensors that travel.
     """
 
@@ -143,8 +151,12 @@ class LiveAverage:
                 self._set_step(1 + self._replica.steps)
             else:
                 why = str(reason.original_exception).split(". ")[0] if reason else "too few replicas are left"
-                say(f"deslo: an average near step {self._replica.steps} did not arrive ({why}); nothing of it is written, and "
-                    "training goes on to the next", logging.WARNING)
+                say(
+                    f"deslo: an average near step {self._replica.steps} did not arrive ({why}); nothing of it is "
+                    f"written, and "
+                    "training goes on to the next",
+                    logging.WARNING,
+                )
         return self._verdict
 
     def any(self, flag: bool) -> bool:
@@ -171,7 +183,8 @@ class LiveAverage:
         except (TimeoutError, RuntimeError) as error:
             raise AverageError(
                 f"quorum after step {self._replica.steps}: expected torchft's lighthouse to form one within "
-                f"{self.timeout_s:g} s (deslo.timeout_s), got {str(error).splitlines()[0]!r}; see that it runs and that enough "
+                f"{self.timeout_s:g} s (deslo.timeout_s), got {str(error).splitlines()[0]!r}; see that it runs and "
+                f"that enough "
                 "replicas are left"
             ) from error
         row = [float(not self._replaced), float(self._replica.steps), *map(float, self._replica.fingerprints())]
@@ -184,7 +197,8 @@ class LiveAverage:
         if self.joined and len(set(clocks)) > 1:
             stand = ", ".join(f"{clock:g}" for clock in clocks)
             self.manager.report_error(RuntimeError(f"replicas stand at steps {stand}"))
-            lags = self._replica.steps < max(clocks)  # whoever does is behind from now on, and takes over at the next quorum
+            # whoever does is behind from now on, and takes over at the next quorum
+            lags = self._replica.steps < max(clocks)
             self._set_step(0 if lags else max(1, self.manager.current_step()))
 
     def _found(self) -> bool:
@@ -196,8 +210,12 @@ class LiveAverage:
             for subject, *column in zip(("step to resume from", *SUBJECTS), *(row[1:] for row in self._roll)):
                 different = [rank for rank, value in enumerate(column) if value != column[0]]
                 if different:
-                    raise ConfigError(subject, "the same on every replica", f"another on replica(s) {different} than on "
-                                      "replica 0", "start all of them with one config, one seed and one checkpoint")
+                    raise ConfigError(
+                        subject,
+                        "the same on every replica",
+                        f"another on replica(s) {different} than on replica 0",
+                        "start all of them with one config, one seed and one checkpoint",
+                    )
         return self.landed()
 
     def _exchange(self, row: Sequence[float]) -> list[list[float]] | None:
@@ -228,8 +246,13 @@ MANAGER = {  # what a manager must be given, and why
     "group_world_size": (1, "a replica is one rank here"),
 }
 DESLO = {
-    "synchronous_steps": (0,), "delay": (1,), "weights": ("equal",), "initial_params": ("auto", "check"), "replica_size": ("auto", 1),
-    "state_dict": ("refuse",), "telemetry": (None,),  # files are named by replica
+    "synchronous_steps": (0,),
+    "delay": (1,),
+    "weights": ("equal",),
+    "initial_params": ("auto", "check"),
+    "replica_size": ("auto", 1),
+    "state_dict": ("refuse",),
+    "telemetry": (None,),  # files are named by replica
 }
 
 
@@ -238,15 +261,21 @@ def expect_live(model: nn.Module, config: Config, manager: Any) -> None:
     for name, (wanted, why) in MANAGER.items():
         got = getattr(manager, f"_{name}", "none, as in another torchft")
         if got != wanted:
-            raise ConfigError(f"torchft.Manager({name.removeprefix('group_')}=...)", str(wanted), str(got), f"give it: {why}")
+            raise ConfigError(
+                f"torchft.Manager({name.removeprefix('group_')}=...)", str(wanted), str(got), f"give it: {why}"
+            )
     for key, wanted in DESLO.items():
         got = getattr(config.deslo, key)
         if got not in wanted:
             raise ConfigError(f"deslo.{key}", f"{wanted[-1]} with a torchft manager", str(got), "remove it")
     several = dist.is_initialized() and dist.get_world_size() > 1
     if several or isinstance(model, DistributedDataParallel) or fsdp.is_sharded(model):
-        raise ConfigError("attach(manager=...)", "a bare model in a process of its own, which is one replica",
-                          "a wrapped model or a world of several ranks", "start each replica alone, without a wrapper")
+        raise ConfigError(
+            "attach(manager=...)",
+            "a bare model in a process of its own, which is one replica",
+            "a wrapped model or a world of several ranks",
+            "start each replica alone, without a wrapper",
+        )
 
 
 def live_average(manager: Any, model: nn.Module, config: Config) -> LiveAverage:

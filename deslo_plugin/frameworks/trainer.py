@@ -15,7 +15,8 @@ expect("transformers")
 class AverageBeforeSave(TrainerCallback):
     """Averages the replicas in place just before the Trainer saves, and at the end of training.
 
-    The Trainer saves the model and the optimizer of the first rank, which are everyone's then. ``optimizer`` is a callback's
+    The Trainer saves the model and the optimizer of the first rank, which are everyone's then. ``optimizer`` is a
+    callback's
     keyword: what Accelerate made of the one that ``attach_accelerator`` was called for.
     """
 

@@ -12,9 +12,9 @@ SPARSE = 2.0**20  # more than replicas
 class GradientAveraging:
     """While ``averaging.synchronous``, gradients are the replicas' mean as soon as ``backward`` returns.
 
-    With gradient accumulation every backward that leaves gradients averages what has accumulated, which is the same mean.
-    A parameter that some replica did not use counts as zero there, one that none used keeps no gradient, as in DDP.
-    """
+    With gradient accumulation every backward that leaves gradients averages what has accumulated, which is the same
+    mean. A parameter that some replica did not use counts as zero there, one that none used keeps no gradient, as in
+    DDP."""
 
     def __init__(self, model: nn.Module, averaging: Averaging):
         self._averaging, self._queued = averaging, False
@@ -42,5 +42,6 @@ class GradientAveraging:
 
 
 def _use(param: Tensor) -> float:
-    """How this replica has used ``param``: 0 not, 1 with a dense gradient, or so much that the mean over replicas is above 1."""
+    """How this replica has used ``param``: 0 not, 1 with a dense gradient, or so much that the mean over replicas is
+    above 1."""
     return 0.0 if param.grad is None else SPARSE if param.grad.is_sparse else 1.0

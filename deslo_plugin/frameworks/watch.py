@@ -1,8 +1,9 @@
-"""Does training do what was attached? Watched until the first averages have landed, and whenever ``attachment.check()`` asks.
+"""Does training do what was attached? Watched until the first averages have landed, and whenever ``attachment.check()``
+asks.
 
-A mistake shows in what parameters do: they are equal before an average that should find them apart, they move while the attached
-optimizer is not stepped, or no attached optimizer has them. Each is said once, on rank 0, with its likely cause.
-"""
+A mistake shows in what parameters do: they are equal before an average that should find them apart, they move while the
+attached optimizer is not stepped, or no attached optimizer has them. Each is said once, on rank 0, with its likely
+cause."""
 
 import hashlib
 import logging
@@ -41,8 +42,14 @@ class Watch:
     """
 
     def __init__(
-        self, averaging: Averaging, groups: Groups, named: Mapping[str, Tensor], whole: Collection[str] = (), *,
-        names_left_out: bool = True, in_engine: bool = False,
+        self,
+        averaging: Averaging,
+        groups: Groups,
+        named: Mapping[str, Tensor],
+        whole: Collection[str] = (),
+        *,
+        names_left_out: bool = True,
+        in_engine: bool = False,
     ):
         self.averaging, self.groups, self.named, self.whole = averaging, groups, dict(named), whole
         self.problems: dict[str, str] = {}
@@ -113,13 +120,19 @@ class Watch:
         if moved and together:
             self._complain("together", TOGETHER.format(steps=self._landed_at))
         if apart:
-            self._complain("apart", "deslo: parameters differ between replicas right after an average; see that nothing writes them "
-                           "on some ranks alone, and call attachment.check() on every rank")
+            self._complain(
+                "apart",
+                "deslo: parameters differ between replicas right after an average; see that nothing writes them "
+                "on some ranks alone, and call attachment.check() on every rank",
+            )
         if self._averages >= AVERAGES or self._looked >= PATIENCE:
             self._end()
 
-    def _over_replicas(self, moved: bool, before: Mapping[str, str], after: Mapping[str, str]) -> tuple[bool, bool, bool]:
-        """(whether any moved, all were equal before, some differ after), by an average, which names a rank that has left.
+    def _over_replicas(
+        self, moved: bool, before: Mapping[str, str], after: Mapping[str, str]
+    ) -> tuple[bool, bool, bool]:
+        """(whether any moved, all were equal before, some differ after), by an average, which names a rank that has
+        left.
 
         Collective.
         """
@@ -146,17 +159,24 @@ class Watch:
             return
         kind, name = type(optimizer).__name__, type(own).__name__
         if optimizer is own:
-            return self._complain("elsewhere", f"deslo: {name} is stepped past optimizer.step(): nothing is averaged; call "
-                                  "optimizer.step() of the optimizer that was attached")
+            return self._complain(
+                "elsewhere",
+                f"deslo: {name} is stepped past optimizer.step(): nothing is averaged; call "
+                "optimizer.step() of the optimizer that was attached",
+            )
         theirs = _params_of([optimizer])
         if theirs & _params_of([own]):
-            self._complain("elsewhere", f"deslo: a step of {kind} moves parameters of {name}, which is attached and not stepped: "
-                           f"nothing is averaged; attach that {kind}, such as optimizer.base_optimizer, or call {name}.step()")
+            self._complain(
+                "elsewhere",
+                f"deslo: a step of {kind} moves parameters of {name}, which is attached and not stepped: "
+                f"nothing is averaged; attach that {kind}, such as optimizer.base_optimizer, or call {name}.step()",
+            )
         elif self._names_left_out and not hasattr(optimizer, "deslo"):
             self._complain("left out", self._left_out(f"are stepped by {kind}", theirs))
 
     def check(self) -> list[str]:
-        """What is wrong, as sentences that are the same on every rank; nothing if all is well. Collective over all ranks."""
+        """What is wrong, as sentences that are the same on every rank; nothing if all is well. Collective over all
+        ranks."""
         left = self._left_out("require gradients")
         now, steps, topology = self._digests(), self.averaging.meter.steps, self.groups.topology
         unasked = steps == self._asked_at and now != self._asked
@@ -168,20 +188,27 @@ class Watch:
         if left := next((left for _, _, _, left, _ in everyone.values() if left), ""):
             found["left out"] = left
         if any(unasked for unasked, *_ in everyone.values()):
-            found["unasked"] = ("deslo: parameters have changed since the last check, or since attach, without a step of the "
-                                "attached optimizer; that is right after a load or a write of yours, else step what was attached")
+            found["unasked"] = (
+                "deslo: parameters have changed since the last check, or since attach, without a step of the "
+                "attached optimizer; that is right after a load or a write of yours, else step what was attached"
+            )
         if within := self._other_than_first({rank: each[1] for rank, each in everyone.items()}):
             found["within"] = WITHIN.format(ranks=within)
-        apart = [rank for first, *others in topology.columns for rank in others if everyone[rank][2] != everyone[first][2]]
+        apart = [
+            rank for first, *others in topology.columns for rank in others if everyone[rank][2] != everyone[first][2]
+        ]
         if apart and not self.averaging.diverged:
-            found["unequal"] = (f"deslo: rank(s) {sorted(apart)} differ from replica 0, and no step was taken since all were "
-                                "equal; load or write the same on every rank, or call deslo_plugin.meet(model)")
+            found["unequal"] = (
+                f"deslo: rank(s) {sorted(apart)} differ from replica 0, and no step was taken since all were "
+                "equal; load or write the same on every rank, or call deslo_plugin.meet(model)"
+            )
         for kind, sentence in found.items():
             self._complain(kind, sentence)
         return list(found.values())
 
     def check_inside(self) -> None:
-        """Says if ranks of a replica hold other values of what they must hold alike: a checkpoint keeps one. Collective."""
+        """Says if ranks of a replica hold other values of what they must hold alike: a checkpoint keeps one.
+        Collective."""
         if self.whole and self.groups.topology.replica_size > 1:
             mine = digests((name, param) for name, param in self.named.items() if name in self.whole)
             if within := self._other_than_first(self._everyone(_hash(mine))):
@@ -195,16 +222,23 @@ class Watch:
         return gathered(mine, self.groups.world) if self.groups.world is not None else {self.groups.topology.rank: mine}
 
     def _left_out(self, how: str, among: Collection[int] | None = None) -> str:
-        """What to say of trained parameters in no attached optimizer, or nothing: an engine empties groups between steps."""
+        """What to say of trained parameters in no attached optimizer, or nothing: an engine empties groups between
+        steps."""
         if self._in_engine:
             return ""
         attached = _params_of(averaging.optimizer for averaging in _averagings)
-        left = [name for name, param in self.named.items()
-                if param.requires_grad and id(param) not in attached and (among is None or id(param) in among)]
+        left = [
+            name
+            for name, param in self.named.items()
+            if param.requires_grad and id(param) not in attached and (among is None or id(param) in among)
+        ]
         if not left:
             return ""
-        return (f"deslo: {listed(left)} {how} and are in no attached optimizer: they are never averaged; call deslo_plugin.attach "
-                "for the optimizer that steps them too, or freeze them with requires_grad_(False)")
+        return (
+            f"deslo: {listed(left)} {how} and are in no attached optimizer: they are never averaged; call "
+            f"deslo_plugin.attach "
+            "for the optimizer that steps them too, or freeze them with requires_grad_(False)"
+        )
 
     def _complain(self, kind: str, sentence: str) -> None:
         if sentence and kind not in self.problems:
@@ -217,13 +251,17 @@ class Watch:
 
 
 TOGETHER = (
-    "deslo: the parameters of all replicas are equal after {steps} steps, before any average: gradients still meet at every step, "
-    "or all ranks see the same data, so nothing is saved. Attach what DDP(model) returned, not the module inside it nor before it "
-    "is wrapped; take an optimizer that gathers nothing by itself; give every rank its own part of the data (DistributedSampler)"
+    "deslo: the parameters of all replicas are equal after {steps} steps, before any average: gradients still meet "
+    "at every step, "
+    "or all ranks see the same data, so nothing is saved. Attach what DDP(model) returned, not the module inside it "
+    "nor before it "
+    "is wrapped; take an optimizer that gathers nothing by itself; give every rank its own part of the data "
+    "(DistributedSampler)"
 )
 
 WITHIN = (
-    "deslo: rank(s) {ranks} hold other values than the first rank of their replica, whose values a checkpoint keeps; reduce the "
+    "deslo: rank(s) {ranks} hold other values than the first rank of their replica, whose values a checkpoint keeps; "
+    "reduce the "
     "gradients of every parameter inside a replica, or make parts DTensors"
 )
 

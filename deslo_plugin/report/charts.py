@@ -16,8 +16,15 @@ WIDTH, DPI = 11, 110  # inches, and dots in each
 POINTS = 600  # of a line at most, each the mean of its neighbours
 FLIGHTS = 20  # that a timeline shows: the last
 FEW = 20  # values that are marked on their line: a single one has none
-LOOK = {"svg.fonttype": "none", "svg.hashsalt": "deslo", "font.size": 9, "legend.fontsize": 8,
-        "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3}
+LOOK = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "deslo",
+    "font.size": 9,
+    "legend.fontsize": 8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+}
 COLORS = tuple(f"C{number}" for number in range(10) if number != 3)  # of states; red is what was waited for
 LONGEST = 32  # letters of a name beside a chart
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend hides nothing there
@@ -84,14 +91,22 @@ def _charts(runs: Sequence[Run]) -> list[Chart]:
     if any(run.losses for run in runs):
         charts.append(Chart("Loss by step, by token and by wall clock", partial(_losses, runs=runs), (1, 1, 1), 3.2))
     if any(run.bytes for run in runs):
-        charts.append(Chart("Bytes sent by a rank, and seconds waited for averages", partial(_costs, **both), (1, 1), 3.0))
+        charts.append(
+            Chart("Bytes sent by a rank, and seconds waited for averages", partial(_costs, **both), (1, 1), 3.0)
+        )
     if any(run.drift for run in runs):
         charts.append(Chart("Drift of the replicas from their average", partial(_drift, **both), (1, 1), 3.4))
     for run in runs:
         if run.flights:
             lanes = len({flight.state for flight in run.flights})
-            charts.append(Chart(f"{run.name}: averages on the first replica, from launch to landing; red: waited for",
-                                partial(_timeline, run=run, color_of=color_of), (3, 1), 0.9 + 0.35 * lanes))
+            charts.append(
+                Chart(
+                    f"{run.name}: averages on the first replica, from launch to landing; red: waited for",
+                    partial(_timeline, run=run, color_of=color_of),
+                    (3, 1),
+                    0.9 + 0.35 * lanes,
+                )
+            )
     return charts
 
 
@@ -99,8 +114,13 @@ def _losses(axes: Sequence[Any], runs: Sequence[Run]) -> None:
     for axis, scale in zip(axes, ("steps", "tokens", "seconds")):
         for number, run in enumerate(runs):
             points = [point for point in run.losses if scale != "tokens" or point.tokens]
-            axis.plot(_thin([getattr(point, scale) for point in points]), _thin([point.loss for point in points]),
-                      label=_name(run.name), color=f"C{number}", linewidth=1)
+            axis.plot(
+                _thin([getattr(point, scale) for point in points]),
+                _thin([point.loss for point in points]),
+                label=_name(run.name),
+                color=f"C{number}",
+                linewidth=1,
+            )
         axis.set_xlabel(scale)
     axes[1].xaxis.set_major_formatter(_engineering())
     axes[0].set_ylabel("loss")
@@ -127,10 +147,20 @@ def _costs(axes: Sequence[Any], runs: Sequence[Run], color_of: dict[str, str]) -
 def _drift(axes: Sequence[Any], runs: Sequence[Run], color_of: dict[str, str]) -> None:
     for number, run in enumerate(runs):
         for state, seen in run.drift.items():
-            steps, label = _thin([each.steps for each in seen]), f"{state}, {_short(run.name)}" if len(runs) > 1 else state
+            steps, label = (
+                _thin([each.steps for each in seen]),
+                f"{state}, {_short(run.name)}" if len(runs) > 1 else state,
+            )
             for axis, values in zip(axes, ([each.distance for each in seen], [each.cosine for each in seen])):
-                axis.plot(steps, _thin(values), STYLES[number % len(STYLES)], color=color_of[state], label=_text(label), linewidth=1,
-                          marker="." if len(values) < FEW else None)
+                axis.plot(
+                    steps,
+                    _thin(values),
+                    STYLES[number % len(STYLES)],
+                    color=color_of[state],
+                    label=_text(label),
+                    linewidth=1,
+                    marker="." if len(values) < FEW else None,
+                )
     axes[0].set(xlabel="steps", ylabel="relative distance", yscale="log")
     axes[1].set(xlabel="steps", ylabel="cosine")
     axes[1].legend(**BESIDE)
@@ -147,8 +177,15 @@ def _timeline(axes: Sequence[Any], run: Run, color_of: dict[str, str]) -> None:
         own = [flight for flight in flights if flight.state == state]
         seconds, waited = fmean(each.land - each.launch for each in own), fmean(each.exposed for each in own)
         _bar(mean, lane, 0.0, seconds, waited, color_of[state])
-    last.set(xlabel="seconds: the last of them", yticks=range(len(lanes)), yticklabels=list(map(_name, lanes)), ylim=(len(lanes) - 0.5, -0.5))
-    mean.set(xlabel="seconds since launch: mean", yticks=range(len(lanes)), yticklabels=[], ylim=(len(lanes) - 0.5, -0.5))
+    last.set(
+        xlabel="seconds: the last of them",
+        yticks=range(len(lanes)),
+        yticklabels=list(map(_name, lanes)),
+        ylim=(len(lanes) - 0.5, -0.5),
+    )
+    mean.set(
+        xlabel="seconds since launch: mean", yticks=range(len(lanes)), yticklabels=[], ylim=(len(lanes) - 0.5, -0.5)
+    )
 
 
 def _bar(axis: Any, lane: int, launch: float, land: float, exposed: float, color: str) -> None:

@@ -1,8 +1,8 @@
 """A run's files as one story: what a restart has gone over again replaces what it has gone over.
 
-A process that starts in a folder appends to its file. Its first line of each kind says from where it went on: what was written
-before and is of that step or later was thrown away by the restart, and is left out. Time stands still between processes.
-"""
+A process that starts in a folder appends to its file. Its first line of each kind says from where it went on: what was
+written before and is of that step or later was thrown away by the restart, and is left out. Time stands still between
+processes."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -38,14 +38,28 @@ def _by_state(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _groups(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(group, dict) and isinstance(group.get("periods"), dict) for group in value)
+    return isinstance(value, list) and all(
+        isinstance(group, dict) and isinstance(group.get("periods"), dict) for group in value
+    )
 
 
 KINDS: dict[str, dict[str, tuple[Callable[[Any], bool], bool]]] = {
-    "start": {"at": (_number, True), "replicas": (_ranks, True), "replica_size": (_ranks, True),
-              "synchronous_bytes": (_number, True), "groups": (_groups, True)},
-    "average": {"at": (_number, True), "steps": (_whole, True), "exposed_s": (_number, True),
-                "bytes": (_by_state(_number), True), "in_flight_s": (_by_state(_number), True), "distance": (_by_state(_maybe), True), "cosine": (_by_state(_maybe), True)},
+    "start": {
+        "at": (_number, True),
+        "replicas": (_ranks, True),
+        "replica_size": (_ranks, True),
+        "synchronous_bytes": (_number, True),
+        "groups": (_groups, True),
+    },
+    "average": {
+        "at": (_number, True),
+        "steps": (_whole, True),
+        "exposed_s": (_number, True),
+        "bytes": (_by_state(_number), True),
+        "in_flight_s": (_by_state(_number), True),
+        "distance": (_by_state(_maybe), True),
+        "cosine": (_by_state(_maybe), True),
+    },
     "log": {"at": (_number, True), "steps": (_whole, True), "loss": (_maybe, False), "tokens": (_maybe, False)},
     "end": {"at": (_number, True), "steps": (_whole, True), "taken": (_whole, True)},
 }
@@ -54,8 +68,9 @@ KINDS: dict[str, dict[str, tuple[Callable[[Any], bool], bool]]] = {
 
 @dataclass
 class Replica:
-    """What the first rank of a replica wrote: ``start`` as of the last process, ``averages`` and ``logs`` in order, each with
-    ``seconds`` of training before it. ``end`` is that of the last process, if it came to one; ``processes`` wrote here."""
+    """What the first rank of a replica wrote: ``start`` as of the last process, ``averages`` and ``logs`` in order,
+    each with ``seconds`` of training before it. ``end`` is that of the last process, if it came to one; ``processes``
+    wrote here."""
 
     start: Record
     averages: list[Record] = field(default_factory=list)
@@ -65,16 +80,25 @@ class Replica:
 
     @property
     def seconds(self) -> float:
-        return max((each["seconds"] for each in [*self.averages, *self.logs, *([self.end] if self.end else [])]), default=0.0)
+        return max(
+            (each["seconds"] for each in [*self.averages, *self.logs, *([self.end] if self.end else [])]), default=0.0
+        )
 
 
 def read_replicas(path: Path) -> list[Replica]:
-    """Of a run's folder, by number, or of one file. Raises ``ConfigError`` that names what is missing or no telemetry."""
-    files = [path] if path.is_file() else sorted(path.glob("replica-*.jsonl"), key=lambda each: (len(each.name), each.name))
+    """Of a run's folder, by number, or of one file. Raises ``ConfigError`` that names what is missing or no
+    telemetry."""
+    files = (
+        [path] if path.is_file() else sorted(path.glob("replica-*.jsonl"), key=lambda each: (len(each.name), each.name))
+    )
     if not files:
         got = "a folder without them" if path.is_dir() else "nothing there"
-        raise ConfigError(f"deslo report {path}", "a folder with replica-0.jsonl, ... of deslo.telemetry, or such a file", got,
-                          'check the path, and "deslo": {"telemetry": {"path": ...}} of the run')
+        raise ConfigError(
+            f"deslo report {path}",
+            "a folder with replica-0.jsonl, ... of deslo.telemetry, or such a file",
+            got,
+            'check the path, and "deslo": {"telemetry": {"path": ...}} of the run',
+        )
     return [_replica(file) for file in files]
 
 
@@ -84,9 +108,13 @@ def _replica(path: Path) -> Replica:
         for process in _processes(_checked(list(read(path)))):
             replica = _go_on(replica, process)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"deslo report {path}", "lines of deslo.telemetry", str(error), "give one that it wrote") from error
+        raise ConfigError(
+            f"deslo report {path}", "lines of deslo.telemetry", str(error), "give one that it wrote"
+        ) from error
     if replica is None:
-        raise ConfigError(f"deslo report {path}", "lines of deslo.telemetry", "none", "the run was over before it wrote any")
+        raise ConfigError(
+            f"deslo report {path}", "lines of deslo.telemetry", "none", "the run was over before it wrote any"
+        )
     return replica
 
 

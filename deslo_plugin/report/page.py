@@ -56,19 +56,27 @@ def html(runs: Sequence[Run], charts: Mapping[str, str]) -> str:
     names, *body = rows(runs)
     head = "".join(f"<th>{escape(cell)}</th>" for cell in names)
     lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    figures = "".join(f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in charts.items())
+    figures = "".join(
+        f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in charts.items()
+    )
     title = escape(", ".join(run.name for run in runs))
     small = "".join(f"<p><small>{escape(note)}</small></p>" for note in notes(runs))
-    return ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>deslo report</title>'
-            f"<style>{STYLE}</style></head><body><h1>{title}</h1><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
-            f"{small}{figures}</body></html>\n")
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>deslo report</title>'
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+        f"{small}{figures}</body></html>\n"
+    )
 
 
 def markdown(runs: Sequence[Run], picture: str | None = None) -> str:
     """The table, the notes, and a link to ``picture``."""
     names, *body = [[_escaped(cell) for cell in row] for row in rows(runs)]
     lines = ["| " + " | ".join(row) + " |" for row in (names, ["---"] + ["---:"] * len(runs), *body)]
-    lines += ["", *(f"- {_escaped(note)}" for note in notes(runs)), *(["", f"![charts]({quote(picture)})"] if picture else [])]
+    lines += [
+        "",
+        *(f"- {_escaped(note)}" for note in notes(runs)),
+        *(["", f"![charts]({quote(picture)})"] if picture else []),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -78,7 +86,9 @@ def _escaped(cell: str) -> str:
 
 
 def _periods(run: Run) -> str:
-    groups = (" / ".join(str(period or "never") for period in group["periods"].values()) for group in run.start["groups"])
+    groups = (
+        " / ".join(str(period or "never") for period in group["periods"].values()) for group in run.start["groups"]
+    )
     return "; ".join(dict.fromkeys(groups))  # of param groups, where they differ
 
 

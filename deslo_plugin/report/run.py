@@ -14,7 +14,8 @@ LAST = 0.05  # share of the logged steps that the final loss is a mean of
 
 @dataclass(frozen=True)
 class Point:
-    """After ``steps`` steps, ``tokens`` on all ranks together and ``seconds`` of training: the mean loss of the replicas."""
+    """After ``steps`` steps, ``tokens`` on all ranks together and ``seconds`` of training: the mean loss of the
+    replicas."""
 
     steps: int
     tokens: float
@@ -24,7 +25,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Flight:
-    """An average of a ``state`` on the first replica, in seconds of training; the last ``exposed`` of them were waited for."""
+    """An average of a ``state`` on the first replica, in seconds of training; the last ``exposed`` of them were waited
+    for."""
 
     state: str
     steps: int
@@ -68,7 +70,9 @@ class Run:
     def steps(self) -> int:
         """The last step of which anything is known."""
         first = self._replicas[0]
-        return max((each["steps"] for each in [*first.averages, *first.logs, *([first.end] if first.end else [])]), default=0)
+        return max(
+            (each["steps"] for each in [*first.averages, *first.logs, *([first.end] if first.end else [])]), default=0
+        )
 
     @property
     def taken(self) -> int:
@@ -121,7 +125,12 @@ class Run:
                 if log.get("loss") is not None:
                     by_step[log["steps"]].append(log)
         return [
-            Point(steps, tokens.get(steps, 0.0), fmean(each["seconds"] for each in logs), fmean(each["loss"] for each in logs))
+            Point(
+                steps,
+                tokens.get(steps, 0.0),
+                fmean(each["seconds"] for each in logs),
+                fmean(each["loss"] for each in logs),
+            )
             for steps, logs in sorted(by_step.items())
         ]
 
@@ -153,13 +162,27 @@ class Run:
     def flights(self) -> list[Flight]:
         return [
             Flight(state, each["steps"], each["seconds"] - seconds, each["seconds"], min(each["exposed_s"], seconds))
-            for each in self._replicas[0].averages for state, seconds in each["in_flight_s"].items()
+            for each in self._replicas[0].averages
+            for state, seconds in each["in_flight_s"].items()
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures of the table. ``exposed_s`` has an entry for each replica, ``last_drift`` a distance and a cosine."""
-        names = ("replicas", "replica_size", "found", "processes", "ended", "steps", "taken", "seconds", "tokens", "final_loss",
-                 "bytes", "reduction")
+        """The figures of the table. ``exposed_s`` has an entry for each replica, ``last_drift`` a distance and a
+        cosine."""
+        names = (
+            "replicas",
+            "replica_size",
+            "found",
+            "processes",
+            "ended",
+            "steps",
+            "taken",
+            "seconds",
+            "tokens",
+            "final_loss",
+            "bytes",
+            "reduction",
+        )
         last = {state: {"distance": seen[-1].distance, "cosine": seen[-1].cosine} for state, seen in self.drift.items()}
         return {name: getattr(self, name) for name in names} | {"exposed_s": self.exposed, "last_drift": last}
 
@@ -169,5 +192,3 @@ class Run:
         for log in (log for replica in self._replicas for log in replica.logs):
             seen[log["steps"]] += (log.get("tokens") or 0) * self.replica_size * self.replicas / self.found
         return dict(zip(sorted(seen), accumulate(seen[steps] for steps in sorted(seen))))
-
-

@@ -10,6 +10,15 @@ from deslo_plugin.simulation.replicas import Replicas
 from deslo_plugin.simulation.run import Moment, simulate, warmup_cosine
 
 __all__ = [
-    "Failures", "Growth", "Logistic", "Moment", "Network", "Objective", "Quadratic", "Replicas", "Rosenbrock", "simulate",
+    "Failures",
+    "Growth",
+    "Logistic",
+    "Moment",
+    "Network",
+    "Objective",
+    "Quadratic",
+    "Replicas",
+    "Rosenbrock",
+    "simulate",
     "warmup_cosine",
 ]

@@ -78,7 +78,8 @@ def read_contestants(
     Args:
         names: files, or names of files in configs/: ``"des-loc-adam"``, ``"toy/des-loc"``.
         lr: in place of the rate of each.
-        synchronous_steps: adds the first of them as synchronous training: its gradients averaged at each of so many steps.
+        synchronous_steps: adds the first of them as synchronous training: its gradients averaged at each of so many
+        steps.
 
     Raises ``ConfigError`` for a name that is not found, given twice, or no config of DesLoc.
     """
@@ -99,9 +100,15 @@ def _read(path: Path, lr: float | None) -> Contestant:
     blocks = read_file(path)
     config = load_config(blocks)
     if config.optimizer is None:
-        raise ConfigError(f"--config {path}", 'a config of "type": "DesLoc"', "one for a stock optimizer",
-                          "write its periods into optimizer.params.sync_every")
-    clip = Reader(str(path), {"gradient_clipping": blocks.get("gradient_clipping", 0.0)}).number("gradient_clipping", 0.0)
+        raise ConfigError(
+            f"--config {path}",
+            'a config of "type": "DesLoc"',
+            "one for a stock optimizer",
+            "write its periods into optimizer.params.sync_every",
+        )
+    clip = Reader(str(path), {"gradient_clipping": blocks.get("gradient_clipping", 0.0)}).number(
+        "gradient_clipping", 0.0
+    )
     if lr is not None:
         config = replace(config, optimizer=replace(config.optimizer, lr=lr))
     return Contestant(path.stem, config, clip or None)

@@ -24,7 +24,9 @@ class ByteModel(nn.Module):
         super().__init__()
         self.embedding = nn.Parameter(0.02 * torch.randn(BYTES, WIDTH))
         self.position = nn.Parameter(0.02 * torch.randn(CONTEXT, WIDTH))
-        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True, bias=False)
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True, bias=False
+        )
         self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
         for param in self.layers.parameters():  # the layers of TransformerEncoder are copies: drawn anew, they differ
             if param.ndim > 1:
@@ -44,13 +46,16 @@ def standard_library() -> list[Path]:
 
 
 def read_text(files: Iterable[Path]) -> Tensor:
-    """The files one after the other, (length,) uint8. Raises ``ConfigError`` for one that is missing, or too short a text."""
+    """The files one after the other, (length,) uint8. Raises ``ConfigError`` for one that is missing, or too short a
+    text."""
     files = list(files)
     if missing := [file for file in files if not file.is_file()]:
         raise ConfigError("--data", "a file of text", repr(str(missing[0])), "check the path")
     text = b"".join(file.read_bytes() for file in files)
     if len(text) < 20 * BLOCK:
-        raise ConfigError("--data", f"a text of {20 * BLOCK:,} bytes or more", f"{len(text):,} bytes", "give a longer one")
+        raise ConfigError(
+            "--data", f"a text of {20 * BLOCK:,} bytes or more", f"{len(text):,} bytes", "give a longer one"
+        )
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
@@ -70,8 +75,12 @@ def language(text: Tensor, *, replicas: int, apart: float = 0.0, seed: int = 0, 
     train = torch.cat([block for number, block in enumerate(blocks, 1) if number % 20]).to(device)
     span, part = torch.arange(CONTEXT + 1), len(train) // replicas
     if part <= CONTEXT:
-        raise ConfigError("--data", f"a text of more than {CONTEXT} bytes for each of {replicas} replicas",
-                          f"{len(train):,} bytes", "give a longer one")
+        raise ConfigError(
+            "--data",
+            f"a text of more than {CONTEXT} bytes for each of {replicas} replicas",
+            f"{len(train):,} bytes",
+            "give a longer one",
+        )
 
     def windows(source: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         found = source[(starts[..., None] + span).to(source.device)].long()

@@ -40,9 +40,9 @@ class Growth:
 class Failures:
     """After every ``every`` steps, ``share`` of the replicas that are there fail, and lose all they had.
 
-    At least one fails, and at least one stays. A replica that has been absent for ``absent`` steps or more comes back when
-    parameters are next averaged, with the mean of everything, or of parameters alone. Who fails is drawn from ``seed``,
-    alike for every algorithm.
+    At least one fails, and at least one stays. A replica that has been absent for ``absent`` steps or more comes back
+    when parameters are next averaged, with the mean of everything, or of parameters alone. Who fails is drawn from
+    ``seed``, alike for every algorithm.
 
     Raises ``ConfigError`` unless ``every`` and ``absent`` are whole numbers >= 1, and ``share`` lies between 0 and 1.
     """

@@ -23,9 +23,9 @@ from deslo_plugin.theory import (
 class Memory(NamedTuple):
     """A momentum between its averages. ``kept``: the share of the last average in it, when the next one comes.
 
-    ``drift``: how far a coordinate can have gone, in units of rho (of rho^2 for the second momentum) where gradients are
-    clipped to [-rho, rho]. Of a first momentum, at noise of deviation 1 in each coordinate: ``noise``, the variance of its
-    local part, and ``information``, the nats in a coordinate of it of the average. ``half_life`` in steps.
+    ``drift``: how far a coordinate can have gone, in units of rho (of rho^2 for the second momentum) where gradients
+    are clipped to [-rho, rho]. Of a first momentum, at noise of deviation 1 in each coordinate: ``noise``, the variance
+    of its local part, and ``information``, the nats in a coordinate of it of the average. ``half_life`` in steps.
     """
 
     state: str
@@ -49,16 +49,22 @@ def _memory(state: str, beta: float, period: int | None, unshared: float, replic
     steps, second = period or unshared, state == SECOND_MOMENT
     noise, shared = local_variance(beta, steps), shared_variance(beta, replicas) if period else 0.0
     return Memory(
-        state, beta, period, half_life(beta),
+        state,
+        beta,
+        period,
+        half_life(beta),
         kept=kept(beta, steps) if period else 0.0,
         drift=(second_momentum_drift if second else first_momentum_drift)(beta, steps),
         noise=None if second else noise,
-        information=None if second else mutual_information(beta, steps, torch.tensor([[shared]]), torch.tensor([[noise]])),
+        information=None
+        if second
+        else mutual_information(beta, steps, torch.tensor([[shared]]), torch.tensor([[noise]])),
     )
 
 
 class Proven(NamedTuple):
-    """Of a config of rule sgdm. ``rate``: the largest proven one times L, of a single momentum of weight 1, else None."""
+    """Of a config of rule sgdm. ``rate``: the largest proven one times L, of a single momentum of weight 1, else
+    None."""
 
     psi: float
     rate: float | None
@@ -68,5 +74,7 @@ def proven(config: OptimizerConfig) -> Proven | None:
     """What the papers prove of ``config``; None for other rules, of which they prove no rate in this form."""
     if config.rule != "sgdm":
         return None
-    cost = psi(config.periods[PARAMS], config.betas, config.weights, [config.periods[state] for state in config.momenta])
+    cost = psi(
+        config.periods[PARAMS], config.betas, config.weights, [config.periods[state] for state in config.momenta]
+    )
     return Proven(cost, proven_rate(config.betas[0], cost) if config.weights == (1.0,) else None)

@@ -12,7 +12,8 @@ class Network:
 
     Args:
         model: its forward takes one batch and returns a scalar loss. Its parameters, all of one dtype, are the start;
-            buffers are constants. It must draw nothing at random and change nothing in place, as ``torch.func.vmap`` asks.
+            buffers are constants. It must draw nothing at random and change nothing in place, as ``torch.func.vmap``
+            asks.
         batches: (replicas, step) -> the tensors of a batch, each with a leading dimension of len(replicas).
         held_out: tensors of one batch that losses are judged on, or several such batches of one size.
 
@@ -20,7 +21,9 @@ class Network:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Callable[[Sequence[int], int], Sequence[Tensor]],
+        self,
+        model: nn.Module,
+        batches: Callable[[Sequence[int], int], Sequence[Tensor]],
         held_out: Sequence[Sequence[Tensor]],
     ):
         self._model, self._batches, self._held_out = model, batches, held_out

@@ -37,13 +37,14 @@ class RowMean(Alone):
 class Replicas:
     """Replicas of one model that take ``DesLoc`` steps together (arXiv 2505.22549, Alg. 1), and may join and leave.
 
-    Replicas whose rule has made equally many updates share one parameter of shape (rows, n), so that a step costs one pass
-    over memory however many they are. There are more parameters than one only after replicas have joined without momenta:
-    their bias correction starts anew.
+    Replicas whose rule has made equally many updates share one parameter of shape (rows, n), so that a step costs one
+    pass over memory however many they are. There are more parameters than one only after replicas have joined without
+    momenta: their bias correction starts anew.
 
     Args:
         start: where all replicas start, (n,), float32 or float64.
-        config: both blocks, as ``DesLoc`` takes them. Of ``deslo``, what says how ranks are connected has no meaning here.
+        config: both blocks, as ``DesLoc`` takes them. Of ``deslo``, what says how ranks are connected has no meaning
+        here.
         count: replicas at the start, numbered from 0.
 
     Raises ``ConfigError`` for a config without ``DesLoc``, for ``on_nonfinite: "skip"``: rows step together, and for
@@ -52,14 +53,18 @@ class Replicas:
 
     def __init__(self, start: Tensor, config: Config | Mapping[str, Any] | str | Path, count: int):
         if start.ndim != 1 or count < 1:
-            raise ValueError(f"Replicas: expected start of shape (n,) and a count >= 1, got {list(start.shape)} and {count}")
+            raise ValueError(
+                f"Replicas: expected start of shape (n,) and a count >= 1, got {list(start.shape)} and {count}"
+            )
         config = load_config(config)
         for key, only in (("on_nonfinite", "stop"), ("weights", "equal")):
             if (value := getattr(config.deslo, key)) != only:
                 raise ConfigError(f"deslo.{key}", f'"{only}" where replicas are simulated', f'"{value}"', "remove it")
         self._mean = RowMean(count)
         rows = start.detach().expand(count, -1).clone()
-        self.optimizer = DesLoc([rows], replace(config, deslo=replace(config.deslo, bucket_mb=UNCUT)), average=self._mean)
+        self.optimizer = DesLoc(
+            [rows], replace(config, deslo=replace(config.deslo, bucket_mb=UNCUT)), average=self._mean
+        )
         self.ids = list(range(count))
         self.away: dict[int, int] = {}
         """Who has left -> after how many steps."""
@@ -107,15 +112,17 @@ class Replicas:
             raise ValueError(f"Replicas.leave: expected some of {self.ids}, not all, got {sorted(gone)}")
         staying = [index for index, replica in enumerate(self.ids) if replica not in gone]
         states, origins = self._states()
-        self._seat([self.ids[i] for i in staying], {name: rows[staying] for name, rows in states.items()}, origins[staying])
+        self._seat(
+            [self.ids[i] for i in staying], {name: rows[staying] for name, rows in states.items()}, origins[staying]
+        )
         self.away |= dict.fromkeys(gone, self.steps)
 
     def join(self, ids: Iterable[int], *, momenta: bool = True) -> None:
         """Replicas ``ids`` come, or come back, at the mean of those that are there; the means stay as they are.
 
-        They receive parameters, momenta and the rule's count of updates, as a checkpoint of ours would give them. Without
-        ``momenta`` they receive parameters (and the outer optimizer's state), and their rule starts anew, as where nothing
-        but parameters is ever exchanged.
+        They receive parameters, momenta and the rule's count of updates, as a checkpoint of ours would give them.
+        Without ``momenta`` they receive parameters (and the outer optimizer's state), and their rule starts anew, as
+        where nothing but parameters is ever exchanged.
         """
         coming = sorted(ids)
         if set(coming) & set(self.ids):

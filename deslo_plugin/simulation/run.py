@@ -23,14 +23,21 @@ class Moment(NamedTuple):
 
 
 def simulate(
-    objective: Objective, config: Config | Mapping[str, Any] | str | Path, *, replicas: int, steps: int,
-    membership: Membership = constant, rate: Callable[[int], float] = lambda step: 1.0, norm_clip: float | None = None,
+    objective: Objective,
+    config: Config | Mapping[str, Any] | str | Path,
+    *,
+    replicas: int,
+    steps: int,
+    membership: Membership = constant,
+    rate: Callable[[int], float] = lambda step: 1.0,
+    norm_clip: float | None = None,
 ) -> Iterator[Moment]:
     """Trains ``replicas`` replicas for ``steps`` steps and yields the world after each of them.
 
     Args:
         objective: what they minimise.
-        config: both blocks, as ``DesLoc`` takes them; ``deslo.synchronous_steps`` of ``steps`` or more is the synchronous
+        config: both blocks, as ``DesLoc`` takes them; ``deslo.synchronous_steps`` of ``steps`` or more is the
+        synchronous
             run that others are compared with.
         membership: called before every step with (completed steps, replicas); lets replicas join and leave.
         rate: multiplies ``optimizer.params.lr`` at step 0, 1, ...

@@ -19,7 +19,10 @@ from deslo_plugin.strict import ConfigError, near
 START = (-1.2, 1.0)  # of Rosenbrock
 LOGISTIC_BATCH = 8  # draws
 OPTIONS = {  # what else each objective takes
-    "rosenbrock": ("sigma",), "quadratic": ("sigma", "spectrum"), "logistic": ("spectrum",), "bytes": ("data",),
+    "rosenbrock": ("sigma",),
+    "quadratic": ("sigma", "spectrum"),
+    "logistic": ("spectrum",),
+    "bytes": ("data",),
 }
 SIGMA = {"rosenbrock": 1.5, "quadratic": 1.0}
 SPECTRUM = {"quadratic": "0.01:1:100", "logistic": "0.1:1:20"}
@@ -33,14 +36,17 @@ class Scene:
         objective: ``"rosenbrock"``, ``"quadratic"``, ``"logistic"`` or ``"bytes"``, a small language model.
         replicas, steps: how many start, for how long.
         sigma: standard deviation of the noise on each coordinate of the gradient (rosenbrock 1.5, quadratic 1).
-        spectrum: eigenvalues (quadratic) or deviations of the features (logistic): ``"1,0.5,0.1"``, or ``"low:high:count"``
+        spectrum: eigenvalues (quadratic) or deviations of the features (logistic): ``"1,0.5,0.1"``, or
+        ``"low:high:count"``
             on a logarithmic scale.
         data: the text (bytes); by default Python's own modules.
-        noniid: how much replicas differ, 0 for not at all. rosenbrock: each has noise of a deviation of its own, drawn from
-            N(0, noniid). quadratic: deviation of their minima; logistic: of their true weights. bytes: share of its windows
-            that a replica reads in a part of the text of its own.
+        noniid: how much replicas differ, 0 for not at all. rosenbrock: each has noise of a deviation of its own, drawn
+        from
+            N(0, noniid). quadratic: deviation of their minima; logistic: of their true weights. bytes: share of its
+            windows that a replica reads in a part of the text of its own.
         double_at: steps after which as many replicas join.
-        fail_every, fail_share, fail_absent: after every so many steps a share of the replicas fails, and is absent for so
+        fail_every, fail_share, fail_absent: after every so many steps a share of the replicas fails, and is absent for
+        so
             many steps at least (by default 0.05, and ``fail_every`` steps).
         device: where it runs.
 
@@ -62,12 +68,18 @@ class Scene:
 
     def __post_init__(self) -> None:
         if self.objective not in OPTIONS:
-            raise ConfigError("--objective", "one of " + ", ".join(OPTIONS), repr(self.objective),
-                              near(self.objective, OPTIONS) or "choose one")
+            raise ConfigError(
+                "--objective",
+                "one of " + ", ".join(OPTIONS),
+                repr(self.objective),
+                near(self.objective, OPTIONS) or "choose one",
+            )
         for option in ("sigma", "spectrum", "data"):
             if getattr(self, option) is not None and option not in OPTIONS[self.objective]:
                 takers = " and ".join(each for each, taken in OPTIONS.items() if option in taken)
-                raise ConfigError(f"--{option}", f"none: it belongs to {takers}", str(getattr(self, option)), "remove it")
+                raise ConfigError(
+                    f"--{option}", f"none: it belongs to {takers}", str(getattr(self, option)), "remove it"
+                )
         for option in ("replicas", "steps", "double_at", "fail_every", "fail_absent"):
             value = getattr(self, option)
             if value is not None and value < 1:
@@ -78,8 +90,12 @@ class Scene:
                 raise ConfigError(_name(option), "a number >= 0", f"{value:g}", "correct it")
         self._check_what_befalls_it()
         if self.objective == "rosenbrock" and self.noniid and self.sigma is not None:
-            raise ConfigError("--sigma", "none beside --noniid, which draws a deviation for each replica", f"{self.sigma:g}",
-                              "keep one of them")
+            raise ConfigError(
+                "--sigma",
+                "none beside --noniid, which draws a deviation for each replica",
+                f"{self.sigma:g}",
+                "keep one of them",
+            )
         if self.objective == "bytes" and self.noniid > 1:
             raise ConfigError("--noniid", "a share in [0, 1] of the windows", f"{self.noniid:g}", "correct it")
         try:
@@ -94,12 +110,16 @@ class Scene:
         if self.fail_every is None:
             for option in ("fail_share", "fail_absent"):
                 if getattr(self, option) is not None:
-                    raise ConfigError(_name(option), "--fail-every beside it", "none", "say after how many steps replicas fail")
+                    raise ConfigError(
+                        _name(option), "--fail-every beside it", "none", "say after how many steps replicas fail"
+                    )
             return
         if self.replicas == 1:
             raise ConfigError("--fail-every", "two replicas or more", "1", "raise --replicas: somebody has to stay")
         if self.fail_share is not None and not 0 < self.fail_share < 1:
-            raise ConfigError("--fail-share", "a number between 0 and 1", f"{self.fail_share:g}", "0.05 is every twentieth")
+            raise ConfigError(
+                "--fail-share", "a number between 0 and 1", f"{self.fail_share:g}", "0.05 is every twentieth"
+            )
 
     @cached_property
     def text(self) -> Tensor:
@@ -126,7 +146,8 @@ class Scene:
         return warmup_cosine(self.steps)(step) if self.objective == "bytes" else 1.0
 
     def build(self, seed: int) -> Objective:
-        """The objective with the noise and data of ``seed``. Raises ``ConfigError`` for a spectrum or text that is not one."""
+        """The objective with the noise and data of ``seed``. Raises ``ConfigError`` for a spectrum or text that is not
+        one."""
         common = {"replicas": self.capacity, "seed": seed}
         sigma = SIGMA.get(self.objective) if self.sigma is None else self.sigma
         if self.objective == "rosenbrock":
@@ -140,7 +161,8 @@ class Scene:
         return Quadratic(torch.ones_like(spectrum), spectrum, sigma, apart=self.noniid, **common)
 
     def membership(self, config: Config, seed: int) -> Membership:
-        """Who comes and goes. Those that join receive momenta where ``config`` ever averages one, else parameters alone."""
+        """Who comes and goes. Those that join receive momenta where ``config`` ever averages one, else parameters
+        alone."""
         momenta = any(config.optimizer.periods[state] for state in config.optimizer.moments)
         changes: list[Membership] = []
         if self.double_at is not None:
@@ -167,7 +189,9 @@ def read_spectrum(text: str) -> Tensor:
     except (ValueError, RuntimeError):
         values = torch.empty(0)
     if not len(values) or not (values.isfinite() & (values > 0)).all():
-        raise ConfigError("--spectrum", "numbers > 0 as 1,0.5,0.1 or low:high:count", repr(text), "write, say, 0.01:1:100")
+        raise ConfigError(
+            "--spectrum", "numbers > 0 as 1,0.5,0.1 or low:high:count", repr(text), "write, say, 0.01:1:100"
+        )
     return values
 
 

@@ -62,7 +62,8 @@ def start(
 
 
 def weights(model: nn.Module, deslo: Attachment | None) -> Mapping[str, Tensor]:
-    """The mean of all replicas, or the one model of synchronous training; whole parameters under plain names; collective."""
+    """The mean of all replicas, or the one model of synchronous training; whole parameters under plain names;
+    collective."""
     if deslo:
         return averaged_state_dict(model)
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))

@@ -1,5 +1,6 @@
-"""The weights that a DeepSpeed forward uses are the masters, after whatever wrote the masters: a checkpoint that was loaded into
-the running engine, ``meet``, an average, a step that was skipped. (ZeRO-3 keeps small parameters gathered between steps.)"""
+"""The weights that a DeepSpeed forward uses are the masters, after whatever wrote the masters: a checkpoint that was
+loaded into the running engine, ``meet``, an average, a step that was skipped. (ZeRO-3 keeps small parameters gathered
+between steps.)"""
 
 import contextlib
 
@@ -14,7 +15,12 @@ N2 = RULES["mt-dao-adam-n2"]
 EXACT = {"checkpoint": "exact"}
 BF16, BIG = {"enabled": True}, {"stage": 3, "stage3_param_persistence_threshold": 0}
 OFFLOADED = {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
-PREFETCHED = {"stage": 3, "stage3_param_persistence_threshold": 10, "stage3_prefetch_bucket_size": 30, "stage3_max_reuse_distance": 0}
+PREFETCHED = {
+    "stage": 3,
+    "stage3_param_persistence_threshold": 10,
+    "stage3_prefetch_bucket_size": 30,
+    "stage3_max_reuse_distance": 0,
+}
 
 
 class Leaf(nn.Sequential):
@@ -38,8 +44,9 @@ def evaluate(engine) -> None:
 
 
 def a_spike(ds: dict, folder: str, leaf: bool = False) -> float:
-    """Trains, saves, trains on, evaluates, rolls back in the same process and trains again: how far apart losses and states
-    of both times are. Then ``meet``, with and without an evaluation before; ``train`` and ``evaluate`` look at every forward."""
+    """Trains, saves, trains on, evaluates, rolls back in the same process and trains again: how far apart losses and
+    states of both times are. Then ``meet``, with and without an evaluation before; ``train`` and ``evaluate`` look at
+    every forward."""
     import deslo_plugin
 
     with fp16_everywhere() if "fp16" in ds else contextlib.nullcontext():
@@ -59,15 +66,38 @@ def a_spike(ds: dict, folder: str, leaf: bool = False) -> float:
             deslo_plugin.meet(engine)
             train(engine, range(11, 13))
     apart = [abs(a - b) for a, b in zip(once[0], again[0])]
-    apart += [float((one - again[1][state][name]).abs().max()) for state, named in once[1].items() for name, one in named.items()]
+    apart += [
+        float((one - again[1][state][name]).abs().max())
+        for state, named in once[1].items()
+        for name, one in named.items()
+    ]
     return max(apart)
 
 
-@pytest.mark.parametrize("ds", [
-    *(ds_config(N2, stage) for stage in range(4)), ds_config(N2, 2, bf16=BF16), ds_config(N2, 3, bf16=BF16),
-    ds_config(N2, 3, fp16=FP16), ds_config(N2, 3, zero_optimization=BIG), ds_config(N2, 3, zero_optimization=OFFLOADED),
-    ds_config(N2, 3, zero_optimization=PREFETCHED),
-], ids=["zero-0", "zero-1", "zero-2", "zero-3", "zero-2 bf16", "zero-3 bf16", "zero-3 fp16", "nothing persists", "offload", "prefetch"])
+@pytest.mark.parametrize(
+    "ds",
+    [
+        *(ds_config(N2, stage) for stage in range(4)),
+        ds_config(N2, 2, bf16=BF16),
+        ds_config(N2, 3, bf16=BF16),
+        ds_config(N2, 3, fp16=FP16),
+        ds_config(N2, 3, zero_optimization=BIG),
+        ds_config(N2, 3, zero_optimization=OFFLOADED),
+        ds_config(N2, 3, zero_optimization=PREFETCHED),
+    ],
+    ids=[
+        "zero-0",
+        "zero-1",
+        "zero-2",
+        "zero-3",
+        "zero-2 bf16",
+        "zero-3 bf16",
+        "zero-3 fp16",
+        "nothing persists",
+        "offload",
+        "prefetch",
+    ],
+)
 def test_a_roll_back_in_the_running_engine_repeats_every_bit(four, tmp_path, ds):
     assert four().run(a_spike, ds, str(tmp_path / "saved")) == [0.0] * 4
 
@@ -85,7 +115,7 @@ def stock_after_update(ds: dict, steps: int, broken: tuple[int, int] | None) -> 
 @pytest.mark.parametrize("when", ["before_update", "after_update"])
 def test_an_average_of_a_stock_optimizer_is_used_by_the_next_forward(four, when, more):
     periods = {"params": 2, "exp_avg": 2, "exp_avg_sq": 2}
-    for stage in ([1, 3] if more else [0, 1, 2, 3]):
+    for stage in [1, 3] if more else [0, 1, 2, 3]:
         ds = ds_config(N2, stage, deslo={"sync_every": periods, "when": when}, gradient_accumulation_steps=1, **more)
         ds["optimizer"] = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
         four().run(stock_after_update, ds, 6, (1, 3) if more else None)
@@ -103,15 +133,19 @@ def test_an_average_after_the_update_is_used_in_every_sub_group(four):
 
 
 def gathered_by_the_script(ds: dict, folder: str) -> list[float]:
-    """``meet`` and ``load`` while the script holds all weights gathered: how far what it sees, and what it sees afterwards, is
-    from the masters."""
-    import deslo_plugin
+    """``meet`` and ``load`` while the script holds all weights gathered: how far what it sees, and what it sees
+    afterwards, is from the masters."""
     from deepspeed.runtime.zero import GatheredParameters
+
+    import deslo_plugin
     from deslo_plugin.frameworks.deepspeed.export import full_params
 
     def apart(engine) -> float:
         masters = dict(full_params(engine))
-        return max(float((p.detach() - masters[name].view(p.shape)).abs().max()) for name, p in engine.module.named_parameters())
+        return max(
+            float((p.detach() - masters[name].view(p.shape)).abs().max())
+            for name, p in engine.module.named_parameters()
+        )
 
     with engine_for(ds) as engine:
         train(engine, range(3))
@@ -134,11 +168,13 @@ def test_weights_that_the_script_holds_gathered_follow_meet_and_load(four, tmp_p
 
 
 def written_by_the_script(ds: dict, folder: str) -> None:
-    import deslo_plugin
     from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
+    import deslo_plugin
+
     def write(engine) -> None:
-        for param in (engine.module[0].weight, engine.module[0].bias):  # DeepSpeed writes none that its ranks cannot halve
+        # DeepSpeed writes none that its ranks cannot halve
+        for param in (engine.module[0].weight, engine.module[0].bias):
             safe_set_full_fp32_param(param, safe_get_full_fp32_param(param) + 1.0)
 
     with engine_for(ds) as engine:

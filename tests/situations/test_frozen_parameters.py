@@ -1,4 +1,5 @@
-"""Parameters that are frozen, and that begin or cease to train: what trains has state, bytes and averages, and no more."""
+"""Parameters that are frozen, and that begin or cease to train: what trains has state, bytes and averages, and no
+more."""
 
 import pytest
 import torch
@@ -67,7 +68,9 @@ def spread(tensor):
 def what_trains_is_sent(kind, wrap):
     model, optimizer, attachment = attached(kind, wrap)
     stepper(model, optimizer)(10)
-    state = sum(value.numel() for each in optimizer.state.values() for value in local(list(each.values())) if value.ndim)
+    state = sum(
+        value.numel() for each in optimizer.state.values() for value in local(list(each.values())) if value.ndim
+    )
     planned = {name: sum(attachment.plan.bytes_at(t).get(name, 0) for t in range(10)) for name in EVERY}
     saved = deslo_plugin.averaged_state_dict(model)
     return dict(attachment.meter.bytes), planned, state, set(saved), attachment.plan.flight_bytes
@@ -100,7 +103,13 @@ def unfrozen(kind, whose, deslo, groups=None):
     step(5)
     sent = attachment.meter.bytes["params"]
     step(8)
-    return before, clocks, attachment.meter.bytes["params"] - sent, spread(base.weight), attachment.plan.bytes_at(4)["params"]
+    return (
+        before,
+        clocks,
+        attachment.meter.bytes["params"] - sent,
+        spread(base.weight),
+        attachment.plan.bytes_at(4)["params"],
+    )
 
 
 def in_two_groups(model):
@@ -139,7 +148,12 @@ def test_a_model_that_is_frozen_when_it_is_attached_may_train_later(four):
         assert not any(nothing.values()) and sent == planned == 4 * 272 + 4
 
 
-@pytest.mark.parametrize("kind, deslo", [("desloc", {}), ("stock", {"overlap": False}), ("desloc", {"delay": 2})], ids=str)
+@pytest.mark.parametrize(
+    "kind, deslo", [("desloc", {}), ("stock", {"overlap": False}), ("desloc", {"delay": 2})], ids=str
+)
 def test_one_that_is_unfrozen_on_one_replica_alone_is_an_error_on_all(four, kind, deslo):
     for message in four().run(on_one_replica_alone, kind, deslo):
-        assert "parameter base.weight: expected training on every replica or on none (requires_grad), got on some only" in message
+        assert (
+            "parameter base.weight: expected training on every replica or on none (requires_grad), got on some only"
+            in message
+        )

@@ -48,11 +48,16 @@ def everyone(value):
 def scale_trained(kind, alone, folder):
     model = Scaled(alone)
     optimizer, config = make(kind, model.parameters(), when="after_update")
-    attachment, generator = deslo_plugin.attach(model, optimizer, config), torch.Generator().manual_seed(dist.get_rank())
+    attachment, generator = (
+        deslo_plugin.attach(model, optimizer, config),
+        torch.Generator().manual_seed(dist.get_rank()),
+    )
     step(model, optimizer, 2, generator)
 
     def both():
-        return torch.stack([model.scale.detach(), *(optimizer.state[model.scale][state] for state in ("exp_avg", "exp_avg_sq"))])
+        return torch.stack(
+            [model.scale.detach(), *(optimizer.state[model.scale][state] for state in ("exp_avg", "exp_avg_sq"))]
+        )
 
     averaged = everyone(both())
     step(model, optimizer, 1, generator)
@@ -115,7 +120,11 @@ def test_param_groups_may_be_empty_anywhere(kind, empty):
             for param in params:
                 param.grad = torch.full_like(param, 1.0 + average.rank)
             optimizer.step()
-        assert averaging.steps == averaging.meter.steps == 4 and averaging.meter.events["params"] == 2 and averaging.diverged
+        assert (
+            averaging.steps == averaging.meter.steps == 4
+            and averaging.meter.events["params"] == 2
+            and averaging.diverged
+        )
         return [param.detach() for param in params]
 
     assert all(map(torch.equal, *threads(2, replica)))
@@ -201,7 +210,9 @@ def laid_out(change, optimizer_of):
 
 
 def test_channels_last_set_between_steps_changes_nothing():
-    ours, theirs = lambda params: DesLoc(params, lr=1e-2, sync_every={"params": 2}), lambda params: torch.optim.AdamW(
-        params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    ours, theirs = (
+        lambda params: DesLoc(params, lr=1e-2, sync_every={"params": 2}),
+        lambda params: torch.optim.AdamW(params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0),
+    )
     for change in (False, True):
         assert torch.allclose(laid_out(change, ours), laid_out(change, theirs), atol=1e-6)

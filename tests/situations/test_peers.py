@@ -24,7 +24,11 @@ def exchanged() -> list:
     sys.meta_path.insert(0, asked)
     pickle.Unpickler = None
     try:
-        return [gathered(plain), gathered(rank == 2), gathered(ConfigError("a", "b", "c", f"d{rank}") if rank else None)]
+        return [
+            gathered(plain),
+            gathered(rank == 2),
+            gathered(ConfigError("a", "b", "c", f"d{rank}") if rank else None),
+        ]
     finally:
         sys.meta_path.remove(asked)
         pickle.Unpickler = loads
@@ -34,7 +38,16 @@ def test_plain_values_and_config_errors_reach_every_rank_as_they_were(four):
     for values, flags, errors in four().run(exchanged):
         for rank in range(4):
             assert values[rank] == [
-                None, True, rank, 0.1 + rank, float("inf"), "ä" * (1 + 40 * rank), {"a": [1, {"b": None}]}, {}, []]
+                None,
+                True,
+                rank,
+                0.1 + rank,
+                float("inf"),
+                "ä" * (1 + 40 * rank),
+                {"a": [1, {"b": None}]},
+                {},
+                [],
+            ]
         assert flags == {0: False, 1: False, 2: True, 3: False}
         assert errors.pop(0) is None
         assert [str(error) for error in errors.values()] == [f"a: expected b, got c; d{rank}" for rank in (1, 2, 3)]

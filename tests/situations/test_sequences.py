@@ -1,7 +1,7 @@
 """What scripts do between steps, in any order: replicas stay with a float64 oracle, or every rank says why not.
 
-A sequence is drawn, played on four real ranks, and played again by ``Oracle``, which knows Adam, periods and means and imports
-nothing of the package.
+A sequence is drawn, played on four real ranks, and played again by ``Oracle``, which knows Adam, periods and means and
+imports nothing of the package.
 """
 
 import copy
@@ -27,7 +27,8 @@ WORDS, WIDTH, OUTPUTS = 8, 4, 2
 
 
 class Net(nn.Module):
-    """Rows that a batch may leave out, a matrix that is frozen, a scalar (which FSDP2 does not take), and a head that joins later."""
+    """Rows that a batch may leave out, a matrix that is frozen, a scalar (which FSDP2 does not take), and a head that
+    joins later."""
 
     def __init__(self, scale: float | list[float] = 1.5):
         super().__init__()
@@ -62,13 +63,15 @@ ON_ALL = st.one_of(
     st.tuples(st.just("save and load"), st.sampled_from(["average", "exact", "sync"])),
     st.tuples(st.just("average now")),
 )
-SETTINGS = st.sampled_from([
-    ({"params": 2, "exp_avg": 4, "exp_avg_sq": 4}, {}),
-    ({"params": 3, "exp_avg": 3, "exp_avg_sq": 3}, {"overlap": False}),
-    ({"params": 1, "exp_avg": 2, "exp_avg_sq": 2}, {"when": "after_update"}),
-    ({"params": 4, "exp_avg": None, "exp_avg_sq": None}, {}),
-    ({"params": 2, "exp_avg": 2, "exp_avg_sq": 2}, {"bucket_mb": 1}),
-])
+SETTINGS = st.sampled_from(
+    [
+        ({"params": 2, "exp_avg": 4, "exp_avg_sq": 4}, {}),
+        ({"params": 3, "exp_avg": 3, "exp_avg_sq": 3}, {"overlap": False}),
+        ({"params": 1, "exp_avg": 2, "exp_avg_sq": 2}, {"when": "after_update"}),
+        ({"params": 4, "exp_avg": None, "exp_avg_sq": None}, {}),
+        ({"params": 2, "exp_avg": 2, "exp_avg_sq": 2}, {"bucket_mb": 1}),
+    ]
+)
 
 
 class Job:
@@ -77,7 +80,13 @@ class Job:
     def __init__(self, wrap: str, periods: dict[str, int | None], deslo: dict[str, Any], stock: bool, folder: str):
         import deslo_plugin
 
-        self.net, self.step, self.folder, self.kept, self.saved = Net([1.5] if wrap == "fsdp" else 1.5), 0, Path(folder), None, 0
+        self.net, self.step, self.folder, self.kept, self.saved = (
+            Net([1.5] if wrap == "fsdp" else 1.5),
+            0,
+            Path(folder),
+            None,
+            0,
+        )
         self.rank, self.deslo_plugin = dist.get_rank(), deslo_plugin
         self.model, options = self.net, {}
         if wrap == "ddp":
@@ -131,7 +140,11 @@ class Job:
 
     def keep(self) -> None:
         with self.deslo_plugin.one_replica():
-            self.kept = copy.deepcopy((self.net.state_dict(), self.optimizer.state_dict())), self.step, len(self.optimizer.param_groups)
+            self.kept = (
+                copy.deepcopy((self.net.state_dict(), self.optimizer.state_dict())),
+                self.step,
+                len(self.optimizer.param_groups),
+            )
 
     def go_back(self) -> None:
         if self.kept and self.kept[-1] == len(self.optimizer.param_groups):  # torch refuses another number of groups
@@ -158,7 +171,9 @@ class Job:
         for name, param in self.net.named_parameters():
             for state, value in {"params": param, **self.optimizer.state.get(param, {})}.items():
                 if state in ("params", "exp_avg", "exp_avg_sq"):
-                    out[f"{state} of {name}"] = (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+                    out[f"{state} of {name}"] = (
+                        (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
+                    )
         return out
 
 
@@ -172,8 +187,15 @@ class Oracle:
         self.replicas, self.periods, self.step, self.kept = replicas, periods, 0, None
         self.after = deslo.get("when") == "after_update"
         self.trained, self.frozen, self.settled = ["rows", "matrix", "scale"], set(), set()
-        self.state = [{state: {name: x.detach().clone() if state == "params" else torch.zeros_like(x)
-                               for name, x in start.items()} for state in self.STATES} for _ in range(replicas)]
+        self.state = [
+            {
+                state: {
+                    name: x.detach().clone() if state == "params" else torch.zeros_like(x) for name, x in start.items()
+                }
+                for state in self.STATES
+            }
+            for _ in range(replicas)
+        ]
         self.clock = dict.fromkeys(self.trained, 0)  # completed steps of a parameter
         self.updates = [dict.fromkeys(start, 0) for _ in range(replicas)]  # the rule's own count
 
@@ -201,8 +223,11 @@ class Oracle:
         params = {name: x.clone().requires_grad_(name in names) for name, x in self.state[replica]["params"].items()}
         ranks = [rank for rank in range(RANKS) if replica_of(rank, self.replicas) == replica]
         total = sum(
-            loss_of(lambda words: torch.func.functional_call(SHAPE, params, words), rank, self.step, micro, torch.float64)
-            for rank in ranks for micro in range(micro_batches(how, rank))
+            loss_of(
+                lambda words: torch.func.functional_call(SHAPE, params, words), rank, self.step, micro, torch.float64
+            )
+            for rank in ranks
+            for micro in range(micro_batches(how, rank))
         ) / len(ranks)
         return dict(zip(names, torch.autograd.grad(total, [params[name] for name in names])))
 
@@ -304,7 +329,9 @@ def mesh_of_two_replicas() -> Any:
     return _meshes[0]
 
 
-def played(wrap: str, stock: bool, periods: dict, deslo: dict, sequence: list[tuple], folder: str) -> tuple[str, dict[str, Tensor]]:
+def played(
+    wrap: str, stock: bool, periods: dict, deslo: dict, sequence: list[tuple], folder: str
+) -> tuple[str, dict[str, Tensor]]:
     """The error that the sequence ends in on this rank, or "", and this replica's states."""
     import logging
 
@@ -328,13 +355,20 @@ def folder() -> Iterator[str]:
 
 
 LIMIT = 300  # seconds of one sequence: only against a hang
-FEW = settings(max_examples=10, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-               suppress_health_check=list(HealthCheck))
+FEW = settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 
 
 @pytest.mark.parametrize("wrap, stock", [("plain", False), ("plain", True), ("ddp", False)])
 def test_any_sequence_on_all_ranks_ends_where_the_oracle_does(four, wrap, stock):
-    actions = ON_ALL if wrap != "fsdp" else ON_ALL.filter(lambda action: action[0] not in ("freeze", "join"))  # torch's own limit
+    # torch's own limit
+    actions = ON_ALL if wrap != "fsdp" else ON_ALL.filter(lambda action: action[0] not in ("freeze", "join"))
 
     @FEW
     @given(SETTINGS, st.lists(actions, min_size=6, max_size=14))

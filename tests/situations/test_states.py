@@ -27,7 +27,9 @@ class Heads(nn.Module):
 
 def attached(kind, model, **deslo):
     if kind == "desloc":
-        optimizer = deslo_plugin.DesLoc(model.parameters(), {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY}}, "deslo": deslo})
+        optimizer = deslo_plugin.DesLoc(
+            model.parameters(), {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY}}, "deslo": deslo}
+        )
         return optimizer, deslo_plugin.attach(model, optimizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     return optimizer, deslo_plugin.attach(model, optimizer, {"deslo": {"sync_every": EVERY} | deslo})
@@ -94,7 +96,9 @@ def alone(kind, call):
         saved = copy.deepcopy(optimizer.state_dict())
     try:
         if dist.get_rank() == 1:
-            optimizer.load_state_dict(saved) if call == "load" else optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+            optimizer.load_state_dict(saved) if call == "load" else optimizer.add_param_group(
+                {"params": [nn.Parameter(torch.ones(2))]}
+            )
         for _ in range(8):
             step(model, optimizer)
     except (ValueError, RuntimeError) as error:
@@ -122,10 +126,17 @@ def changed(kind, what):
         for parameter in model[0].parameters():
             parameter.requires_grad_(False)
         inner, rest = model[2], list(model[0].parameters())
-        optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-2) if kind == "stock" else deslo_plugin.DesLoc(
-            inner.parameters(), {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY}}, "deslo": {"when": "after_update"}})
+        optimizer = (
+            torch.optim.AdamW(inner.parameters(), lr=1e-2)
+            if kind == "stock"
+            else deslo_plugin.DesLoc(
+                inner.parameters(),
+                {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY}}, "deslo": {"when": "after_update"}},
+            )
+        )
         attachment = deslo_plugin.attach(
-            model, optimizer, *([{"deslo": {"sync_every": EVERY, "when": "after_update"}}] if kind == "stock" else []))
+            model, optimizer, *([{"deslo": {"sync_every": EVERY, "when": "after_update"}}] if kind == "stock" else [])
+        )
     else:
         optimizer, attachment = attached(kind, model, when="after_update")
     if what == "adamw":

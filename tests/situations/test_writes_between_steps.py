@@ -9,8 +9,8 @@ from worlds import threads
 
 import deslo_plugin
 from deslo_plugin import DesLoc
-from deslo_plugin.stock import StockAveraging, schedule
 from deslo_plugin.config import load_config
+from deslo_plugin.stock import StockAveraging, schedule
 
 EVERY = {"params": 3, "exp_avg": 2, "exp_avg_sq": 6}
 
@@ -71,7 +71,9 @@ def trained(average, make, write, steps=13, **deslo):
         optimizer.step()
         with torch.no_grad():
             write(average.rank, step, params, optimizer)
-    return [param.detach().clone() for param in params] + [optimizer.state[param]["exp_avg"].clone() for param in params]
+    return [param.detach().clone() for param in params] + [
+        optimizer.state[param]["exp_avg"].clone() for param in params
+    ]
 
 
 @pytest.mark.parametrize("write", WRITES, ids=lambda each: each.__name__)
@@ -85,8 +87,11 @@ def test_with_overlap_and_without_the_same_bits(make, write):
 def test_nine_times_plus_one_is_nine():
     def replica(average):
         (x,) = params = [torch.nn.Parameter(torch.zeros(4))]
-        optimizer = DesLoc(params, {"optimizer": {"params": {"lr": 0.0, "sync_every": {"params": 4}}}, "deslo": {"delay": delay}},
-                           average=average)
+        optimizer = DesLoc(
+            params,
+            {"optimizer": {"params": {"lr": 0.0, "sync_every": {"params": 4}}}, "deslo": {"delay": delay}},
+            average=average,
+        )
         for _ in range(9):
             x.grad = torch.ones(4)
             optimizer.step()
@@ -116,14 +121,16 @@ def test_nothing_written_costs_one_word_of_an_average_and_something_written_one_
 
 
 def restored(kind, what, whose, steps_to_landing, delay=1):
-    """The model, or model and optimizer, go back to a copy between launch and landing, with rates of 0 from then on: what is
-    there after the landing is the mean of what was restored."""
+    """The model, or model and optimizer, go back to a copy between launch and landing, with rates of 0 from then on:
+    what is there after the landing is the mean of what was restored."""
     torch.manual_seed(0)
     model, rank = torch.nn.Linear(4, 3), dist.get_rank()
     every = {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}
     deslo = {"timeout_s": 20.0} | ({"delay": delay} if delay > 1 else {})
     if kind == "desloc":
-        optimizer = DesLoc(model.parameters(), {"optimizer": {"params": {"lr": 1e-2, "sync_every": every}}, "deslo": deslo})
+        optimizer = DesLoc(
+            model.parameters(), {"optimizer": {"params": {"lr": 1e-2, "sync_every": every}}, "deslo": deslo}
+        )
         attachment = deslo_plugin.attach(model, optimizer)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -153,10 +160,16 @@ def restored(kind, what, whose, steps_to_landing, delay=1):
     return before, model.weight.detach().clone()
 
 
-@pytest.mark.parametrize("kind, what, whose, delay", [
-    ("desloc", "model", "all", 1), ("desloc", "both", "one", 1), ("stock", "model", "one", 1), ("stock", "both", "one", 1),
-    ("desloc", "both", "one", 2),
-])
+@pytest.mark.parametrize(
+    "kind, what, whose, delay",
+    [
+        ("desloc", "model", "all", 1),
+        ("desloc", "both", "one", 1),
+        ("stock", "model", "one", 1),
+        ("stock", "both", "one", 1),
+        ("desloc", "both", "one", 2),
+    ],
+)
 def test_what_was_restored_while_an_average_flew_is_what_is_averaged(four, kind, what, whose, delay):
     results = four().run(restored, kind, what, whose, delay, delay)
     mean = torch.stack([before for before, _ in results]).mean(0)

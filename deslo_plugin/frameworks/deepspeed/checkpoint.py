@@ -1,4 +1,5 @@
-"""``engine.save_checkpoint`` and its kin, for an engine whose replicas differ: what they save is a ``deslo_plugin`` checkpoint."""
+"""``engine.save_checkpoint`` and its kin, for an engine whose replicas differ: what they save is a ``deslo_plugin``
+checkpoint."""
 
 import functools
 import logging
@@ -27,11 +28,15 @@ LATEST = "latest"
 
 
 def save_the_truth(engine: DeepSpeedEngine) -> None:
-    """Gives ``engine`` checkpoints by ``deslo.checkpoint`` in ``<save_dir>/<tag>``, and exports of the averaged model."""
+    """Gives ``engine`` checkpoints by ``deslo.checkpoint`` in ``<save_dir>/<tag>``, and exports of the averaged
+    model."""
     load_native = engine.load_checkpoint
 
     def save_checkpoint(
-        save_dir: str, tag: Any = None, client_state: Mapping[str, Any] = {}, save_latest: bool = True,
+        save_dir: str,
+        tag: Any = None,
+        client_state: Mapping[str, Any] = {},
+        save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """As DeepSpeed's; frozen parameters are always saved, and ``client_state`` is plain values."""
@@ -51,7 +56,9 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
     def load_checkpoint(load_dir: str, tag: Any = None, **options: Any) -> tuple[str | None, Any]:
         latest = Path(load_dir) / LATEST
         if tag is None:
-            tag = all_or_none(lambda: latest.read_text().strip() if latest.is_file() else None, dist.group.WORLD, "see and read")
+            tag = all_or_none(
+                lambda: latest.read_text().strip() if latest.is_file() else None, dist.group.WORLD, "see and read"
+            )
         agree("load_checkpoint", {"tag": tag}, do="give every rank the same folder and tag")
         if tag is None:
             say(f"deslo: {latest} is not there, nothing was loaded", logging.WARNING)
@@ -62,11 +69,17 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
             return load_native(load_dir, tag, **options)
         partly = [name for name, value in options.items() if value not in (None, name in ALL)]
         if partly:
-            raise ConfigError(f"load_checkpoint({', '.join(partly)})", "the whole state", "a part of it",
-                              "remove it; for weights alone, load deslo_plugin.saved_state_dict(folder) into the model")
+            raise ConfigError(
+                f"load_checkpoint({', '.join(partly)})",
+                "the whole state",
+                "a part of it",
+                "remove it; for weights alone, load deslo_plugin.saved_state_dict(folder) into the model",
+            )
         return str(folder), load(folder, engine)
 
-    def save_16bit_model(save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False) -> bool:
+    def save_16bit_model(
+        save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
         state = averaged_16bit_state_dict(exclude_frozen_parameters)
 
         def write() -> None:
@@ -79,8 +92,11 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
 
     def averaged_16bit_state_dict(exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
         say("deslo: exporting the average of all replicas")
-        frozen = {name for name, value in saved_state(engine.module).items()
-                  if isinstance(value, nn.Parameter) and not value.requires_grad}
+        frozen = {
+            name
+            for name, value in saved_state(engine.module).items()
+            if isinstance(value, nn.Parameter) and not value.requires_grad
+        }
         state = averaged_state_dict(engine, as_trained=True)
         return {name: value for name, value in state.items() if not (exclude_frozen_parameters and name in frozen)}
 
@@ -94,7 +110,10 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
 ALL = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states")  # True by default
 
 RECOVERY = "zero_to_fp32.py"  # the script that DeepSpeed puts there finds nothing in folders of ours
-SCRIPT = '''"""Writes the float32 weights of a deslo_plugin checkpoint: python zero_to_fp32.py CHECKPOINTS OUTPUT [-t TAG]"""
+SCRIPT = '''"""Writes the float32 weights of a deslo_plugin checkpoint.
+
+python zero_to_fp32.py CHECKPOINTS OUTPUT [-t TAG]
+"""
 
 import argparse
 from pathlib import Path

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero import partition_parameters, utils as zero_utils
+from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero import utils as zero_utils
 
 from deslo_plugin.agreement import agree
 from deslo_plugin.clock import GROUP_STEP
@@ -40,8 +41,10 @@ OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_c
 
 ZERO_3_SINCE = (0, 19, 8)  # on CPUs, where the releases before it are not even equal to themselves
 NOTHING_OF_US = (
-    'deslo: deslo_plugin.run started this script, but its DeepSpeed config has no "deslo" block and no "DesLoc" optimizer: this '
-    "engine trains as DeepSpeed alone; to average its optimizer's states instead of gradients, write their periods into deslo.sync_every"
+    'deslo: deslo_plugin.run started this script, but its DeepSpeed config has no "deslo" block and no "DesLoc" '
+    "optimizer: this "
+    "engine trains as DeepSpeed alone; to average its optimizer's states instead of gradients, write their periods "
+    "into deslo.sync_every"
 )
 expected = False  # whether the user has asked for us otherwise than by a config, so that one without us is a surprise
 
@@ -121,12 +124,17 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
     sharded = {name: zero.own_part(p) for name, p in params.items() if hasattr(p, "ds_tensor")}
     for name, p in params.items():
         if name in sharded and dist.get_world_size(p.ds_process_group) != groups.topology.replica_size:
-            raise ConfigError(f"parameter {name}", f"zero.Init over the {groups.topology.replica_size} ranks of a replica",
-                              f"{dist.get_world_size(p.ds_process_group)} ranks",
-                              "pass config_dict_or_path=<this DeepSpeed config> to deepspeed.zero.Init")
+            raise ConfigError(
+                f"parameter {name}",
+                f"zero.Init over the {groups.topology.replica_size} ranks of a replica",
+                f"{dist.get_world_size(p.ds_process_group)} ranks",
+                "pass config_dict_or_path=<this DeepSpeed config> to deepspeed.zero.Init",
+            )
     whole = {name: p.data for name, p in params.items() if name not in sharded} | saved_buffers(model)
     # by way of the accelerator: the model may still be on the CPU, where NCCL does not reach
-    equal_replicas(whole, sharded, deslo.initial_params, groups, lambda t: t.to(get_accelerator().current_device_name()))
+    equal_replicas(
+        whole, sharded, deslo.initial_params, groups, lambda t: t.to(get_accelerator().current_device_name())
+    )
 
 
 def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: ReplicaUnit) -> None:
@@ -152,7 +160,11 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     numels = None
     if engine.zero_optimization_partition_weights():  # whose param groups are empty between steps
         numels = [sum(param.numel() for param in params) for params in partitions]
-    stepped = {f"parameter {i} of param group {g}": param for g, params in enumerate(partitions) for i, param in enumerate(params)}
+    stepped = {
+        f"parameter {i} of param group {g}": param
+        for g, params in enumerate(partitions)
+        for i, param in enumerate(params)
+    }
     watch = Watch(averaging, groups, stepped, [] if engine.zero_optimization() else stepped, in_engine=True)
     engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True, watch=watch)
     engine._take_model_step = (_averaged if stock else _kept_in_step)(engine, engine._take_model_step)
@@ -167,8 +179,12 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     start_telemetry(engine.deslo)
     if engine.monitor.enabled and dist.get_rank() == 0:
         # its own scalars go by samples, and some of its writers take nothing that goes back
-        add_scalars(engine.deslo, lambda scalars, _: engine.monitor.write_events(
-            [(name, value, engine.global_samples) for name, value in scalars.items()]))
+        add_scalars(
+            engine.deslo,
+            lambda scalars, _: engine.monitor.write_events(
+                [(name, value, engine.global_samples) for name, value in scalars.items()]
+            ),
+        )
 
 
 def _with_groups(unit: ReplicaUnit, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,7 +223,11 @@ def _recorded(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
 
 def _explained(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
     """NaN that DeepSpeed itself is known for is named as such: a lower rate would not help."""
-    doubtful = engine.zero_optimization_partition_weights() and release("deepspeed") < ZERO_3_SINCE and engine.device.type == "cpu"
+    doubtful = (
+        engine.zero_optimization_partition_weights()
+        and release("deepspeed") < ZERO_3_SINCE
+        and engine.device.type == "cpu"
+    )
 
     @functools.wraps(take_model_step)
     def step(lr_kwargs: Any) -> None:
@@ -215,8 +235,10 @@ def _explained(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
             take_model_step(lr_kwargs)
         except NonFiniteError as error:
             if doubtful:
-                raise NonFiniteError(f"{error}; but first of all take DeepSpeed 0.19.8 or later: the ZeRO-3 of "
-                                     f"{deepspeed.__version__} gives NaN on CPUs by itself, at any lr") from error
+                raise NonFiniteError(
+                    f"{error}; but first of all take DeepSpeed 0.19.8 or later: the ZeRO-3 of "
+                    f"{deepspeed.__version__} gives NaN on CPUs by itself, at any lr"
+                ) from error
             raise
 
     return step
@@ -265,7 +287,10 @@ def _skipped(engine: DeepSpeedEngine, lr_kwargs: Any) -> None:
     """What a skipped step still does: it is counted and said, and moves the lr schedule."""
     attachment = engine.deslo
     attachment.meter.skipped_steps += 1
-    say(f"deslo: step {engine.global_steps} skipped on replica {attachment.topology.replica} (gradient not finite); "
-        "it keeps its state and averages with the others", logging.WARNING)
+    say(
+        f"deslo: step {engine.global_steps} skipped on replica {attachment.topology.replica} (gradient not finite); "
+        "it keeps its state and averages with the others",
+        logging.WARNING,
+    )
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.step(**(lr_kwargs or {}))

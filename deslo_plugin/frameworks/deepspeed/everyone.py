@@ -1,8 +1,9 @@
-"""Do all ranks build this engine with our block? Asked by notes in the world's store, so that others join no collective of ours.
+"""Do all ranks build this engine with our block? Asked by notes in the world's store, so that others join no collective
+of ours.
 
-An engine that is not ours leaves a note and goes on as DeepSpeed alone: nothing is sent to it, and it waits for nobody. One that
-is ours reads everyone's notes before its first collective, so that a rank without the block is an error and not a hang.
-"""
+An engine that is not ours leaves a note and goes on as DeepSpeed alone: nothing is sent to it, and it waits for nobody.
+One that is ours reads everyone's notes before its first collective, so that a rank without the block is an error and
+not a hang."""
 
 import time
 from collections import Counter
@@ -21,7 +22,8 @@ _counts: MutableMapping[dist.ProcessGroup, Counter[str]] = WeakKeyDictionary()
 
 
 def leave_note(what: str, ours: bool) -> str | None:
-    """Tells the other ranks whether this one's next ``what`` is ours; the place of everyone's notes, None in a world of one."""
+    """Tells the other ranks whether this one's next ``what`` is ours; the place of everyone's notes, None in a world of
+    one."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     counts = _counts.setdefault(dist.group.WORLD, Counter())
@@ -35,8 +37,8 @@ def leave_note(what: str, ours: bool) -> str | None:
 
 
 def expect_ours(what: str, place: str | None) -> None:
-    """Waits for everyone's notes. Raises ``ConfigError`` on every rank that is ours, with those that are not, and with those that
-    have left no note for ``WAIT_S`` seconds."""
+    """Waits for everyone's notes. Raises ``ConfigError`` on every rank that is ours, with those that are not, and with
+    those that have left no note for ``WAIT_S`` seconds."""
     if place is None:
         return
     store, ranks = dist.group.WORLD.get_group_store().clone(), range(dist.get_world_size())
@@ -63,4 +65,6 @@ def _there(store: dist.Store, notes: list[str]) -> bool:
 
 
 def _not_everywhere(what: str, got: str) -> ConfigError:
-    return ConfigError(what, 'a "deslo" block or a DesLoc optimizer on every rank', got, "give every rank the same config")
+    return ConfigError(
+        what, 'a "deslo" block or a DesLoc optimizer on every rank', got, "give every rank the same config"
+    )

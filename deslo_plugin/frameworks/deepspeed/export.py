@@ -11,8 +11,8 @@ from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs
 
 
 def whole_of(engine: DeepSpeedEngine) -> Callable[[Tensor], Tensor]:
-    """From a parameter to its whole master, float32 or wider, on the engine's device, which is collective over the replica; other
-    tensors stay as they are."""
+    """From a parameter to its whole master, float32 or wider, on the engine's device, which is collective over the
+    replica; other tensors stay as they are."""
     stage_0 = {} if engine.zero_optimization() else {id(param): master for param, master in low_precision_pairs(engine)}
 
     def whole(tensor: Tensor) -> Tensor:

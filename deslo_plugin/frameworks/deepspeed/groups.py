@@ -63,7 +63,8 @@ class ReplicaUnit:
 
 @contextmanager
 def active(unit: ReplicaUnit | None) -> Iterator[None]:
-    """Makes ``unit`` what DeepSpeed asks for groups in this process, for a while: other engines have their own mpu or mesh."""
+    """Makes ``unit`` what DeepSpeed asks for groups in this process, for a while: other engines have their own mpu or
+    mesh."""
     before = deepspeed_groups.mpu, deepspeed_groups.mesh_device
     deepspeed_groups.mpu, deepspeed_groups.mesh_device = unit, None
     try:

@@ -11,8 +11,18 @@ from deslo_plugin.strict import ConfigError, shown
 
 Build = Callable[[Any], DesLoc]
 COMPARED = (  # what of a DeepSpeed JSON changes training and must be equal on all ranks
-    "optimizer", "deslo", "scheduler", "zero_optimization", "bf16", "fp16", "gradient_clipping", "train_batch_size",
-    "gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "communication_data_type", "data_types",
+    "optimizer",
+    "deslo",
+    "scheduler",
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "gradient_clipping",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "train_micro_batch_size_per_gpu",
+    "communication_data_type",
+    "data_types",
 )
 
 
@@ -33,8 +43,12 @@ def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, Any]:
     refuse_misspelt(ds)
     kind, block = (ds.get("optimizer") or {}).get("type"), ds.get("deslo")
     if kind is not None and (isinstance(optimizer, DesLoc) or kind == "DesLoc" and optimizer is not None):
-        raise ConfigError("deepspeed.initialize", "one optimizer", f'two: "{kind}" in the JSON and the optimizer argument',
-                          "remove one of them")
+        raise ConfigError(
+            "deepspeed.initialize",
+            "one optimizer",
+            f'two: "{kind}" in the JSON and the optimizer argument',
+            "remove one of them",
+        )
     if kind == "DesLoc":
         config = load_config(ds)
         return config.deslo, lambda params: DesLoc(params, config, armed=False)
@@ -45,15 +59,22 @@ def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, Any]:
     if deslo.sync_every is not None and (kind is not None or optimizer is not None):
         return deslo, optimizer
     if not callable(optimizer):
-        raise ConfigError('"deslo" block', '"optimizer": {"type": "DesLoc", ...} beside it, or "sync_every" in it',
-                          shown(kind or type(optimizer).__name__),
-                          'set the type to "DesLoc", or schedule the states of another optimizer with "sync_every"')
+        raise ConfigError(
+            '"deslo" block',
+            '"optimizer": {"type": "DesLoc", ...} beside it, or "sync_every" in it',
+            shown(kind or type(optimizer).__name__),
+            'set the type to "DesLoc", or schedule the states of another optimizer with "sync_every"',
+        )
 
     def build(params: Any) -> DesLoc:
         built = optimizer(params)
         if not isinstance(built, DesLoc):
-            raise ConfigError("deepspeed.initialize(optimizer=...)", 'a callable that returns a DesLoc beside "deslo"',
-                              type(built).__name__, 'return a DesLoc or remove the "deslo" block')
+            raise ConfigError(
+                "deepspeed.initialize(optimizer=...)",
+                'a callable that returns a DesLoc beside "deslo"',
+                type(built).__name__,
+                'return a DesLoc or remove the "deslo" block',
+            )
         _take_block(built, block)
         return built
 
@@ -61,11 +82,13 @@ def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, Any]:
 
 
 def _take_block(optimizer: DesLoc, block: Any) -> None:
-    """Gives the JSON's ``deslo`` block to an optimizer that the script made, and disarms it until the engine is built."""
+    """Gives the JSON's ``deslo`` block to an optimizer that the script made, and disarms it until the engine is
+    built."""
     if block is not None:
         if optimizer.config.deslo != DesloConfig():
-            raise ConfigError("deepspeed.initialize", 'one "deslo" block', "two: the optimizer's own and the JSON's",
-                              "keep one")
+            raise ConfigError(
+                "deepspeed.initialize", 'one "deslo" block', "two: the optimizer's own and the JSON's", "keep one"
+            )
         deslo = read_deslo(block)
         if deslo.sync_every is not None:
             raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "give the periods to DesLoc")
@@ -81,7 +104,9 @@ def refuse_misspelt(ds: Mapping[str, Any]) -> None:
         raise ConfigError("optimizer.type", "'DesLoc'", shown(kind), "did you mean 'DesLoc'?")
     for key in difflib.get_close_matches("deslo", [str(key) for key in ds], n=9, cutoff=0.75):
         if key != "deslo":
-            raise ConfigError(f'"{key}" block', "a section of DeepSpeed or ours", "an unknown one", "did you mean 'deslo'?")
+            raise ConfigError(
+                f'"{key}" block', "a section of DeepSpeed or ours", "an unknown one", "did you mean 'deslo'?"
+            )
 
 
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -89,13 +114,25 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("zero_optimization.zero_quantized_gradients", bool, "remove it: its all-to-all spans replicas"),
     ("zero_optimization.zero_quantized_weights", bool, "remove it: not supported yet"),
     ("zero_optimization.zenflow", bool, "remove it: not supported yet"),
-    ("zero_optimization.offload_optimizer.device", lambda v: v == "nvme", 'use "cpu": NVMe swapping is not supported yet'),
+    (
+        "zero_optimization.offload_optimizer.device",
+        lambda v: v == "nvme",
+        'use "cpu": NVMe swapping is not supported yet',
+    ),
     ("zero_optimization.offload_param.device", lambda v: v == "nvme", 'use "cpu": NVMe swapping is not supported yet'),
-    ("zero_optimization.offload_optimizer.ratio", lambda v: v < 1.0, "remove it: the rest would be stepped by plain AdamW"),
+    (
+        "zero_optimization.offload_optimizer.ratio",
+        lambda v: v < 1.0,
+        "remove it: the rest would be stepped by plain AdamW",
+    ),
     ("zero_optimization.offload_optimizer.super_offload", bool, "remove it: not supported yet"),
     ("zero_optimization.elastic_checkpoint", bool, "remove it: not supported yet"),
     ("compile.deepcompile", bool, "remove it: not supported yet"),
-    ("zero_optimization.mics_shard_size", lambda v: v > 0, "remove it: replica_size with ZeRO-3 shards inside a replica"),
+    (
+        "zero_optimization.mics_shard_size",
+        lambda v: v > 0,
+        "remove it: replica_size with ZeRO-3 shards inside a replica",
+    ),
     ("tensor_parallel.tp.tp_size", lambda v: v > 1, "set it to 1: tensor parallelism is not supported yet"),
     ("tensor_parallel.autotp_size", lambda v: v > 1, "set it to 1: tensor parallelism is not supported yet"),
     ("sequence_parallel_size", lambda v: v > 1, "remove it: sequence parallelism is not supported yet"),
@@ -117,36 +154,71 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 def refuse_unsupported(ds: Mapping[str, Any], model: Any, mpu: Any, mesh: Any, deslo: DesloConfig) -> None:
     """Raises ``ConfigError`` for what would fail or go wrong later, saying what to do instead."""
-    for kind in {cls.__name__ for module in model.modules() for cls in type(module).__mro__} & {"MoE", "PipelineModule"}:
-        raise ConfigError("deepspeed.initialize(model=...)", "a dense model", f"a {kind}",
-                          "expert and pipeline parallelism are not supported yet: train it without DesLoc")
+    for kind in {cls.__name__ for module in model.modules() for cls in type(module).__mro__} & {
+        "MoE",
+        "PipelineModule",
+    }:
+        raise ConfigError(
+            "deepspeed.initialize(model=...)",
+            "a dense model",
+            f"a {kind}",
+            "expert and pipeline parallelism are not supported yet: train it without DesLoc",
+        )
     if mesh is not None:
-        raise ConfigError("deepspeed.initialize(mesh_param=...)", "none with DesLoc", str(tuple(mesh.mesh.shape)), "remove it: "
-                          'sequence parallelism is not supported yet, and "deslo": {"replica_size": S} makes the groups')
+        raise ConfigError(
+            "deepspeed.initialize(mesh_param=...)",
+            "none with DesLoc",
+            str(tuple(mesh.mesh.shape)),
+            'remove it: sequence parallelism is not supported yet, and "deslo": {"replica_size": S} makes the groups',
+        )
     if mpu is not None:
-        raise ConfigError("deepspeed.initialize(mpu=...)", "none with DesLoc", type(mpu).__name__,
-                          "remove it: model parallelism is not supported yet")
+        raise ConfigError(
+            "deepspeed.initialize(mpu=...)",
+            "none with DesLoc",
+            type(mpu).__name__,
+            "remove it: model parallelism is not supported yet",
+        )
     for path, refused, do in REFUSED:
         value = _at(ds, path)
         if value is not None and value != "auto" and refused(value):
             raise ConfigError(path, "it unset with DesLoc", repr(value), do)
     stage = _at(ds, "zero_optimization.stage") or 0
     if stage == 0 and _at(ds, "fp16.enabled"):
-        raise ConfigError("fp16.enabled", "ZeRO stage 1, 2 or 3 with fp16", "stage 0", "use a ZeRO stage or bf16: DeepSpeed "
-                          "0.19 divides stage-0 gradients by a loss scale that it never applied")
+        raise ConfigError(
+            "fp16.enabled",
+            "ZeRO stage 1, 2 or 3 with fp16",
+            "stage 0",
+            "use a ZeRO stage or bf16: DeepSpeed 0.19 divides stage-0 gradients by a loss scale that it never applied",
+        )
     if _at(ds, "torch_autocast.enabled"):
-        raise ConfigError("torch_autocast.enabled", "it unset with DesLoc", "True", "use bf16 or fp16: a step that the "
-                          "autocast scaler skips on one replica cannot be seen")
+        raise ConfigError(
+            "torch_autocast.enabled",
+            "it unset with DesLoc",
+            "True",
+            "use bf16 or fp16: a step that the autocast scaler skips on one replica cannot be seen",
+        )
     if deslo.synchronous_steps and _at(ds, "zero_optimization.offload_optimizer.device") not in (None, "none"):
-        raise ConfigError("deslo.synchronous_steps", "0 with offload_optimizer", str(deslo.synchronous_steps),
-                          "remove one: gradients that DeepSpeed offloads are measured for clipping before they could be averaged")
+        raise ConfigError(
+            "deslo.synchronous_steps",
+            "0 with offload_optimizer",
+            str(deslo.synchronous_steps),
+            "remove one: gradients that DeepSpeed offloads are measured for clipping before they could be averaged",
+        )
     if deslo.on_nonfinite == "skip" and deslo.sync_every is not None and stage == 0:
-        raise ConfigError("deslo.on_nonfinite", '"stop" with an optimizer of DeepSpeed\'s own at stage 0', '"skip"',
-                          "remove it, or use a ZeRO stage, where DeepSpeed looks at the gradients, or DesLoc")
+        raise ConfigError(
+            "deslo.on_nonfinite",
+            '"stop" with an optimizer of DeepSpeed\'s own at stage 0',
+            '"skip"',
+            "remove it, or use a ZeRO stage, where DeepSpeed looks at the gradients, or DesLoc",
+        )
     if deslo.on_nonfinite == "skip" and stage in (1, 2) and _at(ds, "bf16.enabled"):
         if _at(ds, "bf16.check_grad_overflow") is False:
-            raise ConfigError("bf16.check_grad_overflow", 'true with "deslo": {"on_nonfinite": "skip"}', "False",
-                              "remove it, or DeepSpeed applies broken gradients")
+            raise ConfigError(
+                "bf16.check_grad_overflow",
+                'true with "deslo": {"on_nonfinite": "skip"}',
+                "False",
+                "remove it, or DeepSpeed applies broken gradients",
+            )
 
 
 def compared(ds: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""An engine's model and optimizer as the tree that every framework shares: each rank's range of each parameter, live."""
+"""An engine's model and optimizer as the tree that every framework shares: each rank's range of each parameter,
+live."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -47,8 +48,8 @@ class EngineState:
     def states(self) -> States:
         of_stepped = {id(range.flat): self.optimizer.state.get(range.flat, {}) for range in self.ranges.values()}
         own = {
-            name: {PARAMS: list(self.shapes[name])} | {
-                state: self._shape(name, value) for state, value in of_stepped[id(range.flat)].items()}
+            name: {PARAMS: list(self.shapes[name])}
+            | {state: self._shape(name, value) for state, value in of_stepped[id(range.flat)].items()}
             for name, range in self.ranges.items()
         }
         everyone = gathered(own, self.engine.deslo.groups.shard)  # each rank has ranges of some parameters only
@@ -62,7 +63,9 @@ class EngineState:
     def prepare(self, saved: States) -> None:
         for name, range in self.ranges.items():
             if not self.optimizer.state.get(range.flat):
-                self.optimizer.state[range.flat].update(fresh_states(saved.get(name, {}), range.flat, self.shapes[name]))
+                self.optimizer.state[range.flat].update(
+                    fresh_states(saved.get(name, {}), range.flat, self.shapes[name])
+                )
 
     def forget(self, names: Sequence[str]) -> None:
         for name in names:
@@ -83,7 +86,8 @@ class EngineState:
             elif hasattr(param, "ds_tensor") and not param.requires_grad:
                 start = dist.get_rank(param.ds_process_group) * param.partition_numel()
                 tree[f"{PARAMS}/{name}"] = of_range(own_part(param), start, shape)
-            elif not param.requires_grad or not shape.numel():  # ZeRO partitions nothing of a parameter without elements
+            # ZeRO partitions nothing of a parameter without elements
+            elif not param.requires_grad or not shape.numel():
                 tree[f"{PARAMS}/{name}"] = param.detach()
         return tree
 
@@ -91,7 +95,8 @@ class EngineState:
         all_or_none(lambda: self._count(tree), self.engine.deslo.groups.world)
         publish(self.engine)
         if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed's own view of them, else made by a step
+            # DeepSpeed's own view of them, else made by a step
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _count(self, tree: Tree) -> None:
         """Takes over plain numbers; those of one partition are one."""
@@ -100,8 +105,12 @@ class EngineState:
             states = self.optimizer.state.get(range.flat, {})
             counted = {state: tree[f"{state}/{name}"] for state, value in states.items() if not _has_parts(value)}
             if clocks.setdefault(range.flat, counted) != counted:
-                raise ConfigError(f"load {name}", f"the clocks {clocks[range.flat]} of the other parameters in its partition",
-                                  str(counted), "load it without ZeRO: parameters that had no gradient at times cannot share one")
+                raise ConfigError(
+                    f"load {name}",
+                    f"the clocks {clocks[range.flat]} of the other parameters in its partition",
+                    str(counted),
+                    "load it without ZeRO: parameters that had no gradient at times cannot share one",
+                )
             states.update(counted)
 
     def publish(self) -> None:
@@ -113,11 +122,16 @@ class EngineState:
 
     def aside(self) -> Mapping[str, Any]:
         engine = self.engine
-        scheduler, scaler = getattr(engine.lr_scheduler, "state_dict", None), getattr(engine.optimizer, "loss_scaler", None)
+        scheduler, scaler = (
+            getattr(engine.lr_scheduler, "state_dict", None),
+            getattr(engine.optimizer, "loss_scaler", None),
+        )
         return {
             "counts": {name: getattr(engine, name) for name in COUNTS},
             "scheduler": scheduler() if scheduler else None,
-            "scaler": {name: value for name, value in vars(scaler).items() if type(value) in SCALES} if scaler else None,
+            "scaler": {name: value for name, value in vars(scaler).items() if type(value) in SCALES}
+            if scaler
+            else None,
         }
 
     def put_aside(self, aside: Mapping[str, Any], steps: int) -> None:
