@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin import DesLoc, attach
-from deslo_plugin.collectives import Alone
+from deslo_plugin.comm.transport import Alone
 
 NEVER = 10**9
 LIGHTHOUSES: list[Any] = []  # torchft's servers live as long as their process

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from deslo_plugin import load_config
-from deslo_plugin.config import Config
-from deslo_plugin.forecast import Link, compute_seconds
-from deslo_plugin.methods import HIDDEN, OWN, SYNCHRONOUS, Job, methods
+from deslo_plugin.config.load import Config
+from deslo_plugin.planning.comparison import HIDDEN, OWN, SYNCHRONOUS, Job, methods
+from deslo_plugin.planning.forecast import Link, compute_seconds
 
 FILES = Path(__file__).resolve().parent.parent / "configs"
 REPLICAS, GPUS, PEAK, MFU = 4, 8, 989e12, 0.4

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deslo_plugin import load_config
-from deslo_plugin.forecast import Link
-from deslo_plugin.methods import HIDDEN, IN_TURN, OWN, SYNCHRONOUS, Job, methods
+from deslo_plugin.planning.comparison import HIDDEN, IN_TURN, OWN, SYNCHRONOUS, Job, methods
+from deslo_plugin.planning.forecast import Link
 
 RESULTS = Path(__file__).resolve().parent / "results" / "link.json"
 PARAMETERS = 635_776  # of the GPT that link.py trains

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import deslo_plugin
-from deslo_plugin.collectives import Alone
+from deslo_plugin.comm.transport import Alone
 
 WIDTH, LAYERS, BATCH = 1024, 4, 32
 NEVER = 10**9

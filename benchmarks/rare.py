@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deslo_plugin import NonFiniteError
-from deslo_plugin.names import PARAMS, SECOND_MOMENT
+from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
 from deslo_plugin.simulation import Network, Objective, simulate, warmup_cosine
-from deslo_plugin.simulation.language import language, read_text, standard_library
+from deslo_plugin.simulation.byte_lm import language, read_text, standard_library
 
 RESULTS = Path(__file__).resolve().parent / "results" / "rare.json"
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "rare.png"

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from small_gpt import GPTConfig, small_gpt
 
-from deslo_plugin.config_file import read_file
+from deslo_plugin.config.file import read_file
 from deslo_plugin.simulation import Failures, Growth, simulate, warmup_cosine
 from deslo_plugin.simulation.membership import Membership, constant
 

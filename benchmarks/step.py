@@ -29,7 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from deslo_plugin import DesLoc, landing, ops, rules
+from deslo_plugin import DesLoc
+from deslo_plugin.algorithm import rules
+from deslo_plugin.kernels import delayed_update as landing
+from deslo_plugin.kernels import update as ops
 
 HERE = Path(__file__).resolve().parent
 BETAS, BETA2, LR, EPS, WEIGHT_DECAY = [0.9, 0.99, 0.999], 0.95, 1e-4, 1e-8, 0.1

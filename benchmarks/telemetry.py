@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 import deslo_plugin
-from deslo_plugin.drift import Drift
-from deslo_plugin.journal import EVERY
-from deslo_plugin.telemetry import SyncEvent
+from deslo_plugin.averaging.metrics import SyncEvent
+from deslo_plugin.kernels.drift import Drift
+from deslo_plugin.telemetry.jsonl_writer import EVERY
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.progress import track
 
 from deslo_plugin.simulation import simulate
-from deslo_plugin.simulation.contest import follow, read_contestants
-from deslo_plugin.simulation.scene import START, Scene
+from deslo_plugin.simulation.comparison import follow, read_contestants
+from deslo_plugin.simulation.settings import START, Scene
 
 HERE = Path(__file__).resolve().parent
 RESULTS, FIGURE = HERE / "results" / "toy.json", HERE.parent / "docs" / "figures" / "toy.png"

@@ -6,23 +6,23 @@ Importing this package is all that a DeepSpeed script needs: from then on a Deep
 
 from typing import Any
 
-from deslo_plugin.versions import expect
+from deslo_plugin.frameworks.versions import expect
 
 expect("torch")  # before what an older one lacks is asked for
 
-from deslo_plugin.collectives import AverageError
-from deslo_plugin.config import load_config
+from deslo_plugin.averaging.synchronizer import NonFiniteError
+from deslo_plugin.checkpoint.averaged_weights import averaged_weights
+from deslo_plugin.checkpoint.export import averaged_state_dict
+from deslo_plugin.checkpoint.manifest import latest
+from deslo_plugin.checkpoint.preemption import Preemption
+from deslo_plugin.checkpoint.save_load import load, meet, save, saved_state_dict
+from deslo_plugin.checkpoint.state_dict_guard import one_replica
+from deslo_plugin.comm.transport import AverageError
+from deslo_plugin.config.load import load_config
+from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.frameworks.attach import attach
-from deslo_plugin.frameworks.averaged_weights import averaged_weights
-from deslo_plugin.frameworks.checkpoint import load, meet, save, saved_state_dict
-from deslo_plugin.frameworks.export import averaged_state_dict
-from deslo_plugin.frameworks.on_import import on_import
-from deslo_plugin.frameworks.one_model import one_replica
-from deslo_plugin.frameworks.preemption import Preemption
-from deslo_plugin.frameworks.proof import latest
-from deslo_plugin.optimizer import DesLoc
-from deslo_plugin.strict import ConfigError
-from deslo_plugin.sync import NonFiniteError
+from deslo_plugin.frameworks.import_hooks import on_import
+from deslo_plugin.optim.desloc import DesLoc
 from deslo_plugin.version import __version__
 
 __all__ = [

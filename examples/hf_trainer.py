@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import deslo_plugin
-from deslo_plugin.frameworks.trainer import AverageBeforeSave
+from deslo_plugin.frameworks.hf_trainer import AverageBeforeSave
 
 CONTEXT, VOCABULARY = 32, 64
 

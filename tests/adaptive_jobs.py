@@ -3,7 +3,7 @@
 import torch.distributed as dist
 from checkpoint_jobs import Job
 
-from deslo_plugin.telemetry import SyncEvent
+from deslo_plugin.averaging.metrics import SyncEvent
 
 
 def run(kind: str, config: dict, steps: int, folder: str = "") -> dict:
@@ -50,7 +50,7 @@ def periods_after_load(kind: str, config: dict, folder: str, steps: int) -> list
 
 def refused_on_other_kernels(config: dict) -> str:
     """What is said where rank 3 measures with other kernels than the rest."""
-    from deslo_plugin.frameworks import equality
+    from deslo_plugin.checks import replica_checks as equality
 
     own = equality.native
     if dist.get_rank() == 3:

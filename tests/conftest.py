@@ -6,7 +6,7 @@ import pytest
 import torch
 from worlds import Processes
 
-from deslo_plugin import ops
+from deslo_plugin.kernels import update as ops
 
 ROOT = Path(__file__).resolve().parent.parent
 # replicas share the cores, and threads that wait for each other there cost more than they bring

@@ -16,7 +16,7 @@ def counted(wrap: str, blocks: dict[str, Any], steps: int) -> dict[str, Any]:
     """Bytes of this rank by state, forecast and from its meter, and all that it handed to reductions between
     replicas."""
     import deslo_plugin
-    from deslo_plugin.forecast import Link, forecast
+    from deslo_plugin.planning.forecast import Link, forecast
 
     model, where = torch_jobs.WRAPS[wrap](net())
     optimizer = deslo_plugin.DesLoc(model.parameters(), blocks)

@@ -15,12 +15,12 @@ from theory import assert_oracle, oracle_states
 from worlds import threads
 
 from deslo_plugin import ConfigError, DesLoc, load_config
-from deslo_plugin.adaptive import Adaptive
-from deslo_plugin.plan import make_plan
-from deslo_plugin.report.page import rows
-from deslo_plugin.report.run import Run
+from deslo_plugin.algorithm.adaptive_periods import Adaptive
+from deslo_plugin.comm.topology import contiguous
+from deslo_plugin.planning.plan import make_plan
 from deslo_plugin.simulation import Replicas
-from deslo_plugin.topology import contiguous
+from deslo_plugin.telemetry.report.page import rows
+from deslo_plugin.telemetry.report.run import Run
 
 S = Setting(
     "adam", {"x": 3, "u1": 6, "v": 6}, [0.9], [1.0], eps=1e-3, lr=3e-2, adaptive={"u1": (12, 1.4), "v": (24, 0.32)}

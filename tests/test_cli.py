@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import deslo_plugin
 from deslo_plugin import cli
 from deslo_plugin.cli.app import app
-from deslo_plugin.cli.model import parse_count
+from deslo_plugin.cli.model_size import parse_count
 
 ROOT = Path(__file__).resolve().parent.parent
 DES_LOC = str(ROOT / "configs" / "des-loc-adam.json")  # 2 ranks per replica, 32 / 96 / 192

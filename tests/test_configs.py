@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from deslo_plugin import DesLoc, load_config
-from deslo_plugin.plan import make_plan
-from deslo_plugin.topology import contiguous
+from deslo_plugin.comm.topology import contiguous
+from deslo_plugin.planning.plan import make_plan
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
 NAMED = {

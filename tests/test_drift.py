@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import threads
 
-from deslo_plugin import DesLoc, NonFiniteError, drift
-from deslo_plugin.collectives import Alone
-from deslo_plugin.drift import Drift, drift_of, measure
-from deslo_plugin.sync import Synchronizer
+from deslo_plugin import DesLoc, NonFiniteError
+from deslo_plugin.averaging.synchronizer import Synchronizer
+from deslo_plugin.comm.transport import Alone
+from deslo_plugin.kernels import drift
+from deslo_plugin.kernels.drift import Drift, drift_of, measure
 
 LOCAL = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WIRE = [torch.float32, torch.float64]

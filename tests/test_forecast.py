@@ -11,9 +11,9 @@ import torch
 from worlds import threads
 
 from deslo_plugin import DesLoc, load_config
-from deslo_plugin.alternatives import alternatives
-from deslo_plugin.forecast import Link, compute_seconds, forecast, memory, transfers
-from deslo_plugin.methods import HIDDEN, IN_TURN, OWN, SYNCHRONOUS, Job, hiding_delay, methods
+from deslo_plugin.planning.alternatives import alternatives
+from deslo_plugin.planning.comparison import HIDDEN, IN_TURN, OWN, SYNCHRONOUS, Job, hiding_delay, methods
+from deslo_plugin.planning.forecast import Link, compute_seconds, forecast, memory, transfers
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 

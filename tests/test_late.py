@@ -11,7 +11,7 @@ from test_oracle import MOMENTA, SIZE, STEPS, assert_equal, expected, noisy_quad
 from worlds import threads
 
 from deslo_plugin import ConfigError, DesLoc, NonFiniteError, load_config
-from deslo_plugin.drift import Drift
+from deslo_plugin.kernels.drift import Drift
 
 EVERY = {"x": 4, "u1": 3, "u2": 5, "u3": None, "v": 7}
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deslo_plugin import ops
+from deslo_plugin.kernels import update as ops
 
 ROOT = Path(__file__).resolve().parent.parent
 HALF = [torch.bfloat16, torch.float16]

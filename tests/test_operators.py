@@ -5,7 +5,8 @@ import pytest
 import torch
 from test_native import BRIEF, FLOAT32, MIXED, Case, assert_same_bits
 
-from deslo_plugin import DesLoc, ops
+from deslo_plugin import DesLoc
+from deslo_plugin.kernels import update as ops
 
 
 def in_tensors(case, *names):

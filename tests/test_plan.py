@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from deslo_plugin import ConfigError, load_config
-from deslo_plugin.buckets import pack
-from deslo_plugin.plan import make_plan
-from deslo_plugin.schedule import due, half_life, vectors_per_step
-from deslo_plugin.topology import contiguous, make_topology, spread
+from deslo_plugin.algorithm.schedule import due, half_life, vectors_per_step
+from deslo_plugin.comm.buckets import pack
+from deslo_plugin.comm.topology import contiguous, make_topology, spread
+from deslo_plugin.planning.plan import make_plan
 
 
 def plan(params=None, numel=1000, replica_size=2, world=4, divisor=1):

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from deslo_plugin.last_step import LastStep
+from deslo_plugin.comm.common_last_step import LastStep
 
 RANKS, PERIOD = 4, 5
 

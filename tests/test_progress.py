@@ -10,8 +10,8 @@ from oracle import blocks
 from theory import RULES
 from worlds import Processes
 
-from deslo_plugin import pace
-from deslo_plugin.pace import Pace, Stragglers
+from deslo_plugin.comm import step_rate as pace
+from deslo_plugin.comm.step_rate import Pace, Stragglers
 
 S = RULES["des-loc-adam"]  # params every 3 steps, biases every 2
 

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from deslo_plugin import ConfigError
 from deslo_plugin.cli.app import app
-from deslo_plugin.report.page import rows
-from deslo_plugin.report.run import Flight, Run
+from deslo_plugin.telemetry.report.page import rows
+from deslo_plugin.telemetry.report.run import Flight, Run
 
 PARAMS, MOMENT = 1000, 500  # bytes of an average
 

@@ -8,7 +8,9 @@ import torch
 from test_native import FLOAT32, Case, assert_close, assert_same_bits
 from worlds import threads
 
-from deslo_plugin import ConfigError, DesLoc, ops, rounding
+from deslo_plugin import ConfigError, DesLoc
+from deslo_plugin.algorithm import stochastic_rounding as rounding
+from deslo_plugin.kernels import update as ops
 
 BRIEF = (torch.float32, torch.float32, torch.bfloat16, None)
 NATIVE = [True, False]

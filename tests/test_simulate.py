@@ -12,9 +12,9 @@ from deslo_plugin import ConfigError, load_config
 from deslo_plugin.cli.app import app
 from deslo_plugin.simulation import Failures, Growth, Replicas
 from deslo_plugin.simulation import simulate as moments_of
-from deslo_plugin.simulation.contest import read_contestants
-from deslo_plugin.simulation.language import language, read_text, standard_library
-from deslo_plugin.simulation.scene import OPTIONS, Scene, read_spectrum
+from deslo_plugin.simulation.byte_lm import language, read_text, standard_library
+from deslo_plugin.simulation.comparison import read_contestants
+from deslo_plugin.simulation.settings import OPTIONS, Scene, read_spectrum
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = [str(ROOT / "configs" / "toy" / f"{name}.json") for name in ("des-loc", "local-adam", "favg+opt", "favg-opt")]

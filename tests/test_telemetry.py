@@ -18,11 +18,11 @@ from theory import RULES
 
 import deslo_plugin
 from deslo_plugin import ConfigError, load_config
-from deslo_plugin.drift import Drift
-from deslo_plugin.journal import Journal, read
-from deslo_plugin.recorder import Recorder
-from deslo_plugin.report.run import Run
-from deslo_plugin.telemetry import SyncEvent
+from deslo_plugin.averaging.metrics import SyncEvent
+from deslo_plugin.kernels.drift import Drift
+from deslo_plugin.telemetry.jsonl_writer import Journal, read
+from deslo_plugin.telemetry.recorder import Recorder
+from deslo_plugin.telemetry.report.run import Run
 
 S = RULES["mt-dao-adam-n2"]
 STEPS = 26
@@ -88,7 +88,7 @@ def test_the_pseudo_gradient_of_equal_steps_has_cosine_1_and_of_opposite_steps_m
     """Two replicas from x = 1: by hand, Delta = (0.5, 0.5), then (0.25, -0.75), whose mean points down."""
     from worlds import threads
 
-    from deslo_plugin.pseudo_gradient import NAME, PseudoGradient
+    from deslo_plugin.averaging.pseudo_gradient import NAME, PseudoGradient
 
     def one(average):
         x = torch.nn.Parameter(torch.ones(3))
@@ -165,7 +165,7 @@ def test_a_torn_last_line_is_left_out_and_cut_off(tmp_path):
 def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path):
     code = """
 import resource, signal, sys, time, pathlib
-import deslo_plugin.journal as journal
+import deslo_plugin.telemetry.jsonl_writer as journal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 journal.EVERY = 0.01
 mine = journal.Journal(pathlib.Path(sys.argv[1]))
@@ -246,7 +246,7 @@ def test_accelerates_trackers_get_the_scalars_of_the_first_rank(four, tmp_path):
 
 def test_a_tracker_that_raises_is_dropped_and_the_others_go_on(caplog):
     class Averaging:
-        listeners, meter, steps = [], deslo_plugin.optimizer.Meter(), 0
+        listeners, meter, steps = [], deslo_plugin.optim.desloc.Meter(), 0
 
     seen, recorder = [], Recorder(Averaging)
     recorder.add(lambda scalars, steps: 1 / 0)
@@ -325,7 +325,7 @@ def test_tensorboard_is_asked_for_by_name_and_written(tmp_path, monkeypatch):
         }
         return model, deslo_plugin.attach(model, deslo_plugin.DesLoc(model.parameters(), config))
 
-    import deslo_plugin.frameworks.telemetry as wiring
+    import deslo_plugin.frameworks.telemetry_sinks as wiring
 
     monkeypatch.setattr(wiring, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="deslo.telemetry.tensorboard: expected the package tensorboard, got none"):

@@ -8,9 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deslo_plugin import load_config
-from deslo_plugin.simulation import Quadratic, Replicas, simulate
-from deslo_plugin.simulation.memory import memory, proven
-from deslo_plugin.theory import (
+from deslo_plugin.algorithm.theory import (
     first_momentum_drift,
     local_variance,
     mutual_information,
@@ -19,6 +17,8 @@ from deslo_plugin.theory import (
     second_momentum_drift,
     shared_variance,
 )
+from deslo_plugin.simulation import Quadratic, Replicas, simulate
+from deslo_plugin.simulation.momentum_memory import memory, proven
 
 BETAS = st.floats(0.05, 0.999)
 

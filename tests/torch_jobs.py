@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from deslo_plugin.pace import Pace
+from deslo_plugin.comm.step_rate import Pace
 
 Wrap = Callable[..., tuple[nn.Module, dict[str, Any]]]
 
@@ -358,7 +358,7 @@ def unequal(initial: str) -> str:
 
 def moved_internals(blocks: dict) -> str:
     """attach of an HSDP model where torch's attribute is gone."""
-    import deslo_plugin.frameworks.fsdp as own
+    import deslo_plugin.frameworks.fsdp2 as own
 
     def gone(*_: Any) -> None:
         raise AttributeError("'FSDPParamGroup' object has no attribute 'mesh_info'")
@@ -492,7 +492,7 @@ def stragglers(blocks: dict, slow: int) -> dict:
     """Step rates by replica and the log of this rank, where each step takes 100 s by its clock and 300 s on rank
     ``slow``."""
     log, now = io.StringIO(), [0.0]
-    with mock.patch("deslo_plugin.progress.Pace", lambda: Pace(clock=lambda: now[0])):
+    with mock.patch("deslo_plugin.comm.progress.Pace", lambda: Pace(clock=lambda: now[0])):
         model, optimizer, attachment = attached("plain", blocks)
     logger, handler = logging.getLogger("deslo_plugin"), logging.StreamHandler(log)
     logger.addHandler(handler)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed import TCPStore
 
 import deslo_plugin
-from deslo_plugin.agreement import digests
+from deslo_plugin.comm.consistency import digests
 
 os.environ.setdefault("RUST_LOG", "error")  # what the lighthouse writes; read when torchft is imported
 from torchft import Manager, ProcessGroupGloo

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin.collectives import Fixed
+from deslo_plugin.comm.transport import Fixed
 
 
 class ThreadAverage(Fixed):

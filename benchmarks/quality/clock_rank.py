@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from trial import SCHEDULES
 
 from deslo_plugin import DesLoc, attach
-from deslo_plugin.collectives import Alone
+from deslo_plugin.comm.transport import Alone
 
 PEERS = {"ddp": ddp, "accelerate": accelerate_local_sgd, "post-local-sgd": post_local_sgd}
 

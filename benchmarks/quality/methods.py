@@ -14,7 +14,7 @@ from typing import Any
 
 from small_gpt import GPTConfig
 
-from deslo_plugin.config_file import read_file
+from deslo_plugin.config.file import read_file
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 WRITTEN_FOR = 32  # sync_every.params in configs/

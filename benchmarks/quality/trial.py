@@ -11,8 +11,8 @@ from small_gpt import small_gpt
 from torch import Tensor
 
 from deslo_plugin import NonFiniteError
-from deslo_plugin.names import OUTER_MOMENTUM, OUTER_PARAMS, PARAMS
-from deslo_plugin.outer import nesterov_
+from deslo_plugin.algorithm.outer_optimizer import nesterov_
+from deslo_plugin.algorithm.state_names import OUTER_MOMENTUM, OUTER_PARAMS, PARAMS
 from deslo_plugin.simulation import Moment, Replicas, simulate, warmup_cosine
 
 

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from deslo_plugin.cli.printing import FAILED, Json, bytes_of, command, show, show_json, table
-from deslo_plugin.frameworks.foreign import what_is_there
-from deslo_plugin.frameworks.index import INDEX, read_index, tensors_of
-from deslo_plugin.frameworks.proof import NAME, OLD, PART, Proof, complete, damaged, latest, read_proof
-from deslo_plugin.names import PARAMS
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.algorithm.state_names import PARAMS
+from deslo_plugin.checkpoint.foreign import what_is_there
+from deslo_plugin.checkpoint.index import INDEX, read_index, tensors_of
+from deslo_plugin.checkpoint.manifest import NAME, OLD, PART, Proof, complete, damaged, latest, read_proof
+from deslo_plugin.cli.output import FAILED, Json, bytes_of, command, show, show_json, table
+from deslo_plugin.config.reader import ConfigError
 
 
 @command

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deslo_plugin.simulation.contest import Curve
-from deslo_plugin.simulation.scene import Scene
+from deslo_plugin.simulation.comparison import Curve
+from deslo_plugin.simulation.settings import Scene
 
 SMOOTH = 40  # points show means over a 40th of the run: single losses are noisy
 COLOURS = ("#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73", "#56b4e9", "#555555")

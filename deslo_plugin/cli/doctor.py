@@ -13,14 +13,14 @@ import torch.distributed as dist
 import typer
 from rich.markup import escape
 
-from deslo_plugin.cli import checks
-from deslo_plugin.cli.checks import OK, WARNING, WRONG, Check
-from deslo_plugin.cli.given import given
-from deslo_plugin.cli.printing import FAILED, Json, command, show, show_json, table
-from deslo_plugin.cli.world import groups_of, leave, world
-from deslo_plugin.collectives import gathered
-from deslo_plugin.config import Config
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.cli import doctor_checks as checks
+from deslo_plugin.cli.config_file import given
+from deslo_plugin.cli.doctor_checks import OK, WARNING, WRONG, Check
+from deslo_plugin.cli.launcher import groups_of, leave, world
+from deslo_plugin.cli.output import FAILED, Json, command, show, show_json, table
+from deslo_plugin.comm.transport import gathered
+from deslo_plugin.config.load import Config
+from deslo_plugin.config.reader import ConfigError
 
 COLOURS = {OK: "green", WARNING: "yellow", WRONG: "bold red"}
 

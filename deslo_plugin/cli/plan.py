@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from deslo_plugin.cli.given import given
-from deslo_plugin.cli.model import count_parameters, parse_count
-from deslo_plugin.cli.outlook import Outlook
-from deslo_plugin.cli.printing import Json, command, show, show_json
-from deslo_plugin.config import Config
-from deslo_plugin.forecast import Link, compute_seconds
-from deslo_plugin.methods import GRADIENT_BYTES, Job
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.cli.config_file import given
+from deslo_plugin.cli.model_size import count_parameters, parse_count
+from deslo_plugin.cli.output import Json, command, show, show_json
+from deslo_plugin.cli.plan_report import Outlook
+from deslo_plugin.config.load import Config
+from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.planning.comparison import GRADIENT_BYTES, Job
+from deslo_plugin.planning.forecast import Link, compute_seconds
 
 
 @command

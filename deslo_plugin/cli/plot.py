@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from deslo_plugin.cli.figures import expect_drawable
-from deslo_plugin.cli.outlook import SWEEP, Outlook
-from deslo_plugin.methods import IN_TURN
+from deslo_plugin.cli.plan_report import SWEEP, Outlook
+from deslo_plugin.planning.comparison import IN_TURN
 
 POINTS = 61
 

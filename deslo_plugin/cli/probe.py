@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import torch.distributed as dist
 import typer
 
-from deslo_plugin.cli.given import given
-from deslo_plugin.cli.printing import Json, command, show, show_json
-from deslo_plugin.cli.world import groups_of, leave, world
-from deslo_plugin.collectives import gathered
-from deslo_plugin.probe import Measured
-from deslo_plugin.probe import probe as measure
-from deslo_plugin.strict import ConfigError
-from deslo_plugin.topology import Topology, spread
+from deslo_plugin.cli.config_file import given
+from deslo_plugin.cli.launcher import groups_of, leave, world
+from deslo_plugin.cli.output import Json, command, show, show_json
+from deslo_plugin.comm.topology import Topology, spread
+from deslo_plugin.comm.transport import gathered
+from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.planning.link_probe import Measured
+from deslo_plugin.planning.link_probe import probe as measure
 
 START = "torchrun --nproc_per_node 8 ... -m deslo_plugin.cli"
 

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from deslo_plugin.cli.printing import Json, command, show_json
-from deslo_plugin.report.charts import png, svgs
-from deslo_plugin.report.page import html, markdown
-from deslo_plugin.report.run import Run
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.cli.output import Json, command, show_json
+from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.telemetry.report.charts import png, svgs
+from deslo_plugin.telemetry.report.page import html, markdown
+from deslo_plugin.telemetry.report.run import Run
 
 
 @command

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from deslo_plugin.cli.curves import draw
 from deslo_plugin.cli.figures import expect_drawable
-from deslo_plugin.cli.printing import bytes_of, command, number, show, table
-from deslo_plugin.simulation.contest import Contestant, Curve, follow, read_contestants
-from deslo_plugin.simulation.memory import Memory, memory, proven
+from deslo_plugin.cli.output import bytes_of, command, number, show, table
+from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.simulation.comparison import Contestant, Curve, follow, read_contestants
+from deslo_plugin.simulation.momentum_memory import Memory, memory, proven
 from deslo_plugin.simulation.run import Moment
 from deslo_plugin.simulation.run import simulate as moments_of
-from deslo_plugin.simulation.scene import OPTIONS, Scene
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.simulation.settings import OPTIONS, Scene
 from deslo_plugin.version import __version__
 
 DEFAULT = ["des-loc-adam", "local-adam", "favg+opt"]

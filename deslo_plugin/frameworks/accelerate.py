@@ -11,19 +11,19 @@ from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import DistributedType
 from torch import nn
 
-from deslo_plugin.config_file import read_file
-from deslo_plugin.frameworks.all_or_none import all_or_none
+from deslo_plugin.attachment import attached
+from deslo_plugin.averaging.metrics import SyncEvent
+from deslo_plugin.checkpoint.export import averaged_state_dict
+from deslo_plugin.checkpoint.save_load import load, save
+from deslo_plugin.checks.module_wrappers import bare
+from deslo_plugin.comm.all_or_none import all_or_none
+from deslo_plugin.config.file import read_file
+from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.frameworks.attach import attach
-from deslo_plugin.frameworks.attachment import attached
-from deslo_plugin.frameworks.checkpoint import load, save
-from deslo_plugin.frameworks.export import averaged_state_dict
-from deslo_plugin.frameworks.telemetry import add_scalars
-from deslo_plugin.frameworks.wrappers import bare
+from deslo_plugin.frameworks.telemetry_sinks import add_scalars
+from deslo_plugin.frameworks.versions import expect
 from deslo_plugin.log import say
-from deslo_plugin.optimizer import DesLoc
-from deslo_plugin.strict import ConfigError
-from deslo_plugin.telemetry import SyncEvent
-from deslo_plugin.versions import expect
+from deslo_plugin.optim.desloc import DesLoc
 
 FOLDER = "deslo"  # in the folder of save_state
 Source = Mapping[str, Any] | str | Path

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from deslo_plugin.averaging import Averaging
-from deslo_plugin.collectives import Alone, Average, Groups, ReplicaAverage, gathered, make_groups
-from deslo_plugin.config import Config
-from deslo_plugin.frameworks import ddp, fsdp, torchft, wrappers
-from deslo_plugin.frameworks.asked import agreed, checked, refuse_together
-from deslo_plugin.frameworks.attachment import Attachment, attached
-from deslo_plugin.frameworks.equality import (
+from deslo_plugin.attachment import Attachment, attached
+from deslo_plugin.averaging.metrics import SyncEvent
+from deslo_plugin.averaging.state_averager import Averaging
+from deslo_plugin.checkpoint.state_dict_guard import refuse_one_replica
+from deslo_plugin.checks import module_wrappers as wrappers
+from deslo_plugin.checks.replica_checks import (
     agree_on_model,
     agree_on_optimizer,
     equal_replicas,
@@ -28,19 +27,22 @@ from deslo_plugin.frameworks.equality import (
     refuse_parts,
     say_placement,
 )
-from deslo_plugin.frameworks.kinds import refuse_kinds
-from deslo_plugin.frameworks.one_model import refuse_one_replica
-from deslo_plugin.frameworks.telemetry import start_telemetry
-from deslo_plugin.frameworks.warmup import GradientAveraging
-from deslo_plugin.frameworks.watch import Watch
+from deslo_plugin.checks.replica_watch import Watch
+from deslo_plugin.comm.topology import Topology, contiguous
+from deslo_plugin.comm.transport import Alone, Average, Groups, ReplicaAverage, gathered, make_groups
+from deslo_plugin.config.load import Config
+from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.frameworks import ddp, torchft
+from deslo_plugin.frameworks import fsdp2 as fsdp
+from deslo_plugin.frameworks.gradient_warmup import GradientAveraging
+from deslo_plugin.frameworks.parameter_kinds import refuse_kinds
+from deslo_plugin.frameworks.requested import agreed, checked, refuse_together
+from deslo_plugin.frameworks.telemetry_sinks import start_telemetry
+from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import announce, say
-from deslo_plugin.optimizer import DesLoc
-from deslo_plugin.plan import BYTES
-from deslo_plugin.shards import local
-from deslo_plugin.stock import Everyone, StockAveraging, schedule
-from deslo_plugin.strict import ConfigError
-from deslo_plugin.telemetry import SyncEvent
-from deslo_plugin.topology import Topology, contiguous
+from deslo_plugin.optim.any_optimizer import Everyone, StockAveraging, schedule
+from deslo_plugin.optim.desloc import DesLoc
+from deslo_plugin.planning.plan import BYTES
 
 
 def attach(

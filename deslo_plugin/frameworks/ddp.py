@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from torch.futures import Future, collect_all
 from torch.nn.parallel import DistributedDataParallel
 
-from deslo_plugin.averaging import Averaging
-from deslo_plugin.collectives import Groups, gathered
-from deslo_plugin.config import DesloConfig
-from deslo_plugin.frameworks.equality import local_world_size
-from deslo_plugin.names import GRADIENTS
-from deslo_plugin.strict import ConfigError
-from deslo_plugin.telemetry import SyncEvent
-from deslo_plugin.topology import Topology, make_topology
+from deslo_plugin.algorithm.state_names import GRADIENTS
+from deslo_plugin.averaging.metrics import SyncEvent
+from deslo_plugin.averaging.state_averager import Averaging
+from deslo_plugin.checks.replica_checks import local_world_size
+from deslo_plugin.comm.topology import Topology, make_topology
+from deslo_plugin.comm.transport import Groups, gathered
+from deslo_plugin.config.load import DesloConfig
+from deslo_plugin.config.reader import ConfigError
 
 _hooked: "WeakKeyDictionary[DistributedDataParallel, tuple]" = WeakKeyDictionary()
 """DDP that is kept inside replicas -> the rows of its topology."""

@@ -29,17 +29,17 @@ from torch import Tensor, nn
 from torch.distributed import ReduceOp
 from torch.nn.parallel import DistributedDataParallel
 
-from deslo_plugin.agreement import digests
-from deslo_plugin.averaging import Averaging
-from deslo_plugin.collectives import AverageError
-from deslo_plugin.config import Config
-from deslo_plugin.frameworks import fsdp
-from deslo_plugin.frameworks.attachment import Attachment
-from deslo_plugin.frameworks.equality import model_traits, optimizer_traits
+from deslo_plugin.attachment import Attachment
+from deslo_plugin.averaging.state_averager import Averaging
+from deslo_plugin.checks.replica_checks import model_traits, optimizer_traits
+from deslo_plugin.comm.consistency import digests
+from deslo_plugin.comm.topology import Topology, contiguous
+from deslo_plugin.comm.transport import AverageError
+from deslo_plugin.config.load import Config
+from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.frameworks import fsdp2 as fsdp
+from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import say
-from deslo_plugin.shards import local
-from deslo_plugin.strict import ConfigError
-from deslo_plugin.topology import Topology, contiguous
 
 SUBJECTS = ("config and param groups", "model", "initial values of the parameters")  # what founders must have alike
 KEY = "deslo"  # of our state among what the manager heals

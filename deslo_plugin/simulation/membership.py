@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from deslo_plugin.config.reader import Reader
 from deslo_plugin.simulation.replicas import Replicas
-from deslo_plugin.strict import Reader
 
 Membership = Callable[[int, Replicas], object]
 

@@ -17,7 +17,7 @@ from torch_jobs import mesh_of, whole
 
 import deslo_plugin
 from deslo_plugin import log
-from deslo_plugin.frameworks import fsdp
+from deslo_plugin.frameworks import fsdp2 as fsdp
 
 EVERY = {"params": 3, "exp_avg": 3, "exp_avg_sq": 3}
 

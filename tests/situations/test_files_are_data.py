@@ -15,9 +15,9 @@ from test_checkpoint import config_for
 from typer.testing import CliRunner
 
 import deslo_plugin
+from deslo_plugin.checkpoint.manifest import measured, read_proof, write_proof
 from deslo_plugin.cli.app import app
-from deslo_plugin.frameworks.proof import measured, read_proof, write_proof
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.config.reader import ConfigError
 
 
 class Runs:

@@ -14,8 +14,8 @@ from jobs import batch, engine_for, loss_of, net
 from test_deepspeed import RULES, ds_config
 from worlds import Processes
 
-from deslo_plugin.config import read_deslo
-from deslo_plugin.frameworks.deepspeed.job import refuse_unsupported
+from deslo_plugin.config.load import read_deslo
+from deslo_plugin.frameworks.deepspeed.config import refuse_unsupported
 
 GOOD = ds_config(RULES["des-loc-adam"], 2)
 PLAIN = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, "zero_optimization": {"stage": 2}}

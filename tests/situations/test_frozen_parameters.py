@@ -8,7 +8,7 @@ from torch import nn
 
 import deslo_plugin
 from deslo_plugin import DesLoc
-from deslo_plugin.shards import local
+from deslo_plugin.kernels.local_tensors import local
 
 EVERY = {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}
 

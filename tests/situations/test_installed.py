@@ -105,12 +105,12 @@ def test_the_commands_of_the_readme_run_with_the_extra_cli_alone(environment):
 
 @pytest.mark.parametrize("extra", ["deepspeed", "accelerate", "transformers"])
 def test_an_extra_brings_what_its_framework_needs(environment, extra):
-    done = run(environment(extra), "-c", f"import deslo_plugin, {extra}; print(deslo_plugin.ops.native())")
+    done = run(environment(extra), "-c", f"import deslo_plugin, {extra}; print(deslo_plugin.kernels.update.native())")
     assert done.returncode == 0 and "python" in done.stdout.split(), done.stderr[-2000:]
 
 
 def test_what_is_declared_is_what_is_supported():
-    from deslo_plugin.versions import SUPPORTED
+    from deslo_plugin.frameworks.versions import SUPPORTED
 
     text = (ROOT / "pyproject.toml").read_text()
     for name, (low, below) in SUPPORTED.items():

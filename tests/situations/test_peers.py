@@ -7,8 +7,8 @@ import pytest
 import torch.distributed as dist
 
 from deslo_plugin import ConfigError
-from deslo_plugin.agreement import agree
-from deslo_plugin.collectives import gathered
+from deslo_plugin.comm.consistency import agree
+from deslo_plugin.comm.transport import gathered
 
 
 class Blocked:

@@ -18,7 +18,7 @@ from oracle import blocks
 from test_checkpoint import config_for
 from theory import RULES
 
-from deslo_plugin.progress import Progress
+from deslo_plugin.comm.progress import Progress
 
 S = RULES["mt-dao-adam-n2"]
 ROOM = 300  # bytes that a full disk still takes
@@ -91,7 +91,7 @@ def saves_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
         "full disk, sync": ("sync", {}, full_disk(1)),
         "full disk, exact": ("exact", {}, full_disk(3)),
         "full disk on the first rank": ("average", {}, full_disk(0)),
-        "quota at deslo.json": ("average", {}, failing(0, "deslo_plugin.frameworks.checkpoint.write_proof", quota)),
+        "quota at deslo.json": ("average", {}, failing(0, "deslo_plugin.checkpoint.save_load.write_proof", quota)),
         "no permission to rename": (
             "average",
             {},
@@ -100,7 +100,7 @@ def saves_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
         "unreadable": (
             "average",
             {},
-            failing(2, "deslo_plugin.frameworks.proof.files_in", OSError(errno.EIO, "Input/output error")),
+            failing(2, "deslo_plugin.checkpoint.manifest.files_in", OSError(errno.EIO, "Input/output error")),
         ),
         "state on one rank": ("exact", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),
         "state on one rank, sync": ("sync", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),
@@ -164,9 +164,9 @@ def loads_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
     before = job.states()
     gone, said = OSError(errno.EIO, "Input/output error"), {}
     for harm, target in {
-        "manifest": "deslo_plugin.frameworks.checkpoint.read_proof",
-        "extra": "deslo_plugin.frameworks.checkpoint.read_plain",
-        "index": "deslo_plugin.frameworks.checkpoint.read_index",
+        "manifest": "deslo_plugin.checkpoint.save_load.read_proof",
+        "extra": "deslo_plugin.checkpoint.save_load.read_plain",
+        "index": "deslo_plugin.checkpoint.save_load.read_index",
         "tree": tree_of(kind),
     }.items():
         with failing(2, target, gone):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deslo_plugin import ConfigError, DesLoc, load_config
-from deslo_plugin.config import as_dict
+from deslo_plugin.config.load import as_dict
 
 
 class ListOf(collections.UserList):

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import deslo_plugin
 from deslo_plugin.cli.app import app
-from deslo_plugin.journal import Journal
-from deslo_plugin.report import charts
-from deslo_plugin.report.run import Run
+from deslo_plugin.telemetry.jsonl_writer import Journal
+from deslo_plugin.telemetry.report import charts
+from deslo_plugin.telemetry.report.run import Run
 
 
 def attached(folder: Path):
@@ -154,7 +154,7 @@ class SummaryWriter:
     def close(self): written.write("\\n".join(self.rows)); written.flush()
 
 sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=SummaryWriter)
-import deslo_plugin, deslo_plugin.frameworks.telemetry as wiring
+import deslo_plugin, deslo_plugin.frameworks.telemetry_sinks as wiring
 wiring.find_spec = lambda name: name
 model = torch.nn.Linear(2, 1)
 optimizer = deslo_plugin.DesLoc(model.parameters(), {"optimizer": {"params": {"sync_every": {"params": 2}}},

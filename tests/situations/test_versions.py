@@ -34,7 +34,7 @@ def test_kernels_for_another_torch_are_replaced_by_torchs_operators_with_one_war
         "for _ in range(2):\n"
         "    p = torch.nn.Parameter(torch.ones(2)); o = deslo_plugin.DesLoc([p], lr=0.1); p.grad = torch.ones(2); "
         "o.step()\n"
-        "print(deslo_plugin.ops.native(), p[0].item() < 1)"
+        "print(deslo_plugin.kernels.update.native(), p[0].item() < 1)"
     )
     done = python(code)
     assert done.stdout.split() == ["python", "True"], done.stderr
@@ -47,7 +47,7 @@ def test_kernels_for_another_torch_are_replaced_by_torchs_operators_with_one_war
 def test_an_older_framework_is_a_sentence_where_it_is_connected(name):
     last = {
         "accelerate": "from deslo_plugin.frameworks.accelerate import attach_accelerator; attach_accelerator(None)",
-        "transformers": "import deslo_plugin.frameworks.trainer",
+        "transformers": "import deslo_plugin.frameworks.hf_trainer",
     }[name]
     done = python(f"import deslo_plugin, {name}; {name}.__version__ = '0.9.0'; {last}")
     assert done.returncode == 1 and f"{name}: expected" in done.stderr.splitlines()[-1], done.stderr[-1500:]

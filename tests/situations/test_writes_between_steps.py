@@ -9,8 +9,8 @@ from worlds import threads
 
 import deslo_plugin
 from deslo_plugin import DesLoc
-from deslo_plugin.config import load_config
-from deslo_plugin.stock import StockAveraging, schedule
+from deslo_plugin.config.load import load_config
+from deslo_plugin.optim.any_optimizer import StockAveraging, schedule
 
 EVERY = {"params": 3, "exp_avg": 2, "exp_avg_sq": 6}
 

@@ -12,17 +12,17 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from deslo_plugin.agreement import agree
-from deslo_plugin.frameworks.all_or_none import all_or_none
-from deslo_plugin.frameworks.checkpoint import load, save
+from deslo_plugin.checkpoint.export import averaged_state_dict
+from deslo_plugin.checkpoint.folder import write_whole
+from deslo_plugin.checkpoint.manifest import NAME
+from deslo_plugin.checkpoint.save_load import load, save
+from deslo_plugin.checkpoint.state_dict_guard import refuse_one_replica
+from deslo_plugin.checkpoint.state_tree import saved_state
+from deslo_plugin.comm.all_or_none import all_or_none
+from deslo_plugin.comm.consistency import agree
+from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.frameworks.deepspeed.export import whole_of
-from deslo_plugin.frameworks.export import averaged_state_dict
-from deslo_plugin.frameworks.folder import write_whole
-from deslo_plugin.frameworks.one_model import refuse_one_replica
-from deslo_plugin.frameworks.proof import NAME
-from deslo_plugin.frameworks.state_tree import saved_state
 from deslo_plugin.log import say
-from deslo_plugin.strict import ConfigError
 
 LATEST = "latest"
 

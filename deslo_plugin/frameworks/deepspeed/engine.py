@@ -15,25 +15,25 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero import utils as zero_utils
 
-from deslo_plugin.agreement import agree
-from deslo_plugin.clock import GROUP_STEP
-from deslo_plugin.collectives import Groups, ReplicaAverage, gathered
-from deslo_plugin.config import Config, DesloConfig, read_deslo
-from deslo_plugin.frameworks.attachment import Attachment
+from deslo_plugin.attachment import Attachment
+from deslo_plugin.averaging.step_counter import GROUP_STEP
+from deslo_plugin.averaging.synchronizer import NonFiniteError
+from deslo_plugin.checks.module_wrappers import engines, saved_buffers
+from deslo_plugin.checks.replica_checks import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
+from deslo_plugin.checks.replica_watch import Watch
+from deslo_plugin.comm.consistency import agree
+from deslo_plugin.comm.transport import Groups, ReplicaAverage, gathered
+from deslo_plugin.config.load import Config, DesloConfig, read_deslo
+from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.frameworks.deepspeed import checkpoint, zero
-from deslo_plugin.frameworks.deepspeed.everyone import expect_ours, leave_note
-from deslo_plugin.frameworks.deepspeed.groups import ReplicaUnit, active, groups_of
-from deslo_plugin.frameworks.deepspeed.job import compared, is_ours, job_of, refuse_misspelt, refuse_unsupported
-from deslo_plugin.frameworks.equality import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
-from deslo_plugin.frameworks.telemetry import add_scalars, start_telemetry
-from deslo_plugin.frameworks.watch import Watch
-from deslo_plugin.frameworks.wrappers import engines, saved_buffers
+from deslo_plugin.frameworks.deepspeed.all_ranks import expect_ours, leave_note
+from deslo_plugin.frameworks.deepspeed.config import compared, is_ours, job_of, refuse_misspelt, refuse_unsupported
+from deslo_plugin.frameworks.deepspeed.mpu import ReplicaUnit, active, groups_of
+from deslo_plugin.frameworks.telemetry_sinks import add_scalars, start_telemetry
+from deslo_plugin.frameworks.versions import expect, release
 from deslo_plugin.log import say
-from deslo_plugin.optimizer import DesLoc
-from deslo_plugin.stock import StockAveraging
-from deslo_plugin.strict import ConfigError
-from deslo_plugin.sync import NonFiniteError
-from deslo_plugin.versions import expect, release
+from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.optim.desloc import DesLoc
 
 TakeStep = Callable[[Any], None]
 OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_checkpoint")  # ask for groups after init

@@ -9,15 +9,15 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from deslo_plugin.collectives import gathered
-from deslo_plugin.frameworks.all_or_none import all_or_none
+from deslo_plugin.algorithm.state_names import PARAMS
+from deslo_plugin.checkpoint.state_tree import States, Tree, fresh_states, places, plain_name, saved_buffers
+from deslo_plugin.checkpoint.tensor_chunks import Fragment, of_range
+from deslo_plugin.checks.module_wrappers import bare
+from deslo_plugin.comm.all_or_none import all_or_none
+from deslo_plugin.comm.transport import gathered
+from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs, own_part, publish
-from deslo_plugin.frameworks.fragment import Fragment, of_range
-from deslo_plugin.frameworks.state_tree import States, Tree, fresh_states, places, plain_name, saved_buffers
-from deslo_plugin.frameworks.wrappers import bare
-from deslo_plugin.names import PARAMS
-from deslo_plugin.stock import StockAveraging
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.optim.any_optimizer import StockAveraging
 
 SCALES = (bool, int, float)  # a loss scaler's numbers; what else it has is its configuration's
 COUNTS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")

@@ -1,0 +1,341 @@
+"""Checkpoints that tell the truth about replicas: one averaged model, or every replica's own state.
+
+A checkpoint is a folder: ``torch.distributed.checkpoint`` files and ``deslo.json``, which says what they are and proves
+that they are whole. It appears under its name only when it is complete, and all ranks must see it.
+
+    average   one consistent model: parameters, momenta and buffers are averaged into the checkpoint; the replicas go on
+    as
+              they are. Loads on any number of replicas and shards, in every framework.
+    sync      the replicas average in place first, and go on from there.
+    exact     every replica's own state, and every rank's random numbers: resumes to the last bit, in the middle of any
+              period, on the same replicas and shards.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deslo_plugin.algorithm.state_names import BUFFERS, PARAMS
+from deslo_plugin.attachment import Attachment, attachments_of, on_every_rank
+from deslo_plugin.checkpoint.folder import begin, clear_away, found, part_of, put_in_place
+from deslo_plugin.checkpoint.index import read_index, read_tree, tensors_of, write_tree
+from deslo_plugin.checkpoint.manifest import Proof, expect_measured, measured, prove, read_proof, write_proof
+from deslo_plugin.checkpoint.plain_values import expect_mapping, plain, read_plain, write_plain
+from deslo_plugin.checkpoint.random_state import random_state, set_random_state
+from deslo_plugin.checkpoint.replica_mean import mean_of
+from deslo_plugin.checkpoint.state_tree import KEPT, Holder, Tree, holder_of, refuse_others, united, unlike
+from deslo_plugin.checkpoint.tensor_chunks import Fragment
+from deslo_plugin.comm.all_or_none import all_or_none
+from deslo_plugin.comm.consistency import agree
+from deslo_plugin.config.load import CHECKPOINTS, DIGESTS
+from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.log import say
+
+FIRST, READ = "first_rank.pt", "see and read"
+
+
+@on_every_rank
+@torch.no_grad()
+def save(
+    path: str | Path,
+    model: Any,
+    *,
+    mode: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    digest: str | None = None,
+) -> None:
+    """Saves a model that ``attach`` was called with, or a DeepSpeed engine, with its optimizer's states and clocks.
+
+    Args:
+        path: the folder; a checkpoint that is there already is replaced once the new one is whole.
+        mode: "average", "sync" or "exact"; by default ``deslo.checkpoint`` of the config.
+        extra: whatever else training needs to go on, such as ``{"scheduler": scheduler.state_dict(), "batch": 1200}``:
+            dicts, lists and tuples of text, bytes, numbers, None and tensors. That of this rank with "exact", otherwise
+            that of the first rank.
+        digest: "crc32", which finds accidents, or "sha256" beside it; by default ``deslo.checkpoint_digest`` of the
+        config.
+
+    Collective over all ranks. On every rank, with the checkpoint that was there untouched: raises ``ConfigError`` for
+    an unknown mode, a model that nothing is attached to, an ``extra`` that is no data, and a folder of other files;
+    ``OSError`` if any rank cannot write.
+    """
+    attachments, final = attachments_of(model, "save"), Path(os.path.abspath(path))
+    attachment, *_ = attachments
+    mode, digest = mode or attachment.config.deslo.checkpoint, digest or attachment.config.deslo.checkpoint_digest
+    for name, value, known in (("mode", mode, CHECKPOINTS), ("digest", digest, DIGESTS)):
+        if value not in known:
+            raise ConfigError(f"save({name}=...)", f"one of {', '.join(known)}", repr(value), "choose one")
+    topology, world = attachment.topology, attachment.groups.world
+    if world is not None:
+        agree("save", {"mode": mode, "digest": digest}, do="pass the same on every rank", group=world)
+    first = topology.rank == min(topology.ranks)
+    holder = holder_of(model, attachments)
+    if attachment.watch is not None:
+        attachment.watch.check_inside()
+    own = all_or_none(lambda: _own(holder, attachments, mode, extra) if first or mode == "exact" else None, world)
+    try:
+        _write(final, model, holder, attachments, mode, own, digest == "sha256")
+    except BaseException:
+        if first:
+            clear_away(final)
+        raise
+
+
+def _write(
+    final: Path,
+    model: Any,
+    holder: Holder,
+    attachments: Sequence[Attachment],
+    mode: str,
+    own: Mapping[str, Any] | None,
+    strong: bool,
+) -> None:
+    attachment, *_ = attachments
+    topology, world, part = attachment.topology, attachment.groups.world, part_of(final)
+    first = topology.rank == min(topology.ranks)
+    all_or_none(lambda: begin(final) if first else None, world)
+    all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
+    if mode == "sync":
+        meet(model)
+    tree = all_or_none(lambda: _expect_plain(holder.tree()), world)
+    if mode != "exact":
+        tree |= unlike(tree, _scheduled(attachments), attachment.groups.replica)
+    if mode == "average":
+        tree |= _means(tree, attachments)
+    where, name, group = _place(part, mode, attachment)
+
+    def write() -> None:
+        write_tree(tree, where, group)
+        if own is not None:
+            write_plain(own, where / name)
+
+    all_or_none(write, world)
+    numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
+    proof = Proof(mode, topology.rows, attachment.averaging.steps, united(holder.states, world), numbers, holder.names)
+    proof = replace(proof, files=expect_measured(measured(part, world, strong=strong)))
+    sha256 = all_or_none(lambda: write_proof(part, proof) if first else None, world)
+    all_or_none(lambda: put_in_place(final) if first else None, world)
+    if strong:
+        say(
+            f"deslo: saved {final}; the SHA-256 of its deslo.json is {sha256}: keep it elsewhere, and load(path, "
+            f"model, "
+            "sha256=...) refuses any other"
+        )
+
+
+@on_every_rank
+@torch.no_grad()
+def meet(model: Any) -> None:
+    """Averages parameters, states and buffers of all replicas in place, whatever is due: they are equal then.
+    Collective.
+
+    Takes an attached model or an engine, like ``save``.
+    """
+    attachments = attachments_of(model, "meet")
+    holder = holder_of(model, attachments)
+    tree = all_or_none(holder.tree, attachments[0].groups.world)
+    scheduled = _scheduled(attachments)
+    more = unlike(tree, scheduled, attachments[0].groups.replica)
+    if more:
+        holder.prepare(united(holder.states, attachments[0].groups.world))
+        tree = holder.tree() | {name: value for name, value in more.items() if name.split("/", 1)[0] not in scheduled}
+    means = _means(tree, attachments)
+    for name, mean in means.items():
+        for piece, new in zip(_pieces(tree[name]), _pieces(mean)):
+            piece.copy_(new)
+    holder.put(tree)
+    for each in attachments:
+        each.averaging.abandon()
+        each.averaging.met()
+
+
+@on_every_rank
+@torch.no_grad()
+def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str, Any]:
+    """Loads what ``save`` saved into an attached model or an engine, and returns its ``extra``, tensors on the CPU.
+
+    Averages that were in flight are dropped, and start again from what was loaded. Files are read as data: nothing in
+    them runs. ``sha256``: that of the checkpoint's ``deslo.json``, kept where whoever writes to the folder cannot
+    write.
+
+    Collective over all ranks. Raises ``ConfigError`` on every rank, and changes nothing, for a folder that is torn,
+    altered or foreign, for other parameters or states than the model has, and for an "exact" checkpoint of other
+    replicas or shards. Raises ``OSError`` on every rank if any rank cannot read.
+    """
+    attachments, folder = attachments_of(model, "load"), found(Path(path))
+    attachment, *_ = attachments
+    holder, topology, world = holder_of(model, attachments), attachment.topology, attachment.groups.world
+    proof, where = all_or_none(lambda: read_proof(folder, sha256), world, READ), f"load({str(folder)!r})"
+    if world is not None:
+        agree(where, {"deslo.json": proof.digest}, do="give every rank the same folder", group=world)
+    prove(folder, proof, world)
+    if proof.mode == "exact" and proof.rows != topology.rows:
+        raise ConfigError(
+            where,
+            f"the {len(proof.rows)} replica(s) of {len(proof.rows[0])} rank(s) that saved it",
+            f"{topology.replicas} of {topology.replica_size}",
+            'start as many, or load one that was saved with mode "average"',
+        )
+    source, name, group = _place(folder, proof.mode, attachment)
+    index, own = all_or_none(lambda: (read_index(source), _expect_own(source / name, proof.mode)), world, READ)
+    all_or_none(lambda: holder.prepare(proof.states), world)
+    states = holder.states
+    all_or_none(lambda: refuse_others(states, proof.states, where), world)
+    for each in attachments:
+        each.averaging.abandon()
+    if proof.mode == "exact":
+        holder.forget([each for each in holder.tree() if each not in index.state_dict_metadata])
+    content = all_or_none(holder.tree, world)
+    all_or_none(
+        lambda: read_tree(content, source, index, group),
+        world,
+        f"{READ}; a part was loaded: load again before training",
+    )
+    all_or_none(lambda: _go_on(own, proof, attachments) if proof.mode == "exact" else None, world)
+    if proof.mode != "exact" and len(proof.rows) != topology.replicas:
+        say(
+            f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all "
+            f"replicas "
+            "changes with them, the learning rate stays as it was saved"
+        )
+    _take_over(proof.groups, holder.groups)
+    holder.put(content)
+    all_or_none(lambda: holder.put_aside(own["aside"], proof.steps), world)
+    for each in attachments if proof.mode != "exact" else ():
+        each.averaging.met()
+    return own["extra"]
+
+
+def saved_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
+    """The model's state dict out of a checkpoint, on the CPU: in one process, without the model or replicas.
+
+    It has the names that ``state_dict()`` of the plain model gave, in their order, each name of a shared tensor among
+    them.
+
+    Nothing in the files runs; ``sha256`` as for ``load``. Raises ``ConfigError`` for a folder that is torn, altered or
+    foreign, and for the replicas of an "exact" checkpoint.
+    """
+    folder = found(Path(path))
+    proof = read_proof(folder, sha256)
+    if proof.mode == "exact":
+        raise ConfigError(
+            f"saved_state_dict({str(folder)!r})",
+            "one model",
+            'every replica\'s own, saved with mode "exact"',
+            'load it and save with mode "average"',
+        )
+    prove(folder, proof, None)
+    index = read_index(folder)
+    stored = tensors_of(index)
+    names = [name for name in stored if name.startswith((f"{PARAMS}/", "buffers/"))]
+    state = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+    all_or_none(lambda: read_tree(state, folder, index, None, alone=True), None, READ)
+    absent = [stored for stored in proof.names.values() if stored not in state]
+    if absent:
+        raise ConfigError(
+            f"saved_state_dict({str(folder)!r})",
+            "the tensors that deslo.json names",
+            f"none of {absent[0]!r}",
+            "take another checkpoint",
+        )
+    return {name: state[stored] for name, stored in proof.names.items()}
+
+
+def _own(holder: Holder, attachments: Sequence[Attachment], mode: str, extra: Any) -> dict[str, Any]:
+    """What this rank keeps beside the tree, as plain values."""
+    own = {
+        "aside": plain(holder.aside(), "save: what the engine counts in"),
+        "extra": expect_mapping(extra, "save(extra)"),
+    }
+    if mode == "exact":
+        averaging = [each.averaging.aside() for each in attachments]
+        own |= {
+            "random": plain(random_state(), "save: the random state"),
+            "averaging": plain(averaging, "save: averages in flight"),
+        }
+    return own
+
+
+def _expect_own(file: Path, mode: str) -> dict[str, Any]:
+    own, keys = read_plain(file), {"aside", "extra"} | ({"random", "averaging"} if mode == "exact" else set())
+    if not isinstance(own, dict) or not keys <= own.keys():
+        raise ConfigError(str(file), f"a dict of {', '.join(sorted(keys))}", "another", "take another checkpoint")
+    return own
+
+
+def _go_on(own: Mapping[str, Any], proof: Proof, attachments: Sequence[Attachment]) -> None:
+    """From an exact checkpoint: the same random numbers, the same averages in flight."""
+    set_random_state(own["random"])
+    for each, aside in zip(attachments, own["averaging"]):
+        each.averaging.put_aside(aside)
+
+
+def _expect_plain(tree: Tree) -> Tree:
+    """Raises ``ConfigError`` for a state that ``load`` would not read back."""
+    for name, value in tree.items():
+        if not isinstance(value, Fragment) and not hasattr(value, "to_local"):
+            plain(value, f"save: {name}")
+    return tree
+
+
+def _take_over(saved: Sequence[Mapping[str, float]], groups: Sequence[dict[str, Any]]) -> None:
+    """The numbers of each param group, into a tensor where the group keeps one."""
+    if len(saved) != len(groups):
+        say(
+            f"deslo: {len(groups)} param group(s) go on from a checkpoint of {len(saved)}: learning rates are as "
+            f"configured"
+        )
+        return
+    for group, numbers in zip(groups, saved):
+        for key, value in numbers.items():
+            if isinstance(group.get(key), Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = value
+
+
+def _place(folder: Path, mode: str, attachment: Attachment) -> tuple[Path, str, dist.ProcessGroup | None]:
+    """Where a rank's part goes, the file of what else it keeps, and with whom it writes one state."""
+    if mode == "exact":
+        rank, replica = attachment.topology.rank, attachment.topology.replica
+        return folder / f"replica_{replica}", f"rank_{rank}.pt", attachment.groups.shard
+    return folder, FIRST, attachment.groups.world
+
+
+def _means(tree: Tree, attachments: Sequence[Attachment]) -> Tree:
+    """Of all floating tensors but clocks and counters, state by state; those are alike on all replicas."""
+    means: Tree = {}
+    scheduled = {PARAMS} | _scheduled(attachments)
+    for state, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
+        if state == BUFFERS:  # the ranks of one replica have their own as well
+            means |= {
+                name: mean_of(tree[name], attachments[0].groups.world, tree[name].dtype)
+                for name in names
+                if tree[name].is_floating_point() or tree[name].is_complex()
+            }
+            continue
+        named = {name: pieces for name in names if (pieces := _pieces(tree[name], 0 if state in scheduled else 1))}
+        flat = iter(
+            attachments[0].averaging.means("checkpoint", [piece for pieces in named.values() for piece in pieces])
+        )
+        for name, pieces in named.items():
+            own = [next(flat).to("cpu", piece.dtype) for piece in pieces]
+            means[name] = tree[name].like(own) if isinstance(tree[name], Fragment) else own[0]
+    return means
+
+
+def _scheduled(attachments: Sequence[Attachment]) -> set[str]:
+    return {state for each in attachments for group in each.averaging.groups for state in group["sync_every"]}
+
+
+def _pieces(value: Any, ndim: int = 0) -> list[Tensor]:
+    """This rank's floating parts of ``value``, of ``ndim`` dimensions or more."""
+    pieces = [piece for _, piece in value.pieces] if isinstance(value, Fragment) else [value]
+    return [piece for piece in pieces if isinstance(piece, Tensor) and piece.is_floating_point() and piece.ndim >= ndim]

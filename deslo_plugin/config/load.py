@@ -1,0 +1,315 @@
+"""The two blocks that a user writes, read strictly into frozen dataclasses.
+
+``optimizer.params`` says what is computed (rule, momenta, periods), ``deslo`` says who averages and how. The same two
+blocks stand in a DeepSpeed JSON, in a JSON or YAML file of their own, or in a dict.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive, shortest
+from deslo_plugin.algorithm.momentum_bound import Bound
+from deslo_plugin.algorithm.rules import RULES
+from deslo_plugin.algorithm.schedule import Periods
+from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT, first_momenta
+from deslo_plugin.config.file import read_file
+from deslo_plugin.config.periods import adaptive_asked, read_momenta, read_periods
+from deslo_plugin.config.reader import ConfigError, Reader, near, shown
+from deslo_plugin.config.telemetry import Telemetry, read_telemetry
+
+EPS = {"adam": 1e-8, "adopt": 1e-6}
+WIRE_DTYPES = ("float32", "float64")
+CHECKPOINTS = ("average", "exact", "sync")
+STATE_DICTS = ("refuse", "averaged", "last_average")
+DIGESTS = ("crc32", "sha256")
+STATE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """Nesterov step on the averaged parameters: DiLoCo, DES-LOC-Nesterov."""
+
+    lr: float
+    momentum: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """What is computed: ``optimizer.params``.
+
+    ``betas`` and ``weights`` have one entry per first momentum; ``beta2`` and ``eps`` are None for sgdm.
+    ``state_dtype`` is the dtype of the momenta; float64 parameters have float64 momenta and take no other.
+    ``periods`` and ``period_sources`` (why each period is what it is) run over the averaged states.
+    """
+
+    rule: str
+    lr: float
+    betas: tuple[float, ...]
+    weights: tuple[float, ...]
+    beta2: float | None
+    eps: float | None
+    weight_decay: float
+    bias_correction: bool
+    clip_value: float | None
+    periods: Schedule
+    period_sources: Mapping[str, str]
+    reset_momenta: bool
+    outer: Outer | None
+    state_dtype: str
+
+    @property
+    def momenta(self) -> tuple[str, ...]:
+        """State names of the first momenta."""
+        return first_momenta(len(self.betas))
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """State names of all momenta, first and second."""
+        return tuple(state for state in self.periods if state != PARAMS)
+
+    @property
+    def beta_of(self) -> dict[str, float]:
+        """State name -> beta of that momentum."""
+        return dict(zip(self.momenta, self.betas)) | ({} if self.beta2 is None else {SECOND_MOMENT: self.beta2})
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """What the second moment allows each momentum; adopt divides by it before it averages, sgdm has none."""
+        firsts = zip(self.momenta, self.betas) if self.rule == "adam" else ()
+        return [Bound(state, SECOND_MOMENT, beta, self.beta2) for state, beta in firsts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DesloConfig:
+    """Who averages and how: ``deslo``. ``replica_size`` is in ranks, ``bucket_mb`` in MiB, ``timeout_s`` in seconds.
+
+    ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``delay`` is
+    the number of forwards and backwards that an average travels under, ``weights`` what a replica counts in an average:
+    as much as any other, or what it has seen; ``checkpoint`` is what ``save`` saves, ``checkpoint_digest`` what proves
+    its files; ``state_dict`` is what ``state_dict()`` of the model does while replicas differ; ``telemetry`` is what is
+    written down, if anything. ``initial_params`` is what becomes of replicas that start unequal: "auto" makes them
+    equal to replica 0 and says what differed, "broadcast" does so without a word, "check" is an error.
+    """
+
+    replica_size: int | str = "auto"
+    synchronous_steps: int = 0
+    sync_every: Periods | None = None
+    when: str = "before_update"
+    overlap: bool = True
+    delay: int = 1
+    wire_dtype: str = "float32"
+    bucket_mb: int = 64
+    initial_params: str = "auto"
+    on_nonfinite: str = "stop"
+    timeout_s: float = 600.0
+    checkpoint: str = "average"
+    state_dict: str = "refuse"
+    checkpoint_digest: str = "crc32"
+    weights: str = "equal"
+    telemetry: Telemetry | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Both blocks; ``optimizer`` is None for a stock optimizer, which the script or DeepSpeed builds."""
+
+    optimizer: OptimizerConfig | None
+    deslo: DesloConfig
+
+
+def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
+    """Reads both blocks from a dict or a ``.json``/``.yaml`` file; other top-level keys (DeepSpeed's) are not read.
+
+    Raises ``ConfigError`` for anything unknown, mistyped, out of range, or without effect.
+    """
+    if isinstance(source, Config):
+        return source
+    blocks = source if isinstance(source, Mapping) else read_file(Path(source))
+    deslo, block = read_deslo(blocks.get("deslo", {})), blocks.get("optimizer")
+    kind = block.get("type", "DesLoc") if isinstance(block, Mapping) else "DesLoc"
+    if deslo.sync_every is not None and (block is None or kind != "DesLoc"):
+        return _whole(None, deslo)
+    optimizer = Reader("optimizer", {} if block is None else block)
+    if isinstance(kind, str) and kind != "DesLoc" and not near(kind, ["DesLoc"]):
+        optimizer.refuse(
+            "type",
+            '"DesLoc", or the periods of this optimizer\'s states in deslo.sync_every',
+            shown(kind),
+            'set it to "DesLoc", or write "deslo": {"sync_every": {"params": 16, "exp_avg": 48, ...}} for any other',
+        )
+    optimizer.choice("type", "DesLoc", ["DesLoc"])
+    params = optimizer.take("params", {})
+    optimizer.finish()
+    if deslo.sync_every is not None:
+        raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "move it to optimizer.params.sync_every")
+    return _whole(read_optimizer(params), deslo)
+
+
+def read_optimizer(params: Any) -> OptimizerConfig:
+    """``optimizer.params`` -> ``OptimizerConfig``."""
+    reader = Reader("optimizer.params", params)
+    rule = reader.choice("rule", "adam", RULES)
+    if rule == "sgdm":
+        for key in [key for key in ("eps", "second_moment") if key in reader]:
+            reader.refuse(key, "no such key for rule sgdm", repr(params[key]), "remove it: sgdm has no second moment")
+    if rule != "adam" and "bias_correction" in reader:
+        reader.refuse("bias_correction", f"no such key for rule {rule}", repr(params["bias_correction"]), "remove it")
+
+    momenta = read_momenta(reader, adaptive=rule in EPS)
+    periods, sources = read_periods(reader, momenta)
+    config = OptimizerConfig(
+        rule=rule,
+        lr=reader.number("lr", 1e-3),
+        betas=momenta.betas,
+        weights=momenta.weights,
+        beta2=momenta.beta2,
+        eps=reader.number("eps", EPS[rule]) if rule in EPS else None,
+        weight_decay=reader.number("weight_decay", 0.0),
+        bias_correction=reader.flag("bias_correction", rule == "adam"),
+        clip_value=_clip(reader),
+        periods=periods,
+        period_sources=sources,
+        reset_momenta=reader.flag("reset_momenta", False),
+        outer=_outer(reader),
+        state_dtype=reader.choice("state_dtype", "float32", STATE_DTYPES),
+    )
+    reader.finish()
+    averaged = [state for state in config.moments if periods[state]]
+    if config.reset_momenta and averaged:
+        reader.refuse(
+            "reset_momenta",
+            f"every momentum's sync_every to be null (here {', '.join(averaged)} is averaged)",
+            "true",
+            "set those periods to null, or drop reset_momenta: resetting at each average of params undoes theirs",
+        )
+    return config
+
+
+def read_deslo(block: Any) -> DesloConfig:
+    """``deslo`` -> ``DesloConfig``."""
+    reader = Reader("deslo", block)
+    when = reader.choice("when", "before_update", ["before_update", "after_update"])
+    if when == "after_update" and block.get("overlap"):
+        reader.refuse("overlap", "false with when 'after_update'", "true", "remove one: nothing can overlap there")
+    config = DesloConfig(
+        replica_size=reader.whole("replica_size", "auto", also=("auto",)),
+        synchronous_steps=reader.whole("synchronous_steps", 0, also=(0,)),
+        sync_every=_stock_periods(reader),
+        when=when,
+        overlap=reader.flag("overlap", when == "before_update"),
+        delay=reader.whole("delay", 1),
+        wire_dtype=reader.choice("wire_dtype", "float32", WIRE_DTYPES),
+        bucket_mb=reader.whole("bucket_mb", 64),
+        initial_params=reader.choice("initial_params", "auto", ["auto", "broadcast", "check"]),
+        on_nonfinite=reader.choice("on_nonfinite", "stop", ["stop", "skip"]),
+        timeout_s=reader.number("timeout_s", 600.0, low=1.0),
+        checkpoint=reader.choice("checkpoint", "average", CHECKPOINTS),
+        state_dict=reader.choice("state_dict", "refuse", STATE_DICTS),
+        checkpoint_digest=reader.choice("checkpoint_digest", "crc32", DIGESTS),
+        weights=reader.choice("weights", "equal", ["equal", "samples"]),
+        telemetry=read_telemetry(reader),
+    )
+    reader.finish()
+    if config.telemetry and config.telemetry.pseudo_gradient and config.delay > 1:
+        reader.refuse(
+            "telemetry.pseudo_gradient",
+            "false with a delay above 1",
+            "true",
+            "remove one: parameters have moved on when such an average lands",
+        )
+    if config.delay > 1 and not config.overlap:
+        reader.refuse(
+            "delay", "1 without overlap", str(config.delay), "remove it, or take when 'before_update' with overlap"
+        )
+    return config
+
+
+def expect_averages(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
+    """Refuses periods that cannot be kept.
+
+    One shorter than ``deslo.delay``: its next average would start before this one has landed. An adaptive one where
+    replicas are weighted: the drift that it goes by is that of equals.
+    """
+    for state, period in shortest(periods).items():
+        if period and period < deslo.delay:
+            raise ConfigError(
+                "deslo.delay",
+                f"at most {period}, the period of {state}{of}",
+                str(deslo.delay),
+                "lower it, or raise that period",
+            )
+    for state in adaptive(periods):
+        if deslo.weights != "equal":
+            raise ConfigError(
+                "deslo.weights",
+                f'"equal" with an adaptive period of {state}{of}',
+                repr(deslo.weights),
+                "remove it, or give that state a number of steps",
+            )
+
+
+def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
+    """Both blocks, if they go together."""
+    if deslo.delay > 1:
+        others = {"a stock optimizer": True}
+        if optimizer is not None:
+            others = {"outer": optimizer.outer, "reset_momenta": optimizer.reset_momenta}
+        for other in (name for name, given in others.items() if given):
+            raise ConfigError(
+                "deslo.delay",
+                f"1 with {other}",
+                str(deslo.delay),
+                "remove one: it cannot take in an average that is some updates old",
+            )
+    if optimizer is not None:
+        expect_averages(deslo, optimizer.periods)
+    return Config(optimizer=optimizer, deslo=deslo)
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Flat ``{"optimizer.lr": ..., "deslo.when": ...}``: what ranks compare with each other."""
+    return {
+        f"{block.name}.{field.name}": str(getattr(part, field.name))
+        for block in fields(config)
+        for part in [getattr(config, block.name)]
+        if part is not None
+        for field in fields(part)
+    }
+
+
+def _stock_periods(reader: Reader) -> Periods | None:
+    block = reader.take("sync_every")
+    if block is None:
+        return None
+    every = Reader(f"{reader.where}.sync_every", block)
+    periods = {PARAMS: every.whole(PARAMS)}
+    for state in block:
+        if state != PARAMS:
+            hint = "give steps: periods adapt with DesLoc only" if adaptive_asked(every, state) else ""
+            periods[state] = every.whole(state, also=(None,), hint=hint)
+    every.finish()
+    return periods
+
+
+def _clip(reader: Reader) -> float | None:
+    block = reader.take("clip")
+    if block is None:
+        return None
+    clip = Reader(f"{reader.where}.clip", block)
+    value = clip.number("value")
+    clip.finish()
+    if value == 0:
+        clip.refuse("value", "a number > 0", "0", "remove clip to switch it off")
+    return value
+
+
+def _outer(reader: Reader) -> Outer | None:
+    block = reader.take("outer")
+    if block is None:
+        return None
+    outer = Reader(f"{reader.where}.outer", block)
+    config = Outer(lr=outer.number("lr", 0.7), momentum=outer.number("momentum", 0.9, below=1.0))
+    outer.finish()
+    return config

@@ -1,0 +1,336 @@
+"""Any optimizer's own states on periods of their own: torch's AdamW, Lion, Muon, whatever keeps tensors in
+``state[p]``."""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deslo_plugin.algorithm.momentum_bound import Bound, bounds_of, loose
+from deslo_plugin.algorithm.outer_optimizer import write_means
+from deslo_plugin.algorithm.state_names import PARAMS
+from deslo_plugin.averaging.metrics import SyncEvent
+from deslo_plugin.averaging.state_averager import Averaging, Group
+from deslo_plugin.averaging.step_counter import GROUP_STEP, Cohort, GroupClock
+from deslo_plugin.averaging.synchronizer import States
+from deslo_plugin.comm.transport import Average
+from deslo_plugin.config.load import DesloConfig
+from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.kernels.local_tensors import local
+from deslo_plugin.log import say
+from deslo_plugin.optim.any_optimizer_states import (
+    check_periods,
+    counted_in,
+    counter,
+    counts,
+    kinds_of,
+    told,
+    updates_of,
+)
+
+Everyone = Callable[[Any], list[Any]]
+"""Everyone's value: collective over all ranks of all replicas."""
+
+
+class StockAveraging(Averaging):
+    """Averages the parameters and states of ``optimizer`` by ``deslo.sync_every``, keyed by torch's state names.
+
+    Which states there are is known when the first step has created them. Then every tensor with dimensions that a
+    parameter's state holds must be in ``sync_every``, with a period or null; counters (numbers and 0-dim tensors) need
+    no average. A replica that has not trained a parameter yet counts as one whose gradient was zero: its states are
+    zeros, they are created when an average brings something else, and their counters stand where its furthest
+    parameter's stand. Of a parameter without dimensions all states are 0-dim: what others count in is a counter there
+    too, and ``step``."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        deslo: DesloConfig,
+        average: Average,
+        *,
+        groups: Sequence[Group] | None = None,
+        everyone: Everyone = lambda value: [value],
+        emit: Callable[[SyncEvent], object] | None = None,
+    ):
+        refuse_inner_loops(optimizer)
+        super().__init__(
+            optimizer,
+            deslo,
+            average,
+            GroupClock(),
+            groups=groups,
+            receive=self._receive,
+            bounds=self._bounds,
+            emit=emit,
+        )
+        self._everyone, self.periods_known = everyone, False
+        self._known: dict[str, Any] = {}  # state name -> dtype of a state, or the value of a counter
+        self._taken: list[Group] = []
+        self._asked = False
+        self.take_in()
+
+    def around(self, update: Callable[[list[Cohort]], object]) -> None:
+        self.take_in()
+        if not self._asked:
+            self._asked = True
+            if self.average.progress:
+                self.average.progress.change("the first optimizer.step()", "", self.deslo.timeout_s)
+            self.learn_states(bool(self.optimizer.state))  # that were loaded: some may be due at once
+        super().around(update)
+
+    def take_in(self) -> None:
+        """Gives param groups that are new, by a load or ``add_param_group``, their periods and a clock: the one that
+        was loaded, the count of their states' updates, or where the others stand."""
+        new = [
+            index
+            for index, group in enumerate(self.groups)
+            if index >= len(self._taken) or self._taken[index] is not group
+        ]
+        counted = max(
+            (
+                updates_of(self.optimizer.state.get(param, {}))
+                for index in new
+                for param in self.groups[index]["params"]
+            ),
+            default=0,
+        )
+        clock = max([*(self.groups[index].get(GROUP_STEP, 0) for index in new), counted]) if new else 0
+        counters = counted_in(self.optimizer.state)
+        for index in new:
+            before = self._taken[min(index, len(self._taken) - 1)].get(GROUP_STEP, 0) if self._taken else 0
+            group = self.groups[index]
+            if self._groups is None:  # an engine's clock is the engine's
+                group[GROUP_STEP] = clock or before
+            own = {
+                name
+                for name in kinds_of(group["params"], self.optimizer.state, counters)
+                if name in self.deslo.sync_every
+            }
+            self._schedule(group, own | {name for name in self._known if name in self.deslo.sync_every})
+        self._taken = list(self.groups)
+
+    def loading(self, state_dict: Mapping[str, Any]) -> None:
+        """Before a load: every rank must bring the same step, or none loads. Collective."""
+        groups, states = state_dict["param_groups"], state_dict["state"].values()
+        clock = max([*(group.get(GROUP_STEP, 0) for group in groups), *map(updates_of, states)], default=0)
+        if self.average.progress:
+            self.average.progress.change(
+                "optimizer.load_state_dict", f"{len(groups)} param group(s) of step {clock}", self.deslo.timeout_s
+            )
+        self.abandon()
+
+    def loaded(self) -> None:
+        """After a load: goes on from its clock."""
+        self.take_in()
+
+    def learn_states(self, updated: bool) -> None:
+        """After an update: gives each param group the periods of the states that it turned out to have.
+
+        Does nothing more once it knows them; ``updated`` is False on a replica that left this update out. Raises
+        ``ConfigError`` for a name that no state has, a state that no name covers, and a period for a state that has no
+        mean (whole numbers, quantised blocks). Collective; all ranks decide alike.
+        """
+        if self.periods_known:
+            return
+        counters = counted_in(self.optimizer.state)
+        mine = [
+            (kinds_of(group["params"], self.optimizer.state, counters), told(self._counters(group["params"])))
+            for group in self.groups
+        ]
+        updates, *everyone = zip(*self._everyone((updated, *mine)))
+        if not any(updates):
+            return
+        kinds = [{name: kind for each, _ in of_group for name, kind in each.items()} for of_group in everyone]
+        known = {name: kind for of_group in kinds for name, kind in of_group.items()}
+        check_periods(self.deslo.sync_every, known, type(self.optimizer).__name__)
+        for group, of_group in zip(self.groups, kinds):
+            self._schedule(group, of_group)
+        self._known = {
+            name: counter(*each_told)
+            for of_group in everyone
+            for _, each in of_group
+            for name, each_told in each.items()
+        } | known
+        self.periods_known = True
+        for said in dict.fromkeys(
+            said for group in self.groups for said in loose(self._bounds(group), group["sync_every"])
+        ):
+            say(f"deslo: {type(self.optimizer).__name__}: {said}", logging.WARNING)
+
+    def _bounds(self, group: Group) -> list[Bound]:
+        """By the constants of the optimizer's own param group: DeepSpeed's tensors are in others, in the same order."""
+        index = next(index for index, each in enumerate(self.groups) if each is group)
+        return bounds_of(self.optimizer.param_groups[index], self.state_numels(group))
+
+    def state_numels(self, group: Group) -> dict[str, int]:
+        """State -> elements that average on this rank: not all have the sizes of the parameters."""
+        averaged = {
+            name: [self.optimizer.state.get(param, {}).get(name, param) for param in self.members.of(group)]
+            for name in group["sync_every"]
+            if name != PARAMS
+        }
+        return {name: sum(value.numel() for value in local(values)) for name, values in averaged.items()}
+
+    def resume(self, steps: int) -> None:
+        """Goes on after ``steps`` completed steps, with states that a checkpoint has brought: some may be due at
+        once."""
+        for group in self.groups:
+            group[GROUP_STEP] = steps
+        self._asked = True
+        self.learn_states(steps > 0)
+
+    def skip_step(self) -> None:
+        """A step without an update, which every other replica may be taking: the clock ticks and averages land."""
+        self.around(lambda cohorts: self.learn_states(updated=False))
+
+    def _schedule(self, group: Group, names: Iterable[str]) -> None:
+        names = sorted(names)
+        group["sync_every"] = {PARAMS: self.deslo.sync_every[PARAMS]} | {
+            name: self.deslo.sync_every[name] for name in names
+        }
+
+    def _receive(self, cohort: Cohort, states: States, means: States) -> None:
+        write_means(states, means)
+        absent = [
+            (param, name, seat)
+            for name in means
+            if name != PARAMS
+            for seat, param in enumerate(cohort.params)
+            if name not in self.optimizer.state.get(param, {})
+        ]
+        if not absent or not self.average.any(any(bool(means[name][seat].any()) for _, name, seat in absent)):
+            return
+        for param, name, seat in absent:
+            if self.average.any(bool(means[name][seat].any())):
+                self._create_states(cohort, param)
+                local([self.optimizer.state[param][name]])[0].copy_(means[name][seat])
+
+    def _create_states(self, cohort: Cohort, param: Tensor) -> None:
+        """Zeros for each state that parameters of its group have, and the counters of the one that has counted
+        furthest."""
+        state, params = self.optimizer.state[param], cohort.group["params"]
+        counters = self._counters(params) or {
+            name: value for name, value in self._known.items() if not isinstance(value, str)
+        }
+        for name in cohort.group["sync_every"]:
+            if name != PARAMS and name not in state and name in self._known:
+                state[name] = torch.zeros_like(param, dtype=getattr(torch, self._known[name]))
+        for name, value in counters.items():
+            state.setdefault(name, value.clone() if isinstance(value, Tensor) else value)
+
+    def _counters(self, params: Sequence[Tensor]) -> dict[str, Any]:
+        """Name -> value of the counters of that parameter which has been updated most often."""
+        states = [state for param in params if (state := self.optimizer.state.get(param))]
+        furthest = max(states, key=updates_of, default={})
+        return {name: value for name, value in furthest.items() if name not in self.deslo.sync_every and counts(value)}
+
+
+def refuse_inner_loops(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ``ConfigError`` for an optimizer whose ``step()`` is not the update of every parameter: averages need
+    that."""
+    kind = type(optimizer).__name__
+    for name, value in vars(optimizer).items():
+        if isinstance(value, torch.optim.Optimizer):
+            raise ConfigError(
+                "attach(optimizer)",
+                "the optimizer that updates the parameters",
+                f"{kind}, which wraps {type(value).__name__}",
+                f"attach the inner one: attach(model, optimizer.{name}, ...), and go on calling {kind} as before",
+            )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "attach(optimizer)",
+            "states that each belong to one parameter",
+            f"{kind}, which keeps one history of all",
+            "take an optimizer whose states have a mean, such as AdamW or SGD",
+        )
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        raise ConfigError(
+            "attach(optimizer)",
+            "an optimizer whose step() is the update",
+            f"{kind}, which steps by first_step and second_step",
+            "give it a base optimizer that makes the update, and attach that one",
+        )
+
+
+def schedule(averaging: StockAveraging) -> None:
+    """From now on every ``optimizer.step()`` is a step of Algorithm 1, and loads and new param groups are taken in.
+    Wraps ``step`` and ``add_param_group`` of the instance."""
+    optimizer = averaging.optimizer
+    inner, scales = optimizer.step, getattr(optimizer, "_step_supports_amp_scaling", False)
+    # torch's own call the closure once, before the update; others may call it where they like, so they get it
+    # themselves
+    asks_first = type(optimizer).__module__.startswith("torch.optim.")
+
+    @functools.wraps(inner)
+    @torch.no_grad()
+    def step(_: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        if closure is None and _only_creates_states(optimizer):
+            return inner()
+        result = None
+        if closure is not None and (asks_first or averaging.skips_nonfinite):
+            with torch.enable_grad():
+                result, closure = closure(), None
+
+        def update(cohorts: Any) -> None:
+            nonlocal result
+            broken = averaging.broken()
+            if not broken:
+                with contextlib.nullcontext() if scales else _unscaled(averaging):
+                    if closure is None:
+                        inner()
+                    else:
+                        result = inner(closure)
+            averaging.learn_states(not broken)
+
+        averaging.around(update)
+        return result
+
+    add = optimizer.add_param_group
+
+    @functools.wraps(add)
+    def add_param_group(_: torch.optim.Optimizer, param_group: dict[str, Any]) -> None:
+        add(param_group)
+        averaging.take_in()
+        if averaging.average.progress:
+            shapes = [tuple(param.shape) for param in averaging.groups[-1]["params"]]
+            averaging.average.progress.change(
+                "optimizer.add_param_group", f"parameters of {shapes}", averaging.deslo.timeout_s
+            )
+
+    optimizer.step = MethodType(step, optimizer)  # a method still: torch's lr schedulers ask for its __func__
+    optimizer.add_param_group = MethodType(add_param_group, optimizer)
+    optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: averaging.loading(state_dict))
+    optimizer.register_load_state_dict_post_hook(lambda _: averaging.loaded())
+    optimizer._step_supports_amp_scaling = True  # GradScaler: call ``step`` always, so that every replica's clock ticks
+
+
+def _only_creates_states(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is no step of training: torch.distributed.checkpoint steps a fresh optimizer with lr 0 and gradients
+    of zero, so that there are states to load into."""
+    if optimizer.state or any(float(group.get("lr", 1.0)) for group in optimizer.param_groups):
+        return False
+    gradients = [param.grad for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
+    return None not in gradients and not any(bool(each.any()) for each in local(gradients))
+
+
+@contextlib.contextmanager
+def _unscaled(averaging: StockAveraging) -> Iterator[None]:
+    """What a GradScaler has left on an optimizer that knows nothing of it, out of its sight; gradients divided by the
+    scale."""
+    left = {
+        name: vars(averaging.optimizer).pop(name)
+        for name in ("grad_scale", "found_inf")
+        if hasattr(averaging.optimizer, name)
+    }
+    if left.get("grad_scale") is not None:
+        torch._foreach_div_(averaging.gradients(), left["grad_scale"])
+    try:
+        yield
+    finally:
+        vars(averaging.optimizer).update(left)
