@@ -200,8 +200,8 @@ def attachments_of(model: Any, what: str) -> list[Attachment]:
                 "keep the state dicts of model and optimizer yourself, of any replica; latecomers need no file",
             )
         return attached[inside]
-    if hasattr(model, "basic_optimizer") and hasattr(model, "deslo"):
-        return [model.deslo]
+    if isinstance(own := getattr(model, "deslo", None), Attachment):  # an engine
+        return [own]
     raise ConfigError(
         what,
         "a DeepSpeed engine with a deslo block, or a model that attach was called with",

@@ -1,16 +1,28 @@
 """One model out of many replicas."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import singledispatch
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from deslo_plugin.attachment import attachments_of
+from deslo_plugin.attachment import Attachment, attachments_of
+from deslo_plugin.checkpoint.model_names import saved_state
 from deslo_plugin.checkpoint.replica_mean import averages, mean_of, whole
-from deslo_plugin.checkpoint.state_tree import saved_state
+
+Parts = tuple[nn.Module, Callable[[Tensor], Tensor], dist.ProcessGroup | None, Attachment | None]
+"""A module, what makes one of its tensors whole, all ranks, and the attachment."""
+
+
+@singledispatch
+def parts_of(model: Any) -> Parts:
+    """Of a model that ``attach`` was called with; a framework with an engine of its own registers another for its
+    type."""
+    attachment = attachments_of(model, "averaged_state_dict")[0]
+    return model, whole, attachment.groups.world, attachment
 
 
 @torch.no_grad()
@@ -36,18 +48,7 @@ def averaged_state_dict(
     Collective: call it on every rank of all replicas, never on one alone. Needs room for one whole tensor more on each
     device. Raises ``ConfigError`` for a model that nothing is attached to, and on ranks that others leave alone in it.
     """
-    if not isinstance(model, nn.Module) or hasattr(model, "basic_optimizer"):
-        from deslo_plugin.frameworks.deepspeed.export import whole_of
-
-        module, gather, world, attachment = (
-            model.module,
-            whole_of(model),
-            dist.group.WORLD,
-            getattr(model, "deslo", None),
-        )
-    else:
-        attachment = attachments_of(model, "averaged_state_dict")[0]
-        module, gather, world = model, whole, attachment.groups.world
+    module, gather, world, attachment = parts_of(model)
     live = dict(of) if isinstance(of, Mapping) else saved_state(module if of is None else of)
     gather = gather if of is None else whole
     means: dict[int, Any] = {}  # by identity: a tensor of several names is averaged once

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.checkpoint.foreign import what_is_there
-from deslo_plugin.checkpoint.state_tree import States
+from deslo_plugin.checkpoint.tree_agreement import States
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.transport import gathered
 from deslo_plugin.config.load import CHECKPOINTS

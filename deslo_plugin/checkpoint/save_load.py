@@ -30,8 +30,9 @@ from deslo_plugin.checkpoint.manifest import Proof, expect_measured, measured, p
 from deslo_plugin.checkpoint.plain_values import expect_mapping, plain, read_plain, write_plain
 from deslo_plugin.checkpoint.random_state import random_state, set_random_state
 from deslo_plugin.checkpoint.replica_mean import mean_of
-from deslo_plugin.checkpoint.state_tree import KEPT, Holder, Tree, holder_of, refuse_others, united, unlike
+from deslo_plugin.checkpoint.state_tree import KEPT, Holder, holder_of
 from deslo_plugin.checkpoint.tensor_chunks import Fragment
+from deslo_plugin.checkpoint.tree_agreement import Tree, refuse_others, united, unlike
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.consistency import agree
 from deslo_plugin.config.load import CHECKPOINTS, DIGESTS

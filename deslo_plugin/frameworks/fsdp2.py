@@ -6,8 +6,6 @@ shard dimension instead, through attributes of torch that are not public, and a 
 this works. (``set_requires_all_reduce(False)`` would not: torch takes it for gradient accumulation, and nothing would
 ever train.)"""
 
-from collections.abc import Iterator
-from typing import Any
 from weakref import ref
 
 import torch
@@ -18,23 +16,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from deslo_plugin.averaging.state_averager import Averaging
+from deslo_plugin.checkpoint.resharding import is_sharded, param_groups, reshard
 from deslo_plugin.comm.topology import Topology
 from deslo_plugin.comm.transport import gathered
 from deslo_plugin.config.reader import ConfigError
 
 REPLICATE = ("replicate", "dp_replicate")  # names under which the dimension across replicas is looked for
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def reshard(model: nn.Module) -> None:
-    """Makes every parameter this rank's shard again: a forward without gradients, ``unshard()`` or a forward that
-    failed may leave it whole, as memory that is freed at any time and that nobody reads again. Whoever reads or writes
-    parameters by ``named_parameters()`` calls it first. Not collective; nothing for a model that is not sharded."""
-    for group in _param_groups(model):
-        group._to_sharded()  # FSDPModule.reshard() does nothing in a module whose forward has not ended
 
 
 def reshard_at_steps(model: nn.Module, averaging: Averaging) -> None:
@@ -142,7 +129,7 @@ def copies_of(model: nn.Module) -> dist.ProcessGroup | None:
     """The ranks of a replica that hold the same shard: those that HSDP inside the replica replicates over."""
     if not any(placement.is_replicate() for param in _dtensors(model) for placement in param.placements):
         return None
-    groups = [group.mesh_info for group in _param_groups(model)]
+    groups = [group.mesh_info for group in param_groups(model)]
     return getattr(groups[0], "replicate_process_group", None)
 
 
@@ -174,7 +161,7 @@ def _mesh_of(model: nn.Module) -> DeviceMesh:
 def _meshes(model: nn.Module) -> list[DeviceMesh]:
     """Each once, of all modules that are sharded."""
     try:
-        meshes = [group.mesh_info.mesh for group in _param_groups(model)]
+        meshes = [group.mesh_info.mesh for group in param_groups(model)]
     except AttributeError as error:
         raise _moved(error) from error
     return list({(mesh.mesh_dim_names, tuple(mesh.mesh.flatten().tolist())): mesh for mesh in meshes}.values())
@@ -186,7 +173,7 @@ def _point_at_shards(model: nn.Module, mesh: DeviceMesh, replicate: str) -> None
 
     (shard,) = (name for name in mesh.mesh_dim_names if name != replicate)
     inside = FSDPMeshInfo(mesh[shard], shard_mesh_dim=0)
-    for group in _param_groups(model):
+    for group in param_groups(model):
         across = group.mesh_info
         if across.mesh != mesh:
             continue
@@ -214,16 +201,6 @@ def _prove(mesh: DeviceMesh, replicate: str) -> None:
 def _dimension(mesh: DeviceMesh, replicate: str | None) -> str | None:
     names = mesh.mesh_dim_names or ()
     return next((name for name in ([replicate] if replicate else REPLICATE) if name in names), None)
-
-
-def _param_groups(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
-            if hasattr(state, "_fsdp_param_groups"):
-                yield from state._fsdp_param_groups
-            elif state._fsdp_param_group is not None:  # torch 2.10 and 2.11
-                yield state._fsdp_param_group
 
 
 def _moved(what: object) -> ConfigError:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from deslo_plugin.checkpoint.export import averaged_state_dict
 from deslo_plugin.checkpoint.folder import write_whole
 from deslo_plugin.checkpoint.manifest import NAME
+from deslo_plugin.checkpoint.model_names import saved_state
 from deslo_plugin.checkpoint.save_load import load, save
 from deslo_plugin.checkpoint.state_dict_guard import refuse_one_replica
-from deslo_plugin.checkpoint.state_tree import saved_state
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.consistency import agree
 from deslo_plugin.config.reader import ConfigError
