@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from deslo_plugin import load_config
-from deslo_plugin.config.load import Config
+from deslo_plugin.config.schema import Config
 from deslo_plugin.planning.comparison import HIDDEN, OWN, SYNCHRONOUS, Job, methods
 from deslo_plugin.planning.forecast import Link, compute_seconds
 

@@ -13,10 +13,12 @@ expect("torch")  # before what an older one lacks is asked for
 from deslo_plugin.averaging.synchronizer import NonFiniteError
 from deslo_plugin.checkpoint.averaged_weights import averaged_weights
 from deslo_plugin.checkpoint.export import averaged_state_dict
+from deslo_plugin.checkpoint.load_averaged import saved_state_dict
 from deslo_plugin.checkpoint.manifest import latest
 from deslo_plugin.checkpoint.preemption import Preemption
-from deslo_plugin.checkpoint.save_load import load, meet, save, saved_state_dict
+from deslo_plugin.checkpoint.save_load import load, save
 from deslo_plugin.checkpoint.state_dict_guard import one_replica
+from deslo_plugin.checkpoint.sync_replicas import meet
 from deslo_plugin.comm.transport import AverageError
 from deslo_plugin.config.load import load_config
 from deslo_plugin.config.reader import ConfigError

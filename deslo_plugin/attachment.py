@@ -18,8 +18,8 @@ from deslo_plugin.checks.module_wrappers import bare
 from deslo_plugin.checks.replica_watch import Watch
 from deslo_plugin.comm.topology import Topology
 from deslo_plugin.comm.transport import Groups
-from deslo_plugin.config.load import Config
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import Config
 from deslo_plugin.log import announce, say
 from deslo_plugin.optim.any_optimizer import StockAveraging
 from deslo_plugin.planning.plan import Plan, make_plan

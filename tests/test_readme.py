@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from deslo_plugin import load_config
-from deslo_plugin.config.load import DesloConfig
+from deslo_plugin.config.schema import DesloConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()

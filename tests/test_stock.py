@@ -11,7 +11,8 @@ from theory import RULES, assert_oracle, oracle_states
 
 from deslo_plugin import ConfigError, load_config
 from deslo_plugin.comm.transport import Alone
-from deslo_plugin.optim.any_optimizer import StockAveraging, schedule
+from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.optim.any_optimizer_step import schedule
 
 SYNC_EVERY = {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}
 ADAMW = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.0}

@@ -14,7 +14,7 @@ from deslo_plugin.averaging.recall import Answer, Recall
 from deslo_plugin.averaging.replica_variance import Spread
 from deslo_plugin.averaging.step_counter import Cohort
 from deslo_plugin.averaging.synchronizer import States, Synchronizer, Weigh
-from deslo_plugin.config.load import DesloConfig
+from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.log import say
 
 Due = Sequence[tuple[Cohort, States]]

@@ -23,8 +23,8 @@ from deslo_plugin.averaging.step_counter import Clock, Cohort
 from deslo_plugin.averaging.synchronizer import States, Synchronizer, Weigh, finite
 from deslo_plugin.comm.sample_weights import Samples
 from deslo_plugin.comm.transport import Average
-from deslo_plugin.config.load import DesloConfig
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.kernels.local_tensors import gradients_of, local
 
 

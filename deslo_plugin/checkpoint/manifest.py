@@ -20,8 +20,8 @@ from deslo_plugin.checkpoint.foreign import what_is_there
 from deslo_plugin.checkpoint.tree_agreement import States
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.transport import gathered
-from deslo_plugin.config.load import CHECKPOINTS
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import CHECKPOINTS
 
 NAME, FORMAT = "deslo.json", 2
 PART, OLD = ".part", ".old"  # behind the name of a checkpoint that is being written, or replaced

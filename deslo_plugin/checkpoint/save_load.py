@@ -14,7 +14,6 @@ that they are whole. It appears under its name only when it is complete, and all
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +21,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deslo_plugin.algorithm.state_names import BUFFERS, PARAMS
 from deslo_plugin.attachment import Attachment, attachments_of, on_every_rank
 from deslo_plugin.checkpoint.folder import begin, clear_away, found, part_of, put_in_place
-from deslo_plugin.checkpoint.index import read_index, read_tree, tensors_of, write_tree
+from deslo_plugin.checkpoint.index import read_index, read_tree, write_tree
+from deslo_plugin.checkpoint.load_averaged import READ
 from deslo_plugin.checkpoint.manifest import Proof, expect_measured, measured, prove, read_proof, write_proof
 from deslo_plugin.checkpoint.plain_values import expect_mapping, plain, read_plain, write_plain
 from deslo_plugin.checkpoint.random_state import random_state, set_random_state
-from deslo_plugin.checkpoint.replica_mean import mean_of
 from deslo_plugin.checkpoint.state_tree import KEPT, Holder, holder_of
+from deslo_plugin.checkpoint.sync_replicas import means_of, meet, scheduled_states
 from deslo_plugin.checkpoint.tensor_chunks import Fragment
 from deslo_plugin.checkpoint.tree_agreement import Tree, refuse_others, united, unlike
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.consistency import agree
-from deslo_plugin.config.load import CHECKPOINTS, DIGESTS
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import CHECKPOINTS, DIGESTS
 from deslo_plugin.log import say
 
-FIRST, READ = "first_rank.pt", "see and read"
+FIRST = "first_rank.pt"
 
 
 @on_every_rank
@@ -107,9 +106,9 @@ def _write(
         meet(model)
     tree = all_or_none(lambda: _expect_plain(holder.tree()), world)
     if mode != "exact":
-        tree |= unlike(tree, _scheduled(attachments), attachment.groups.replica)
+        tree |= unlike(tree, scheduled_states(attachments), attachment.groups.replica)
     if mode == "average":
-        tree |= _means(tree, attachments)
+        tree |= means_of(tree, attachments)
     where, name, group = _place(part, mode, attachment)
 
     def write() -> None:
@@ -129,32 +128,6 @@ def _write(
             f"model, "
             "sha256=...) refuses any other"
         )
-
-
-@on_every_rank
-@torch.no_grad()
-def meet(model: Any) -> None:
-    """Averages parameters, states and buffers of all replicas in place, whatever is due: they are equal then.
-    Collective.
-
-    Takes an attached model or an engine, like ``save``.
-    """
-    attachments = attachments_of(model, "meet")
-    holder = holder_of(model, attachments)
-    tree = all_or_none(holder.tree, attachments[0].groups.world)
-    scheduled = _scheduled(attachments)
-    more = unlike(tree, scheduled, attachments[0].groups.replica)
-    if more:
-        holder.prepare(united(holder.states, attachments[0].groups.world))
-        tree = holder.tree() | {name: value for name, value in more.items() if name.split("/", 1)[0] not in scheduled}
-    means = _means(tree, attachments)
-    for name, mean in means.items():
-        for piece, new in zip(_pieces(tree[name]), _pieces(mean)):
-            piece.copy_(new)
-    holder.put(tree)
-    for each in attachments:
-        each.averaging.abandon()
-        each.averaging.met()
 
 
 @on_every_rank
@@ -212,41 +185,6 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     for each in attachments if proof.mode != "exact" else ():
         each.averaging.met()
     return own["extra"]
-
-
-def saved_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
-    """The model's state dict out of a checkpoint, on the CPU: in one process, without the model or replicas.
-
-    It has the names that ``state_dict()`` of the plain model gave, in their order, each name of a shared tensor among
-    them.
-
-    Nothing in the files runs; ``sha256`` as for ``load``. Raises ``ConfigError`` for a folder that is torn, altered or
-    foreign, and for the replicas of an "exact" checkpoint.
-    """
-    folder = found(Path(path))
-    proof = read_proof(folder, sha256)
-    if proof.mode == "exact":
-        raise ConfigError(
-            f"saved_state_dict({str(folder)!r})",
-            "one model",
-            'every replica\'s own, saved with mode "exact"',
-            'load it and save with mode "average"',
-        )
-    prove(folder, proof, None)
-    index = read_index(folder)
-    stored = tensors_of(index)
-    names = [name for name in stored if name.startswith((f"{PARAMS}/", "buffers/"))]
-    state = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
-    all_or_none(lambda: read_tree(state, folder, index, None, alone=True), None, READ)
-    absent = [stored for stored in proof.names.values() if stored not in state]
-    if absent:
-        raise ConfigError(
-            f"saved_state_dict({str(folder)!r})",
-            "the tensors that deslo.json names",
-            f"none of {absent[0]!r}",
-            "take another checkpoint",
-        )
-    return {name: state[stored] for name, stored in proof.names.items()}
 
 
 def _own(holder: Holder, attachments: Sequence[Attachment], mode: str, extra: Any) -> dict[str, Any]:
@@ -308,35 +246,3 @@ def _place(folder: Path, mode: str, attachment: Attachment) -> tuple[Path, str, 
         rank, replica = attachment.topology.rank, attachment.topology.replica
         return folder / f"replica_{replica}", f"rank_{rank}.pt", attachment.groups.shard
     return folder, FIRST, attachment.groups.world
-
-
-def _means(tree: Tree, attachments: Sequence[Attachment]) -> Tree:
-    """Of all floating tensors but clocks and counters, state by state; those are alike on all replicas."""
-    means: Tree = {}
-    scheduled = {PARAMS} | _scheduled(attachments)
-    for state, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
-        if state == BUFFERS:  # the ranks of one replica have their own as well
-            means |= {
-                name: mean_of(tree[name], attachments[0].groups.world, tree[name].dtype)
-                for name in names
-                if tree[name].is_floating_point() or tree[name].is_complex()
-            }
-            continue
-        named = {name: pieces for name in names if (pieces := _pieces(tree[name], 0 if state in scheduled else 1))}
-        flat = iter(
-            attachments[0].averaging.means("checkpoint", [piece for pieces in named.values() for piece in pieces])
-        )
-        for name, pieces in named.items():
-            own = [next(flat).to("cpu", piece.dtype) for piece in pieces]
-            means[name] = tree[name].like(own) if isinstance(tree[name], Fragment) else own[0]
-    return means
-
-
-def _scheduled(attachments: Sequence[Attachment]) -> set[str]:
-    return {state for each in attachments for group in each.averaging.groups for state in group["sync_every"]}
-
-
-def _pieces(value: Any, ndim: int = 0) -> list[Tensor]:
-    """This rank's floating parts of ``value``, of ``ndim`` dimensions or more."""
-    pieces = [piece for _, piece in value.pieces] if isinstance(value, Fragment) else [value]
-    return [piece for piece in pieces if isinstance(piece, Tensor) and piece.is_floating_point() and piece.ndim >= ndim]

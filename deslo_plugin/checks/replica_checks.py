@@ -17,8 +17,9 @@ from deslo_plugin.averaging.state_averager import Averaging
 from deslo_plugin.comm.consistency import agree, digests
 from deslo_plugin.comm.topology import Topology, spread
 from deslo_plugin.comm.transport import Groups, gathered
-from deslo_plugin.config.load import Config, as_dict
+from deslo_plugin.config.load import as_dict
 from deslo_plugin.config.reader import ConfigError, plain
+from deslo_plugin.config.schema import Config
 from deslo_plugin.kernels.update import native
 from deslo_plugin.log import say
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from deslo_plugin.cli.self_test import without_auto
 from deslo_plugin.config.file import read_file
-from deslo_plugin.config.load import Config, load_config
+from deslo_plugin.config.load import load_config
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import Config
 from deslo_plugin.config.shipped import find_config
 
 

@@ -19,8 +19,8 @@ from deslo_plugin.cli.doctor_checks import OK, WARNING, WRONG, Check
 from deslo_plugin.cli.launcher import groups_of, leave, world
 from deslo_plugin.cli.output import FAILED, Json, command, show, show_json, table
 from deslo_plugin.comm.transport import gathered
-from deslo_plugin.config.load import Config
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import Config
 
 COLOURS = {OK: "green", WARNING: "yellow", WRONG: "bold red"}
 

@@ -12,7 +12,7 @@ import typer
 
 from deslo_plugin.comm.topology import make_topology
 from deslo_plugin.comm.transport import Groups, gathered, make_groups
-from deslo_plugin.config.load import DesloConfig
+from deslo_plugin.config.schema import DesloConfig
 
 TIMEOUT_S = 120.0  # of a command's own collectives
 

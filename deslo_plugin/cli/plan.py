@@ -11,8 +11,8 @@ from deslo_plugin.cli.config_file import given
 from deslo_plugin.cli.model_size import count_parameters, parse_count
 from deslo_plugin.cli.output import Json, command, show, show_json
 from deslo_plugin.cli.plan_report import Outlook
-from deslo_plugin.config.load import Config
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import Config
 from deslo_plugin.planning.comparison import GRADIENT_BYTES, Job
 from deslo_plugin.planning.forecast import Link, compute_seconds
 

@@ -21,8 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.attachment import Attachment
-from deslo_plugin.config.load import Config, load_config
+from deslo_plugin.config.load import load_config
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import Config
 from deslo_plugin.frameworks.attach import attach
 from deslo_plugin.optim.desloc import DesLoc
 from deslo_plugin.planning.forecast import Link, forecast

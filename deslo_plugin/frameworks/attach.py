@@ -30,8 +30,8 @@ from deslo_plugin.checks.replica_checks import (
 from deslo_plugin.checks.replica_watch import Watch
 from deslo_plugin.comm.topology import Topology, contiguous
 from deslo_plugin.comm.transport import Alone, Average, Groups, ReplicaAverage, gathered, make_groups
-from deslo_plugin.config.load import Config
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import Config
 from deslo_plugin.frameworks import ddp, torchft
 from deslo_plugin.frameworks import fsdp2 as fsdp
 from deslo_plugin.frameworks.gradient_warmup import GradientAveraging
@@ -40,7 +40,8 @@ from deslo_plugin.frameworks.requested import agreed, checked, refuse_together
 from deslo_plugin.frameworks.telemetry_sinks import start_telemetry
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import announce, say
-from deslo_plugin.optim.any_optimizer import Everyone, StockAveraging, schedule
+from deslo_plugin.optim.any_optimizer import Everyone, StockAveraging
+from deslo_plugin.optim.any_optimizer_step import schedule
 from deslo_plugin.optim.desloc import DesLoc
 from deslo_plugin.planning.plan import BYTES
 

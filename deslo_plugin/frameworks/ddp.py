@@ -14,8 +14,8 @@ from deslo_plugin.averaging.state_averager import Averaging
 from deslo_plugin.checks.replica_checks import local_world_size
 from deslo_plugin.comm.topology import Topology, make_topology
 from deslo_plugin.comm.transport import Groups, gathered
-from deslo_plugin.config.load import DesloConfig
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import DesloConfig
 
 _hooked: "WeakKeyDictionary[DistributedDataParallel, tuple]" = WeakKeyDictionary()
 """DDP that is kept inside replicas -> the rows of its topology."""

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl
 
 from deslo_plugin.attachment import attached
-from deslo_plugin.checkpoint.save_load import meet
+from deslo_plugin.checkpoint.sync_replicas import meet
 from deslo_plugin.frameworks.versions import expect
 
 expect("transformers")

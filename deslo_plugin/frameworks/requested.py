@@ -12,8 +12,9 @@ from deslo_plugin.attachment import attached
 from deslo_plugin.checks import module_wrappers as wrappers
 from deslo_plugin.comm.consistency import agree
 from deslo_plugin.comm.transport import gathered
-from deslo_plugin.config.load import Config, as_dict, load_config
+from deslo_plugin.config.load import as_dict, load_config
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import Config
 from deslo_plugin.optim.desloc import DesLoc
 
 

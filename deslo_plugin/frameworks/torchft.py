@@ -35,8 +35,8 @@ from deslo_plugin.checks.replica_checks import model_traits, optimizer_traits
 from deslo_plugin.comm.consistency import digests
 from deslo_plugin.comm.topology import Topology, contiguous
 from deslo_plugin.comm.transport import AverageError
-from deslo_plugin.config.load import Config
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import Config
 from deslo_plugin.frameworks import fsdp2 as fsdp
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import say

@@ -1,11 +1,8 @@
 """Any optimizer's own states on periods of their own: torch's AdamW, Lion, Muon, whatever keeps tensors in
 ``state[p]``."""
 
-import contextlib
-import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MethodType
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +16,7 @@ from deslo_plugin.averaging.state_averager import Averaging, Group
 from deslo_plugin.averaging.step_counter import GROUP_STEP, Cohort, GroupClock
 from deslo_plugin.averaging.synchronizer import States
 from deslo_plugin.comm.transport import Average
-from deslo_plugin.config.load import DesloConfig
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import say
 from deslo_plugin.optim.any_optimizer_states import (
@@ -29,6 +25,7 @@ from deslo_plugin.optim.any_optimizer_states import (
     counter,
     counts,
     kinds_of,
+    refuse_inner_loops,
     told,
     updates_of,
 )
@@ -228,109 +225,3 @@ class StockAveraging(Averaging):
         states = [state for param in params if (state := self.optimizer.state.get(param))]
         furthest = max(states, key=updates_of, default={})
         return {name: value for name, value in furthest.items() if name not in self.deslo.sync_every and counts(value)}
-
-
-def refuse_inner_loops(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ``ConfigError`` for an optimizer whose ``step()`` is not the update of every parameter: averages need
-    that."""
-    kind = type(optimizer).__name__
-    for name, value in vars(optimizer).items():
-        if isinstance(value, torch.optim.Optimizer):
-            raise ConfigError(
-                "attach(optimizer)",
-                "the optimizer that updates the parameters",
-                f"{kind}, which wraps {type(value).__name__}",
-                f"attach the inner one: attach(model, optimizer.{name}, ...), and go on calling {kind} as before",
-            )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ConfigError(
-            "attach(optimizer)",
-            "states that each belong to one parameter",
-            f"{kind}, which keeps one history of all",
-            "take an optimizer whose states have a mean, such as AdamW or SGD",
-        )
-    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
-        raise ConfigError(
-            "attach(optimizer)",
-            "an optimizer whose step() is the update",
-            f"{kind}, which steps by first_step and second_step",
-            "give it a base optimizer that makes the update, and attach that one",
-        )
-
-
-def schedule(averaging: StockAveraging) -> None:
-    """From now on every ``optimizer.step()`` is a step of Algorithm 1, and loads and new param groups are taken in.
-    Wraps ``step`` and ``add_param_group`` of the instance."""
-    optimizer = averaging.optimizer
-    inner, scales = optimizer.step, getattr(optimizer, "_step_supports_amp_scaling", False)
-    # torch's own call the closure once, before the update; others may call it where they like, so they get it
-    # themselves
-    asks_first = type(optimizer).__module__.startswith("torch.optim.")
-
-    @functools.wraps(inner)
-    @torch.no_grad()
-    def step(_: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        if closure is None and _only_creates_states(optimizer):
-            return inner()
-        result = None
-        if closure is not None and (asks_first or averaging.skips_nonfinite):
-            with torch.enable_grad():
-                result, closure = closure(), None
-
-        def update(cohorts: Any) -> None:
-            nonlocal result
-            broken = averaging.broken()
-            if not broken:
-                with contextlib.nullcontext() if scales else _unscaled(averaging):
-                    if closure is None:
-                        inner()
-                    else:
-                        result = inner(closure)
-            averaging.learn_states(not broken)
-
-        averaging.around(update)
-        return result
-
-    add = optimizer.add_param_group
-
-    @functools.wraps(add)
-    def add_param_group(_: torch.optim.Optimizer, param_group: dict[str, Any]) -> None:
-        add(param_group)
-        averaging.take_in()
-        if averaging.average.progress:
-            shapes = [tuple(param.shape) for param in averaging.groups[-1]["params"]]
-            averaging.average.progress.change(
-                "optimizer.add_param_group", f"parameters of {shapes}", averaging.deslo.timeout_s
-            )
-
-    optimizer.step = MethodType(step, optimizer)  # a method still: torch's lr schedulers ask for its __func__
-    optimizer.add_param_group = MethodType(add_param_group, optimizer)
-    optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: averaging.loading(state_dict))
-    optimizer.register_load_state_dict_post_hook(lambda _: averaging.loaded())
-    optimizer._step_supports_amp_scaling = True  # GradScaler: call ``step`` always, so that every replica's clock ticks
-
-
-def _only_creates_states(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this is no step of training: torch.distributed.checkpoint steps a fresh optimizer with lr 0 and gradients
-    of zero, so that there are states to load into."""
-    if optimizer.state or any(float(group.get("lr", 1.0)) for group in optimizer.param_groups):
-        return False
-    gradients = [param.grad for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
-    return None not in gradients and not any(bool(each.any()) for each in local(gradients))
-
-
-@contextlib.contextmanager
-def _unscaled(averaging: StockAveraging) -> Iterator[None]:
-    """What a GradScaler has left on an optimizer that knows nothing of it, out of its sight; gradients divided by the
-    scale."""
-    left = {
-        name: vars(averaging.optimizer).pop(name)
-        for name in ("grad_scale", "found_inf")
-        if hasattr(averaging.optimizer, name)
-    }
-    if left.get("grad_scale") is not None:
-        torch._foreach_div_(averaging.gradients(), left["grad_scale"])
-    try:
-        yield
-    finally:
-        vars(averaging.optimizer).update(left)

@@ -79,3 +79,31 @@ def check_periods(periods: Mapping[str, int | None], kinds: Mapping[str, str], o
                 str(periods[name]),
                 "write null, or take an optimizer with floating states",
             )
+
+
+def refuse_inner_loops(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ``ConfigError`` for an optimizer whose ``step()`` is not the update of every parameter: averages need
+    that."""
+    kind = type(optimizer).__name__
+    for name, value in vars(optimizer).items():
+        if isinstance(value, torch.optim.Optimizer):
+            raise ConfigError(
+                "attach(optimizer)",
+                "the optimizer that updates the parameters",
+                f"{kind}, which wraps {type(value).__name__}",
+                f"attach the inner one: attach(model, optimizer.{name}, ...), and go on calling {kind} as before",
+            )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError(
+            "attach(optimizer)",
+            "states that each belong to one parameter",
+            f"{kind}, which keeps one history of all",
+            "take an optimizer whose states have a mean, such as AdamW or SGD",
+        )
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        raise ConfigError(
+            "attach(optimizer)",
+            "an optimizer whose step() is the update",
+            f"{kind}, which steps by first_step and second_step",
+            "give it a base optimizer that makes the update, and attach that one",
+        )

@@ -16,10 +16,12 @@ from deslo_plugin.averaging.state_averager import Averaging
 from deslo_plugin.averaging.step_counter import Cohort, ParameterClock
 from deslo_plugin.averaging.synchronizer import States
 from deslo_plugin.comm.transport import Alone, Average, left_alone
-from deslo_plugin.config.load import Config, expect_averages, load_config
+from deslo_plugin.config.load import expect_averages, load_config
 from deslo_plugin.config.periods import group_periods
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import Config
 from deslo_plugin.kernels.update import RULES
+from deslo_plugin.optim.adam_states import in_own_form
 from deslo_plugin.optim.memory_layout import alike
 
 
@@ -243,7 +245,7 @@ class DesLoc(torch.optim.Optimizer):
                 "remove it: float64 parameters have float64 momenta",
             )
         moment_dtype = torch.bfloat16 if optimizer.state_dtype == "bfloat16" else dtype
-        for counter in self._counters:
+        for counter in self.counters:
             state[counter] = torch.tensor(clock if counter in (STEP, ORIGIN) else 0, dtype=torch.int64, device="cpu")
         for moment in optimizer.moments:
             state[moment] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
@@ -253,7 +255,7 @@ class DesLoc(torch.optim.Optimizer):
         return state
 
     @property
-    def _counters(self) -> list[str]:
+    def counters(self) -> list[str]:
         """The 0-dim states of a parameter, which stay on the host."""
         adapt = {state for group in self.param_groups for state in adaptive(group["sync_every"])}
         return [STEP, ORIGIN, *(every(state) for state in self.config.optimizer.moments if state in adapt)]
@@ -265,7 +267,7 @@ class DesLoc(torch.optim.Optimizer):
         every parameter keeps its own count of updates for bias correction. Collective once it is attached. Raises
         ``ConfigError`` on every rank, before anything is written, for other states than the config's, or another step
         on some rank."""
-        states, clock = self._own_form(state_dict)
+        states, clock = in_own_form(self, state_dict)
         if self.armed:
             self._call("DesLoc.load_state_dict", f"{len(state_dict['param_groups'])} param group(s) of step {clock}")
             self.averaging.abandon()
@@ -280,40 +282,9 @@ class DesLoc(torch.optim.Optimizer):
             if param not in states and trains(param):
                 self._create_state(param, clock)
             for name, value in states.get(param, {}).items():
-                device = "cpu" if name in self._counters else param.device
+                device = "cpu" if name in self.counters else param.device
                 dtype = dtypes.get(param, {}).get(name, value.dtype)
                 self.state[param][name] = value.detach().to(device, dtype, copy=True)
-
-    def _own_form(self, state_dict: Mapping[str, Any]) -> tuple[dict[Tensor, dict[str, Tensor]], int]:
-        """Parameter -> the states that ``state_dict`` has of it, in full, and the furthest step of all."""
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        states = {
-            param: {name: torch.as_tensor(value) for name, value in state.items() if value is not None}
-            for index, param in zip(saved, params)
-            if (state := state_dict["state"].get(index))
-        }
-        clock = max((int(state.get(STEP, 0)) for state in states.values()), default=0)
-        optimizer = self.config.optimizer
-        wanted = [*optimizer.moments, *((OUTER_PARAMS, OUTER_MOMENTUM) if optimizer.outer else ())]
-        for param, state in states.items():
-            if ORIGIN not in state and STEP in state:  # Adam's own count of updates
-                state[ORIGIN], state[STEP] = clock - state[STEP].float(), torch.tensor(float(clock))
-            for counter in self._counters:
-                if counter not in (STEP, ORIGIN):
-                    state.setdefault(counter, torch.zeros(()))
-            names = sorted(name for name in state if name not in (STEP, ORIGIN) and not name.endswith(every("")))
-            shapes = [tuple(state[name].shape) for name in names]
-            if STEP not in state or names != sorted(wanted) or any(shape != tuple(param.shape) for shape in shapes):
-                got = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes))
-                raise ConfigError(
-                    "DesLoc.load_state_dict",
-                    f"step and {', '.join(wanted)} of shape {list(param.shape)}",
-                    got or "none of them",
-                    "load the states of an optimizer with these momenta and param groups in this order, or begin "
-                    "with fresh ones",
-                )
-        return states, clock
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: the states and the config, without the replicas it is attached to."""

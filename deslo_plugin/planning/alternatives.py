@@ -6,8 +6,8 @@ from dataclasses import replace
 from deslo_plugin.algorithm.adaptive_periods import shortest
 from deslo_plugin.algorithm.schedule import Periods, half_life_period
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
-from deslo_plugin.config.load import Config
 from deslo_plugin.config.periods import MULTIPLE_OF_PARAMS
+from deslo_plugin.config.schema import Config
 
 LOCAL = {"adam": "Local Adam", "adopt": "Local ADOPT", "sgdm": "Local SGDM"}
 

@@ -7,7 +7,7 @@ from math import ceil, inf
 
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.comm.topology import contiguous
-from deslo_plugin.config.load import Config
+from deslo_plugin.config.schema import Config
 from deslo_plugin.planning.alternatives import alternatives, periods_of, synchronous
 from deslo_plugin.planning.forecast import BACKWARD, Forecast, Link, Transfer, forecast, transfers, travel_seconds
 from deslo_plugin.planning.plan import Plan, make_plan

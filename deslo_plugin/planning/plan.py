@@ -8,7 +8,7 @@ from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive, longest,
 from deslo_plugin.algorithm.schedule import Periods, due, vectors_per_step
 from deslo_plugin.algorithm.state_names import BUFFERS, GRADIENTS, PARAMS
 from deslo_plugin.comm.topology import Topology
-from deslo_plugin.config.load import Config, OptimizerConfig
+from deslo_plugin.config.schema import Config, OptimizerConfig
 
 BYTES = {"float32": 4, "float64": 8}
 HORIZON = 100_000  # steps that next_sync looks ahead

@@ -8,8 +8,9 @@ from statistics import median
 
 from deslo_plugin.averaging.synchronizer import NonFiniteError
 from deslo_plugin.config.file import read_file
-from deslo_plugin.config.load import Config, load_config
+from deslo_plugin.config.load import load_config
 from deslo_plugin.config.reader import ConfigError, Reader
+from deslo_plugin.config.schema import Config
 from deslo_plugin.config.shipped import find_config
 from deslo_plugin.simulation.objectives import Objective
 from deslo_plugin.simulation.run import Moment

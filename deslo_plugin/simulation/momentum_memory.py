@@ -17,7 +17,7 @@ from deslo_plugin.algorithm.theory import (
     second_momentum_drift,
     shared_variance,
 )
-from deslo_plugin.config.load import OptimizerConfig
+from deslo_plugin.config.schema import OptimizerConfig
 
 
 class Memory(NamedTuple):

@@ -12,8 +12,9 @@ from deslo_plugin.algorithm.adaptive_periods import shortest
 from deslo_plugin.algorithm.schedule import due
 from deslo_plugin.algorithm.state_names import ORIGIN, PARAMS, STEP
 from deslo_plugin.comm.transport import Alone, Work
-from deslo_plugin.config.load import Config, load_config
+from deslo_plugin.config.load import load_config
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import Config
 from deslo_plugin.optim.desloc import DesLoc
 
 UNCUT = 1 << 30  # MiB in a chunk: every average travels whole, all rows of it

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deslo_plugin.config.load import Config
+from deslo_plugin.config.schema import Config
 from deslo_plugin.simulation.membership import Membership, constant
 from deslo_plugin.simulation.objectives import Objective
 from deslo_plugin.simulation.replicas import Replicas

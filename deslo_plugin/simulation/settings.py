@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deslo_plugin.config.load import Config
 from deslo_plugin.config.reader import ConfigError, near
+from deslo_plugin.config.schema import Config
 from deslo_plugin.simulation.byte_lm import language, read_text, standard_library
 from deslo_plugin.simulation.membership import Failures, Growth, Membership
 from deslo_plugin.simulation.objectives import Logistic, Objective, Quadratic, Rosenbrock, normal

@@ -8,7 +8,8 @@ from worlds import threads
 
 import deslo_plugin
 from deslo_plugin import ConfigError, DesLoc, load_config
-from deslo_plugin.optim.any_optimizer import StockAveraging, schedule
+from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.optim.any_optimizer_step import schedule
 
 EVERY = {"params": 2, "exp_avg": 2, "exp_avg_sq": 2}
 

@@ -23,7 +23,8 @@ import deslo_plugin
 from deslo_plugin import DesLoc, load_config
 from deslo_plugin.comm.transport import Alone
 from deslo_plugin.config.file import read_file
-from deslo_plugin.optim.any_optimizer import StockAveraging, schedule
+from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.optim.any_optimizer_step import schedule
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LR, REPLICAS, ROWS, LABELS = 1e-3, 2, 300, 4

@@ -10,7 +10,8 @@ from worlds import threads
 import deslo_plugin
 from deslo_plugin import DesLoc
 from deslo_plugin.config.load import load_config
-from deslo_plugin.optim.any_optimizer import StockAveraging, schedule
+from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.optim.any_optimizer_step import schedule
 
 EVERY = {"params": 3, "exp_avg": 2, "exp_avg_sq": 6}
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from deslo_plugin.config.load import DesloConfig, expect_averages, load_config, read_deslo
+from deslo_plugin.config.load import expect_averages, load_config, read_deslo
 from deslo_plugin.config.reader import ConfigError, shown
+from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.optim.desloc import DesLoc
 
 Build = Callable[[Any], DesLoc]

@@ -23,8 +23,9 @@ from deslo_plugin.checks.replica_checks import agree_on_model, agree_on_optimize
 from deslo_plugin.checks.replica_watch import Watch
 from deslo_plugin.comm.consistency import agree
 from deslo_plugin.comm.transport import Groups, ReplicaAverage, gathered
-from deslo_plugin.config.load import Config, DesloConfig, read_deslo
+from deslo_plugin.config.load import read_deslo
 from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.config.schema import Config, DesloConfig
 from deslo_plugin.frameworks.deepspeed import checkpoint, zero
 from deslo_plugin.frameworks.deepspeed.all_ranks import expect_ours, leave_note
 from deslo_plugin.frameworks.deepspeed.config import compared, is_ours, job_of, refuse_misspelt, refuse_unsupported

@@ -9,7 +9,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from deslo_plugin.checks.replica_checks import local_world_size
 from deslo_plugin.comm.topology import make_topology
 from deslo_plugin.comm.transport import Groups, make_groups
-from deslo_plugin.config.load import DesloConfig
+from deslo_plugin.config.schema import DesloConfig
 
 
 def groups_of(deslo: DesloConfig) -> Groups:
