@@ -25,7 +25,8 @@ def schedule(averaging: StockAveraging) -> None:
     @torch.no_grad()
     def step(_: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
         if closure is None and _only_creates_states(optimizer):
-            return inner()
+            with averaging.watch.looking_away() if averaging.watch else contextlib.nullcontext():
+                return inner()
         result = None
         if closure is not None and (asks_first or averaging.skips_nonfinite):
             with torch.enable_grad():
