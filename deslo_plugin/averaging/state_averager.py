@@ -1,4 +1,4 @@
-"""Algorithm 1 around whatever updates the parameters: what is due lands, the update is made, the clock ticks."""
+"""Runs Algorithm 1 for any optimizer: applies the averages that are due, counts the step, starts the next averages."""
 
 import functools
 import time
@@ -85,19 +85,26 @@ class Averaging:
     def groups(self) -> Sequence[Group]:
         return self.optimizer.param_groups if self._groups is None else self._groups
 
-    def around(self, update: Callable[[list[Cohort]], object]) -> None:
-        """One step: averages what is due, calls ``update``, and ticks."""
+    def before_update(self) -> list[Cohort] | None:
+        """Applies the averages that are due: x, u, v <- E_m[x], E_m[u], E_m[v] where t % K = 0 (Algorithm 1, SERVER).
+        Collective.
+
+        Returns what the update is for; None where this replica has just taken over another's state, which stands at
+        the end of a step: no update then.
+        """
         if self.watch:
             self.watch.step_begins()
         if not self._convened:
             self._convened = True
-            if self._convene():  # a latecomer: it stands where the others do, at the end of a step
-                return self._depart(self._cohorts())
+            if self._convene():
+                self._depart(self._cohorts())
+                return None
         cohorts = self._cohorts()
         self.meter.tick(map(id, (param for cohort in cohorts for param in cohort.params)))
-        if self.deslo.when == "before_update":
-            cohorts = self._average(cohorts)  # x, u, v <- E_m[...] where t % K == 0
-        update(cohorts)  # u, v, x <- the local rule
+        return self._average(cohorts) if self.deslo.when == "before_update" else cohorts
+
+    def after_update(self, cohorts: list[Cohort]) -> None:
+        """Counts the step of ``cohorts``; the averages that are due at its end start to travel. Collective."""
         for index, cohort in enumerate(cohorts):
             self.clock.set(cohort, cohort.steps + 1)
             cohorts[index] = cohort._replace(steps=cohort.steps + 1)
@@ -231,7 +238,7 @@ class Averaging:
         """Averages what is due, and returns the cohorts from now on: others where parameters were frozen or not any
         more."""
         due, answers = self._ask(cohorts)
-        sent = self._flights.complete(due)  # all that is due flies before the first lands: it arrives or not as one
+        sent = self._flights.complete(due)  # all start before any is waited for: they commit or fail together
         meeting = [cohort for cohort, states in due if PARAMS in states]
         if self._companions and meeting:
             self._companions.launch(meeting[0].steps, self._weigh(meeting[0], PARAMS))

@@ -71,14 +71,14 @@ class StockAveraging(Averaging):
         self._asked = False
         self.take_in()
 
-    def around(self, update: Callable[[list[Cohort]], object]) -> None:
+    def before_update(self) -> list[Cohort] | None:
         self.take_in()
         if not self._asked:
             self._asked = True
             if self.average.progress:
                 self.average.progress.change("the first optimizer.step()", "", self.deslo.timeout_s)
             self.learn_states(bool(self.optimizer.state))  # that were loaded: some may be due at once
-        super().around(update)
+        return super().before_update()
 
     def take_in(self) -> None:
         """Gives param groups that are new, by a load or ``add_param_group``, their periods and a clock: the one that
@@ -183,7 +183,10 @@ class StockAveraging(Averaging):
 
     def skip_step(self) -> None:
         """A step without an update, which every other replica may be taking: the clock ticks and averages land."""
-        self.around(lambda cohorts: self.learn_states(updated=False))
+        cohorts = self.before_update()
+        if cohorts is not None:
+            self.learn_states(updated=False)
+            self.after_update(cohorts)
 
     def _schedule(self, group: Group, names: Iterable[str]) -> None:
         names = sorted(names)

@@ -32,8 +32,8 @@ def schedule(averaging: StockAveraging) -> None:
             with torch.enable_grad():
                 result, closure = closure(), None
 
-        def update(cohorts: Any) -> None:
-            nonlocal result
+        cohorts = averaging.before_update()
+        if cohorts is not None:
             broken = averaging.broken()
             if not broken:
                 with contextlib.nullcontext() if scales else _unscaled(averaging):
@@ -42,8 +42,7 @@ def schedule(averaging: StockAveraging) -> None:
                     else:
                         result = inner(closure)
             averaging.learn_states(not broken)
-
-        averaging.around(update)
+            averaging.after_update(cohorts)
         return result
 
     add = optimizer.add_param_group

@@ -151,14 +151,20 @@ class DesLoc(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.armed:
-            self.averaging.around(self._tick if self.averaging.broken() else self._update)
+            self._take_step(self._tick if self.averaging.broken() else self._update)
         return loss
+
+    def _take_step(self, update: Callable[[Sequence[Cohort]], None]) -> None:
+        cohorts = self.averaging.before_update()  # x, u, v <- E_m[x], E_m[u], E_m[v]   where t % K = 0
+        if cohorts is not None:
+            update(cohorts)  # u, v, x <- OPT(g)
+            self.averaging.after_update(cohorts)  # t <- t + 1; what is due at t starts to travel
 
     @torch.no_grad()
     def skip_step(self) -> None:
         """A step without an update, which every other replica may be taking: the clock ticks and averages land."""
         if self.armed:
-            self.averaging.around(self._tick)
+            self._take_step(self._tick)
 
     def _receive(self, cohort: Cohort, states: States, means: States) -> None:
         """Replaces every state that has landed by its mean; parameters through the outer optimizer."""

@@ -214,7 +214,8 @@ def test_a_wrapper_of_several_optimizers_is_refused_with_a_call_for_each():
     with pytest.raises(
         deslo_plugin.ConfigError,
         match=(
-            r"which wraps AdamW and SGD; attach each of the inner ones with its own sync_every: attach\(model, optimizer.first, ...\), "
+            r"which wraps AdamW and SGD; attach each of the inner ones with its own sync_every: "
+            r"attach\(model, optimizer.first, ...\), "
             r"attach\(model, optimizer.others\[0\], ...\), and go on calling SGD as before"
         ),
     ):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -16,8 +15,6 @@ from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero import utils as zero_utils
 
 from deslo_plugin.attachment import Attachment
-from deslo_plugin.averaging.step_counter import GROUP_STEP
-from deslo_plugin.averaging.synchronizer import NonFiniteError
 from deslo_plugin.checks.module_wrappers import engines, saved_buffers
 from deslo_plugin.checks.replica_checks import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
 from deslo_plugin.checks.replica_watch import Watch
@@ -29,18 +26,17 @@ from deslo_plugin.config.schema import Config, DesloConfig
 from deslo_plugin.frameworks.deepspeed import checkpoint, zero
 from deslo_plugin.frameworks.deepspeed.all_ranks import expect_ours, leave_note
 from deslo_plugin.frameworks.deepspeed.config import compared, is_ours, job_of, refuse_misspelt, refuse_unsupported
+from deslo_plugin.frameworks.deepspeed.engine_step import EngineStep
 from deslo_plugin.frameworks.deepspeed.mpu import ReplicaUnit, active, groups_of
 from deslo_plugin.frameworks.telemetry_sinks import add_scalars, start_telemetry
-from deslo_plugin.frameworks.versions import expect, release
+from deslo_plugin.frameworks.versions import expect
 from deslo_plugin.log import say
 from deslo_plugin.optim.any_optimizer import StockAveraging
 from deslo_plugin.optim.desloc import DesLoc
 
-TakeStep = Callable[[Any], None]
 OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_checkpoint")  # ask for groups after init
 
 
-ZERO_3_SINCE = (0, 19, 8)  # on CPUs, where the releases before it are not even equal to themselves
 NOTHING_OF_US = (
     'deslo: deslo_plugin.run started this script, but its DeepSpeed config has no "deslo" block and no "DesLoc" '
     "optimizer: this "
@@ -168,10 +164,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     }
     watch = Watch(averaging, groups, stepped, [] if engine.zero_optimization() else stepped, in_engine=True)
     engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True, watch=watch)
-    engine._take_model_step = (_averaged if stock else _kept_in_step)(engine, engine._take_model_step)
-    if deslo.synchronous_steps:
-        engine._take_model_step = _warmed_up(engine, engine._take_model_step)
-    engine._take_model_step = _explained(engine, _recorded(engine, engine._take_model_step))
+    engine._take_model_step = EngineStep(engine, engine._take_model_step)
     checkpoint.save_the_truth(engine)
     for name in OUTSIDE:
         setattr(engine, name, _with_groups(unit, getattr(engine, name)))
@@ -195,103 +188,3 @@ def _with_groups(unit: ReplicaUnit, method: Callable[..., Any]) -> Callable[...,
             return method(*args, **kwargs)
 
     return call
-
-
-def _warmed_up(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
-    """While the synchronous warm-up lasts, a step begins with the mean of the replicas' gradients."""
-
-    @functools.wraps(take_model_step)
-    def step(lr_kwargs: Any) -> None:
-        if engine.global_steps < engine.deslo.config.deslo.synchronous_steps:
-            engine.deslo.averaging.average_gradients(engine.global_steps + 1, zero.gradients(engine))
-        take_model_step(lr_kwargs)
-
-    return step
-
-
-def _recorded(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
-    """A step of the engine, which may be several of the optimizer, has ended."""
-
-    @functools.wraps(take_model_step)
-    def step(lr_kwargs: Any) -> None:
-        take_model_step(lr_kwargs)
-        if engine.deslo.averaging.watch:
-            engine.deslo.watch.step_ended(of_engine=True)
-        engine.deslo.recorder.step_ended()
-
-    return step
-
-
-def _explained(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
-    """NaN that DeepSpeed itself is known for is named as such: a lower rate would not help."""
-    doubtful = (
-        engine.zero_optimization_partition_weights()
-        and release("deepspeed") < ZERO_3_SINCE
-        and engine.device.type == "cpu"
-    )
-
-    @functools.wraps(take_model_step)
-    def step(lr_kwargs: Any) -> None:
-        try:
-            take_model_step(lr_kwargs)
-        except NonFiniteError as error:
-            if doubtful:
-                raise NonFiniteError(
-                    f"{error}; but first of all take DeepSpeed 0.19.8 or later: the ZeRO-3 of "
-                    f"{deepspeed.__version__} gives NaN on CPUs by itself, at any lr"
-                ) from error
-            raise
-
-    return step
-
-
-def _averaged(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
-    """A stock optimizer's step, whether DeepSpeed takes or skips it, as a step of Algorithm 1."""
-    averaging = engine.deslo.averaging
-
-    @functools.wraps(take_model_step)
-    @torch.no_grad()
-    def step(lr_kwargs: Any) -> None:
-        def update(cohorts: Any) -> None:
-            take_model_step(lr_kwargs)
-            if not engine._step_applied:
-                _skipped(engine, lr_kwargs)
-            averaging.learn_states(engine._step_applied)
-
-        for group in averaging.groups:
-            group[GROUP_STEP] = engine.global_steps  # survives a resume
-        averaging.around(update)
-        if averaging.deslo.when == "after_update" or not engine._step_applied:
-            zero.publish(engine)
-
-    return step
-
-
-def _kept_in_step(engine: DeepSpeedEngine, take_model_step: TakeStep) -> TakeStep:
-    """A step that DeepSpeed skips on this replica alone (overflow, NaN) still ticks, averages and moves the lr."""
-
-    @functools.wraps(take_model_step)
-    @torch.no_grad()
-    def step(lr_kwargs: Any) -> None:
-        take_model_step(lr_kwargs)
-        if engine._step_applied:
-            return
-        for _ in zero.stepwise(engine):
-            engine.deslo.optimizer.skip_step()
-        zero.publish(engine)
-        _skipped(engine, lr_kwargs)
-
-    return step
-
-
-def _skipped(engine: DeepSpeedEngine, lr_kwargs: Any) -> None:
-    """What a skipped step still does: it is counted and said, and moves the lr schedule."""
-    attachment = engine.deslo
-    attachment.meter.skipped_steps += 1
-    say(
-        f"deslo: step {engine.global_steps} skipped on replica {attachment.topology.replica} (gradient not finite); "
-        "it keeps its state and averages with the others",
-        logging.WARNING,
-    )
-    if engine.lr_scheduler is not None:
-        engine.lr_scheduler.step(**(lr_kwargs or {}))
