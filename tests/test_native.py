@@ -100,7 +100,7 @@ def cases(draw):
     shapes = draw(
         st.lists(st.sampled_from(SIZES).map(lambda n: (n,)) | st.just((3, 5, 7)), min_size=count, max_size=count)
     )
-    rule = draw(st.sampled_from(list(ops.RULES)))
+    rule = draw(st.sampled_from(list(ops.OPERATORS)))
     options = {"clip_value": draw(st.none() | st.just(0.3)), "weight_decay": draw(st.sampled_from([0.0, 0.1]))}
     if rule == "adam":
         options["bias_correction"] = draw(st.booleans())
@@ -128,13 +128,13 @@ FLOAT32 = (torch.float32, torch.float32, torch.float32, None)
 
 
 @pytest.mark.parametrize("momenta", [1, 2, 3, 4, 5, ops.MAX_MOMENTA])
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 def test_every_rule_and_number_of_momenta(kernels, rule, momenta):
     case = Case(rule, momenta, [(n,) for n in SIZES], [FLOAT32] * len(SIZES))
     assert_close(case.native(), case.reference())
 
 
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 def test_a_large_tensor(kernels, rule):
     case = Case(rule, 2, [(10_000_019,)], [FLOAT32])
     assert_close(case.native(), case.reference())
@@ -161,7 +161,7 @@ of_states = pytest.mark.parametrize("types", [TYPES, BRIEF], ids=["float32", "bf
 
 @of_states
 @pytest.mark.parametrize("momenta", [1, 3, 7])
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 def test_the_number_of_threads_changes_no_bit(kernels, rule, momenta, types):
     case, before = Case(rule, momenta, MIXED, types), torch.get_num_threads()
     try:
@@ -177,7 +177,7 @@ def test_the_number_of_threads_changes_no_bit(kernels, rule, momenta, types):
 
 @of_states
 @pytest.mark.parametrize("momenta", [1, 3, 7])
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 def test_the_instruction_set_changes_no_bit(everywhere, rule, momenta, types):
     case = Case(rule, momenta, MIXED, types, clip_value=0.7)
     expected = case.native()
@@ -188,7 +188,7 @@ def test_the_instruction_set_changes_no_bit(everywhere, rule, momenta, types):
 @of_states
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("momenta", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 def test_the_cuda_kernels_give_the_bits_of_the_cpu(emulated, rule, momenta, offset, types):
     copied = [(*kind[:3], kind[0]) for kind in types]
     for options in ({}, {"clip_value": 0.7, "grad_scale": torch.tensor(0.3)}, {"t": 0}):

@@ -51,7 +51,7 @@ def test_backward_notices_that_params_have_moved():
 
 @pytest.mark.parametrize("names", [("t",), ("lr",), ("t", "lr")], ids="+".join)
 @pytest.mark.parametrize("t", [0, 1, 1000])
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 def test_step_and_rate_may_be_tensors(kernels, emulated, rule, t, names):
     types = [FLOAT32, *BRIEF][: len(MIXED)]
     for options in (

@@ -82,7 +82,7 @@ def test_draws_are_uniform_and_unrelated(over):
         assert abs((bits >> bit & 1).double().mean() - 0.5) < 4 * deviation / 2
 
 
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 @pytest.mark.parametrize("t", [0, 1, 2**40])
 def test_kernels_and_reference_differ_in_few_roundings(kernels, rule, t):
     case = Case(rule, 2, [(100_003,), (64,)], [BRIEF] * 2, t=t)

@@ -16,10 +16,13 @@ Lists of float64 tensors are computed in float64, lists of float32 tensors in fl
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
 
 Tensors = Sequence[Tensor]
 
@@ -119,7 +122,44 @@ def adopt_(
     torch._foreach_addcmul_(v, g, g, 1 - beta2)
 
 
-RULES = {"sgdm": sgdm_, "adam": adam_, "adopt": adopt_}
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One local rule, and all that anything else asks about it. A new rule is one of these and its twin in
+    ``csrc/rules.h``.
+
+    Attributes:
+        title: as people call it.
+        update: what it does, in the papers' letters.
+        eps: what its denominator has by default; None for a rule without second moment.
+        corrects_bias: whether it has the switch ``bias_correction``, which is on by default.
+        bounds_momenta: whether each |u| <= C sqrt(v), as ``momentum_bound`` holds it: u and v average the same
+            gradients.
+        sets_v_first: whether the update t = 0 sets v and moves nothing else.
+    """
+
+    title: str
+    update: Callable[..., None]
+    eps: float | None = None
+    corrects_bias: bool = False
+    bounds_momenta: bool = False
+    sets_v_first: bool = False
+
+    @property
+    def has_second_moment(self) -> bool:
+        return self.eps is not None
+
+    def remains(self, t: int, shrinks_by: float, betas: Mapping[str, float]) -> dict[str, float]:
+        """What update ``t`` leaves of a difference in each state: of x 1 - ``shrinks_by``, of a momentum its beta."""
+        if self.sets_v_first and t == 0:
+            return {SECOND_MOMENT: 0.0}
+        return {PARAMS: 1 - shrinks_by, **betas}
+
+
+RULES: Mapping[str, Rule] = {
+    "sgdm": Rule(title="SGDM", update=sgdm_),
+    "adam": Rule(title="Adam", update=adam_, eps=1e-8, corrects_bias=True, bounds_momenta=True),
+    "adopt": Rule(title="ADOPT", update=adopt_, eps=1e-6, sets_v_first=True),
+}
 
 
 def clipped(g: Tensors, rho: float) -> Tensors:

@@ -19,7 +19,6 @@ from deslo_plugin.config.reader import ConfigError, Reader, near, shown
 from deslo_plugin.config.schema import (
     CHECKPOINTS,
     DIGESTS,
-    EPS,
     STATE_DICTS,
     STATE_DTYPES,
     WIRE_DTYPES,
@@ -62,24 +61,24 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
 def read_optimizer(params: Any) -> OptimizerConfig:
     """``optimizer.params`` -> ``OptimizerConfig``."""
     reader = Reader("optimizer.params", params)
-    rule = reader.choice("rule", "adam", RULES)
-    if rule == "sgdm":
-        for key in [key for key in ("eps", "second_moment") if key in reader]:
-            reader.refuse(key, "no such key for rule sgdm", repr(params[key]), "remove it: sgdm has no second moment")
-    if rule != "adam" and "bias_correction" in reader:
-        reader.refuse("bias_correction", f"no such key for rule {rule}", repr(params["bias_correction"]), "remove it")
+    name = reader.choice("rule", "adam", RULES)
+    rule = RULES[name]
+    for key in [key for key in ("eps", "second_moment") if key in reader and not rule.has_second_moment]:
+        reader.refuse(key, f"no such key for rule {name}", repr(params[key]), f"remove it: {name} has no second moment")
+    if "bias_correction" in reader and not rule.corrects_bias:
+        reader.refuse("bias_correction", f"no such key for rule {name}", repr(params["bias_correction"]), "remove it")
 
-    momenta = read_momenta(reader, adaptive=rule in EPS)
+    momenta = read_momenta(reader, adaptive=rule.has_second_moment)
     periods, sources = read_periods(reader, momenta)
     config = OptimizerConfig(
-        rule=rule,
+        rule=name,
         lr=reader.number("lr", 1e-3),
         betas=momenta.betas,
         weights=momenta.weights,
         beta2=momenta.beta2,
-        eps=reader.number("eps", EPS[rule]) if rule in EPS else None,
+        eps=reader.number("eps", rule.eps) if rule.has_second_moment else None,
         weight_decay=reader.number("weight_decay", 0.0),
-        bias_correction=reader.flag("bias_correction", rule == "adam"),
+        bias_correction=reader.flag("bias_correction", rule.corrects_bias),
         clip_value=_clip(reader),
         periods=periods,
         period_sources=sources,

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from deslo_plugin.algorithm.adaptive_periods import Schedule
 from deslo_plugin.algorithm.momentum_bound import Bound
+from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT, first_momenta
 from deslo_plugin.config.telemetry import Telemetry
 
-EPS = {"adam": 1e-8, "adopt": 1e-6}
 WIRE_DTYPES = ("float32", "float64")
 CHECKPOINTS = ("average", "exact", "sync")
 STATE_DICTS = ("refuse", "averaged", "last_average")
@@ -67,7 +67,7 @@ class OptimizerConfig:
     @property
     def bounds(self) -> list[Bound]:
         """What the second moment allows each momentum; adopt divides by it before it averages, sgdm has none."""
-        firsts = zip(self.momenta, self.betas) if self.rule == "adam" else ()
+        firsts = zip(self.momenta, self.betas) if RULES[self.rule].bounds_momenta else ()
         return [Bound(state, SECOND_MOMENT, beta, self.beta2) for state, beta in firsts]
 
 

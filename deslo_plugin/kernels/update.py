@@ -34,8 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin.algorithm.rules import RULES as REFERENCE
-from deslo_plugin.algorithm.rules import Tensors, clipped
+from deslo_plugin.algorithm.rules import RULES, Rule, Tensors, clipped
 from deslo_plugin.algorithm.stochastic_rounding import round_
 from deslo_plugin.kernels.argument_checks import refuse, refuse_overlap
 from deslo_plugin.kernels.local_tensors import local
@@ -56,7 +55,6 @@ _OPTIONS = (
     "Tensor? lr_tensor=None"
 )
 _SCALARS = {"t": torch.int64, "lr": torch.float64}  # numbers that may be tensors
-_SECOND_MOMENT = {"sgdm": "", "adam": "float beta2, float eps, bool bias_correction", "adopt": "float beta2, float eps"}
 
 _library = torch.library.Library("deslo", "DEF")
 
@@ -81,7 +79,7 @@ def adopt_(x: Tensors, g: Tensors, u: Sequence[Tensors], v: Tensors, *, copy: Te
     _call("adopt_", x, g, u, v, copy=copy, **numbers)
 
 
-RULES = {"sgdm": sgdm_, "adam": adam_, "adopt": adopt_}
+OPERATORS: Mapping[str, Callable[..., None]] = {"sgdm": sgdm_, "adam": adam_, "adopt": adopt_}
 
 
 def _call(name: str, x: Tensors, g: Tensors, u: Sequence[Tensors], *v: Tensors, copy: Tensors, **numbers: Any) -> None:
@@ -127,7 +125,7 @@ def reference(rule: str) -> Callable[..., None]:
             wide_g = [grad * grad_scale.to(grad.dtype) for grad in wide_g]
         if clip_value is not None:
             wide_g = clipped(wide_g, clip_value)
-        REFERENCE[rule](wide_x, wide_g, wide_momenta, *wide_v, t=t, lr=lr, betas=betas, weights=weights, **numbers)
+        RULES[rule].update(wide_x, wide_g, wide_momenta, *wide_v, t=t, lr=lr, betas=betas, weights=weights, **numbers)
         for target, value in zip([*x, *copy], [*wide_x, *(wide_x if copy else [])]):
             if target is not value:
                 target.copy_(value)
@@ -239,12 +237,19 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _define() -> None:
-    for rule, second_moment in _SECOND_MOMENT.items():
-        tensors = [schema for name, schema in _TENSORS.items() if name != "v" or second_moment]
-        numbers = [part for part in (_NUMBERS, second_moment, _OPTIONS) if part]
-        _library.define(f"{rule}_({', '.join(tensors)}, *, {', '.join(numbers)}) -> ()")
-        _library.impl(f"{rule}_", reference(rule), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"deslo::{rule}_", lambda *tensors, **numbers: None, lib=_library)
+    for name, rule in RULES.items():
+        tensors = [schema for letter, schema in _TENSORS.items() if letter != "v" or rule.has_second_moment]
+        numbers = [part for part in (_NUMBERS, _second_moment(rule), _OPTIONS) if part]
+        _library.define(f"{name}_({', '.join(tensors)}, *, {', '.join(numbers)}) -> ()")
+        _library.impl(f"{name}_", reference(name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"deslo::{name}_", lambda *tensors, **numbers: None, lib=_library)
+
+
+def _second_moment(rule: Rule) -> str:
+    """The numbers that only a rule with a second moment takes."""
+    if not rule.has_second_moment:
+        return ""
+    return "float beta2, float eps" + (", bool bias_correction" if rule.corrects_bias else "")
 
 
 def _load() -> str:

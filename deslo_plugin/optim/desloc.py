@@ -9,6 +9,7 @@ from torch import Tensor
 
 from deslo_plugin.algorithm.adaptive_periods import adaptive
 from deslo_plugin.algorithm.outer_optimizer import mean_, nesterov_
+from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.state_names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP, every
 from deslo_plugin.averaging.members import trains
 from deslo_plugin.averaging.metrics import Meter, SyncEvent
@@ -20,7 +21,7 @@ from deslo_plugin.config.load import expect_averages, load_config
 from deslo_plugin.config.periods import group_periods
 from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.config.schema import Config
-from deslo_plugin.kernels.update import RULES
+from deslo_plugin.kernels.update import OPERATORS
 from deslo_plugin.optim.adam_states import in_own_form
 from deslo_plugin.optim.memory_layout import alike
 
@@ -83,15 +84,15 @@ class DesLoc(torch.optim.Optimizer):
 
     def _set_rule(self) -> None:
         optimizer = self.config.optimizer
-        self._rule = RULES[optimizer.rule]
+        self._rule, self._operator = RULES[optimizer.rule], OPERATORS[optimizer.rule]
         self._constants: dict[str, Any] = {
             "betas": optimizer.betas,
             "weights": optimizer.weights,
             "clip_value": optimizer.clip_value,
         }
-        if optimizer.beta2 is not None:
+        if self._rule.has_second_moment:
             self._constants |= {"beta2": optimizer.beta2, "eps": optimizer.eps}
-        if optimizer.rule == "adam":
+        if self._rule.corrects_bias:
             self._constants["bias_correction"] = optimizer.bias_correction
 
     def attach(self, average: Average, params: Any, emit: Callable[[SyncEvent], object] | None = None) -> None:
@@ -195,13 +196,13 @@ class DesLoc(torch.optim.Optimizer):
                     tensors["v"] = gather(SECOND_MOMENT, params)
                 lr, decay = _rate(cohort.group["lr"], params[0].device), float(cohort.group["weight_decay"])
                 try:
-                    self._rule(**tensors, t=t, lr=lr, weight_decay=decay, **options)
+                    self._operator(**tensors, t=t, lr=lr, weight_decay=decay, **options)
                 except ValueError:  # before anything was written: a layout that the operator does not take, or worse
                     self._refuse_sparse(params)
                     with alike(tensors) as copies:
-                        self._rule(**copies, t=t, lr=lr, weight_decay=decay, **options)
+                        self._operator(**copies, t=t, lr=lr, weight_decay=decay, **options)
                 if self.averaging.late:
-                    self.averaging.late.fade(params, self._left(t, lr, decay))
+                    self.averaging.late.fade(params, self._remains(t, lr, decay))
             if optimizer.outer and cohort.steps < self.config.deslo.synchronous_steps:
                 # the outer optimizer begins where the warm-up ends: its progress is no pseudo-gradient
                 torch._foreach_copy_(gather(OUTER_PARAMS, cohort.params), gather(PARAMS, cohort.params))
@@ -215,11 +216,10 @@ class DesLoc(torch.optim.Optimizer):
                 "build its module with sparse=False, or attach SparseAdam for it",
             )
 
-    def _left(self, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
+    def _remains(self, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
         """What update ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""
-        if self.config.optimizer.rule == "adopt" and t == 0:
-            return {SECOND_MOMENT: 0.0}  # the first step of ADOPT sets v and moves nothing else
-        return {PARAMS: 1 - float(lr) * weight_decay if weight_decay else 1.0, **self.config.optimizer.beta_of}
+        shrinks_by = float(lr) * weight_decay if weight_decay else 0.0
+        return self._rule.remains(t, shrinks_by, self.config.optimizer.beta_of)
 
     def _tick(self, cohorts: Sequence[Cohort]) -> None:
         """No update: the rule's own count t stays where it is while the clock goes on."""

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from deslo_plugin.algorithm.adaptive_periods import shortest
+from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import Periods, half_life_period
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
 from deslo_plugin.config.periods import MULTIPLE_OF_PARAMS
 from deslo_plugin.config.schema import Config
 
-LOCAL = {"adam": "Local Adam", "adopt": "Local ADOPT", "sgdm": "Local SGDM"}
+LOCAL = {name: f"Local {rule.title}" for name, rule in RULES.items()}
 
 
 def periods_of(config: Config) -> Periods:

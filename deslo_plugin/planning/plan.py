@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive, longest, shortest
+from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import Periods, due, vectors_per_step
 from deslo_plugin.algorithm.state_names import BUFFERS, GRADIENTS, PARAMS
 from deslo_plugin.comm.topology import Topology
@@ -96,7 +97,7 @@ class Plan:
         lines = [f"deslo: {t.replicas} replica(s) of {t.replica_size} rank(s); {_direction(opt)}; {order}"]
         if t.replicas == 1:
             return lines[0] + "\n  one replica only: nothing to average, this is the plain optimizer"
-        if opt is not None and opt.rule == "adam":
+        if opt is not None and RULES[opt.rule].bounds_momenta:
             lines += [
                 f"  beware: beta {beta:g} outlives beta2 {opt.beta2:g}, with which Adam can diverge; take beta2 above "
                 f"{beta**2:.4g}, or adopt"

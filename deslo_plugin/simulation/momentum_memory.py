@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import half_life
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
 from deslo_plugin.algorithm.theory import (
@@ -72,7 +73,7 @@ class Proven(NamedTuple):
 
 def proven(config: OptimizerConfig) -> Proven | None:
     """What the papers prove of ``config``; None for other rules, of which they prove no rate in this form."""
-    if config.rule != "sgdm":
+    if RULES[config.rule].has_second_moment:
         return None
     cost = psi(
         config.periods[PARAMS], config.betas, config.weights, [config.periods[state] for state in config.momenta]
