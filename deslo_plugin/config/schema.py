@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from deslo_plugin.algorithm.adaptive_periods import Schedule
 from deslo_plugin.algorithm.momentum_bound import Bound
@@ -63,6 +64,14 @@ class OptimizerConfig:
     def beta_of(self) -> dict[str, float]:
         """State name -> beta of that momentum."""
         return dict(zip(self.momenta, self.betas)) | ({} if self.beta2 is None else {SECOND_MOMENT: self.beta2})
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the operator of the rule takes beside tensors, rate and decay."""
+        rule = RULES[self.rule]
+        constants: dict[str, Any] = {"betas": self.betas, "weights": self.weights, "clip_value": self.clip_value}
+        constants |= {"beta2": self.beta2, "eps": self.eps} if rule.has_second_moment else {}
+        return constants | ({"bias_correction": self.bias_correction} if rule.corrects_bias else {})
 
     @property
     def bounds(self) -> list[Bound]:

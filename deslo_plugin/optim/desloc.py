@@ -85,15 +85,6 @@ class DesLoc(torch.optim.Optimizer):
     def _set_rule(self) -> None:
         optimizer = self.config.optimizer
         self._rule, self._operator = RULES[optimizer.rule], OPERATORS[optimizer.rule]
-        self._constants: dict[str, Any] = {
-            "betas": optimizer.betas,
-            "weights": optimizer.weights,
-            "clip_value": optimizer.clip_value,
-        }
-        if self._rule.has_second_moment:
-            self._constants |= {"beta2": optimizer.beta2, "eps": optimizer.eps}
-        if self._rule.corrects_bias:
-            self._constants["bias_correction"] = optimizer.bias_correction
 
     def attach(self, average: Average, params: Any, emit: Callable[[SyncEvent], object] | None = None) -> None:
         """Creates the state of ``params`` where none was loaded, connects the transport and arms ``step``."""
@@ -185,7 +176,7 @@ class DesLoc(torch.optim.Optimizer):
         """The local rule, on those parameters that have a gradient; the others only age."""
         optimizer, gather = self.config.optimizer, self.averaging.gather
         scale = getattr(self, "grad_scale", None)
-        options = self._constants if scale is None else self._constants | {"grad_scale": scale.float().reciprocal()}
+        options = optimizer.constants | ({} if scale is None else {"grad_scale": scale.float().reciprocal()})
         for cohort in cohorts:
             self._tick([cohort._replace(params=[p for p in cohort.params if p.grad is None])])
             trained = [p for p in cohort.params if p.grad is not None]
