@@ -215,7 +215,10 @@ def ours(
         params = {"lr": 1e-3, "sync_every": sync_every} | ({"momenta": [momentum]} if momentum else {})
         optimizer = DesLoc(
             model.parameters(),
-            {"optimizer": {"params": params}, "deslo": {"overlap": overlap, "replica_size": "auto" if shard else 1}},
+            {
+                "optimizer": {"params": params},
+                "deslo": {"overlap_comm": overlap, "replica_size": "auto" if shard else 1},
+            },
         )
         attachment = attach(model, optimizer, mesh=mesh() if shard else None)
         plan, meter = attachment.plan, attachment.meter

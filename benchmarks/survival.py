@@ -34,7 +34,10 @@ HITS = ("killed while computing", "killed inside an average", "stopped for 5 s")
 
 def config(when: str) -> dict:
     sync_every = {"params": 4, "exp_avg": 8, "exp_avg_sq": 8}
-    return {"optimizer": {"params": {"lr": 1e-2, "sync_every": sync_every}}, "deslo": {"when": when, "timeout_s": 30}}
+    return {
+        "optimizer": {"params": {"lr": 1e-2, "sync_every": sync_every}},
+        "deslo": {"average_at": when, "timeout_s": 30},
+    }
 
 
 def hit(job: Replicas, name: str, how: str, chance: random.Random) -> float:
@@ -92,10 +95,7 @@ def main() -> None:
     console = Console(width=120)
     seconds: dict[tuple[str, str], list[float]] = {}
     verdicts = {}
-    for when, rounds in (
-        ("before_update", options.rounds - options.rounds // 2),
-        ("after_update", options.rounds // 2),
-    ):
+    for when, rounds in (("before_step", options.rounds - options.rounds // 2), ("after_step", options.rounds // 2)):
         with tempfile.TemporaryDirectory() as folder:
             job = Replicas(Path(folder), together=3, config=config(when))
             try:

@@ -121,7 +121,7 @@ class Attachment:
 
     def saw(self, samples: float) -> None:
         """Tells the samples (or tokens, counted alike on every rank) in the gradients of this rank's next step, for
-        ``deslo.weights: "samples"``; calls add up, as over micro-batches."""
+        ``deslo.replica_weights: "samples"``; calls add up, as over micro-batches."""
         self.averaging.saw(samples)
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class Attachment:
                 "skip_step()",
                 "engine.step() at every step under DeepSpeed",
                 "a step left out",
-                'take smaller batches on a slow replica, with deslo.weights "samples"',
+                'take smaller batches on a slow replica, with deslo.replica_weights "samples"',
             )
         (self.averaging if isinstance(self.averaging, StockAveraging) else self.optimizer).skip_step()
 

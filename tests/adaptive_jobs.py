@@ -30,7 +30,7 @@ def run(kind: str, config: dict, steps: int, folder: str = "") -> dict:
     }
     job.attachment.end()
     if folder:
-        deslo_plugin.save(folder, job.model, mode="average")
+        deslo_plugin.save(folder, job.model, mode="averaged")
     job.close()
     return result
 

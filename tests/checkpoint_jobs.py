@@ -176,7 +176,7 @@ def resumed_with_samples(config: dict, folder: str) -> tuple[dict, dict]:
 
     job = Job("plain", config)
     train(job, range(4))
-    deslo_plugin.save(folder, job.model, mode="exact")
+    deslo_plugin.save(folder, job.model, mode="per_replica")
     straight = train(job, range(4, 10))
     job = Job("plain", config)
     deslo_plugin.load(folder, job.model)
@@ -205,7 +205,7 @@ def two_optimizers(folder: str) -> dict:
 
     model, optimizers = made(7)
     train(model, optimizers, range(3))
-    deslo_plugin.save(folder, model, mode="exact")
+    deslo_plugin.save(folder, model, mode="per_replica")
     straight = train(model, optimizers, range(3, 9))
     model, optimizers = made(7)
     deslo_plugin.load(folder, model)
@@ -223,7 +223,7 @@ def killed_in_a_save(config: dict, folder: str) -> str:
     if dist.get_rank() == 2:
         torch.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     try:
-        deslo_plugin.save(folder, job.model, mode="exact")
+        deslo_plugin.save(folder, job.model, mode="per_replica")
     except Exception as error:
         return str(error)
     return "no error"

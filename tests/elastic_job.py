@@ -20,7 +20,7 @@ import deslo_plugin
 STEPS, SAVE_EVERY = 14, 5
 CONFIG = {
     "optimizer": {"params": {"lr": 1e-2, "sync_every": {"params": 2, "exp_avg": 4, "exp_avg_sq": 6}}},
-    "deslo": {"timeout_s": 20, "checkpoint": "exact"},
+    "deslo": {"timeout_s": 20, "checkpoint_mode": "per_replica"},
 }
 
 

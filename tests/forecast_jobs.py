@@ -31,7 +31,7 @@ def counted(wrap: str, blocks: dict[str, Any], steps: int) -> dict[str, Any]:
     dist.all_reduce = counting
     try:
         for step in range(steps):
-            if attachment.config.deslo.weights == "samples":
+            if attachment.config.deslo.replica_weights == "samples":
                 attachment.saw(ROWS)
             torch.manual_seed(10 * step + dist.get_rank())
             model(torch.randn(ROWS, FEATURES)).square().mean().backward()

@@ -153,7 +153,7 @@ def resumed(world, case: str, folder: str) -> float:
         kind.replace("-", " "),
         config_of(kind),
         f"{folder}/saved",
-        "exact",
+        "per_replica",
         SAVED_AT,
         STEPS - SAVED_AT,
         timeout=600,

@@ -266,15 +266,15 @@ def blocks(s: Setting, **deslo: object) -> dict:
     if s.rule == "adam":
         params["bias_correction"] = s.bias_correction
     if s.value_clip is not None:
-        params["clip"] = {"value": s.value_clip}
+        params["clip_value"] = s.value_clip
     if s.reset:
         params["reset_momenta"] = True
     if s.outer is not None:
-        params["outer"] = {"lr": s.outer[0], "momentum": s.outer[1]}
+        params["outer_optimizer"] = {"lr": s.outer[0], "momentum": s.outer[1]}
     if s.delay > 1:
-        deslo["delay"] = s.delay
-    when = "after_update" if s.after_update else "before_update"
-    return {"optimizer": {"type": "DesLoc", "params": params}, "deslo": {"when": when, **deslo}}
+        deslo["sync_delay"] = s.delay
+    when = "after_step" if s.after_update else "before_step"
+    return {"optimizer": {"type": "DesLoc", "params": params}, "deslo": {"average_at": when, **deslo}}
 
 
 def states(s: Setting, group: Group) -> dict[str, Tensor]:

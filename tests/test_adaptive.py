@@ -58,7 +58,7 @@ def test_it_goes_by_the_drift_over_all_replicas():
         momentum = {"min": 1, "max": 4, "drift": drift}
         config = {
             "optimizer": {"params": {"rule": "sgdm", "sync_every": {"params": 1, "exp_avg": {"adaptive": momentum}}}},
-            "deslo": {"when": "after_update"},
+            "deslo": {"average_at": "after_step"},
         }
         weight = torch.nn.Parameter(torch.zeros(7))
         optimizer = DesLoc(
@@ -167,7 +167,7 @@ def test_in_other_orders_too(four, kind, change):
 @pytest.mark.parametrize("kind", ["ddp", "hsdp", "zero 2"])
 def test_overlap_changes_no_bit(four, kind):
     there, not_there = (
-        four().run(adaptive_jobs.run, kind, config_for(kind, overlap=on), STEPS) for on in (True, False)
+        four().run(adaptive_jobs.run, kind, config_for(kind, overlap_comm=on), STEPS) for on in (True, False)
     )
     for a, b in zip(there, not_there):
         same(a["states"], b["states"])
@@ -190,7 +190,9 @@ def test_bytes_are_those_of_the_plan(four, kind):
 )
 def test_an_exact_resume_changes_no_bit(four, tmp_path, kind, before):
     fixed = Setting(**vars(S) | {"adaptive": {}})
-    results = four().run(checkpoint_jobs.resumed, kind, config_for(kind), str(tmp_path / "c"), "exact", before, 31)
+    results = four().run(
+        checkpoint_jobs.resumed, kind, config_for(kind), str(tmp_path / "c"), "per_replica", before, 31
+    )
     others = four().run(checkpoint_jobs.unsaved, kind, config_for(kind, fixed), before + 31)
     for result, other in zip(results, others):
         same(result["straight"], result["loaded"])
@@ -300,10 +302,10 @@ def test_param_groups_have_bounds_of_their_own():
         ),
         (
             {"exp_avg_sq": "adaptive"},
-            {"weights": "samples"},
-            'deslo.weights: expected "equal" with an adaptive period of exp_avg_sq',
+            {"replica_weights": "samples"},
+            'deslo.replica_weights: expected "uniform" with an adaptive period of exp_avg_sq',
         ),
-        ({"exp_avg": "adaptive"}, {"delay": 9}, "deslo.delay: expected at most 8, the period of params"),
+        ({"exp_avg": "adaptive"}, {"delay": 9}, "deslo.sync_delay: expected at most 8, the period of params"),
     ],
     ids=str,
 )

@@ -70,7 +70,7 @@ def test_plan_prints_periods_rules_and_every_assumption():
         "float32",
         "headers and protocol are not counted",
         "What this assumes:",
-        '"delay":',
+        '"sync_delay":',
     ):
         assert words in text, words
 
@@ -110,7 +110,7 @@ def test_counts_have_units(text, count):
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize("order", [{"overlap": False}, {"when": "after_update"}], ids=str)
+@pytest.mark.parametrize("order", [{"overlap_comm": False}, {"average_at": "after_step"}], ids=str)
 def test_plan_of_a_config_without_overlap_has_no_second_row_for_it(tmp_path, order):
     path = tmp_path / "two.json"
     path.write_text(json.dumps({"deslo": {"replica_size": 1, **order}}))
@@ -279,7 +279,7 @@ def checkpoint(tmp_path):
 def test_inspect_says_what_a_checkpoint_holds(checkpoint, of):
     found = answer("ckpt", "inspect", str(checkpoint if of == "checkpoint" else checkpoint.parent))
     assert found["whole"] and found["path"] == str(checkpoint)
-    assert (found["mode"], found["steps"], found["replicas"], found["replica_size"]) == ("average", 3, 1, 1)
+    assert (found["mode"], found["steps"], found["replicas"], found["replica_size"]) == ("averaged", 3, 1, 1)
     assert found["parameters"] == 4 * 3 + 3 + 3 + 3 and found["param_groups"] == [{"lr": 0.01}]
     assert found["states"]["params"] == {"tensors": 4, "elements": 21, "bytes": 84, "dtypes": ["float32"]}
     assert found["states"]["exp_avg_sq"] == {"tensors": 4, "elements": 21, "bytes": 42, "dtypes": ["bfloat16"]}

@@ -100,10 +100,13 @@ def test_dict_json_and_yaml_mean_the_same(tmp_path):
             "sync_every.exp_avg_sq: expected a known key (exp_avg, params)",
         ),
         ({"rule": "adopt", "bias_correction": True}, "bias_correction: expected no such key for rule adopt"),
-        ({"clip": {"value": 0}}, "clip.value: expected a number > 0"),
-        ({"clip": 1.0}, "clip: expected a mapping"),
+        ({"clip_value": 0}, "clip_value: expected a number > 0"),
+        ({"clip": {"value": 1.0}}, "clip: expected its name of today, clip_value, a number, got an old one"),
         ({"state_dtype": "float16"}, "state_dtype: expected one of float32, bfloat16, got 'float16'"),
-        ({"outer": {"lr": 1.0, "nesterov": True}}, "outer.nesterov: expected a known key (lr, momentum)"),
+        (
+            {"outer_optimizer": {"lr": 1.0, "nesterov": True}},
+            "outer_optimizer.nesterov: expected a known key (lr, momentum)",
+        ),
         (
             {"reset_momenta": True},
             "expected every momentum's sync_every to be null (here exp_avg, exp_avg_sq is averaged)",
@@ -120,17 +123,42 @@ def test_mistakes_in_optimizer_params(params, expected):
     [
         ({"replica_sz": 2}, "did you mean 'replica_size'?"),
         ({"replica_size": 0}, "deslo.replica_size: expected a whole number >= 1, 'auto', got 0 (int)"),
-        ({"when": "before"}, "did you mean 'before_update'?"),
-        ({"when": "after_update", "overlap": True}, "overlap: expected false with when 'after_update'"),
+        ({"average_at": "before"}, "did you mean 'before_step'?"),
+        (
+            {"average_at": "after_step", "overlap_comm": True},
+            "overlap_comm: expected false with average_at 'after_step'",
+        ),
         ({"wire_dtype": "int8"}, "wire_dtype: expected one of float32, float64"),
-        ({"overlap": "yes"}, "overlap: expected true or false, got 'yes' (str)"),
+        ({"overlap_comm": "yes"}, "overlap_comm: expected true or false, got 'yes' (str)"),
         ({"timeout_s": 0}, "timeout_s: expected a number >= 1, got 0"),
-        ({"bucket_mb": 0}, "bucket_mb: expected a whole number >= 1"),
+        ({"bucket_cap_mb": 0}, "bucket_cap_mb: expected a whole number >= 1"),
         (3, "deslo: expected a mapping"),
     ],
 )
 def test_mistakes_in_deslo(deslo, expected):
     assert expected in message(deslo=deslo)
+
+
+@pytest.mark.parametrize(
+    ("old", "today"),
+    [
+        (
+            {"when": "after_update"},
+            "deslo.when: expected its name of today, average_at, got an old one; write average_at",
+        ),
+        ({"average_at": "after_update"}, "write 'after_step', its name of today"),
+        ({"delay": 2}, "sync_delay"),
+        ({"weights": "samples"}, "replica_weights"),
+        ({"replica_weights": "equal"}, "write 'uniform', its name of today"),
+        ({"bucket_mb": 64}, "bucket_cap_mb"),
+        ({"overlap": False}, "overlap_comm"),
+        ({"checkpoint": "exact"}, "checkpoint_mode"),
+        ({"checkpoint_mode": "exact"}, "write 'per_replica', its name of today"),
+    ],
+    ids=str,
+)
+def test_an_old_key_or_value_is_named_with_its_name_of_today(old, today):
+    assert today in message(deslo=old)
 
 
 def test_another_optimizer_type_or_a_key_beside_params_is_refused():

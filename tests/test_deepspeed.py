@@ -74,8 +74,8 @@ def test_cpu_parameter_offload_trains_as_the_oracle(four):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_overlap_changes_no_bit(four, stage):
     s = RULES["mt-dao-adam-n2"]
-    on = four().run(jobs.run, ds_config(s, stage, deslo={"overlap": True}), 14)
-    off = four().run(jobs.run, ds_config(s, stage, deslo={"overlap": False}), 14)
+    on = four().run(jobs.run, ds_config(s, stage, deslo={"overlap_comm": True}), 14)
+    off = four().run(jobs.run, ds_config(s, stage, deslo={"overlap_comm": False}), 14)
     assert_same_states(on, off, tolerance=0)
 
 
@@ -116,7 +116,7 @@ def test_bytes_are_shard_bytes_times_events(four, stage):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_nothing_crosses_replicas_between_averages(four, stage):
     s = Setting(**vars(RULES["des-loc-adam"]) | {"periods": {"x": 6, "u1": 6, "v": 6}})
-    ds = ds_config(s, stage, deslo={"overlap": False})
+    ds = ds_config(s, stage, deslo={"overlap_comm": False})
     ds["optimizer"]["params"]["sync_every"] = {"params": 6}
     for rank, calls in enumerate(four().run(jobs.traffic, ds, 14)):
         crossing = [

@@ -65,7 +65,7 @@ def test_skip_needs_deepspeeds_own_check_in_bf16(four):
 
 
 def test_configs_that_differ_between_ranks_are_named(four):
-    for key, value in (("optimizer.params.lr", 0.5), ("deslo.when", "after_update"), ("gradient_clipping", 9.0)):
+    for key, value in (("optimizer.params.lr", 0.5), ("deslo.average_at", "after_step"), ("gradient_clipping", 9.0)):
         each = [GOOD, GOOD, GOOD, changed(key, value)]
         for error in four().run(jobs.raises, each):
             assert f"the DeepSpeed config's {key}: expected" in error
@@ -132,7 +132,7 @@ def test_nan_that_bf16_zero_does_not_look_for_stops_every_rank(four):
 def test_an_average_that_a_rank_misses_names_this_rank(tmp_path, overlap, fate, last):
     world = Processes(4, tmp_path)
     try:
-        ds = ds_config(RULES["des-loc-adam"], 0, deslo={"timeout_s": 4, "overlap": overlap, "replica_size": 1})
+        ds = ds_config(RULES["des-loc-adam"], 0, deslo={"timeout_s": 4, "overlap_comm": overlap, "replica_size": 1})
         errors = world.outcomes(jobs.missed_average, ds, fate)
         for error in errors[:3]:
             assert error.startswith(

@@ -139,7 +139,7 @@ EVERY_STEP = {"params": 1, "exp_avg": 1, "exp_avg_sq": 1}
 def optimizer_of(*weights, average, sync_every, emit=None, **deslo):
     settings = {
         "optimizer": {"params": {"lr": 1e-2, "sync_every": sync_every}},
-        "deslo": {"when": "after_update", **deslo},
+        "deslo": {"average_at": "after_step", **deslo},
     }
     return DesLoc([torch.nn.Parameter(weight) for weight in weights], settings, average=average, emit=emit)
 

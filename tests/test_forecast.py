@@ -20,10 +20,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 NUMEL = 10**8  # beside which the word that travels with an average is none
 WAITS = [  # of one average that needs 2.5 steps
     ({}, 1.5),
-    ({"overlap": False}, 2.5),
-    ({"when": "after_update"}, 2.5),
-    ({"delay": 2}, 0.5),
-    ({"delay": 3}, 0.0),
+    ({"overlap_comm": False}, 2.5),
+    ({"average_at": "after_step"}, 2.5),
+    ({"sync_delay": 2}, 0.5),
+    ({"sync_delay": 3}, 0.0),
 ]
 
 
@@ -69,7 +69,7 @@ def test_states_due_together_travel_one_after_the_other():
 def test_averages_queue_for_the_link(delay, steps, waited):
     """3 s each. delay 2: the first leaves at 4 and arrives at 7, a step late; the second, ready at 5, leaves only
     then."""
-    found = seen(job({"params": 4, "exp_avg": 5, "exp_avg_sq": None}, steps=steps, delay=delay), link_of(3.0))
+    found = seen(job({"params": 4, "exp_avg": 5, "exp_avg_sq": None}, steps=steps, sync_delay=delay), link_of(3.0))
     assert found.exposed_s == pytest.approx(waited)
 
 
@@ -78,12 +78,16 @@ def test_an_average_in_flight_at_the_end_is_not_waited_for():
 
 
 def test_latency_counts_once_for_each_bucket_begun():
-    wide = job({"params": 4, "exp_avg": None, "exp_avg_sq": None}, numel=600_000, overlap=False, bucket_mb=1)  # 2.4 MB
+    wide = job(
+        {"params": 4, "exp_avg": None, "exp_avg_sq": None}, numel=600_000, overlap_comm=False, bucket_cap_mb=1
+    )  # 2.4 MB
     assert seen(wide, Link(1e9, 0.1)).longest_s == pytest.approx(0.3)
 
 
 def test_ranks_of_a_replica_share_its_link():
-    one, four = (seen(job({"params": 4}, replica_size=size, numel=4000, overlap=False), Link(0.001)) for size in (1, 4))
+    one, four = (
+        seen(job({"params": 4}, replica_size=size, numel=4000, overlap_comm=False), Link(0.001)) for size in (1, 4)
+    )
     assert one.exposed_s == pytest.approx(four.exposed_s, rel=1e-3)  # but for a word from each
     # less a word
     each = (one.bytes["params"] - 4 * one.events["params"], four.bytes["params"] - 4 * four.events["params"])
@@ -117,7 +121,9 @@ def test_memory_is_states_and_the_copies_of_all_that_travels_at_once():
     alone = job({"params": 4, "exp_avg": 8, "exp_avg_sq": 16})
     plan = alone.plan()
     assert vars(memory(plan, transfers(plan, 100))) == {"states": 8 * NUMEL, "in_flight": 12 * NUMEL}
-    late = job({"params": 4, "exp_avg": 6, "exp_avg_sq": None}, delay=2, optimizer={"state_dtype": "bfloat16"}).plan()
+    late = job(
+        {"params": 4, "exp_avg": 6, "exp_avg_sq": None}, sync_delay=2, optimizer={"state_dtype": "bfloat16"}
+    ).plan()
     assert vars(memory(late, transfers(late, 100))) == {"states": 4 * NUMEL, "in_flight": 2 * 8 * NUMEL}
 
 
@@ -135,7 +141,9 @@ def test_alternatives_are_the_papers_and_none_is_there_twice():
     }
 
 
-@pytest.mark.parametrize("deslo", [{}, {"overlap": False}, {"delay": 2}, {"when": "after_update"}], ids=str)
+@pytest.mark.parametrize(
+    "deslo", [{}, {"overlap_comm": False}, {"sync_delay": 2}, {"average_at": "after_step"}], ids=str
+)
 @pytest.mark.parametrize("steps", [1, 12, 13, 14, 29])
 def test_predicted_bytes_and_averages_are_those_that_a_meter_counts(deslo, steps):
     planned = job({"params": 3, "exp_avg": 4, "exp_avg_sq": 6}, steps=steps, numel=7, **deslo)
@@ -156,7 +164,7 @@ def test_predicted_bytes_and_averages_are_those_that_a_meter_counts(deslo, steps
 COUNTED = [
     ("ddp", 1, {}),
     ("ddp", 2, {}),
-    ("ddp", 1, {"weights": "samples"}),
+    ("ddp", 1, {"replica_weights": "samples"}),
     ("fsdp", 2, {"synchronous_steps": 2}),
     ("plain", 1, {}),
 ]
@@ -196,7 +204,7 @@ def test_one_published_speed_up_on_a_link_gives_the_other(period):
     published, less = 9.4, 1 / (1.5 / period)
     at_10 = Link(10).seconds(4e9, 4)
     step_s = at_10 * (1 - published / less) / (published - 1)  # (step + t) / (step + t / less) = published
-    planned = job(periods, step_s=step_s, steps=60 * period, numel=10**9, replicas=4, overlap=False)
+    planned = job(periods, step_s=step_s, steps=60 * period, numel=10**9, replicas=4, overlap_comm=False)
 
     def faster(gbit_per_s: float) -> float:
         by_name = {method.name: method.on(Link(gbit_per_s)) for method in methods(planned)}

@@ -18,7 +18,7 @@ EVERY = {"x": 4, "u1": 3, "u2": 5, "u3": None, "v": 7}
 
 def settings(delay=3, rule="adam", lr=1e-2, sync_every=None, **deslo):
     block = {"rule": rule, "lr": lr, "sync_every": sync_every or {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}}
-    return {"optimizer": {"params": block}, "deslo": {"delay": delay, **deslo}}
+    return {"optimizer": {"params": block}, "deslo": {"sync_delay": delay, **deslo}}
 
 
 def give_gradients(params, step, rank=0):
@@ -201,18 +201,26 @@ def test_after_a_load_what_flew_is_averaged_as_it_is_when_it_should_land():
 @pytest.mark.parametrize(
     ("deslo", "params", "expected"),
     [
-        ({"delay": 0}, {}, "deslo.delay: expected a whole number >= 1, got 0 (int)"),
-        ({"delay": 2, "overlap": False}, {}, "deslo.delay: expected 1 without overlap, got 2; remove it, or take when"),
-        ({"delay": 2, "when": "after_update"}, {}, "deslo.delay: expected 1 without overlap, got 2"),
+        ({"sync_delay": 0}, {}, "deslo.sync_delay: expected a whole number >= 1, got 0 (int)"),
         (
-            {"delay": 5},
-            {"sync_every": {"params": 4}},
-            "deslo.delay: expected at most 4, the period of params, got 5; lower it",
+            {"sync_delay": 2, "overlap_comm": False},
+            {},
+            "deslo.sync_delay: expected 1 without overlap_comm, got 2; remove it, or take average_at",
         ),
-        ({"delay": 5}, {"sync_every": {"exp_avg": 3}}, "expected at most 3, the period of exp_avg, got 5"),
-        ({"delay": 2}, {"outer": {}}, "deslo.delay: expected 1 with outer, got 2; remove one"),
+        ({"sync_delay": 2, "average_at": "after_step"}, {}, "deslo.sync_delay: expected 1 without overlap_comm, got 2"),
         (
-            {"delay": 2},
+            {"sync_delay": 5},
+            {"sync_every": {"params": 4}},
+            "deslo.sync_delay: expected at most 4, the period of params, got 5; lower it",
+        ),
+        ({"sync_delay": 5}, {"sync_every": {"exp_avg": 3}}, "expected at most 3, the period of exp_avg, got 5"),
+        (
+            {"sync_delay": 2},
+            {"outer_optimizer": {}},
+            "deslo.sync_delay: expected 1 with outer_optimizer, got 2; remove one",
+        ),
+        (
+            {"sync_delay": 2},
             {"reset_momenta": True, "sync_every": {"exp_avg": None, "exp_avg_sq": None}},
             "1 with reset_momenta",
         ),
@@ -226,8 +234,8 @@ def test_what_cannot_land_late_is_refused(deslo, params, expected):
 
 def test_a_group_with_a_shorter_period_and_a_stock_optimizer_are_refused():
     with pytest.raises(
-        ConfigError, match="deslo.delay: expected at most 2, the period of params of param group 0, got 3"
+        ConfigError, match="deslo.sync_delay: expected at most 2, the period of params of param group 0, got 3"
     ):
         DesLoc([{"params": [torch.nn.Parameter(torch.ones(1))], "sync_every": {"params": 2}}], settings())
-    with pytest.raises(ConfigError, match="deslo.delay: expected 1 with a stock optimizer, got 3"):
-        load_config({"deslo": {"sync_every": {"params": 8}, "delay": 3}})
+    with pytest.raises(ConfigError, match="deslo.sync_delay: expected 1 with a stock optimizer, got 3"):
+        load_config({"deslo": {"sync_every": {"params": 8}, "sync_delay": 3}})

@@ -188,7 +188,7 @@ def test_a_closure_is_evaluated_with_gradients():
 
 def test_value_clipping_bounds_each_coordinate_and_does_not_hide_infinity():
     (weights,) = params_of((3,))
-    optimizer = DesLoc([weights], rule="sgdm", lr=1.0, betas=[0.0], clip={"value": 0.5})
+    optimizer = DesLoc([weights], rule="sgdm", lr=1.0, betas=[0.0], clip_value=0.5)
     before = weights.detach().clone()
     weights.grad = torch.tensor([0.2, -7.0, 7.0])
     optimizer.step()
@@ -201,7 +201,7 @@ def test_value_clipping_bounds_each_coordinate_and_does_not_hide_infinity():
 def broken_at(policy, when):
     def replica(average):
         params = params_of((3,))
-        settings = config({"deslo": {"on_nonfinite": policy, "when": when}}, lr=1e-2, sync_every={"params": 4})
+        settings = config({"deslo": {"on_nonfinite": policy, "average_at": when}}, lr=1e-2, sync_every={"params": 4})
         optimizer = DesLoc(params, settings, average=average)
         for step in range(6):
             give_gradients(params, step, average.rank)
@@ -216,7 +216,7 @@ def broken_at(policy, when):
     return threads(3, replica)
 
 
-@pytest.mark.parametrize(("when", "step"), [("before_update", 4), ("after_update", 3)])
+@pytest.mark.parametrize(("when", "step"), [("before_step", 4), ("after_step", 3)])
 def test_nan_stops_every_replica_at_the_same_average_and_is_not_written(when, step):
     results = broken_at("stop", when)
     assert [at for at, _, _ in results] == [step] * 3
@@ -225,7 +225,7 @@ def test_nan_stops_every_replica_at_the_same_average_and_is_not_written(when, st
 
 
 def test_nan_is_skipped_where_asked():
-    assert broken_at("skip", "before_update") == [(None, 0, True), (None, 1, True), (None, 0, True)]
+    assert broken_at("skip", "before_step") == [(None, 0, True), (None, 1, True), (None, 0, True)]
 
 
 def test_adopt_that_skips_its_first_step_still_sets_its_second_moment_from_a_gradient():

@@ -37,7 +37,7 @@ def rare(replica: int, step: int, x: torch.Tensor) -> torch.Tensor:
 def run_ours(s, *, replicas=REPLICAS, steps=STEPS, dtype=torch.float64, overlap=True, gradient=noisy_quadratic):
     """The states of every replica after ``steps`` steps of ``DesLoc`` on a vector split over two parameters."""
     config = blocks(
-        s, overlap=overlap and not s.after_update, wire_dtype=str(dtype).removeprefix("torch."), bucket_mb=1
+        s, overlap_comm=overlap and not s.after_update, wire_dtype=str(dtype).removeprefix("torch."), bucket_cap_mb=1
     )
 
     def replica(average):
@@ -71,7 +71,7 @@ def assert_equal(ours, theirs, relative):
             assert error <= relative * theory[name].abs().max().clamp(min=1.0), f"{name}: {error:.3g}"
 
 
-@pytest.mark.parametrize("after_update", [False, True], ids=["before_update", "after_update"])
+@pytest.mark.parametrize("after_update", [False, True], ids=["before_step", "after_step"])
 @pytest.mark.parametrize("momenta", MOMENTA)
 @pytest.mark.parametrize("rule", ["sgdm", "adam", "adopt"])
 def test_every_rule_and_order_is_the_oracle_in_float64(rule, momenta, after_update):
@@ -80,7 +80,7 @@ def test_every_rule_and_order_is_the_oracle_in_float64(rule, momenta, after_upda
     assert_equal(run_ours(s), expected(s), 1e-12)
 
 
-@pytest.mark.parametrize("after_update", [False, True], ids=["before_update", "after_update"])
+@pytest.mark.parametrize("after_update", [False, True], ids=["before_step", "after_step"])
 @pytest.mark.parametrize("momenta", MOMENTA)
 @pytest.mark.parametrize("rule", ["sgdm", "adam", "adopt"])
 def test_rare_gradients_are_those_of_the_oracle(rule, momenta, after_update):
@@ -89,7 +89,7 @@ def test_rare_gradients_are_those_of_the_oracle(rule, momenta, after_update):
     assert_equal(run_ours(s, gradient=rare), expected(s, gradient=rare), 1e-12)
 
 
-@pytest.mark.parametrize("after_update", [False, True], ids=["before_update", "after_update"])
+@pytest.mark.parametrize("after_update", [False, True], ids=["before_step", "after_step"])
 @pytest.mark.parametrize("momenta", ["one", "two and a rest", "three"])
 @pytest.mark.parametrize("rule", ["sgdm", "adam", "adopt"])
 def test_every_rule_and_order_is_the_oracle_in_float32(rule, momenta, after_update):
@@ -128,7 +128,7 @@ def test_overlap_changes_no_bit(rule):
         assert all(torch.equal(with_overlap[name], without[name]) for name in without)
 
 
-@pytest.mark.parametrize("after_update", [False, True], ids=["before_update", "after_update"])
+@pytest.mark.parametrize("after_update", [False, True], ids=["before_step", "after_step"])
 def test_identical_replicas_with_identical_data_are_one_replica(after_update):
     s = Setting("adam", PERIODS, [0.9, 0.99], [0.5, 0.3], after_update=after_update)
     same = lambda replica, step, x: noisy_quadratic(0, step, x)

@@ -96,7 +96,9 @@ def test_banner_warns_of_a_momentum_that_outlives_adams_second_moment(rule, beta
 
 
 def test_banner_says_every_period_and_where_it_comes_from():
-    text = plan({"sync_every": {"params": 4, "exp_avg": "half_life", "exp_avg_sq": None}, "outer": {}}).describe()
+    text = plan(
+        {"sync_every": {"params": 4, "exp_avg": "half_life", "exp_avg_sq": None}, "outer_optimizer": {}}
+    ).describe()
     for words in (
         "2 replica(s) of 2 rank(s)",
         "params: every 4 steps (given), 4,000 bytes",

@@ -55,7 +55,7 @@ dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = torch.nn.Linear(4, 2)
 optimizer = deslo_plugin.DesLoc(model.parameters(), {"optimizer": {"params": {"lr": 0.01, "sync_every": {"params": 7}}},
-                                                     "deslo": {"checkpoint": "exact", "timeout_s": 60}})
+                                                     "deslo": {"checkpoint_mode": "per_replica", "timeout_s": 60}})
 attachment = deslo_plugin.attach(model, optimizer)
 preemption = deslo_plugin.Preemption(model)
 newest = deslo_plugin.latest(folder)

@@ -35,7 +35,7 @@ def world(request, tmp_path):
 @pytest.mark.parametrize("world, overlap", [("file", True), ("tcp", False)], indirect=["world"])
 def test_a_late_rank_is_named_with_its_last_step_by_all_that_wait_for_it(world, overlap):
     """Rank 1 stops coming before step 5; the average after step 4 has landed, that after step 6 is missed."""
-    outcomes = world.outcomes(jobs.missing, blocks(S, timeout_s=2.0, overlap=overlap), "late", 1, 5)
+    outcomes = world.outcomes(jobs.missing, blocks(S, timeout_s=2.0, overlap_comm=overlap), "late", 1, 5)
     for error in outcomes[:1] + outcomes[2:]:
         assert re.search(
             r"AverageError: .*; rank 1 has not come to it \(its last average was after step 4, \d+\.\d s ago\)", error

@@ -61,7 +61,7 @@ def test_the_gpu_preset_computes_in_bfloat16_and_learns_as_in_float32():
 
 def test_late_averages_without_compensation_are_another_run():
     late = [
-        run(SMALL, "DES-LOC", rate=6e-3, seed=0, warm_up=False, deslo={"delay": 4}, compensated=each)
+        run(SMALL, "DES-LOC", rate=6e-3, seed=0, warm_up=False, deslo={"sync_delay": 4}, compensated=each)
         for each in (True, False)
     ]
     with_it, without = (train(each, SMALL)["validation"] for each in late)

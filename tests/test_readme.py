@@ -38,7 +38,11 @@ def test_every_key_is_in_the_tables_and_defaults_are_as_written():
     assert defaults.optimizer.periods == {"params": 32, "exp_avg": 96, "exp_avg_sq": 192}
     assert (defaults.optimizer.lr, defaults.optimizer.eps, defaults.optimizer.weight_decay) == (1e-3, 1e-8, 0.0)
     assert (defaults.optimizer.betas, defaults.optimizer.beta2) == ((0.9,), 0.95)
-    assert (defaults.deslo.timeout_s, defaults.deslo.bucket_mb, defaults.deslo.when) == (600, 64, "before_update")
+    assert (defaults.deslo.timeout_s, defaults.deslo.bucket_cap_mb, defaults.deslo.average_at) == (
+        600,
+        64,
+        "before_step",
+    )
 
 
 def test_the_python_is_valid():

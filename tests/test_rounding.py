@@ -124,7 +124,7 @@ def test_the_optimizer_keeps_its_moments_in_bfloat16(dtype):
     settings = {
         "lr": 1e-2,
         "state_dtype": "bfloat16",
-        "outer": {"lr": 0.7},
+        "outer_optimizer": {"lr": 0.7},
         "sync_every": {"params": 3, "exp_avg": 2, "exp_avg_sq": 4},
     }
 
@@ -150,7 +150,7 @@ def test_a_mean_lands_rounded_to_nearest():
     def replica(average):
         p = torch.nn.Parameter(torch.zeros(1000))
         params = {"state_dtype": "bfloat16", "sync_every": {"params": 1, "exp_avg": 1}}
-        settings = {"optimizer": {"params": params}, "deslo": {"when": "after_update"}}
+        settings = {"optimizer": {"params": params}, "deslo": {"average_at": "after_step"}}
         optimizer = DesLoc([p], settings, average=average)
         optimizer.state[p]["exp_avg"].fill_(1 if average.rank == 0 else 1 + 2**-7)
         optimizer.state[p]["exp_avg_sq"].fill_(1)  # such a momentum is held to nothing less

@@ -195,7 +195,7 @@ def test_a_config_that_cannot_be_simulated_is_refused(tmp_path):
     for blocks, message in (
         ({"deslo": {"sync_every": {"params": 4}}}, "a stock optimizer"),
         ({"optimizer": {"params": {}}, "gradient_clipping": "auto"}, "gradient_clipping"),
-        ({"optimizer": {"params": {}}, "deslo": {"weights": "samples"}}, "deslo.weights"),
+        ({"optimizer": {"params": {}}, "deslo": {"replica_weights": "samples"}}, "deslo.replica_weights"),
     ):
         path.write_text(json.dumps(blocks))
         assert message in run(*SMALL, "--config", str(path), status=2).stderr

@@ -150,14 +150,14 @@ def test_everyone_keeps_their_own_row_however_they_came():
     assert counts == [4, 5, 3] and sorted(world.ids) == [1, 2, 4] and world.away == {0: 10, 3: 10}
 
 
-@pytest.mark.parametrize("when", ["before_update", "after_update"])
+@pytest.mark.parametrize("when", ["before_step", "after_step"])
 def test_averages_are_over_those_that_are_there(when):
     # two that train on after a third has left are two that never knew it, once they have met the same start
     gone = lambda steps, replicas: steps == 10 and replicas.leave([1])
-    config = double(ADAM | {"deslo": {"when": when}})
+    config = double(ADAM | {"deslo": {"average_at": when}})
     left = last(Bowls(), config, replicas=3, steps=10).replicas
     rows, moments = left.state("params"), {name: left.state(name) for name in ("exp_avg", "exp_avg_sq")}
-    went_on = last(Bowls(), config, replicas=3, steps=12 + (when == "before_update"), membership=gone).replicas
+    went_on = last(Bowls(), config, replicas=3, steps=12 + (when == "before_step"), membership=gone).replicas
     assert went_on.ids == [0, 2] and went_on.away == {1: 10}
     x, u, v = ([each[0], each[2]] for each in (rows, moments["exp_avg"], moments["exp_avg_sq"]))
     for t in (10, 11):
@@ -165,7 +165,7 @@ def test_averages_are_over_those_that_are_there(when):
             g = noisy_quadratic(m, t, x[i])
             u[i], v[i] = 0.9 * u[i] + 0.1 * g, 0.95 * v[i] + 0.05 * g * g
             x[i] = x[i] - 0.01 * u[i] / (1 - 0.9 ** (t + 1)) / ((v[i] / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
-    if when == "after_update":
+    if when == "after_step":
         assert torch.allclose(went_on.state("params"), torch.stack(x).mean(0).expand(2, -1), rtol=0, atol=1e-12)
     else:  # step 12 averages v and params first, then moves
         for i, m in enumerate((0, 2)):

@@ -48,10 +48,10 @@ def test_adamw_trains_as_the_oracle(four, wrap, optimizer):
     assert all(result["bytes"] == result["planned"] for result in results)
 
 
-@pytest.mark.parametrize("more", [{"when": "after_update"}, {"synchronous_steps": 9}], ids=str)
+@pytest.mark.parametrize("more", [{"average_at": "after_step"}, {"synchronous_steps": 9}], ids=str)
 @pytest.mark.parametrize("wrap", WORLDS)
 def test_order_and_warm_up_are_those_of_the_oracle(four, wrap, more):
-    s = type(RULES["des-loc-adam"])(**vars(RULES["des-loc-adam"]) | {"after_update": "when" in more})
+    s = type(RULES["des-loc-adam"])(**vars(RULES["des-loc-adam"]) | {"after_update": "average_at" in more})
     results = four().run(jobs.run, wrap, deslo(wrap, **more), 20, None, adamw)
     assert_oracle(
         results,
@@ -64,7 +64,7 @@ def test_order_and_warm_up_are_those_of_the_oracle(four, wrap, more):
 def stock_ds(stage: int, **more) -> dict:
     ds = ds_config(RULES["des-loc-adam"], stage) | more
     ds["optimizer"] = {"type": "AdamW", "params": ADAMW | {"torch_adam": True}}
-    ds["deslo"] = {"replica_size": 2, "sync_every": SYNC_EVERY, "checkpoint": "exact"}
+    ds["deslo"] = {"replica_size": 2, "sync_every": SYNC_EVERY, "checkpoint_mode": "per_replica"}
     return ds
 
 
@@ -106,7 +106,7 @@ def test_a_deepspeed_resume_in_the_middle_of_a_period_changes_no_bit(four, tmp_p
 @pytest.mark.parametrize("optimizer, states", [(sgd, ["momentum_buffer"]), (muon, ["momentum_buffer"])])
 def test_whatever_states_an_optimizer_has_are_averaged(four, optimizer, states):
     """After an average that is taken after the update replicas are equal in all that was averaged."""
-    config = {"deslo": {"when": "after_update", "sync_every": {"params": 2} | dict.fromkeys(states, 4)}}
+    config = {"deslo": {"average_at": "after_step", "sync_every": {"params": 2} | dict.fromkeys(states, 4)}}
     at_4, at_6 = (four().run(jobs.raw_states, "plain", config, steps, optimizer) for steps in (4, 6))
     for state in ("params", *states):
         assert all(torch.equal(mine, first) for one in at_4 for mine, first in zip(one[state], at_4[0][state]))

@@ -94,7 +94,7 @@ def test_the_pseudo_gradient_of_equal_steps_has_cosine_1_and_of_opposite_steps_m
         x = torch.nn.Parameter(torch.ones(3))
         found = []
         params = {"rule": "sgdm", "lr": 1.0, "betas": [0.0], "sync_every": {"params": 1, "exp_avg": None}}
-        config = {"optimizer": {"params": params}, "deslo": {"when": "after_update"}}
+        config = {"optimizer": {"params": params}, "deslo": {"average_at": "after_step"}}
         optimizer = deslo_plugin.DesLoc(
             [x], config, average=average, emit=lambda event: found.append(event.drift.get(NAME))
         )
@@ -297,7 +297,7 @@ def test_mistakes_in_the_block_are_errors(block, expected):
 
 def test_settings_that_do_not_go_together_are_refused():
     with pytest.raises(ConfigError, match="deslo.telemetry.pseudo_gradient: expected false with a delay above 1"):
-        load_config({"deslo": {"delay": 2, "telemetry": {"path": "a", "pseudo_gradient": True}}})
+        load_config({"deslo": {"sync_delay": 2, "telemetry": {"path": "a", "pseudo_gradient": True}}})
 
 
 def test_what_is_no_number_is_refused_by_name(tmp_path):

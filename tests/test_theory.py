@@ -25,7 +25,7 @@ BETAS = st.floats(0.05, 0.999)
 
 def config(rule: str, every: dict[str, int], **params):
     params = {"rule": rule, "lr": 0.0, "sync_every": every} | params
-    return {"optimizer": {"params": params}, "deslo": {"when": "after_update", "wire_dtype": "float64"}}
+    return {"optimizer": {"params": params}, "deslo": {"average_at": "after_step", "wire_dtype": "float64"}}
 
 
 def pure_noise(beta: float, every: int, *, replicas: int, size: int, sigma: float, rounds: int, past: int) -> tuple:
@@ -87,7 +87,7 @@ def drifts(beta: float, beta2: float, rho: float, gradients: torch.Tensor, every
     both = {"params": every, "exp_avg": every, "exp_avg_sq": every}
     world = Replicas(
         torch.zeros(gradients.shape[2], dtype=torch.float64),
-        config("adam", both, betas=[beta, beta2], clip={"value": rho}),
+        config("adam", both, betas=[beta, beta2], clip_value=rho),
         gradients.shape[1],
     )
     found, shared = [], {}

@@ -51,7 +51,7 @@ def test_after_update_trains_as_the_oracle(four, wrap):
 @pytest.mark.parametrize("wrap", WORLDS)
 def test_overlap_changes_no_bit(four, wrap):
     s = RULES["mt-dao-adam-n2"]
-    there, not_there = (four().run(jobs.run, wrap, blocks_for(s, wrap, overlap=on), 14) for on in (True, False))
+    there, not_there = (four().run(jobs.run, wrap, blocks_for(s, wrap, overlap_comm=on), 14) for on in (True, False))
     for a, b in zip(there, not_there):
         assert all(torch.equal(a["states"][k][n], b["states"][k][n]) for k in a["states"] for n in a["states"][k])
 

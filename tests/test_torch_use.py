@@ -56,7 +56,7 @@ def test_ddp_on_the_ranks_of_a_replica_is_the_hierarchical_form(four):
 
 
 def test_running_statistics_average_with_the_parameters(four):
-    for result in four().run(jobs.batch_norm, blocks(S, replica_size=1, when="after_update"), 2):
+    for result in four().run(jobs.batch_norm, blocks(S, replica_size=1, average_at="after_step"), 2):
         assert result["equal at 2"] and not result["equal at 1"]
         assert result["bytes"]["buffers"] == 2 * 4 * 4  # mean and variance of 4 features, once
         assert result["tracked"] == 2 * 2  # steps x micro-batches, counted by each replica itself

@@ -32,10 +32,10 @@ def job(tmp_path):
         each.close()
 
 
-def desloc(when="before_update", **params):
+def desloc(when="before_step", **params):
     return {
         "optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY} | params},
-        "deslo": {"when": when, "timeout_s": 30},
+        "deslo": {"average_at": when, "timeout_s": 30},
     }
 
 
@@ -56,9 +56,12 @@ CASES = {
     "adam": {"config": desloc()},
     "adaptive": {"config": desloc(sync_every=EVERY | {"exp_avg_sq": {"adaptive": {"min": 4, "max": 8, "drift": 1.0}}})},
     "adopt, after_update, outer": {
-        "config": desloc("after_update", rule="adopt", betas=[0.9, 0.99], outer={"lr": 0.9, "momentum": 0.5})
+        "config": desloc("after_step", rule="adopt", betas=[0.9, 0.99], outer_optimizer={"lr": 0.9, "momentum": 0.5})
     },
-    "stock AdamW": {"config": {"deslo": {"sync_every": EVERY, "when": "after_update", "timeout_s": 30}}, "stock": True},
+    "stock AdamW": {
+        "config": {"deslo": {"sync_every": EVERY, "average_at": "after_step", "timeout_s": 30}},
+        "stock": True,
+    },
 }
 
 
@@ -183,7 +186,7 @@ class Idle:
         ({"_use_async_quorum": True}, {}, "torchft.Manager(use_async_quorum=...): expected False, got True"),
         ({"_init_sync": True}, {}, "torchft.Manager(init_sync=...): expected False, got True"),
         ({"_group_world_size": 2}, {}, "torchft.Manager(world_size=...): expected 1, got 2"),
-        ({}, {"delay": 2}, "deslo.delay: expected 1 with a torchft manager, got 2"),
+        ({}, {"sync_delay": 2}, "deslo.sync_delay: expected 1 with a torchft manager, got 2"),
         ({}, {"synchronous_steps": 5}, "deslo.synchronous_steps: expected 0 with a torchft manager, got 5"),
         (
             {},

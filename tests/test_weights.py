@@ -26,7 +26,7 @@ def gradient(replica: int, step: int, x: torch.Tensor) -> torch.Tensor | None:
 
 
 def run_ours(s: Setting, told=samples, steps: int = STEPS, reload_at: int | None = None, **deslo) -> list[dict]:
-    config = blocks(s, wire_dtype="float64", weights="samples", bucket_mb=1, **deslo)
+    config = blocks(s, wire_dtype="float64", replica_weights="samples", bucket_cap_mb=1, **deslo)
 
     def replica(average):
         params = [torch.nn.Parameter(torch.linspace(-1, 1, SIZE, dtype=torch.float64))]
@@ -60,7 +60,7 @@ def expected(s: Setting, told=samples) -> list[dict]:
     "change, deslo",
     [
         ({}, {}),
-        ({}, {"overlap": False}),
+        ({}, {"overlap_comm": False}),
         ({"after_update": True}, {}),
         ({"delay": 2}, {}),
         ({"rule": "sgdm", "periods": {"x": 3, "u1": 6}}, {}),
@@ -114,7 +114,7 @@ def test_no_samples_on_any_replica_is_an_error():
 def tells_unless(silent: int):
     def replica(average):
         param = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
-        optimizer = DesLoc([param], blocks(S, wire_dtype="float64", weights="samples"), average=average)
+        optimizer = DesLoc([param], blocks(S, wire_dtype="float64", replica_weights="samples"), average=average)
         for _ in range(5):
             param.grad = torch.ones_like(param)
             if average.rank != silent:
@@ -133,16 +133,16 @@ def test_after_a_load_averages_go_on_from_what_is_told_since(step):
 
 @pytest.mark.parametrize("told", [-1, float("nan"), "8", True])
 def test_what_is_no_count_is_refused(told):
-    optimizer = DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"weights": "samples"}})
+    optimizer = DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"replica_weights": "samples"}})
     with pytest.raises(ConfigError, match=r"saw\(samples\): expected a number >= 0"):
         optimizer.averaging.saw(told)
 
 
 def test_telling_where_nobody_asks_is_refused():
-    with pytest.raises(ConfigError, match="expected deslo.weights .samples., got .equal."):
+    with pytest.raises(ConfigError, match="expected deslo.replica_weights .samples., got .equal."):
         DesLoc([torch.nn.Parameter(torch.ones(2))]).averaging.saw(8)
-    with pytest.raises(ConfigError, match="deslo.weights: expected one of equal, samples, got 'tokens'"):
-        DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"weights": "tokens"}})
+    with pytest.raises(ConfigError, match="deslo.replica_weights: expected one of equal, samples, got 'tokens'"):
+        DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"replica_weights": "tokens"}})
 
 
 def adamw(model):
@@ -195,7 +195,7 @@ def assert_trained(results: list[dict], theory: list[dict]) -> None:
 @pytest.mark.parametrize("optimizer", [None, adamw], ids=["DesLoc", "AdamW"])
 @pytest.mark.parametrize("wrap", ["plain", "ddp"])
 def test_real_replicas_weigh_what_they_saw_and_leave_steps_out(four, wrap, optimizer):
-    config = blocks(RULES["des-loc-adam"], weights="samples", **({"replica_size": 1} if wrap == "ddp" else {}))
+    config = blocks(RULES["des-loc-adam"], replica_weights="samples", **({"replica_size": 1} if wrap == "ddp" else {}))
     if optimizer:
         config = {"deslo": config["deslo"] | {"sync_every": {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}}}
     results = four().run(jobs.weighted, wrap, config, 14, True, optimizer)
@@ -204,13 +204,13 @@ def test_real_replicas_weigh_what_they_saw_and_leave_steps_out(four, wrap, optim
 
 
 def test_a_replica_of_several_ranks_counts_what_all_of_them_saw(four):
-    results = four().run(jobs.weighted, "fsdp", blocks(RULES["des-loc-adam"], weights="samples"), 14, False)
+    results = four().run(jobs.weighted, "fsdp", blocks(RULES["des-loc-adam"], replica_weights="samples"), 14, False)
     theory = theory_of([[0, 1], [2, 3]], 14, False)
     assert_trained(results, [theory[0], theory[0], theory[1], theory[1]])
 
 
 def test_running_statistics_have_the_weights_of_the_parameters(four):
-    config = blocks(RULES["des-loc-adam"], weights="samples", replica_size=1)
+    config = blocks(RULES["des-loc-adam"], replica_weights="samples", replica_size=1)
     results = four().run(jobs.weighted, "ddp", config, 8, True, None, True)
     assert all(
         result["bytes"] == result["planned"] and result["bytes"]["buffers"] == 4 * 4 * (2 * 4 + 1) for result in results
@@ -220,7 +220,7 @@ def test_running_statistics_have_the_weights_of_the_parameters(four):
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_deepspeed_replicas_send_what_was_planned(four, stage):
     ds = ds_config(RULES["des-loc-adam"], stage)
-    ds["deslo"] |= {"weights": "samples"}
+    ds["deslo"] |= {"replica_weights": "samples"}
     for result in four().run(deepspeed_jobs.weighted, ds, 13):
         assert result["bytes"] == result["planned"]
         assert "skip_step(): expected engine.step() at every step under DeepSpeed" in result["skip"]

@@ -204,7 +204,7 @@ def muon_and_adamw(steps: int) -> dict[str, bool]:
     model, _ = ddp(net())
     muon = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=1e-2)
     adamw = torch.optim.AdamW([p for p in model.parameters() if p.ndim < 2], lr=1e-2)
-    common = {"replica_size": 1, "when": "after_update"}
+    common = {"replica_size": 1, "average_at": "after_step"}
     deslo_plugin.attach(model, muon, {"deslo": common | {"sync_every": {"params": 2, "momentum_buffer": 3}}})
     deslo_plugin.attach(model, adamw, {"deslo": common | {"sync_every": {"params": 2, "exp_avg": 4, "exp_avg_sq": 6}}})
     for step in range(steps):
@@ -378,7 +378,7 @@ def misused(mistake: str, blocks: dict) -> str:
         model[2] = nn.Linear(8, 4)
     lr = 2e-2 if mistake == "different lr" and rank == 3 else 1e-2
     if mistake == "different config" and rank == 3:
-        blocks = blocks | {"deslo": {"when": "after_update"}}
+        blocks = blocks | {"deslo": {"average_at": "after_step"}}
     stock = mistake in ("no schedule", "DesLoc config")
     optimizer = (
         torch.optim.AdamW(model.parameters())

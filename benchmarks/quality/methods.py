@@ -199,7 +199,7 @@ def run(
     else:
         params["betas"][1] = beta2
     if outer:
-        params["outer"] = dict(outer)
+        params["outer_optimizer"] = dict(outer)
     for state, every in (sync_every or {}).items():
         if "momenta" in params and state != "params":
             (params["second_moment"] if state == "exp_avg_sq" else params["momenta"][0])["sync_every"] = every
@@ -297,9 +297,9 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
         for steps in (preset.steps, 3 * preset.steps // 4, preset.steps // 2, 3 * preset.steps // 8)
     }
     titled["Where in the step"] = {
-        f"{name}, {when}": variant(name, deslo={} if when == "before_update" else {"when": when})
+        f"{name}, {when}": variant(name, deslo={} if when == "before_step" else {"average_at": when})
         for name in ("DES-LOC", "MT-DAO")
-        for when in ("before_update", "after_update")
+        for when in ("before_step", "after_step")
     }
     compared = ("synchronous AdamW", "Local Adam", "DES-LOC", "FAVG+OPT", "MT-DAO")
     titled["Another part of the corpus for each replica"] = {
@@ -309,7 +309,7 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
     }
     titled["Delay"] = {"1": variant("DES-LOC")} | {
         f"{delay}{'' if compensated else ', without beta^d'}": variant(
-            "DES-LOC", deslo={"delay": delay}, compensated=compensated
+            "DES-LOC", deslo={"sync_delay": delay}, compensated=compensated
         )
         for delay in (2, 4, 8)
         for compensated in (True, False)

@@ -74,7 +74,7 @@ def train(run: Run, preset: Preset) -> dict[str, Any]:
 
 def served(world: Replicas) -> Tensor:
     """The replicas' mean after SERVER, (1, n): with an outer optimizer, where its next step goes."""
-    mean, outer = world.state(PARAMS).mean(0, keepdim=True), world.config.optimizer.outer
+    mean, outer = world.state(PARAMS).mean(0, keepdim=True), world.config.optimizer.outer_optimizer
     if outer:
         anchor, momentum = (world.state(name)[:1].clone() for name in (OUTER_PARAMS, OUTER_MOMENTUM))
         nesterov_([torch.empty_like(mean)], [mean], [anchor], [momentum], lr=outer.lr, beta=outer.momentum)
@@ -92,7 +92,7 @@ class Alignment:
     def look(self, moment: Moment) -> None:
         """Call it after every step. Progress is counted from where replicas went after their last average."""
         world, deslo = moment.replicas, moment.replicas.config.deslo
-        if moment.steps % world.config.optimizer.periods[PARAMS] or deslo.when == "after_update":
+        if moment.steps % world.config.optimizer.periods[PARAMS] or deslo.average_at == "after_step":
             return  # there replicas are equal again by now
         rows = world.state(PARAMS)
         if self._anchor is not None and moment.steps > max(self.steps // 2, deslo.synchronous_steps):

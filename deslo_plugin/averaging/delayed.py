@@ -1,4 +1,5 @@
-"""Averages that land d steps after their launch, as exactly as local steps allow (``deslo.delay``; not in the papers).
+"""Averages that land d steps after their launch, as exactly as local steps allow (``deslo.sync_delay``; not in the
+papers).
 
 An average is launched when t0 steps are complete and lands in ``step()`` when t0 + d - 1 are, before the update: it has
 travelled under d forwards and backwards, and d - 1 updates were made in between, of the local values. d = 1 is the

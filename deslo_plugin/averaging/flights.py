@@ -37,7 +37,7 @@ class Flights:
 
     def launch(self, cohort: Cohort, states: States) -> None:
         """What is due at the end of a step, to land at the begin of another."""
-        if self._deslo.delay > 1:
+        if self._deslo.sync_delay > 1:
             self.late.keep(cohort.params, states)
         else:
             self._recall.launched(cohort.steps, cohort.params, states)
@@ -69,14 +69,15 @@ class Flights:
 
     def _written(self, cohort: Cohort, states: States) -> bool | None:
         """Whether what flies must not land, by what this replica knows without looking at values; None: they decide."""
-        if not self._deslo.overlap:
+        if not self._deslo.overlap_comm:
             return False
-        return None if self._deslo.delay == 1 else not self.late.holds(cohort.params, states)
+        return None if self._deslo.sync_delay == 1 else not self.late.holds(cohort.params, states)
 
     def complete(self, due: Due) -> list[States]:
         """Launches what is to land and does not fly yet; what was launched of each cohort."""
         sent = [
-            states if self._deslo.delay == 1 else self.late.launched(cohort.params, states) for cohort, states in due
+            states if self._deslo.sync_delay == 1 else self.late.launched(cohort.params, states)
+            for cohort, states in due
         ]
         for (cohort, _), states in zip(due, sent):
             self._sync.launch_absent(cohort.steps, cohort.params, states, self._weigh(cohort))

@@ -69,7 +69,7 @@ class Averaging:
         self._convened = False
         self._met = 0
         self.kept: LastAverage | None = None  # whoever wants it sets it
-        self._samples = Samples() if deslo.weights == "samples" else None
+        self._samples = Samples() if deslo.replica_weights == "samples" else None
 
     def add_buffers(self, buffers: Sequence[Tensor], average: Average) -> None:
         """Floating buffers of the model, averaged when parameters are, as they are at that moment."""
@@ -78,7 +78,9 @@ class Averaging:
     def saw(self, samples: float) -> None:
         """See ``Attachment.saw``. Raises ``ConfigError`` for what is no number >= 0, and where nobody asks."""
         if self._samples is None:
-            raise ConfigError("saw(samples)", 'deslo.weights "samples"', '"equal"', "set it, or remove the call")
+            raise ConfigError(
+                "saw(samples)", 'deslo.replica_weights "samples"', '"uniform"', "set it, or remove the call"
+            )
         self._samples.saw(samples)
 
     @property
@@ -101,7 +103,7 @@ class Averaging:
                 return None
         cohorts = self._cohorts()
         self.meter.tick(map(id, (param for cohort in cohorts for param in cohort.params)))
-        return self._average(cohorts) if self.deslo.when == "before_update" else cohorts
+        return self._average(cohorts) if self.deslo.average_at == "before_step" else cohorts
 
     def after_update(self, cohorts: list[Cohort]) -> None:
         """Counts the step of ``cohorts``; the averages that are due at its end start to travel. Collective."""
@@ -120,9 +122,9 @@ class Averaging:
 
     def _depart(self, cohorts: list[Cohort]) -> None:
         """What is due at the end of a step is averaged or launched."""
-        if self.deslo.when == "after_update":
+        if self.deslo.average_at == "after_step":
             self._average(cohorts)
-        elif self.deslo.overlap:
+        elif self.deslo.overlap_comm:
             for cohort in cohorts:
                 if states := self._due(cohort):
                     self._flights.launch(cohort, states)
@@ -249,7 +251,7 @@ class Averaging:
                 landed = False
                 continue
             self._flights.adapt(cohort, means, self.optimizer.state)
-            if self.deslo.delay == 1:
+            if self.deslo.sync_delay == 1:
                 self.receive(cohort, states, means)
                 if self.watch and PARAMS in states:
                     self.watch.landed(cohort.params)
@@ -257,7 +259,7 @@ class Averaging:
                 self.late.land(cohort.params, states, means)
             if self.kept:
                 self.kept.landed(cohort.steps, cohort.params, states, means)
-            now = cohort.steps + self.deslo.delay - 1
+            now = cohort.steps + self.deslo.sync_delay - 1
             hold_(self.bounds(cohort.group), means, functools.partial(self.gather, params=cohort.params), now)
         if self._companions and meeting:
             self._companions.land(meeting[0].steps)
@@ -283,7 +285,7 @@ class Averaging:
 
     def _all_due(self, cohorts: Sequence[Cohort]) -> Due:
         # as they were launched
-        cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.delay) for cohort in cohorts]
+        cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.sync_delay) for cohort in cohorts]
         return [(cohort, states) for cohort in cohorts if (states := self._due(cohort))]
 
     def _weigh(self, cohort: Cohort, like: str | None = None) -> Weigh | None:
@@ -299,7 +301,7 @@ class Averaging:
         )
 
     def _synchronizer(self, average: Average, wire_dtype: torch.dtype | None = None) -> Synchronizer:
-        wire, chunk = wire_dtype or getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_mb << 20
+        wire, chunk = wire_dtype or getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_cap_mb << 20
         return Synchronizer(average, wire_dtype=wire, bucket_bytes=chunk, emit=self.record)
 
     def record(self, event: SyncEvent) -> None:

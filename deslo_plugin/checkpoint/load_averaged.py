@@ -22,16 +22,16 @@ def saved_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str
     them.
 
     Nothing in the files runs; ``sha256`` as for ``load``. Raises ``ConfigError`` for a folder that is torn, altered or
-    foreign, and for the replicas of an "exact" checkpoint.
+    foreign, and for the replicas of an "per_replica" checkpoint.
     """
     folder = found(Path(path))
     proof = read_proof(folder, sha256)
-    if proof.mode == "exact":
+    if proof.mode == "per_replica":
         raise ConfigError(
             f"saved_state_dict({str(folder)!r})",
             "one model",
-            'every replica\'s own, saved with mode "exact"',
-            'load it and save with mode "average"',
+            'every replica\'s own, saved with mode "per_replica"',
+            'load it and save with mode "averaged"',
         )
     prove(folder, proof, None)
     index = read_index(folder)

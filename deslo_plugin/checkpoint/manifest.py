@@ -21,7 +21,7 @@ from deslo_plugin.checkpoint.tree_agreement import States
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.transport import gathered
 from deslo_plugin.config.reader import ConfigError
-from deslo_plugin.config.schema import CHECKPOINTS
+from deslo_plugin.config.schema import CHECKPOINT_MODES
 
 NAME, FORMAT = "deslo.json", 2
 PART, OLD = ".part", ".old"  # behind the name of a checkpoint that is being written, or replaced
@@ -188,7 +188,7 @@ def _parsed(content: Any, where: str, digest: str) -> Proof:
         proof.steps,
         *(size for states in proof.states.values() for shape in states.values() for size in shape or ()),
     ]
-    if proof.mode not in CHECKPOINTS or not all(proof.rows) or not all(type(number) is int for number in numbers):
+    if proof.mode not in CHECKPOINT_MODES or not all(proof.rows) or not all(type(number) is int for number in numbers):
         raise TypeError("a mode, rows, steps or shapes that are none")
     if not all(type(each) is str for each in proof.names.values()):
         raise TypeError("names of other things than tensors")

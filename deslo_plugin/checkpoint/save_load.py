@@ -35,7 +35,7 @@ from deslo_plugin.checkpoint.tree_agreement import Tree, refuse_others, united, 
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.consistency import agree
 from deslo_plugin.config.reader import ConfigError
-from deslo_plugin.config.schema import CHECKPOINTS, DIGESTS
+from deslo_plugin.config.schema import CHECKPOINT_MODES, DIGESTS
 from deslo_plugin.log import say
 
 FIRST = "first_rank.pt"
@@ -55,10 +55,10 @@ def save(
 
     Args:
         path: the folder; a checkpoint that is there already is replaced once the new one is whole.
-        mode: "average", "sync" or "exact"; by default ``deslo.checkpoint`` of the config.
+        mode: "averaged", "synchronized" or "per_replica"; by default ``deslo.checkpoint_mode`` of the config.
         extra: whatever else training needs to go on, such as ``{"scheduler": scheduler.state_dict(), "batch": 1200}``:
-            dicts, lists and tuples of text, bytes, numbers, None and tensors. That of this rank with "exact", otherwise
-            that of the first rank.
+            dicts, lists and tuples of text, bytes, numbers, None and tensors. That of this rank with "per_replica",
+            otherwise that of the first rank.
         digest: "crc32", which finds accidents, or "sha256" beside it; by default ``deslo.checkpoint_digest`` of the
         config.
 
@@ -68,8 +68,8 @@ def save(
     """
     attachments, final = attachments_of(model, "save"), Path(os.path.abspath(path))
     attachment, *_ = attachments
-    mode, digest = mode or attachment.config.deslo.checkpoint, digest or attachment.config.deslo.checkpoint_digest
-    for name, value, known in (("mode", mode, CHECKPOINTS), ("digest", digest, DIGESTS)):
+    mode, digest = mode or attachment.config.deslo.checkpoint_mode, digest or attachment.config.deslo.checkpoint_digest
+    for name, value, known in (("mode", mode, CHECKPOINT_MODES), ("digest", digest, DIGESTS)):
         if value not in known:
             raise ConfigError(f"save({name}=...)", f"one of {', '.join(known)}", repr(value), "choose one")
     topology, world = attachment.topology, attachment.groups.world
@@ -79,7 +79,7 @@ def save(
     holder = holder_of(model, attachments)
     if attachment.watch is not None:
         attachment.watch.check_inside()
-    own = all_or_none(lambda: _own(holder, attachments, mode, extra) if first or mode == "exact" else None, world)
+    own = all_or_none(lambda: _own(holder, attachments, mode, extra) if first or mode == "per_replica" else None, world)
     try:
         _write(final, model, holder, attachments, mode, own, digest == "sha256")
     except BaseException:
@@ -102,12 +102,12 @@ def _write(
     first = topology.rank == min(topology.ranks)
     all_or_none(lambda: begin(final) if first else None, world)
     all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
-    if mode == "sync":
+    if mode == "synchronized":
         meet(model)
     tree = all_or_none(lambda: _expect_plain(holder.tree()), world)
-    if mode != "exact":
+    if mode != "per_replica":
         tree |= unlike(tree, scheduled_states(attachments), attachment.groups.replica)
-    if mode == "average":
+    if mode == "averaged":
         tree |= means_of(tree, attachments)
     where, name, group = _place(part, mode, attachment)
 
@@ -140,7 +140,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     write.
 
     Collective over all ranks. Raises ``ConfigError`` on every rank, and changes nothing, for a folder that is torn,
-    altered or foreign, for other parameters or states than the model has, and for an "exact" checkpoint of other
+    altered or foreign, for other parameters or states than the model has, and for an "per_replica" checkpoint of other
     replicas or shards. Raises ``OSError`` on every rank if any rank cannot read.
     """
     attachments, folder = attachments_of(model, "load"), found(Path(path))
@@ -150,12 +150,12 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     if world is not None:
         agree(where, {"deslo.json": proof.digest}, do="give every rank the same folder", group=world)
     prove(folder, proof, world)
-    if proof.mode == "exact" and proof.rows != topology.rows:
+    if proof.mode == "per_replica" and proof.rows != topology.rows:
         raise ConfigError(
             where,
             f"the {len(proof.rows)} replica(s) of {len(proof.rows[0])} rank(s) that saved it",
             f"{topology.replicas} of {topology.replica_size}",
-            'start as many, or load one that was saved with mode "average"',
+            'start as many, or load one that was saved with mode "averaged"',
         )
     source, name, group = _place(folder, proof.mode, attachment)
     index, own = all_or_none(lambda: (read_index(source), _expect_own(source / name, proof.mode)), world, READ)
@@ -164,7 +164,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     all_or_none(lambda: refuse_others(states, proof.states, where), world)
     for each in attachments:
         each.averaging.abandon()
-    if proof.mode == "exact":
+    if proof.mode == "per_replica":
         holder.forget([each for each in holder.tree() if each not in index.state_dict_metadata])
     content = all_or_none(holder.tree, world)
     all_or_none(
@@ -172,8 +172,8 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
         world,
         f"{READ}; a part was loaded: load again before training",
     )
-    all_or_none(lambda: _go_on(own, proof, attachments) if proof.mode == "exact" else None, world)
-    if proof.mode != "exact" and len(proof.rows) != topology.replicas:
+    all_or_none(lambda: _go_on(own, proof, attachments) if proof.mode == "per_replica" else None, world)
+    if proof.mode != "per_replica" and len(proof.rows) != topology.replicas:
         say(
             f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all "
             f"replicas "
@@ -182,7 +182,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     _take_over(proof.groups, holder.groups)
     holder.put(content)
     all_or_none(lambda: holder.put_aside(own["aside"], proof.steps), world)
-    for each in attachments if proof.mode != "exact" else ():
+    for each in attachments if proof.mode != "per_replica" else ():
         each.averaging.met()
     return own["extra"]
 
@@ -193,7 +193,7 @@ def _own(holder: Holder, attachments: Sequence[Attachment], mode: str, extra: An
         "aside": plain(holder.aside(), "save: what the engine counts in"),
         "extra": expect_mapping(extra, "save(extra)"),
     }
-    if mode == "exact":
+    if mode == "per_replica":
         averaging = [each.averaging.aside() for each in attachments]
         own |= {
             "random": plain(random_state(), "save: the random state"),
@@ -203,7 +203,7 @@ def _own(holder: Holder, attachments: Sequence[Attachment], mode: str, extra: An
 
 
 def _expect_own(file: Path, mode: str) -> dict[str, Any]:
-    own, keys = read_plain(file), {"aside", "extra"} | ({"random", "averaging"} if mode == "exact" else set())
+    own, keys = read_plain(file), {"aside", "extra"} | ({"random", "averaging"} if mode == "per_replica" else set())
     if not isinstance(own, dict) or not keys <= own.keys():
         raise ConfigError(str(file), f"a dict of {', '.join(sorted(keys))}", "another", "take another checkpoint")
     return own
@@ -242,7 +242,7 @@ def _take_over(saved: Sequence[Mapping[str, float]], groups: Sequence[dict[str, 
 
 def _place(folder: Path, mode: str, attachment: Attachment) -> tuple[Path, str, dist.ProcessGroup | None]:
     """Where a rank's part goes, the file of what else it keeps, and with whom it writes one state."""
-    if mode == "exact":
+    if mode == "per_replica":
         rank, replica = attachment.topology.rank, attachment.topology.replica
         return folder / f"replica_{replica}", f"rank_{rank}.pt", attachment.groups.shard
     return folder, FIRST, attachment.groups.world

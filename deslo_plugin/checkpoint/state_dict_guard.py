@@ -85,7 +85,7 @@ def refuse_one_replica(
                 '"last_average"',
                 "change it; engine.save_16bit_model and engine.save_checkpoint write the average of all replicas",
             )
-        averaging.kept = LastAverage(bool(attachment.config.optimizer and attachment.config.optimizer.outer))
+        averaging.kept = LastAverage(bool(attachment.config.optimizer and attachment.config.optimizer.outer_optimizer))
         averaging.keep()
     new = [each for owner in owners for each in _parts(owner) if each not in _guards]
     for owner in owners:

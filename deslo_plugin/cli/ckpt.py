@@ -84,9 +84,9 @@ def _states(folder: Path, proof: Proof, problems: dict[str, str]) -> tuple[dict[
 
 def _shown(content: dict[str, Any]) -> list[Any]:
     kind = {
-        "average": "one model, the mean of all replicas",
-        "sync": "one model, on which all replicas met",
-        "exact": "every replica's own state",
+        "averaged": "one model, the mean of all replicas",
+        "synchronized": "one model, on which all replicas met",
+        "per_replica": "every replica's own state",
     }[content["mode"]]
     name = content["path"] + (f" (the latest of {content['of']})" if content["of"] > 1 else "")
     lines = [

@@ -115,13 +115,14 @@ class Outlook:
     def _advice(self, content: Mapping[str, Any]) -> str:
         row, delay = content["methods"][0], content["hiding_delay"]
         share = row["exposed_ms_per_step"] / (self.job.step_s * 1e3)
-        if delay == self.job.config.deslo.delay:
+        if delay == self.job.config.deslo.sync_delay:
             return "The averages travel entirely under computation: nothing is waited for."
         text = f"Waiting adds {share:.1%} to the time of computing, at most {row['longest_wait_s']:.3g} s at once."
         if delay is not None:
             return (
                 text
-                + f' "delay": {delay} would hide it all; the gradients of those steps would not know the average yet.'
+                + f' "sync_delay": {delay} would hide it all; the gradients of those steps would not know the average'
+                " yet."
             )
         return text + " Longer periods wait less often; a faster link, or fewer bytes, less each time."
 
@@ -133,12 +134,14 @@ class Outlook:
     def assumptions(self) -> list[str]:
         job, deslo = self.job, self.job.config.deslo
         hides = (
-            f"{deslo.delay} step(s) of computing hide an average" if deslo.overlap else "averages are not overlapped"
+            f"{deslo.sync_delay} step(s) of computing hide an average"
+            if deslo.overlap_comm
+            else "averages are not overlapped"
         )
         return [
             f"a ring all-reduce of b bytes takes 2 b/B (1 - 1/M) + l, M = {job.replicas} (arXiv 2505.22549); l once "
             f"for every "
-            f"{deslo.bucket_mb} MiB begun; all replicas alike, nobody else on the link",
+            f"{deslo.bucket_cap_mb} MiB begun; all replicas alike, nobody else on the link",
             f"B = {self.link.gbit_per_s:g} Gbit/s of payload in each direction, shared by the {job.replica_size} "
             f"rank(s) of a "
             "replica; headers and protocol are not counted: what deslo probe measures has them taken off",

@@ -119,7 +119,7 @@ def _run(framework: str, attachment: Attachment, step: Any, device: torch.device
     steps = STEPS + attachment.config.deslo.synchronous_steps
     losses = []
     for index in range(steps):
-        if attachment.config.deslo.weights == "samples":
+        if attachment.config.deslo.replica_weights == "samples":
             attachment.saw(BATCH)
         torch.manual_seed(1000 * index + (dist.get_rank() if dist.is_initialized() else 0))
         losses.append(float(step(torch.randn(BATCH, WIDTH, device=device).to(dtype)).detach()))
@@ -130,7 +130,7 @@ def _run(framework: str, attachment: Attachment, step: Any, device: torch.device
 def _short(config: Config) -> Config:
     deslo = replace(
         config.deslo,
-        delay=1,
+        sync_delay=1,
         synchronous_steps=min(1, config.deslo.synchronous_steps),
         timeout_s=min(60.0, config.deslo.timeout_s),
         replica_size=config.deslo.replica_size if dist.is_initialized() else 1,

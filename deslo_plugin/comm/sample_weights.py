@@ -1,10 +1,10 @@
 """What a replica counts in an average: E_m[s] = sum_m w_m s_m / sum_m w_m, with w_m the samples that it has seen.
 
-Ours, not in the papers, whose replicas all count alike (``deslo.weights: "equal"``). A state that is averaged every K
-steps is the work of the K steps since it was averaged last, so w_m is what replica m has seen in those: each state, on
-its own period, has weights of its own. A replica that leaves steps out or takes smaller batches counts less, and one
-that has seen nothing takes over what the others have come to. Gradients of a synchronous warm-up, exports and saves are
-equal means."""
+Ours, not in the papers, whose replicas all count alike (``deslo.replica_weights: "uniform"``). A state that is averaged
+every K steps is the work of the K steps since it was averaged last, so w_m is what replica m has seen in those: each
+state, on its own period, has weights of its own. A replica that leaves steps out or takes smaller batches counts less,
+and one that has seen nothing takes over what the others have come to. Gradients of a synchronous warm-up, exports and
+saves are equal means."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,10 +88,10 @@ class _Weight:
         if isnan(mean):
             ranks = self.average.culprits(isnan(self.mine))
             raise ConfigError(
-                'deslo.weights "samples"',
+                'deslo.replica_weights "samples"',
                 "every rank to call saw(samples) before each step",
                 f"nothing from rank(s) {ranks}",
-                "call it, or remove deslo.weights",
+                "call it, or remove deslo.replica_weights",
             )
         if mean == 0:
             raise AverageError(

@@ -17,8 +17,11 @@ from deslo_plugin.config.file import read_file
 from deslo_plugin.config.periods import adaptive_asked, read_momenta, read_periods
 from deslo_plugin.config.reader import ConfigError, Reader, near, shown
 from deslo_plugin.config.schema import (
-    CHECKPOINTS,
+    AVERAGE_AT,
+    CHECKPOINT_MODES,
     DIGESTS,
+    INITIAL_PARAMS,
+    REPLICA_WEIGHTS,
     STATE_DICTS,
     STATE_DTYPES,
     WIRE_DTYPES,
@@ -28,6 +31,24 @@ from deslo_plugin.config.schema import (
     Outer,
 )
 from deslo_plugin.config.telemetry import read_telemetry
+
+RENAMED_PARAMS = {"outer": "outer_optimizer", "clip": "clip_value, a number"}
+RENAMED_DESLO = {
+    "when": "average_at",
+    "delay": "sync_delay",
+    "weights": "replica_weights",
+    "bucket_mb": "bucket_cap_mb",
+    "overlap": "overlap_comm",
+    "checkpoint": "checkpoint_mode",
+}
+RENAMED_VALUES = {
+    "before_update": "before_step",
+    "after_update": "after_step",
+    "equal": "uniform",
+    "average": "averaged",
+    "exact": "per_replica",
+    "sync": "synchronized",
+}
 
 
 def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
@@ -51,7 +72,7 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
             'set it to "DesLoc", or write "deslo": {"sync_every": {"params": 16, "exp_avg": 48, ...}} for any other',
         )
     optimizer.choice("type", "DesLoc", ["DesLoc"])
-    params = optimizer.take("params", {})
+    params = optimizer.pop("params", {})
     optimizer.finish()
     if deslo.sync_every is not None:
         raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "move it to optimizer.params.sync_every")
@@ -60,7 +81,7 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
 
 def read_optimizer(params: Any) -> OptimizerConfig:
     """``optimizer.params`` -> ``OptimizerConfig``."""
-    reader = Reader("optimizer.params", params)
+    reader = Reader("optimizer.params", params, renamed=RENAMED_PARAMS)
     name = reader.choice("rule", "adam", RULES)
     rule = RULES[name]
     for key in [key for key in ("eps", "second_moment") if key in reader and not rule.has_second_moment]:
@@ -78,12 +99,12 @@ def read_optimizer(params: Any) -> OptimizerConfig:
         beta2=momenta.beta2,
         eps=reader.number("eps", rule.eps) if rule.has_second_moment else None,
         weight_decay=reader.number("weight_decay", 0.0),
-        bias_correction=reader.flag("bias_correction", rule.corrects_bias),
-        clip_value=_clip(reader),
+        bias_correction=reader.boolean("bias_correction", rule.corrects_bias),
+        clip_value=reader.number("clip_value", above=0.0) if "clip_value" in reader else None,
         periods=periods,
         period_sources=sources,
-        reset_momenta=reader.flag("reset_momenta", False),
-        outer=_outer(reader),
+        reset_momenta=reader.boolean("reset_momenta", False),
+        outer_optimizer=_outer(reader),
         state_dtype=reader.choice("state_dtype", "float32", STATE_DTYPES),
     )
     reader.finish()
@@ -100,39 +121,49 @@ def read_optimizer(params: Any) -> OptimizerConfig:
 
 def read_deslo(block: Any) -> DesloConfig:
     """``deslo`` -> ``DesloConfig``."""
-    reader = Reader("deslo", block)
-    when = reader.choice("when", "before_update", ["before_update", "after_update"])
-    if when == "after_update" and block.get("overlap"):
-        reader.refuse("overlap", "false with when 'after_update'", "true", "remove one: nothing can overlap there")
+    reader, default = Reader("deslo", block, renamed=RENAMED_DESLO), DesloConfig()
+    average_at = reader.choice("average_at", default.average_at, AVERAGE_AT, renamed=RENAMED_VALUES)
+    before = average_at == "before_step"
+    if not before and reader.peek("overlap_comm"):
+        reader.refuse(
+            "overlap_comm", "false with average_at 'after_step'", "true", "remove one: nothing can overlap there"
+        )
     config = DesloConfig(
-        replica_size=reader.whole("replica_size", "auto", also=("auto",)),
-        synchronous_steps=reader.whole("synchronous_steps", 0, also=(0,)),
+        replica_size=reader.positive_int("replica_size", default.replica_size, also=("auto",)),
+        synchronous_steps=reader.positive_int("synchronous_steps", default.synchronous_steps, also=(0,)),
         sync_every=_stock_periods(reader),
-        when=when,
-        overlap=reader.flag("overlap", when == "before_update"),
-        delay=reader.whole("delay", 1),
-        wire_dtype=reader.choice("wire_dtype", "float32", WIRE_DTYPES),
-        bucket_mb=reader.whole("bucket_mb", 64),
-        initial_params=reader.choice("initial_params", "auto", ["auto", "broadcast", "check"]),
-        on_nonfinite=reader.choice("on_nonfinite", "stop", ["stop", "skip"]),
-        timeout_s=reader.number("timeout_s", 600.0, low=1.0),
-        checkpoint=reader.choice("checkpoint", "average", CHECKPOINTS),
-        state_dict=reader.choice("state_dict", "refuse", STATE_DICTS),
-        checkpoint_digest=reader.choice("checkpoint_digest", "crc32", DIGESTS),
-        weights=reader.choice("weights", "equal", ["equal", "samples"]),
+        average_at=average_at,
+        overlap_comm=reader.boolean("overlap_comm", default.overlap_comm and before),
+        sync_delay=reader.positive_int("sync_delay", default.sync_delay),
+        wire_dtype=reader.choice("wire_dtype", default.wire_dtype, WIRE_DTYPES),
+        bucket_cap_mb=reader.positive_int("bucket_cap_mb", default.bucket_cap_mb),
+        initial_params=reader.choice("initial_params", default.initial_params, INITIAL_PARAMS),
+        on_nonfinite=reader.choice("on_nonfinite", default.on_nonfinite, ["stop", "skip"]),
+        timeout_s=reader.number("timeout_s", default.timeout_s, low=1.0),
+        checkpoint_mode=reader.choice(
+            "checkpoint_mode", default.checkpoint_mode, CHECKPOINT_MODES, renamed=RENAMED_VALUES
+        ),
+        state_dict=reader.choice("state_dict", default.state_dict, STATE_DICTS),
+        checkpoint_digest=reader.choice("checkpoint_digest", default.checkpoint_digest, DIGESTS),
+        replica_weights=reader.choice(
+            "replica_weights", default.replica_weights, REPLICA_WEIGHTS, renamed=RENAMED_VALUES
+        ),
         telemetry=read_telemetry(reader),
     )
     reader.finish()
-    if config.telemetry and config.telemetry.pseudo_gradient and config.delay > 1:
+    if config.telemetry and config.telemetry.pseudo_gradient and config.sync_delay > 1:
         reader.refuse(
             "telemetry.pseudo_gradient",
-            "false with a delay above 1",
+            "false with a sync_delay above 1",
             "true",
             "remove one: parameters have moved on when such an average lands",
         )
-    if config.delay > 1 and not config.overlap:
+    if config.sync_delay > 1 and not config.overlap_comm:
         reader.refuse(
-            "delay", "1 without overlap", str(config.delay), "remove it, or take when 'before_update' with overlap"
+            "sync_delay",
+            "1 without overlap_comm",
+            str(config.sync_delay),
+            "remove it, or take average_at 'before_step' with overlap_comm",
         )
     return config
 
@@ -140,38 +171,38 @@ def read_deslo(block: Any) -> DesloConfig:
 def expect_averages(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
     """Refuses periods that cannot be kept.
 
-    One shorter than ``deslo.delay``: its next average would start before this one has landed. An adaptive one where
-    replicas are weighted: the drift that it goes by is that of equals.
+    One shorter than ``deslo.sync_delay``: its next average would start before this one has landed. An adaptive one
+    where replicas are weighted: the drift that it goes by is that of equals.
     """
     for state, period in shortest(periods).items():
-        if period and period < deslo.delay:
+        if period and period < deslo.sync_delay:
             raise ConfigError(
-                "deslo.delay",
+                "deslo.sync_delay",
                 f"at most {period}, the period of {state}{of}",
-                str(deslo.delay),
+                str(deslo.sync_delay),
                 "lower it, or raise that period",
             )
     for state in adaptive(periods):
-        if deslo.weights != "equal":
+        if deslo.replica_weights != "uniform":
             raise ConfigError(
-                "deslo.weights",
-                f'"equal" with an adaptive period of {state}{of}',
-                repr(deslo.weights),
+                "deslo.replica_weights",
+                f'"uniform" with an adaptive period of {state}{of}',
+                repr(deslo.replica_weights),
                 "remove it, or give that state a number of steps",
             )
 
 
 def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
     """Both blocks, if they go together."""
-    if deslo.delay > 1:
+    if deslo.sync_delay > 1:
         others = {"a stock optimizer": True}
         if optimizer is not None:
-            others = {"outer": optimizer.outer, "reset_momenta": optimizer.reset_momenta}
+            others = {"outer_optimizer": optimizer.outer_optimizer, "reset_momenta": optimizer.reset_momenta}
         for other in (name for name, given in others.items() if given):
             raise ConfigError(
-                "deslo.delay",
+                "deslo.sync_delay",
                 f"1 with {other}",
-                str(deslo.delay),
+                str(deslo.sync_delay),
                 "remove one: it cannot take in an average that is some updates old",
             )
     if optimizer is not None:
@@ -180,7 +211,7 @@ def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Flat ``{"optimizer.lr": ..., "deslo.when": ...}``: what ranks compare with each other."""
+    """Flat ``{"optimizer.lr": ..., "deslo.average_at": ...}``: what ranks compare with each other."""
     return {
         f"{block.name}.{field.name}": str(getattr(part, field.name))
         for block in fields(config)
@@ -191,36 +222,24 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def _stock_periods(reader: Reader) -> Periods | None:
-    block = reader.take("sync_every")
+    block = reader.pop("sync_every")
     if block is None:
         return None
     every = Reader(f"{reader.where}.sync_every", block)
-    periods = {PARAMS: every.whole(PARAMS)}
+    periods = {PARAMS: every.positive_int(PARAMS)}
     for state in block:
         if state != PARAMS:
             hint = "give steps: periods adapt with DesLoc only" if adaptive_asked(every, state) else ""
-            periods[state] = every.whole(state, also=(None,), hint=hint)
+            periods[state] = every.positive_int(state, also=(None,), hint=hint)
     every.finish()
     return periods
 
 
-def _clip(reader: Reader) -> float | None:
-    block = reader.take("clip")
-    if block is None:
-        return None
-    clip = Reader(f"{reader.where}.clip", block)
-    value = clip.number("value")
-    clip.finish()
-    if value == 0:
-        clip.refuse("value", "a number > 0", "0", "remove clip to switch it off")
-    return value
-
-
 def _outer(reader: Reader) -> Outer | None:
-    block = reader.take("outer")
+    block = reader.pop("outer_optimizer")
     if block is None:
         return None
-    outer = Reader(f"{reader.where}.outer", block)
+    outer = Reader(f"{reader.where}.outer_optimizer", block)
     config = Outer(lr=outer.number("lr", 0.7), momentum=outer.number("momentum", 0.9, below=1.0))
     outer.finish()
     return config

@@ -38,7 +38,7 @@ class Momenta:
 
 def read_momenta(reader: Reader, *, adaptive: bool) -> Momenta:
     """The momenta of ``optimizer.params``, from ``betas`` (one of weight 1) or ``momenta`` and ``second_moment``."""
-    betas, entries, second = (reader.take(key) for key in ("betas", "momenta", "second_moment"))
+    betas, entries, second = (reader.pop(key) for key in ("betas", "momenta", "second_moment"))
     if entries is None and second is None:
         return _from_betas(reader, betas, adaptive)
     if betas is not None:
@@ -81,7 +81,7 @@ def _from_betas(reader: Reader, betas: Any, adaptive: bool) -> Momenta:
 
 def read_periods(reader: Reader, momenta: Momenta) -> tuple[Schedule, dict[str, str]]:
     """(period of every state, why it is what it is), from ``sync_every`` and what the momenta carry themselves."""
-    where, block = f"{reader.where}.sync_every", reader.take("sync_every", {})
+    where, block = f"{reader.where}.sync_every", reader.pop("sync_every", {})
     every = Reader(where, block)
     for state in momenta.sync_every:
         if state in every:
@@ -99,7 +99,7 @@ def read_periods(reader: Reader, momenta: Momenta) -> tuple[Schedule, dict[str, 
         else:
             multiple = MULTIPLE_OF_PARAMS["second" if state == SECOND_MOMENT else "first"]
             sources[state] = f"{multiple} x params"
-            periods[state] = every.take(state, multiple * periods[PARAMS])
+            periods[state] = every.pop(state, multiple * periods[PARAMS])
     every.finish()
     return periods, sources
 
@@ -110,7 +110,7 @@ def group_periods(sync_every: Any, periods: Schedule, beta_of: Mapping[str, floa
     resolved: dict[str, int | None | Adaptive] = {}
     for state, period in periods.items():
         params = resolved.get(PARAMS)
-        resolved[state] = _period(own, state, beta_of.get(state), params) if state in own else own.take(state, period)
+        resolved[state] = _period(own, state, beta_of.get(state), params) if state in own else own.pop(state, period)
     own.finish()
     for state, bounds in adaptive(resolved).items():
         if bounds.min % resolved[PARAMS]:
@@ -130,13 +130,13 @@ def _period(reader: Reader, state: str, beta: float | None, params: int) -> int 
     """
     asked = adaptive_asked(reader, state)
     if beta is None:
-        return reader.whole(
+        return reader.positive_int(
             state, params, hint="give steps: adaptive periods are multiples of this one" if asked else ""
         )
     if asked:
         return _adaptive(reader, state, params)
     hint = f"(the half-life of beta {beta:g} is {half_life(beta):.1f} steps)"
-    period = reader.whole(
+    period = reader.positive_int(
         state, also=("half_life", None), hint=f'give steps, "half_life" {hint}, "adaptive", or null for never'
     )
     return half_life_period(beta) if period == "half_life" else period
@@ -144,17 +144,17 @@ def _period(reader: Reader, state: str, beta: float | None, params: int) -> int 
 
 def adaptive_asked(reader: Reader, state: str) -> bool:
     """Whether an adaptive period is written for ``state``."""
-    written = reader.look(state)
+    written = reader.peek(state)
     return written == "adaptive" or isinstance(written, Mapping)
 
 
 def _adaptive(reader: Reader, state: str, params: int) -> Adaptive:
-    written = reader.take(state)
+    written = reader.pop(state)
     form = Reader(f"{reader.where}.{state}", {} if written == "adaptive" else written)
-    bounds = Reader(f"{form.where}.adaptive", form.take("adaptive", {}))
+    bounds = Reader(f"{form.where}.adaptive", form.pop("adaptive", {}))
     form.finish()
-    shortest = bounds.whole("min", params)
-    longest = bounds.whole("max", LONGEST * shortest)
+    shortest = bounds.positive_int("min", params)
+    longest = bounds.positive_int("max", LONGEST * shortest)
     drift = bounds.number("drift", DRIFT)
     bounds.finish()
     if shortest % params:
@@ -173,5 +173,5 @@ def _adaptive(reader: Reader, state: str, params: int) -> Adaptive:
 def _taken(reader: Reader, key: str, state: str) -> dict[str, Any]:
     """``{state: value}`` if ``key`` was written, else nothing (a written null means never)."""
     written = key in reader
-    value = reader.take(key)
+    value = reader.pop(key)
     return {state: value} if written else {}

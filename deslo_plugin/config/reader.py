@@ -44,40 +44,54 @@ def plain(value: Any) -> Any:
 
 
 class Reader:
-    """Takes values out of ``mapping`` one by one; ``finish`` refuses what nobody took.
+    """Takes values out of ``mapping`` one by one; ``finish`` refuses what nothing has popped.
 
-    ``where`` is the path of the mapping in the user's file ("optimizer.params"), the start of every message.
+    ``where`` is the path of the mapping in the user's file ("optimizer.params"), the start of every message;
+    ``renamed`` is what keys of earlier versions are called now.
     """
 
-    def __init__(self, where: str, mapping: Any):
+    def __init__(self, where: str, mapping: Any, renamed: Mapping[str, str] | None = None):
         if not isinstance(mapping, Mapping):
             raise ConfigError(where, "a mapping of keys to values", shown(mapping), "write {...} there")
         self.where, self._rest, self._known = where, plain(mapping), []
+        for old, new in (renamed or {}).items():
+            if old in self._rest:
+                self.refuse(old, f"its name of today, {new}", "an old one", f"write {new}")
 
     def __contains__(self, key: str) -> bool:
         return key in self._rest
 
-    def look(self, key: str) -> Any:
-        """The raw value, left to be taken; None where there is none."""
+    def peek(self, key: str) -> Any:
+        """The raw value, left to be popped; None where there is none."""
         return self._rest.get(key)
 
-    def take(self, key: str, default: Any = None) -> Any:
+    def pop(self, key: str, default: Any = None) -> Any:
         """The raw value, unchecked."""
         self._known.append(key)
         return self._rest.pop(key, default)
 
-    def number(self, key: str, default: float | None = None, *, low: float = 0.0, below: float | None = None) -> float:
-        """A float in [low, below) or [low, inf)."""
-        value, bounds = self.take(key, default), f"a number >= {low:g}" + (f" and < {below:g}" if below else "")
+    def number(
+        self,
+        key: str,
+        default: float | None = None,
+        *,
+        low: float = 0.0,
+        above: float | None = None,
+        below: float | None = None,
+    ) -> float:
+        """A float in [low, below) or [low, inf), or greater than ``above``."""
+        least = f">= {low:g}" if above is None else f"> {above:g}"
+        value, bounds = self.pop(key, default), f"a number {least}" + (f" and < {below:g}" if below else "")
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.refuse(key, bounds, shown(value), self._hint(value))
-        if not (low <= value and (value < below if below else value < float("inf"))):
+        enough = low <= value if above is None else above < value
+        if not (enough and value < (below or float("inf"))):
             self.refuse(key, bounds, repr(value), "choose a value in that range")
         return float(value)
 
-    def whole(self, key: str, default: Any = None, *, also: tuple = (), hint: str = "") -> Any:
+    def positive_int(self, key: str, default: Any = None, *, also: tuple = (), hint: str = "") -> Any:
         """An int >= 1, or one of the values in ``also``."""
-        value = self.take(key, default)
+        value = self.pop(key, default)
         if value in also and not isinstance(value, bool):
             return value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -85,16 +99,22 @@ class Reader:
             self.refuse(key, f"a whole number >= 1{options}", shown(value), hint or self._hint(value))
         return value
 
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.take(key, default)
+    def boolean(self, key: str, default: bool) -> bool:
+        """true or false."""
+        value = self.pop(key, default)
         if not isinstance(value, bool):
             self.refuse(key, "true or false", shown(value), "write true or false without quotes")
         return value
 
-    def choice(self, key: str, default: str, options: Iterable[str]) -> str:
-        value, options = self.take(key, default), tuple(options)
+    def choice(
+        self, key: str, default: str, options: Iterable[str], *, renamed: Mapping[str, str] | None = None
+    ) -> str:
+        """One of ``options``; ``renamed`` is what values of earlier versions are called now."""
+        value, options = self.pop(key, default), tuple(options)
         if value not in options:
-            self.refuse(key, "one of " + ", ".join(options), shown(value), near(str(value), options) or "choose one")
+            today = (renamed or {}).get(value) if isinstance(value, str) else None
+            do = f"write {today!r}, its name of today" if today else near(str(value), options) or "choose one"
+            self.refuse(key, "one of " + ", ".join(options), shown(value), do)
         return value
 
     def refuse(self, key: str, expected: str, got: str, do: str) -> None:

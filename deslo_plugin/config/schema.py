@@ -12,7 +12,10 @@ from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT, first_mome
 from deslo_plugin.config.telemetry import Telemetry
 
 WIRE_DTYPES = ("float32", "float64")
-CHECKPOINTS = ("average", "exact", "sync")
+AVERAGE_AT = ("before_step", "after_step")
+CHECKPOINT_MODES = ("averaged", "per_replica", "synchronized")
+REPLICA_WEIGHTS = ("uniform", "samples")
+INITIAL_PARAMS = ("auto", "broadcast", "check")
 STATE_DICTS = ("refuse", "averaged", "last_average")
 DIGESTS = ("crc32", "sha256")
 STATE_DTYPES = ("float32", "bfloat16")
@@ -47,7 +50,7 @@ class OptimizerConfig:
     periods: Schedule
     period_sources: Mapping[str, str]
     reset_momenta: bool
-    outer: Outer | None
+    outer_optimizer: Outer | None
     state_dtype: str
 
     @property
@@ -82,31 +85,32 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DesloConfig:
-    """Who averages and how: ``deslo``. ``replica_size`` is in ranks, ``bucket_mb`` in MiB, ``timeout_s`` in seconds.
+    """Who averages and how: ``deslo``. ``replica_size`` is in ranks, ``bucket_cap_mb`` in MiB, ``timeout_s`` in
+    seconds.
 
-    ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``delay`` is
-    the number of forwards and backwards that an average travels under, ``weights`` what a replica counts in an average:
-    as much as any other, or what it has seen; ``checkpoint`` is what ``save`` saves, ``checkpoint_digest`` what proves
-    its files; ``state_dict`` is what ``state_dict()`` of the model does while replicas differ; ``telemetry`` is what is
-    written down, if anything. ``initial_params`` is what becomes of replicas that start unequal: "auto" makes them
-    equal to replica 0 and says what differed, "broadcast" does so without a word, "check" is an error.
-    """
+    ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``sync_delay``
+    is the number of forwards and backwards that an average travels under, ``replica_weights`` what a replica counts in
+    an average: as much as any other, or what it has seen; ``checkpoint_mode`` is what ``save`` saves,
+    ``checkpoint_digest`` what proves its files; ``state_dict`` is what ``state_dict()`` of the model does while
+    replicas differ; ``telemetry`` is what is written down, if anything. ``initial_params`` is what becomes of replicas
+    that start unequal: "auto" makes them equal to replica 0 and says what differed, "broadcast" does so without a word,
+    "check" is an error."""
 
     replica_size: int | str = "auto"
     synchronous_steps: int = 0
     sync_every: Periods | None = None
-    when: str = "before_update"
-    overlap: bool = True
-    delay: int = 1
+    average_at: str = "before_step"
+    overlap_comm: bool = True
+    sync_delay: int = 1
     wire_dtype: str = "float32"
-    bucket_mb: int = 64
+    bucket_cap_mb: int = 64
     initial_params: str = "auto"
     on_nonfinite: str = "stop"
     timeout_s: float = 600.0
-    checkpoint: str = "average"
+    checkpoint_mode: str = "averaged"
     state_dict: str = "refuse"
     checkpoint_digest: str = "crc32"
-    weights: str = "equal"
+    replica_weights: str = "uniform"
     telemetry: Telemetry | None = None
 
 

@@ -20,15 +20,17 @@ class Telemetry:
 
 def read_telemetry(reader: Reader) -> Telemetry | None:
     """``deslo.telemetry``, off unless it says where to write: a library leaves no files that nobody asked for."""
-    block = reader.take("telemetry")
+    block = reader.pop("telemetry")
     if block is None:
         return None
     inner = Reader(f"{reader.where}.telemetry", block)
-    path = inner.take("path")
+    path = inner.pop("path")
     if not isinstance(path, str) or not path:
         inner.refuse("path", "the folder of this run", shown(path), 'name one, such as "runs/first"')
     telemetry = Telemetry(
-        path=path, pseudo_gradient=inner.flag("pseudo_gradient", False), tensorboard=inner.flag("tensorboard", False)
+        path=path,
+        pseudo_gradient=inner.boolean("pseudo_gradient", False),
+        tensorboard=inner.boolean("tensorboard", False),
     )
     inner.finish()
     return telemetry

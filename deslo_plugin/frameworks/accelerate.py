@@ -116,7 +116,7 @@ def _track(accelerator: Accelerator) -> None:
 
 def _save_the_truth(accelerator: Accelerator, model: nn.Module) -> None:
     """``save_state`` and ``load_state`` leave model and optimizer to ``deslo_plugin.save`` and ``load``, by
-    ``deslo.checkpoint``."""
+    ``deslo.checkpoint_mode``."""
     save_state, load_state, world = accelerator.save_state, accelerator.load_state, accelerator.deslo.groups.world
     loaded_from: list[str] = []
     accelerator.register_load_state_pre_hook(lambda models, folder: loaded_from.append(folder))

@@ -247,8 +247,8 @@ MANAGER = {  # what a manager must be given, and why
 }
 DESLO = {
     "synchronous_steps": (0,),
-    "delay": (1,),
-    "weights": ("equal",),
+    "sync_delay": (1,),
+    "replica_weights": ("uniform",),
     "initial_params": ("auto", "check"),
     "replica_size": ("auto", 1),
     "state_dict": ("refuse",),

@@ -22,7 +22,7 @@ def in_own_form(desloc: Any, state_dict: Mapping[str, Any]) -> tuple[dict[Tensor
     }
     clock = max((int(state.get(STEP, 0)) for state in states.values()), default=0)
     optimizer = desloc.config.optimizer
-    wanted = [*optimizer.moments, *((OUTER_PARAMS, OUTER_MOMENTUM) if optimizer.outer else ())]
+    wanted = [*optimizer.moments, *((OUTER_PARAMS, OUTER_MOMENTUM) if optimizer.outer_optimizer else ())]
     for param, state in states.items():
         if ORIGIN not in state and STEP in state:  # Adam's own count of updates
             state[ORIGIN], state[STEP] = clock - state[STEP].float(), torch.tensor(float(clock))

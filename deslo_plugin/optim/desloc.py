@@ -160,7 +160,7 @@ class DesLoc(torch.optim.Optimizer):
 
     def _receive(self, cohort: Cohort, states: States, means: States) -> None:
         """Replaces every state that has landed by its mean; parameters through the outer optimizer."""
-        optimizer, outer, gather = self.config.optimizer, self.config.optimizer.outer, self.averaging.gather
+        optimizer, outer, gather = self.config.optimizer, self.config.optimizer.outer_optimizer, self.averaging.gather
         for state, mean in means.items():
             if state == PARAMS and outer:
                 anchor, momentum = (gather(each, cohort.params) for each in (OUTER_PARAMS, OUTER_MOMENTUM))
@@ -194,7 +194,7 @@ class DesLoc(torch.optim.Optimizer):
                         self._operator(**copies, t=t, lr=lr, weight_decay=decay, **options)
                 if self.averaging.late:
                     self.averaging.late.fade(params, self._remains(t, lr, decay))
-            if optimizer.outer and cohort.steps < self.config.deslo.synchronous_steps:
+            if optimizer.outer_optimizer and cohort.steps < self.config.deslo.synchronous_steps:
                 # the outer optimizer begins where the warm-up ends: its progress is no pseudo-gradient
                 torch._foreach_copy_(gather(OUTER_PARAMS, cohort.params), gather(PARAMS, cohort.params))
 
@@ -246,7 +246,7 @@ class DesLoc(torch.optim.Optimizer):
             state[counter] = torch.tensor(clock if counter in (STEP, ORIGIN) else 0, dtype=torch.int64, device="cpu")
         for moment in optimizer.moments:
             state[moment] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
-        if optimizer.outer:
+        if optimizer.outer_optimizer:
             state[OUTER_PARAMS] = param.detach().to(dtype, copy=True)
             state[OUTER_MOMENTUM] = torch.zeros_like(state[OUTER_PARAMS])
         return state

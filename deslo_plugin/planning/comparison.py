@@ -61,26 +61,29 @@ def methods(job: Job) -> list[Method]:
     """The config first, then itself in turn, synchronous training twice, and the alternatives."""
     deslo, every_step = job.config.deslo, job.plan(synchronous(job.config, job.steps))
     found = [Method(OWN, job, job.plan())]
-    if deslo.overlap:
-        in_turn = replace(job.config, deslo=replace(deslo, overlap=False, delay=1))
+    if deslo.overlap_comm:
+        in_turn = replace(job.config, deslo=replace(deslo, overlap_comm=False, sync_delay=1))
         found.append(Method(IN_TURN, job, job.plan(in_turn)))
     found += [Method(SYNCHRONOUS, job, every_step), Method(HIDDEN, job, every_step, BACKWARD * job.step_s)]
     return found + [Method(name, job, job.plan(periods=periods)) for name, periods in alternatives(job.config).items()]
 
 
 def hiding_delay(job: Job, link: Link) -> int | None:
-    """The smallest ``deslo.delay`` with which nothing is waited for, after the warm-up; None if no delay that the
+    """The smallest ``deslo.sync_delay`` with which nothing is waited for, after the warm-up; None if no delay that the
     config may have does that."""
     config, own = job.config, job.plan()
     periods = [period for period in periods_of(config).values() if period]
     fixed = (
-        not config.deslo.overlap or config.optimizer is None or config.optimizer.outer or config.optimizer.reset_momenta
+        not config.deslo.overlap_comm
+        or config.optimizer is None
+        or config.optimizer.outer_optimizer
+        or config.optimizer.reset_momenta
     )
     moved = transfers(own, job.steps)
     warm_up = forecast(own, link, job.step_s, min(job.steps, config.deslo.synchronous_steps), moved=[]).exposed_s
     longest = max((travel_seconds(own, link, each) for each in moved), default=0.0)
     for delay in range(max(1, ceil(longest / job.step_s - 1e-9)), 1 + (1 if fixed else min(periods, default=inf))):
-        late = replace(config, deslo=replace(config.deslo, delay=delay))
+        late = replace(config, deslo=replace(config.deslo, sync_delay=delay))
         if forecast(job.plan(late), link, job.step_s, job.steps, moved=moved).exposed_s <= warm_up * (1 + 1e-9) + 1e-9:
             return delay
     return None

@@ -110,7 +110,7 @@ def forecast(
         longest = max(0.0, travel_seconds(plan, link, gradients) - hidden_s)
         waited, sent[GRADIENTS], events[GRADIENTS] = warm_up * longest, warm_up * gradients.bytes[GRADIENTS], warm_up
 
-    lands_after = 0 if deslo.when == "after_update" else deslo.delay
+    lands_after = 0 if deslo.average_at == "after_step" else deslo.sync_delay
     # the time at which the link has nothing left to do; (landing step, time of arrival, transfer)
     free, flying = 0.0, deque()
 
@@ -126,7 +126,7 @@ def forecast(
     for transfer in transfers(plan, steps) if moved is None else moved:
         land(transfer.steps)
         at = transfer.steps + lands_after
-        start = (transfer.steps if deslo.overlap else at) * step_s + waited
+        start = (transfer.steps if deslo.overlap_comm else at) * step_s + waited
         free = max(free, start) + travel_seconds(plan, link, transfer)
         flying.append((at, free, transfer))
     land(steps)
@@ -138,16 +138,16 @@ def memory(plan: Plan, moved: Sequence[Transfer]) -> Memory:
     opt, numel = plan.config.optimizer, sum(group.numel for group in plan.groups)
     states = max(len(group.periods) for group in plan.groups) - 1  # without the parameters
     element = 4 if opt is None else STATE_BYTES[opt.state_dtype]
-    copies = 2 if plan.config.deslo.delay > 1 else 1  # a late average takes off what it was launched with
-    outer = 2 * 4 * numel if opt is not None and opt.outer else 0
+    copies = 2 if plan.config.deslo.sync_delay > 1 else 1  # a late average takes off what it was launched with
+    outer = 2 * 4 * numel if opt is not None and opt.outer_optimizer else 0
     flying = (sum(each.bytes.values()) - plan.words_at(each.steps).total() for each in moved)
     return Memory(states * element * numel + outer, copies * max(flying, default=0))
 
 
 def _transfer(plan: Plan, steps: int) -> Transfer:
     deslo, sent = plan.config.deslo, plan.bytes_at(steps)
-    weights = len(sent) if deslo.weights == "samples" and GRADIENTS not in sent else 0
+    weights = len(sent) if deslo.replica_weights == "samples" and GRADIENTS not in sent else 0
     spreads = sum(len(adaptive(group.periods).keys() & sent.keys()) for group in plan.groups)
     return Transfer(
-        steps, sent, weights + spreads + sum(max(1, ceil(each / (deslo.bucket_mb << 20))) for each in sent.values())
+        steps, sent, weights + spreads + sum(max(1, ceil(each / (deslo.bucket_cap_mb << 20))) for each in sent.values())
     )

@@ -47,7 +47,7 @@ class Plan:
         sent = sum(
             group.bytes_per_event[state] for group in self.groups for state, period in group.periods.items() if period
         )
-        return (sent + self.buffer_bytes) * self.divisor * (2 if self.config.deslo.delay > 1 else 1)
+        return (sent + self.buffer_bytes) * self.divisor * (2 if self.config.deslo.sync_delay > 1 else 1)
 
     @property
     def vectors_per_step(self) -> float:
@@ -91,9 +91,9 @@ class Plan:
     def describe(self) -> str:
         """The banner: topology, rule, and for each state its period, why, bytes per event and per step."""
         t, opt, deslo = self.topology, self.config.optimizer, self.config.deslo
-        order = deslo.when + (", overlapped" if deslo.overlap else "")
-        order += f" with {deslo.delay} steps" if deslo.delay > 1 else ""
-        order += ", replicas weighted by samples" if deslo.weights == "samples" else ""
+        order = deslo.average_at + (", overlapped" if deslo.overlap_comm else "")
+        order += f" with {deslo.sync_delay} steps" if deslo.sync_delay > 1 else ""
+        order += ", replicas weighted by samples" if deslo.replica_weights == "samples" else ""
         lines = [f"deslo: {t.replicas} replica(s) of {t.replica_size} rank(s); {_direction(opt)}; {order}"]
         if t.replicas == 1:
             return lines[0] + "\n  one replica only: nothing to average, this is the plain optimizer"
@@ -124,9 +124,10 @@ class Plan:
             lines.append(
                 f"  floating persistent buffers: with the parameters, {self.buffer_bytes:,} bytes from each rank"
             )
-        if opt is not None and opt.outer:
+        if opt is not None and opt.outer_optimizer:
             lines.append(
-                f"  outer Nesterov step on averaged params: lr {opt.outer.lr:g}, momentum {opt.outer.momentum:g}"
+                f"  outer Nesterov step on averaged params: lr {opt.outer_optimizer.lr:g}, "
+                f"momentum {opt.outer_optimizer.momentum:g}"
             )
         if opt is not None and opt.reset_momenta:
             lines.append("  momenta are reset after each average of params")
@@ -178,7 +179,9 @@ def make_plan(
 
     # the latter travels with states whose periods adapt
     word, spread = BYTES[config.deslo.wire_dtype], BYTES["float64"]
-    weight = word if config.deslo.weights == "samples" else 0  # travels with each state of each group, and with buffers
+    weight = (
+        word if config.deslo.replica_weights == "samples" else 0
+    )  # travels with each state of each group, and with buffers
 
     def sent(numel: int) -> int:
         return -(-numel // divisor) * word

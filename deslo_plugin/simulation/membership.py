@@ -28,7 +28,7 @@ class Growth:
 
     def __post_init__(self) -> None:
         given = Reader("Growth", asdict(self))
-        given.whole("at"), given.whole("count")
+        given.positive_int("at"), given.positive_int("count")
 
     def __call__(self, steps: int, replicas: Replicas) -> None:
         if steps == self.at:
@@ -55,7 +55,7 @@ class Failures:
 
     def __post_init__(self) -> None:
         given = Reader("Failures", asdict(self))
-        given.whole("every"), given.whole("absent")
+        given.positive_int("every"), given.positive_int("absent")
         if not given.number("share", below=1.0):
             given.refuse("share", "a number > 0", "0", "leave failures out if none are wanted")
 

@@ -58,13 +58,13 @@ class Replicas:
                 f"Replicas: expected start of shape (n,) and a count >= 1, got {list(start.shape)} and {count}"
             )
         config = load_config(config)
-        for key, only in (("on_nonfinite", "stop"), ("weights", "equal")):
+        for key, only in (("on_nonfinite", "stop"), ("replica_weights", "uniform")):
             if (value := getattr(config.deslo, key)) != only:
                 raise ConfigError(f"deslo.{key}", f'"{only}" where replicas are simulated', f'"{value}"', "remove it")
         self._mean = RowMean(count)
         rows = start.detach().expand(count, -1).clone()
         self.optimizer = DesLoc(
-            [rows], replace(config, deslo=replace(config.deslo, bucket_mb=UNCUT)), average=self._mean
+            [rows], replace(config, deslo=replace(config.deslo, bucket_cap_mb=UNCUT)), average=self._mean
         )
         self.ids = list(range(count))
         self.away: dict[int, int] = {}

@@ -23,7 +23,7 @@ EVERY = {"params": 3, "exp_avg": 3, "exp_avg_sq": 3}
 
 
 def config(**deslo: Any) -> dict:
-    return {"deslo": {"when": "after_update", "sync_every": EVERY} | deslo}
+    return {"deslo": {"average_at": "after_step", "sync_every": EVERY} | deslo}
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
@@ -496,7 +496,7 @@ def without_effect(kind: str) -> dict:
     if kind == "warm-up":
         config_["deslo"]["synchronous_steps"] = 2
     if kind == "met before an average":
-        config_["deslo"]["when"] = "before_update"
+        config_["deslo"]["average_at"] = "before_step"
     if kind == "stepped elsewhere":
         other = torch.optim.SGD(model.parameters(), lr=1e-2)
     with heard() as lines:
@@ -559,7 +559,7 @@ def resumed_when_an_average_is_due(kind: str, folder: str) -> list[str]:
             else adamw(model)
         )
         with heard() as lines:
-            deslo_plugin.attach(model, optimizer, *([] if kind == "desloc" else [config(when="before_update")]))
+            deslo_plugin.attach(model, optimizer, *([] if kind == "desloc" else [config(average_at="before_step")]))
             if job == "second":
                 deslo_plugin.load(folder, model)
             train(model, optimizer, range(3), seat=dist.get_rank())

@@ -37,7 +37,7 @@ def sealed(folder: Path) -> None:
     write_proof(folder, replace(read_proof(folder), files=measured(folder, None)))
 
 
-def saved(path: Path, mode: str = "average", **options: Any) -> Path:
+def saved(path: Path, mode: str = "averaged", **options: Any) -> Path:
     torch.manual_seed(0)
     model, optimizer = alone()
     model(torch.ones(2, 6)).sum().backward()
@@ -105,7 +105,7 @@ CRAFTS = [
 ]
 
 
-@pytest.mark.parametrize("mode", ["average", "exact"])
+@pytest.mark.parametrize("mode", ["averaged", "per_replica"])
 @pytest.mark.parametrize("craft", CRAFTS, ids=lambda craft: craft.__name__)
 def test_nothing_in_a_crafted_folder_runs(tmp_path, mode, craft):
     folder, marker = saved(tmp_path / "runs" / "step_1", mode), tmp_path / "it ran"
@@ -165,7 +165,7 @@ def test_links_are_refused(tmp_path):
             deslo_plugin.load(folder, alone()[0])
         (folder / name).unlink()
         shutil.copy(other / name, folder / name)
-    exact = saved(tmp_path / "exact", "exact")
+    exact = saved(tmp_path / "per_replica", "per_replica")
     (exact / "replica_0").rename(tmp_path / "elsewhere")
     (exact / "replica_0").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="replica_0"):
@@ -274,7 +274,7 @@ def test_numpy_draws_the_same_numbers_after_an_exact_resume(tmp_path):
     import numpy as np
 
     np.random.seed(3)
-    folder = saved(tmp_path / "c", "exact")
+    folder = saved(tmp_path / "c", "per_replica")
     drawn = np.random.rand(3).tolist()
     deslo_plugin.load(folder, alone()[0])
     assert np.random.rand(3).tolist() == drawn

@@ -12,7 +12,7 @@ from test_deepspeed import RULES, ds_config
 from torch import nn
 
 N2 = RULES["mt-dao-adam-n2"]
-EXACT = {"checkpoint": "exact"}
+EXACT = {"checkpoint_mode": "per_replica"}
 BF16, BIG = {"enabled": True}, {"stage": 3, "stage3_param_persistence_threshold": 0}
 OFFLOADED = {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
 PREFETCHED = {
@@ -52,7 +52,7 @@ def a_spike(ds: dict, folder: str, leaf: bool = False) -> float:
     with fp16_everywhere() if "fp16" in ds else contextlib.nullcontext():
         with engine_for(ds, model_with_a_leaf() if leaf else None) as engine:
             train(engine, range(5))
-            deslo_plugin.save(folder, engine, mode="exact", extra={})
+            deslo_plugin.save(folder, engine, mode="per_replica", extra={})
             once = train(engine, range(5, 10)), replica_state(engine)
             evaluate(engine)
             deslo_plugin.load(folder, engine)
@@ -112,11 +112,13 @@ def stock_after_update(ds: dict, steps: int, broken: tuple[int, int] | None) -> 
 
 
 @pytest.mark.parametrize("more", [{}, {"fp16": FP16}, {"bf16": BF16}], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("when", ["before_update", "after_update"])
+@pytest.mark.parametrize("when", ["before_step", "after_step"])
 def test_an_average_of_a_stock_optimizer_is_used_by_the_next_forward(four, when, more):
     periods = {"params": 2, "exp_avg": 2, "exp_avg_sq": 2}
     for stage in [1, 3] if more else [0, 1, 2, 3]:
-        ds = ds_config(N2, stage, deslo={"sync_every": periods, "when": when}, gradient_accumulation_steps=1, **more)
+        ds = ds_config(
+            N2, stage, deslo={"sync_every": periods, "average_at": when}, gradient_accumulation_steps=1, **more
+        )
         ds["optimizer"] = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
         four().run(stock_after_update, ds, 6, (1, 3) if more else None)
 
@@ -128,8 +130,8 @@ def train_alone(ds: dict, broken: tuple[int, int] | None = None) -> None:
 
 def test_an_average_after_the_update_is_used_in_every_sub_group(four):
     zero = {"stage": 3, "sub_group_size": 20}
-    four().run(train_alone, ds_config(N2, 3, zero_optimization=zero, deslo={"when": "after_update"}))
-    four().run(train_alone, ds_config(N2, 3, zero_optimization=zero, deslo={"when": "after_update"}), (1, 3))
+    four().run(train_alone, ds_config(N2, 3, zero_optimization=zero, deslo={"average_at": "after_step"}))
+    four().run(train_alone, ds_config(N2, 3, zero_optimization=zero, deslo={"average_at": "after_step"}), (1, 3))
 
 
 def gathered_by_the_script(ds: dict, folder: str) -> list[float]:
@@ -149,7 +151,7 @@ def gathered_by_the_script(ds: dict, folder: str) -> list[float]:
 
     with engine_for(ds) as engine:
         train(engine, range(3))
-        deslo_plugin.save(folder, engine, mode="exact")
+        deslo_plugin.save(folder, engine, mode="per_replica")
         train(engine, range(3, 5))
         found = []
         for act in (lambda: deslo_plugin.meet(engine), lambda: deslo_plugin.load(folder, engine)):
@@ -179,7 +181,7 @@ def written_by_the_script(ds: dict, folder: str) -> None:
 
     with engine_for(ds) as engine:
         train(engine, range(3))
-        deslo_plugin.save(folder, engine, mode="exact")
+        deslo_plugin.save(folder, engine, mode="per_replica")
         write(engine)
         deslo_plugin.meet(engine)
         evaluate(engine)

@@ -117,7 +117,7 @@ def in_two_groups(model):
 
 
 @pytest.mark.parametrize("kind", ["desloc", "stock"])
-@pytest.mark.parametrize("deslo", [{}, {"overlap": False}, {"when": "after_update"}], ids=str)
+@pytest.mark.parametrize("deslo", [{}, {"overlap_comm": False}, {"average_at": "after_step"}], ids=str)
 @pytest.mark.parametrize("groups", [None, in_two_groups])
 def test_a_parameter_that_is_unfrozen_averages_with_the_others_until_it_is_frozen_again(four, kind, deslo, groups):
     for before, clocks, sent, after, planned in four().run(unfrozen, kind, "all", deslo, groups):
@@ -149,7 +149,7 @@ def test_a_model_that_is_frozen_when_it_is_attached_may_train_later(four):
 
 
 @pytest.mark.parametrize(
-    "kind, deslo", [("desloc", {}), ("stock", {"overlap": False}), ("desloc", {"delay": 2})], ids=str
+    "kind, deslo", [("desloc", {}), ("stock", {"overlap_comm": False}), ("desloc", {"sync_delay": 2})], ids=str
 )
 def test_one_that_is_unfrozen_on_one_replica_alone_is_an_error_on_all(four, kind, deslo):
     for message in four().run(on_one_replica_alone, kind, deslo):

@@ -48,7 +48,7 @@ def everyone(value):
 
 def scale_trained(kind, alone, folder):
     model = Scaled(alone)
-    optimizer, config = make(kind, model.parameters(), when="after_update")
+    optimizer, config = make(kind, model.parameters(), average_at="after_step")
     attachment, generator = (
         deslo_plugin.attach(model, optimizer, config),
         torch.Generator().manual_seed(dist.get_rank()),
@@ -110,7 +110,7 @@ def test_param_groups_may_be_empty_anywhere(kind, empty):
     def replica(average):
         params = [nn.Parameter(torch.ones(n)) for n in (2, 3, 4)]
         groups = [{"params": [] if index in empty else [param]} for index, param in enumerate(params)]
-        optimizer, config = make(kind, groups, when="after_update")
+        optimizer, config = make(kind, groups, average_at="after_step")
         if kind == "desloc":
             optimizer.attach(average, [param for group in groups for param in group["params"]])
             averaging = optimizer.averaging
@@ -170,7 +170,7 @@ def sparse_trained(deslo):
     torch.manual_seed(0)
     embedding = nn.Embedding(20, 4, sparse=True)
     optimizer = torch.optim.SparseAdam(embedding.parameters(), lr=1e-2)
-    deslo_plugin.attach(embedding, optimizer, {"deslo": {"when": "after_update", "sync_every": EVERY} | deslo})
+    deslo_plugin.attach(embedding, optimizer, {"deslo": {"average_at": "after_step", "sync_every": EVERY} | deslo})
     generator = torch.Generator().manual_seed(dist.get_rank())
     for _ in range(4):
         optimizer.zero_grad()

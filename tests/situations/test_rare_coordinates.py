@@ -138,8 +138,8 @@ ADAPTIVE = {"params": 8, "exp_avg": {"adaptive": {"min": 8, "max": 32, "drift": 
 @pytest.mark.parametrize(
     "more",
     [
-        {"deslo": {"delay": 4}},
-        {"deslo": {"when": "after_update"}},
+        {"deslo": {"sync_delay": 4}},
+        {"deslo": {"average_at": "after_step"}},
         {"deslo": {"synchronous_steps": 20}},
         {"state_dtype": "bfloat16"},
         {"bias_correction": False},
@@ -231,9 +231,9 @@ def test_no_momentum_is_ever_larger_than_an_adam_alone_could_have_it(s, seed, we
     config = blocks(
         s,
         wire_dtype="float64",
-        weights="samples" if weighted else "equal",
+        replica_weights="samples" if weighted else "uniform",
         synchronous_steps=warm_up,
-        **({} if s.after_update else {"overlap": True}),
+        **({} if s.after_update else {"overlap_comm": True}),
     )
 
     def replica(average):

@@ -87,26 +87,26 @@ def saves_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
     steps, said, left = 2, {}, []
     quota = OSError(errno.EDQUOT, "Disk quota exceeded")
     harms = {
-        "full disk, average": ("average", {}, full_disk(1)),
-        "full disk, sync": ("sync", {}, full_disk(1)),
-        "full disk, exact": ("exact", {}, full_disk(3)),
-        "full disk on the first rank": ("average", {}, full_disk(0)),
-        "quota at deslo.json": ("average", {}, failing(0, "deslo_plugin.checkpoint.save_load.write_proof", quota)),
+        "full disk, average": ("averaged", {}, full_disk(1)),
+        "full disk, sync": ("synchronized", {}, full_disk(1)),
+        "full disk, exact": ("per_replica", {}, full_disk(3)),
+        "full disk on the first rank": ("averaged", {}, full_disk(0)),
+        "quota at deslo.json": ("averaged", {}, failing(0, "deslo_plugin.checkpoint.save_load.write_proof", quota)),
         "no permission to rename": (
-            "average",
+            "averaged",
             {},
             failing(0, "pathlib.Path.rename", PermissionError(errno.EACCES, "Permission denied")),
         ),
         "unreadable": (
-            "average",
+            "averaged",
             {},
             failing(2, "deslo_plugin.checkpoint.manifest.files_in", OSError(errno.EIO, "Input/output error")),
         ),
-        "state on one rank": ("exact", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),
-        "state on one rank, sync": ("sync", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),
-        "code in extra, average": ("average", {"f": [{"g": print}]}, full_disk(-1)),
+        "state on one rank": ("per_replica", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),
+        "state on one rank, sync": ("synchronized", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),
+        "code in extra, average": ("averaged", {"f": [{"g": print}]}, full_disk(-1)),
         "code in extra of one rank, exact": (
-            "exact",
+            "per_replica",
             {"f": print} if dist.get_rank() == 1 else {"f": 1},
             full_disk(-1),
         ),
@@ -131,7 +131,7 @@ def test_every_rank_hears_at_once_and_the_checkpoint_before_is_untouched(four, t
         assert result["said"] == results[0]["said"] and result["before"] == {"n": 1}
         assert result["left"] == ["c"]
     said = results[0]["said"]
-    for harm, rank in (("average", 1), ("sync", 1), ("exact", 3)):
+    for harm, rank in (("averaged", 1), ("synchronized", 1), ("per_replica", 3)):
         name, number, text = said[f"full disk, {harm}"]
         assert (name, number) == (
             "OSError",
@@ -199,7 +199,9 @@ def asked_differently(folder: str) -> list[tuple]:
     job = Job("plain", blocks(S, timeout_s=60))
     return [
         said_of(
-            lambda: deslo_plugin.save(Path(folder) / "c", job.model, mode=["exact", "average"][dist.get_rank() == 0])
+            lambda: deslo_plugin.save(
+                Path(folder) / "c", job.model, mode=["per_replica", "averaged"][dist.get_rank() == 0]
+            )
         )
     ]
 

@@ -60,16 +60,16 @@ ON_ALL = st.one_of(
     st.tuples(st.just("join")),
     st.tuples(st.just("keep")),
     st.tuples(st.just("go back")),
-    st.tuples(st.just("save and load"), st.sampled_from(["average", "exact", "sync"])),
+    st.tuples(st.just("save and load"), st.sampled_from(["averaged", "per_replica", "synchronized"])),
     st.tuples(st.just("average now")),
 )
 SETTINGS = st.sampled_from(
     [
         ({"params": 2, "exp_avg": 4, "exp_avg_sq": 4}, {}),
-        ({"params": 3, "exp_avg": 3, "exp_avg_sq": 3}, {"overlap": False}),
-        ({"params": 1, "exp_avg": 2, "exp_avg_sq": 2}, {"when": "after_update"}),
+        ({"params": 3, "exp_avg": 3, "exp_avg_sq": 3}, {"overlap_comm": False}),
+        ({"params": 1, "exp_avg": 2, "exp_avg_sq": 2}, {"average_at": "after_step"}),
         ({"params": 4, "exp_avg": None, "exp_avg_sq": None}, {}),
-        ({"params": 2, "exp_avg": 2, "exp_avg_sq": 2}, {"bucket_mb": 1}),
+        ({"params": 2, "exp_avg": 2, "exp_avg_sq": 2}, {"bucket_cap_mb": 1}),
     ]
 )
 
@@ -185,7 +185,7 @@ class Oracle:
     def __init__(self, replicas: int, periods: dict[str, int | None], deslo: dict[str, Any]):
         start = dict(Net().double().named_parameters())
         self.replicas, self.periods, self.step, self.kept = replicas, periods, 0, None
-        self.after = deslo.get("when") == "after_update"
+        self.after = deslo.get("average_at") == "after_step"
         self.trained, self.frozen, self.settled = ["rows", "matrix", "scale"], set(), set()
         self.state = [
             {
@@ -276,7 +276,7 @@ class Oracle:
             self.state, self.clock, self.updates, self.step, self.trained = copy.deepcopy(self.kept)
 
     def save_and_load(self, mode: str) -> None:
-        if mode != "exact":
+        if mode != "per_replica":
             self.average_now()
 
     def average_now(self) -> None:

@@ -145,7 +145,7 @@ def before_the_first_average(config, folder):
     start = copy.deepcopy(job.model.state_dict())
     job.train(range(2))
     given = [job.model.state_dict()["0.weight"]]
-    deslo_plugin.save(folder, job.model, mode="exact")
+    deslo_plugin.save(folder, job.model, mode="per_replica")
     deslo_plugin.meet(job.model)
     met = job.model.state_dict()["0.weight"].clone()
     job.train(range(2, 3))

@@ -50,14 +50,14 @@ def everyone(value):
 
 def own_heads(then, folder):
     model = Heads()
-    optimizer, _ = attached("stock", model, when="after_update")
+    optimizer, _ = attached("stock", model, average_at="after_step")
     for _ in range(4 if then == "train" else 3):
         step(model, optimizer, dist.get_rank())
     head = model.heads[0].weight
     own = {name: value.clone() for name, value in optimizer.state.get(head, {}).items()}
     if then == "meet":
         deslo_plugin.meet(model)
-    if then in ("average", "exact"):
+    if then in ("averaged", "per_replica"):
         deslo_plugin.save(folder, model, mode=then)
         names = sorted(optimizer.state.get(head, {}))
         assert names == sorted(own)  # a save leaves the replicas as they are
@@ -65,7 +65,7 @@ def own_heads(then, folder):
             step(model, optimizer, dist.get_rank())
         straight = [param.detach().clone() for param in model.parameters()]
         deslo_plugin.load(folder, model)
-        if then == "exact":
+        if then == "per_replica":
             assert sorted(optimizer.state.get(head, {})) == names
             for _ in range(2):
                 step(model, optimizer, dist.get_rank())
@@ -73,11 +73,11 @@ def own_heads(then, folder):
     return own, {name: value.clone() for name, value in optimizer.state.get(head, {}).items()}
 
 
-@pytest.mark.parametrize("then", ["train", "meet", "average", "exact"])
+@pytest.mark.parametrize("then", ["train", "meet", "averaged", "per_replica"])
 def test_a_head_that_one_replica_alone_trains_has_states_by_name_everywhere(four, tmp_path, then):
     results = four().run(own_heads, then, str(tmp_path / "c"))
     before, after = zip(*results)
-    if then == "exact":
+    if then == "per_replica":
         return
     for state in after:
         assert torch.equal(state["exp_avg"], after[0]["exp_avg"]) and state["exp_avg"].any()
@@ -131,14 +131,16 @@ def changed(kind, what):
             if kind == "stock"
             else deslo_plugin.DesLoc(
                 inner.parameters(),
-                {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY}}, "deslo": {"when": "after_update"}},
+                {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY}}, "deslo": {"average_at": "after_step"}},
             )
         )
         attachment = deslo_plugin.attach(
-            model, optimizer, *([{"deslo": {"sync_every": EVERY, "when": "after_update"}}] if kind == "stock" else [])
+            model,
+            optimizer,
+            *([{"deslo": {"sync_every": EVERY, "average_at": "after_step"}}] if kind == "stock" else []),
         )
     else:
-        optimizer, attachment = attached(kind, model, when="after_update")
+        optimizer, attachment = attached(kind, model, average_at="after_step")
     if what == "adamw":
         optimizer.load_state_dict(old.state_dict())
     for _ in range(2):

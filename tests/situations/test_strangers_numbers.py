@@ -23,7 +23,7 @@ PLAIN = {
     "optimizer": {
         "params": {"lr": 0.5, "betas": [0.75, 0.5], "weight_decay": 0.25, "sync_every": {"params": 4, "exp_avg": 8}}
     },
-    "deslo": {"replica_size": 2, "timeout_s": 30, "overlap": True},
+    "deslo": {"replica_size": 2, "timeout_s": 30, "overlap_comm": True},
 }
 NUMPY = {
     "optimizer": {
@@ -34,7 +34,7 @@ NUMPY = {
             "sync_every": {"params": np.int64(4), "exp_avg": np.uint8(8)},
         }
     },
-    "deslo": {"replica_size": np.int32(2), "timeout_s": np.int64(30), "overlap": np.bool_(True)},
+    "deslo": {"replica_size": np.int32(2), "timeout_s": np.int64(30), "overlap_comm": np.bool_(True)},
 }
 TORCH = {
     "optimizer": {
@@ -45,7 +45,7 @@ TORCH = {
             "sync_every": {"params": torch.tensor(4), "exp_avg": 8},
         }
     },
-    "deslo": {"replica_size": 2, "timeout_s": 30, "overlap": True},
+    "deslo": {"replica_size": 2, "timeout_s": 30, "overlap_comm": True},
 }
 
 

@@ -80,7 +80,9 @@ def trained(average, make, write, steps=13, **deslo):
 @pytest.mark.parametrize("write", WRITES, ids=lambda each: each.__name__)
 @pytest.mark.parametrize("make", [desloc, stock])
 def test_with_overlap_and_without_the_same_bits(make, write):
-    there, not_there = (threads(2, lambda average: trained(average, make, write, overlap=on)) for on in (True, False))
+    there, not_there = (
+        threads(2, lambda average: trained(average, make, write, overlap_comm=on)) for on in (True, False)
+    )
     for replica, other in zip(there, not_there):
         assert all(map(torch.equal, replica, other))
 
@@ -90,7 +92,7 @@ def test_nine_times_plus_one_is_nine():
         (x,) = params = [torch.nn.Parameter(torch.zeros(4))]
         optimizer = DesLoc(
             params,
-            {"optimizer": {"params": {"lr": 0.0, "sync_every": {"params": 4}}}, "deslo": {"delay": delay}},
+            {"optimizer": {"params": {"lr": 0.0, "sync_every": {"params": 4}}}, "deslo": {"sync_delay": delay}},
             average=average,
         )
         for _ in range(9):
@@ -127,7 +129,7 @@ def restored(kind, what, whose, steps_to_landing, delay=1):
     torch.manual_seed(0)
     model, rank = torch.nn.Linear(4, 3), dist.get_rank()
     every = {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}
-    deslo = {"timeout_s": 20.0} | ({"delay": delay} if delay > 1 else {})
+    deslo = {"timeout_s": 20.0} | ({"sync_delay": delay} if delay > 1 else {})
     if kind == "desloc":
         optimizer = DesLoc(
             model.parameters(), {"optimizer": {"params": {"lr": 1e-2, "sync_every": every}}, "deslo": deslo}

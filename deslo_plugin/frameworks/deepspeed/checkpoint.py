@@ -28,7 +28,7 @@ LATEST = "latest"
 
 
 def save_the_truth(engine: DeepSpeedEngine) -> None:
-    """Gives ``engine`` checkpoints by ``deslo.checkpoint`` in ``<save_dir>/<tag>``, and exports of the averaged
+    """Gives ``engine`` checkpoints by ``deslo.checkpoint_mode`` in ``<save_dir>/<tag>``, and exports of the averaged
     model."""
     load_native = engine.load_checkpoint
 
@@ -112,7 +112,7 @@ ALL = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states"
 RECOVERY = "zero_to_fp32.py"  # the script that DeepSpeed puts there finds nothing in folders of ours
 SCRIPT = '''"""Writes the float32 weights of a deslo_plugin checkpoint.
 
-python zero_to_fp32.py CHECKPOINTS OUTPUT [-t TAG]
+python zero_to_fp32.py CHECKPOINT_MODES OUTPUT [-t TAG]
 """
 
 import argparse
