@@ -66,7 +66,7 @@ def train(contestant: str, betas: str, seed: int) -> dict[str, Any]:
         if not changes or periods != changes[-1][1]:
             changes.append((moment.steps, periods))
     loss = float(objective.evaluate(moment.replicas.state("params").mean(0, keepdim=True)))
-    return {"seed": seed, "loss": round(loss, 4), "bytes": sum(optimizer.meter.bytes.values()), "periods": changes}
+    return {"seed": seed, "loss": round(loss, 4), "bytes": sum(optimizer.stats.bytes.values()), "periods": changes}
 
 
 def equal_loss(run: Mapping[str, Any], fixed: Sequence[Mapping[str, Any]]) -> float | None:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin import DesLoc, attach
-from deslo_plugin.comm.transport import Alone
+from deslo_plugin.comm.transport import SingleReplica
 
 NEVER = 10**9
 LIGHTHOUSES: list[Any] = []  # torchft's servers live as long as their process
@@ -27,7 +27,7 @@ STORES: list[Any] = []
 
 
 def local_adam(model: nn.Module) -> DesLoc:
-    return DesLoc(model.parameters(), lr=1e-3, sync_every={"params": NEVER}, average=Alone())
+    return DesLoc(model.parameters(), lr=1e-3, sync_every={"params": NEVER}, average=SingleReplica())
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def ours(
             },
         )
         attachment = attach(model, optimizer, mesh=mesh() if shard else None)
-        plan, meter = attachment.plan, attachment.meter
+        plan, meter = attachment.plan, attachment.stats
         return Running(
             model, optimizer, lambda steps: sum(plan.bytes_at(steps).values()), waited=lambda: meter.seconds_exposed
         )

@@ -253,7 +253,7 @@ def train(task: str, method: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "losses": losses,
         "moves": [round(each, 2) for each in moves],
-        "bytes": sum(world.optimizer.meter.bytes.values()),
+        "bytes": sum(world.optimizer.stats.bytes.values()),
         "beyond": statistics.mean(beyond) if beyond else 0.0,
     }
 

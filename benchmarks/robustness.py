@@ -131,7 +131,7 @@ def train(run: Run, seed: int) -> dict[str, Any]:
             there.append(len(moment.replicas.ids))
             mean = moment.replicas.state("params").mean(0, keepdim=True)
             held_out.append(round(float(objective.evaluate(mean)), 4))
-    sent = sum(moment.replicas.optimizer.meter.bytes.values())
+    sent = sum(moment.replicas.optimizer.stats.bytes.values())
     return {"seed": seed, "steps": steps, "held_out": held_out, "replicas": there, "bytes_per_replica": sent}
 
 

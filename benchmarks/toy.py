@@ -25,7 +25,7 @@ from rich.progress import track
 
 from deslo_plugin.simulation import simulate
 from deslo_plugin.simulation.comparison import follow, read_contestants
-from deslo_plugin.simulation.settings import START, Scene
+from deslo_plugin.simulation.settings import START, SimulationConfig
 
 HERE = Path(__file__).resolve().parent
 RESULTS, FIGURE = HERE / "results" / "toy.json", HERE.parent / "docs" / "figures" / "toy.png"
@@ -48,7 +48,7 @@ def curve(scene: str, name: str, seed: int, *, steps: int = STEPS) -> list[float
     """f at the mean of the replicas' parameters, every 16 steps."""
     lr, noniid = SCENES[scene]
     (contestant,) = read_contestants([str(HERE.parent / "configs" / f"{ALGORITHMS[name]}.json")], lr=lr)
-    objective = Scene(replicas=REPLICAS, steps=steps, noniid=noniid).build(seed)
+    objective = SimulationConfig(replicas=REPLICAS, steps=steps, noniid=noniid).build(seed)
     moments = simulate(objective, contestant.config, replicas=REPLICAS, steps=steps)
     return follow(objective, moments, every=LOOK, seed=seed).losses
 

@@ -13,16 +13,17 @@ import torch
 
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.averaging.metrics import Meter
-from deslo_plugin.averaging.state_averager import Averaging
+from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.module_wrappers import bare
 from deslo_plugin.checks.replica_watch import Watch
 from deslo_plugin.comm.topology import Topology
 from deslo_plugin.comm.transport import Groups
-from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.config.schema import Config
-from deslo_plugin.log import announce, say
-from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.log import announce, log_rank0
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.planning.plan import Plan, make_plan
+from deslo_plugin.renamed import ATTRIBUTES, explain
 from deslo_plugin.telemetry.recorder import Recorder
 
 
@@ -35,7 +36,7 @@ class Attachment:
     alone; ``fixed_numels`` are the ``numels`` where its param groups do not show them.
     """
 
-    averaging: Averaging
+    averaging: StateAverager
     groups: Groups | None
     config: Config
     fixed_numels: Sequence[int] | None = None
@@ -63,12 +64,15 @@ class Attachment:
         return self.averaging.steps
 
     @property
-    def meter(self) -> Meter:
-        return self.averaging.meter
+    def stats(self) -> Meter:
+        return self.averaging.stats
+
+    def __getattr__(self, name: str) -> Any:
+        raise explain("Attachment", name, ATTRIBUTES)
 
     def together(self, call: str) -> AbstractContextManager[None]:
         """The body is ``call``, which every rank must make; see ``Progress.together``."""
-        progress = self.averaging.average.progress
+        progress = self.averaging.transport.progress
         return progress.together(call, self.config.deslo.timeout_s) if progress else nullcontext()
 
     @cached_property
@@ -89,12 +93,12 @@ class Attachment:
         """What averaging has moved, cost and found since this process attached, a line for each state."""
         return self.recorder.summary(self.plan)
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Writes what telemetry has not written yet, and says the summary. The end of the process does that too, but
         not that of ``os._exit`` or a kill, which lose the last second. Does nothing without ``deslo.telemetry``."""
         if self.config.deslo.telemetry is not None and not self.recorder.ended:
             self.recorder.end(self.plan)
-            say(self.summary())
+            log_rank0(self.summary())
 
     def announce(self) -> None:
         """Says the plan, and again after the first step if a stock optimizer turned out to have other states; begins to
@@ -119,10 +123,10 @@ class Attachment:
             )
         return self.watch.check()
 
-    def saw(self, samples: float) -> None:
+    def record_samples(self, samples: float) -> None:
         """Tells the samples (or tokens, counted alike on every rank) in the gradients of this rank's next step, for
         ``deslo.replica_weights: "samples"``; calls add up, as over micro-batches."""
-        self.averaging.saw(samples)
+        self.averaging.record_samples(samples)
 
     @torch.no_grad()
     def skip_step(self) -> None:
@@ -138,7 +142,7 @@ class Attachment:
                 "a step left out",
                 'take smaller batches on a slow replica, with deslo.replica_weights "samples"',
             )
-        (self.averaging if isinstance(self.averaging, StockAveraging) else self.optimizer).skip_step()
+        (self.averaging if isinstance(self.averaging, AnyOptimizerAverager) else self.optimizer).skip_step()
 
     def step_rates(self) -> dict[int, float]:
         """Replica -> steps per second between its last two averages, without what it waited for others; any rank may
@@ -146,7 +150,7 @@ class Attachment:
 
         A replica that has not come to two averages yet is absent. Raises ``TimeoutError`` if the world's store is gone.
         """
-        progress = self.averaging.average.progress
+        progress = self.averaging.transport.progress
         return progress.rates() if progress else {}
 
     @property
@@ -166,11 +170,11 @@ class Attachment:
             self.numels,
             periods,
             self.topology,
-            divisor=self.averaging.average.divisor,
+            divisor=self.averaging.transport.divisor,
             gradient_bytes=self._gradient_bytes,
             buffer_bytes=self.buffer_bytes,
             others=[
-                self.averaging.state_numels(group) if isinstance(self.averaging, StockAveraging) else {}
+                self.averaging.state_numels(group) if isinstance(self.averaging, AnyOptimizerAverager) else {}
                 for group in self.averaging.groups
             ],
         )

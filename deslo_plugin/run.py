@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 
 import deslo_plugin  # noqa: F401  (its hooks)
-from deslo_plugin.averaging.synchronizer import NonFiniteError
 from deslo_plugin.comm.consistency import first_to_say
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError, NonFiniteError
 from deslo_plugin.frameworks.import_hooks import on_import
 
 HEARD_S = 2.0  # in which one process of a node says what is wrong, before the launcher ends it as another has ended

@@ -94,7 +94,7 @@ def main(args: Namespace) -> None:
     wrapped = trainer.model_wrapped
     loss = _loss(deslo_plugin.averaged_state_dict(wrapped), model)
     if trainer.is_world_process_zero():
-        moved = (wrapped.deslo if args.deepspeed else trainer.accelerator.deslo).meter
+        moved = (wrapped.deslo if args.deepspeed else trainer.accelerator.deslo).stats
         print(
             json.dumps({"loss": loss, "bytes": dict(moved.bytes), "seconds_exposed": moved.seconds_exposed}), flush=True
         )

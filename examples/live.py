@@ -66,7 +66,7 @@ def main(args: Namespace) -> None:
         if attachment.steps % 20 == 0:
             print(
                 f"step {attachment.steps}  loss {loss.item():.3f}  replicas {attachment.topology.replicas}  averages "
-                f"{attachment.meter.events['params']} of params, {attachment.meter.refused_averages} refused",
+                f"{attachment.stats.events['params']} of params, {attachment.stats.refused_averages} refused",
                 flush=True,
             )
     os._exit(0)  # torchft's threads may be waiting for the others still

@@ -43,7 +43,7 @@ def train(args: Namespace) -> Result:
         """Bytes so far by state and what moves next; a synchronous run's are computed, as no one counts them there."""
         if job.deslo is None:
             return {"gradients": step * gradient_bytes}, (1, ("gradients",))
-        return dict(job.deslo.meter.bytes), job.deslo.plan.next_sync(step)
+        return dict(job.deslo.stats.bytes), job.deslo.plan.next_sync(step)
 
     data = batches(Windows(corpus, shape.context, args.seed), micro, job.device)
     step_tokens = micro * accumulation * dist.get_world_size() * shape.context
@@ -62,7 +62,7 @@ def train(args: Namespace) -> Result:
     dist.barrier()
     seconds = time.perf_counter() - begin
     if job.deslo:
-        job.deslo.end()
+        job.deslo.close()
 
     moved, _ = traffic(args.steps)
     return Result(
@@ -75,7 +75,7 @@ def train(args: Namespace) -> Result:
         bytes=moved,
         synchronous_bytes=args.steps * gradient_bytes,
         gradient_dtype=str(job.gradient_dtype).removeprefix("torch."),
-        seconds_exposed=job.deslo.meter.seconds_exposed if job.deslo else None,
+        seconds_exposed=job.deslo.stats.seconds_exposed if job.deslo else None,
         seconds=seconds,
     )
 

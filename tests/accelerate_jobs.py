@@ -97,7 +97,7 @@ def run(kind: str, side: str, optimizer: str, blocks: dict, count: int, ds: dict
     steps(accelerator, model, made, range(count))
     return {
         "states": {"params": params_of(accelerator, model)},
-        "bytes": dict(accelerator.deslo.meter.bytes),
+        "bytes": dict(accelerator.deslo.stats.bytes),
         "replicas": accelerator.deslo.topology.replicas,
     }
 
@@ -127,7 +127,7 @@ def state_dict_of(kind: str, optimizer: str, blocks: dict | None, ds: dict | Non
         given = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(model).items()}
     except ValueError as error:
         given = str(error)
-    with deslo_plugin.one_replica():
+    with deslo_plugin.local_state_dict():
         own = {name: tensor.clone() for name, tensor in accelerator.unwrap_model(model).state_dict().items()}
         own = {name: whole(tensor) for name, tensor in own.items()}
     return given, deslo_plugin.averaged_state_dict(model), own

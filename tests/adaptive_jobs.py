@@ -18,7 +18,7 @@ def run(kind: str, config: dict, steps: int, folder: str = "") -> dict:
     for step in range(steps):
         job.train(range(step, step + 1))
         periods.append(job.attachment.periods)
-    plan, meter = job.attachment.plan, job.attachment.meter
+    plan, meter = job.attachment.plan, job.attachment.stats
     result = {
         "states": job.states(),
         "periods": periods,
@@ -28,7 +28,7 @@ def run(kind: str, config: dict, steps: int, folder: str = "") -> dict:
         "each": [dict(group.bytes_per_event) for group in plan.groups],
         "planned": {state: sum(plan.bytes_at(t).get(state, 0) for t in range(1, steps)) for state in meter.bytes},
     }
-    job.attachment.end()
+    job.attachment.close()
     if folder:
         deslo_plugin.save(folder, job.model, mode="averaged")
     job.close()

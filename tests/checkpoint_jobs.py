@@ -87,7 +87,7 @@ def saved(kind: str, config: dict, folder: str, mode: str, steps: int, more: int
     at_save = job.states()
     job.train(range(steps, steps + more))
     later = job.states()
-    sent = dict(job.attachment.meter.bytes)
+    sent = dict(job.attachment.stats.bytes)
     job.close()
     return {"before": before, "at save": at_save, "later": later, "bytes": sent}
 
@@ -154,11 +154,11 @@ def refused_by_torch(kind: str, config: dict) -> dict[str, str]:
         except Exception as error:  # torch.distributed.checkpoint wraps what it is told
             said[way] = str(error)
     copy = deepcopy(inner) if kind != "hsdp" else None
-    with deslo_plugin.one_replica():
+    with deslo_plugin.local_state_dict():
         own = inner.state_dict()
     # a copy is no replica
     assert own.keys() == before.keys() and (copy is None or copy.state_dict().keys() == before.keys())
-    deslo_plugin.meet(job.model)
+    deslo_plugin.sync_replicas(job.model)
     inner.state_dict(), job.optimizer.state_dict()
     job.close()
     return said
@@ -170,7 +170,7 @@ def resumed_with_samples(config: dict, folder: str) -> tuple[dict, dict]:
 
     def train(job: Job, steps: range) -> dict:
         for step in steps:
-            job.attachment.saw(1 + dist.get_rank() + step % 3)
+            job.attachment.record_samples(1 + dist.get_rank() + step % 3)
             job.train(range(step, step + 1))
         return job.states()
 
@@ -243,7 +243,7 @@ def loaded_by_three(config: dict, folder: str) -> dict | None:
     deslo_plugin.load(folder, model)
     states = states_of(model, optimizer, ["exp_avg", "exp_avg_2", "exp_avg_sq"])
     torch_jobs.train(model, optimizer, range(attachment.averaging.steps, 9))
-    deslo_plugin.meet(model)
+    deslo_plugin.sync_replicas(model)
     return {"states": states, "together": states_of(model, optimizer, [])}
 
 

@@ -32,7 +32,7 @@ def counted(wrap: str, blocks: dict[str, Any], steps: int) -> dict[str, Any]:
     try:
         for step in range(steps):
             if attachment.config.deslo.replica_weights == "samples":
-                attachment.saw(ROWS)
+                attachment.record_samples(ROWS)
             torch.manual_seed(10 * step + dist.get_rank())
             model(torch.randn(ROWS, FEATURES)).square().mean().backward()
             optimizer.step()
@@ -42,7 +42,7 @@ def counted(wrap: str, blocks: dict[str, Any], steps: int) -> dict[str, Any]:
     planned = forecast(attachment.plan, Link(1), 1.0, steps).bytes
     return {
         "planned": planned,
-        "meter": dict(attachment.meter.bytes),
+        "meter": dict(attachment.stats.bytes),
         "handed": handed[True],
         "numel": sum(p.numel() for p in net().parameters()),
     }

@@ -141,7 +141,7 @@ def run(ds: dict, steps: int, broken: tuple[int, int] | None = None) -> dict:
     """Trains and returns this replica's states, the meter, and the plan's figures."""
     with engine_for(ds) as engine:
         losses = train(engine, range(steps), broken)
-        meter, plan = engine.deslo.meter, engine.deslo.plan
+        meter, plan = engine.deslo.stats, engine.deslo.plan
         return {
             "states": replica_state(engine),
             "losses": losses,
@@ -170,7 +170,7 @@ def run_stock(ds: dict, steps: int, broken: tuple[int, int] | None = None) -> di
     """``run`` of the JSON's own optimizer."""
     with stock_engine(ds) as engine:
         train(engine, range(steps), broken)
-        meter, plan = engine.deslo.meter, engine.deslo.plan
+        meter, plan = engine.deslo.stats, engine.deslo.plan
         planned = {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes}
         return stock_params(engine) | {"bytes": dict(meter.bytes), "planned": planned, "skipped": meter.skipped_steps}
 
@@ -455,9 +455,9 @@ def weighted(ds: dict, steps: int) -> dict:
     """Bytes counted and planned, and what leaving a step out says, of an engine whose ranks tell what they saw."""
     with engine_for(ds) as engine:
         for step in range(steps):
-            engine.deslo.saw(1 + dist.get_rank())
+            engine.deslo.record_samples(1 + dist.get_rank())
             train(engine, range(step, step + 1))
-        meter, plan = engine.deslo.meter, engine.deslo.plan
+        meter, plan = engine.deslo.stats, engine.deslo.plan
         planned = {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes}
         try:
             engine.deslo.skip_step()

@@ -78,7 +78,7 @@ def test_get_state_dict_gives_the_average_or_refuses(four, kind):
     config, optimizer = (None, "DummyOptim") if ds else (saving("DesLoc", "averaged"), "DesLoc")
     for given, mean, own in four().run(jobs.state_dict_of, kind, optimizer, config, ds):
         if kind == "ddp":
-            assert "one of 2 replicas" in given and "deslo_plugin.meet(model) before this" in given
+            assert "one of 2 replicas" in given and "deslo_plugin.sync_replicas(model) before this" in given
         else:
             assert given.keys() == mean.keys() and all(torch.equal(given[name], mean[name]) for name in mean)
         assert all(tensor.isfinite().all() for tensor in own.values())

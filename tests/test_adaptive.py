@@ -65,7 +65,7 @@ def test_it_goes_by_the_drift_over_all_replicas():
             [weight],
             config,
             average=average,
-            emit=lambda event: found.extend([event.steps] * ("exp_avg" in event.drift)),
+            on_average=lambda event: found.extend([event.steps] * ("exp_avg" in event.drift)),
         )
         for _ in range(16):
             optimizer.state[weight]["exp_avg"].fill_(1.0 + 2 * average.rank)

@@ -140,11 +140,11 @@ def test_weights_for_plain_torch_come_out_of_a_checkpoint(four, tmp_path):
     four().run(jobs.saved, "zero 3", config_for("zero 3"), str(tmp_path / "c"), "averaged", 5)
     there = four().run(jobs.loaded, "zero 3", config_for("zero 3"), str(tmp_path / "c"))[0]["states"]["params"]
     model = torch_jobs.net(seed=9)
-    model.load_state_dict(deslo_plugin.saved_state_dict(tmp_path / "c"))
+    model.load_state_dict(deslo_plugin.load_averaged_state_dict(tmp_path / "c"))
     same({"params": {name: param.detach().flatten() for name, param in model.named_parameters()}}, {"params": there})
     four().run(jobs.saved, "plain", blocks(S), str(tmp_path / "e"), "per_replica", 2)
     with pytest.raises(deslo_plugin.ConfigError, match="every replica's own"):
-        deslo_plugin.saved_state_dict(tmp_path / "e")
+        deslo_plugin.load_averaged_state_dict(tmp_path / "e")
 
 
 def test_one_process_alone_loads_what_four_saved(four, tmp_path):
@@ -208,10 +208,10 @@ def test_a_harmed_checkpoint_is_named_and_refused_on_every_rank(four, tmp_path, 
 def test_a_rank_killed_inside_a_save_leaves_the_one_before(four, tmp_path):
     said = four().outcomes(jobs.killed_in_a_save, blocks(S), str(tmp_path / "c"), timeout=30)
     assert "no error" not in said and "the process died" in said[2]
-    assert deslo_plugin.latest(tmp_path) == tmp_path / "c"
+    assert deslo_plugin.latest_checkpoint(tmp_path) == tmp_path / "c"
     assert four().run(jobs.loaded, "plain", blocks(S), str(tmp_path / "c"))[0]["steps"] == 2
     four().run(jobs.saved, "plain", blocks(S), str(tmp_path / "c"), "averaged", 3)  # what was left is in nobody's way
-    assert not (tmp_path / "c.part").exists() and deslo_plugin.latest(tmp_path) == tmp_path / "c"
+    assert not (tmp_path / "c.part").exists() and deslo_plugin.latest_checkpoint(tmp_path) == tmp_path / "c"
 
 
 def test_a_process_killed_anywhere_in_a_save_leaves_a_whole_checkpoint(tmp_path):

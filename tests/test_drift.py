@@ -10,7 +10,7 @@ from worlds import threads
 
 from deslo_plugin import DesLoc, NonFiniteError
 from deslo_plugin.averaging.synchronizer import Synchronizer
-from deslo_plugin.comm.transport import Alone
+from deslo_plugin.comm.transport import SingleReplica
 from deslo_plugin.kernels import drift
 from deslo_plugin.kernels.drift import Drift, drift_of, measure
 
@@ -136,12 +136,12 @@ def test_bad_input_names_the_argument(kernels, message):
 EVERY_STEP = {"params": 1, "exp_avg": 1, "exp_avg_sq": 1}
 
 
-def optimizer_of(*weights, average, sync_every, emit=None, **deslo):
+def optimizer_of(*weights, average, sync_every, on_average=None, **deslo):
     settings = {
         "optimizer": {"params": {"lr": 1e-2, "sync_every": sync_every}},
         "deslo": {"average_at": "after_step", **deslo},
     }
-    return DesLoc([torch.nn.Parameter(weight) for weight in weights], settings, average=average, emit=emit)
+    return DesLoc([torch.nn.Parameter(weight) for weight in weights], settings, average=average, on_average=on_average)
 
 
 def drifts(average, steps=1):
@@ -150,7 +150,7 @@ def drifts(average, steps=1):
     weights = (torch.full((5, 3), 1.0 + 2 * average.rank), torch.full((7,), 1.0 + 2 * average.rank))
     found = []
     optimizer = optimizer_of(
-        *weights, average=average, sync_every={"params": 1}, emit=lambda event: found.append(event.drift)
+        *weights, average=average, sync_every={"params": 1}, on_average=lambda event: found.append(event.drift)
     )
     for _ in range(steps):
         optimizer.skip_step()
@@ -159,13 +159,13 @@ def drifts(average, steps=1):
 
 def test_replicas_that_hold_1_and_3_are_half_their_mean_away_from_it():
     for found, optimizer in threads(2, drifts):
-        assert found == [{"params": Drift(0.5, pytest.approx(1.0))}] and optimizer.meter.drift == found[0]
+        assert found == [{"params": Drift(0.5, pytest.approx(1.0))}] and optimizer.stats.drift == found[0]
         assert all((weight == 2).all() for weight in optimizer.param_groups[0]["params"])
 
 
 def test_the_meter_keeps_the_latest_drift():
     for found, optimizer in threads(2, lambda average: drifts(average, steps=2)):
-        assert found[1] == optimizer.meter.drift == {"params": Drift(0.0, 1.0)}
+        assert found[1] == optimizer.stats.drift == {"params": Drift(0.0, 1.0)}
 
 
 def test_a_single_replica_does_not_drift():
@@ -174,7 +174,7 @@ def test_a_single_replica_does_not_drift():
     for _ in range(8):
         weights.grad = torch.randn(7)
         optimizer.step()
-    assert optimizer.meter.drift == dict.fromkeys(EVERY_STEP, Drift(0.0, 1.0))
+    assert optimizer.stats.drift == dict.fromkeys(EVERY_STEP, Drift(0.0, 1.0))
 
 
 def test_finite_means_whose_squares_overflow_are_no_error():
@@ -198,14 +198,14 @@ def test_a_broken_state_is_named_and_nothing_is_written(value):
             NonFiniteError, match=r"average of exp_avg after step 1: .* from rank\(s\) \[1\]; nothing was"
         ):
             optimizer.skip_step()
-        return [weight[0].item() for weight in weights], optimizer.meter.drift
+        return [weight[0].item() for weight in weights], optimizer.stats.drift
 
     assert threads(2, replica) == [([1.0, 1.0], {}), ([2.0, 2.0], {})]
 
 
 def test_a_broken_mean_that_lands_later_is_seen_at_once():
     good, broken = torch.ones(3), torch.tensor([math.nan])
-    sync = Synchronizer(Alone(), wire_dtype=torch.float32, bucket_bytes=1 << 20, emit=lambda event: None)
+    sync = Synchronizer(SingleReplica(), wire_dtype=torch.float32, bucket_bytes=1 << 20, on_average=lambda event: None)
     sync.launch(1, [good, broken], {"params": [good, broken]})
     with pytest.raises(NonFiniteError, match="average of params"):
         sync.land(1, [good], {"params": [good]})

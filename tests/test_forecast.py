@@ -154,7 +154,7 @@ def test_predicted_bytes_and_averages_are_those_that_a_meter_counts(deslo, steps
         for _ in range(steps):
             weights.grad = torch.ones(7)
             optimizer.step()
-        return optimizer.meter
+        return optimizer.stats
 
     found = seen(planned, Link(1))
     for meter in threads(2, train):

@@ -131,7 +131,7 @@ def test_drift_is_between_what_was_launched_and_its_mean():
     def replica(average):
         p, found = torch.nn.Parameter(torch.full((5,), 1.0 + 2 * average.rank)), []
         optimizer = DesLoc(
-            [p], settings(lr=0.0), average=average, emit=lambda event: found.append((event.steps, event.drift))
+            [p], settings(lr=0.0), average=average, on_average=lambda event: found.append((event.steps, event.drift))
         )
         for step in range(7):
             give_gradients([p], step, average.rank)

@@ -58,7 +58,7 @@ def test_a_group_has_its_own_rate_decay_and_periods():
             groups,
             config(lr=1e-2, sync_every={"params": 3}),
             average=average,
-            emit=lambda event: landed.append((event.steps, event.bytes)),
+            on_average=lambda event: landed.append((event.steps, event.bytes)),
         )
         for step in range(7):
             give_gradients([weights, bias], step, average.rank)
@@ -211,7 +211,7 @@ def broken_at(policy, when):
                 optimizer.step()
             except NonFiniteError as error:
                 return step, str(error), params[0].isfinite().all().item()
-        return None, optimizer.meter.skipped_steps, params[0].isfinite().all().item()
+        return None, optimizer.stats.skipped_steps, params[0].isfinite().all().item()
 
     return threads(3, replica)
 
@@ -254,7 +254,7 @@ def test_k_256_768_1536_moves_170_times_less_than_synchronous():
         for step in range(1537):
             params[0].grad = torch.ones(4096)
             optimizer.step()
-        return sum(average.sent), sum(optimizer.meter.bytes.values())
+        return sum(average.sent), sum(optimizer.stats.bytes.values())
 
     for sent, counted in threads(2, replica):
         synchronous = 1536 * 4096 * 4

@@ -11,7 +11,7 @@ from theory import RULES
 from worlds import Processes
 
 from deslo_plugin.comm import step_rate as pace
-from deslo_plugin.comm.step_rate import Pace, Stragglers
+from deslo_plugin.comm.step_rate import StepRate, Stragglers
 
 S = RULES["des-loc-adam"]  # params every 3 steps, biases every 2
 
@@ -71,7 +71,7 @@ def test_a_store_that_died_with_its_host_is_said(tmp_path):
 
 def test_a_pace_leaves_out_what_was_waited_for_others():
     now = [0.0]
-    own = Pace(clock=lambda: now[0])
+    own = StepRate(clock=lambda: now[0])
 
     def at(seconds, steps, waited=0.0):
         now[0] = seconds

@@ -143,7 +143,7 @@ def test_the_optimizer_keeps_its_moments_in_bfloat16(dtype):
             assert dtypes.pop("step") == torch.int64
             assert dtypes.pop("origin") == torch.int64 and set(dtypes.values()) == {torch.float32} and p.dtype == dtype
         # the wire stays float32; a word asks after steps 2, 4, 8
-        assert optimizer.meter.bytes["exp_avg"] == 4 * 4 * 85 + 3 * 4
+        assert optimizer.stats.bytes["exp_avg"] == 4 * 4 * 85 + 3 * 4
 
 
 def test_a_mean_lands_rounded_to_nearest():

@@ -19,7 +19,7 @@ engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters
 for step in range(5):
     engine.backward(engine(torch.full((2, 4), float(torch.distributed.get_rank() + step))).mean())
     engine.step()
-sys.stdout.write(f"sent {dict(engine.deslo.meter.bytes)}\\n")
+sys.stdout.write(f"sent {dict(engine.deslo.stats.bytes)}\\n")
 sys.stdout.flush()
 torch.distributed.barrier()
 os._exit(0)  # the libraries' own threads abort now and then as they end

@@ -14,7 +14,7 @@ from deslo_plugin.simulation import Failures, Growth, Replicas
 from deslo_plugin.simulation import simulate as moments_of
 from deslo_plugin.simulation.byte_lm import language, read_text, standard_library
 from deslo_plugin.simulation.comparison import read_contestants
-from deslo_plugin.simulation.settings import OPTIONS, Scene, read_spectrum
+from deslo_plugin.simulation.settings import OPTIONS, SimulationConfig, read_spectrum
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = [str(ROOT / "configs" / "toy" / f"{name}.json") for name in ("des-loc", "local-adam", "favg+opt", "favg-opt")]
@@ -214,7 +214,7 @@ def test_failures_and_growth_refuse_what_has_no_meaning():
             wrong()
 
 
-def populations(scene: Scene, config=ADAM) -> list[set[int]]:
+def populations(scene: SimulationConfig, config=ADAM) -> list[set[int]]:
     goal = scene.build(0)
     return [
         set(moment.replicas.ids)
@@ -225,12 +225,12 @@ def populations(scene: Scene, config=ADAM) -> list[set[int]]:
 
 
 def test_somebody_always_stays():
-    there = populations(Scene(replicas=3, steps=40, fail_every=2, fail_share=0.9, fail_absent=30))
+    there = populations(SimulationConfig(replicas=3, steps=40, fail_every=2, fail_share=0.9, fail_absent=30))
     assert min(map(len, there)) == 1
 
 
 def test_replicas_double_and_fail_in_one_run():
-    there = populations(Scene(replicas=4, steps=40, double_at=10, fail_every=16, fail_share=0.25))
+    there = populations(SimulationConfig(replicas=4, steps=40, double_at=10, fail_every=16, fail_share=0.25))
     assert [len(there[steps - 1]) for steps in (10, 11, 17, 32, 33)] == [4, 8, 6, 6, 6]
     assert set().union(*there) == set(range(8))
 
@@ -239,7 +239,7 @@ def test_replicas_double_and_fail_in_one_run():
 def test_who_joins_receives_momenta_where_they_are_ever_averaged(config, momenta):
     world = Replicas(torch.zeros(3), config, 2)
     world.step(torch.ones(2, 3))
-    Scene(replicas=2, steps=5, double_at=1).membership(config, 0)(1, world)
+    SimulationConfig(replicas=2, steps=5, double_at=1).membership(config, 0)(1, world)
     assert len(world.ids) == 4 and bool(world.state("exp_avg")[-1].any()) == momenta
 
 
@@ -249,9 +249,9 @@ def test_a_spectrum_is_a_list_or_a_logarithmic_range():
 
 
 def test_replicas_that_differ():
-    alike, apart = (Scene(objective="quadratic", noniid=noniid, sigma=0.0).build(0) for noniid in (0.0, 2.0))
+    alike, apart = (SimulationConfig(objective="quadratic", noniid=noniid, sigma=0.0).build(0) for noniid in (0.0, 2.0))
     assert not alike.centres.any() and apart.centres.std() == pytest.approx(2.0, rel=0.1)
-    deviations = Scene(replicas=4000, noniid=3.0).build(0).sigma
+    deviations = SimulationConfig(replicas=4000, noniid=3.0).build(0).sigma
     assert deviations.min() >= 0 and deviations.square().mean().sqrt() == pytest.approx(3.0, rel=0.05)
 
 

@@ -77,7 +77,7 @@ def test_every_rule_and_variant_is_the_oracle_in_float64(name, synchronous_steps
 def test_bytes_are_one_replicas():
     world = last(Bowls(), double(ADAM), replicas=3, steps=13, membership=Growth(at=9, count=2)).replicas
     each, word = 8 * SIZE, 8  # the word by which replicas ask each other whether an average may land
-    assert world.optimizer.meter.bytes == {"params": 3 * (each + word), "exp_avg": each, "exp_avg_sq": each}
+    assert world.optimizer.stats.bytes == {"params": 3 * (each + word), "exp_avg": each, "exp_avg_sq": each}
 
 
 @pytest.mark.parametrize("momenta", [True, False])

@@ -10,8 +10,8 @@ from test_deepspeed import ds_config
 from theory import RULES, assert_oracle, oracle_states
 
 from deslo_plugin import ConfigError, load_config
-from deslo_plugin.comm.transport import Alone
-from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.comm.transport import SingleReplica
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.any_optimizer_step import schedule
 
 SYNC_EVERY = {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}
@@ -117,7 +117,9 @@ def test_whatever_states_an_optimizer_has_are_averaged(four, optimizer, states):
 def test_torchs_lr_schedulers_are_built_before_or_after(first):
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
-    averaging = StockAveraging(optimizer, load_config({"deslo": {"sync_every": SYNC_EVERY}}).deslo, Alone())
+    averaging = AnyOptimizerAverager(
+        optimizer, load_config({"deslo": {"sync_every": SYNC_EVERY}}).deslo, SingleReplica()
+    )
     if first == "ours":
         schedule(averaging)
     halved = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)

@@ -20,7 +20,7 @@ import deslo_plugin
 from deslo_plugin import ConfigError, load_config
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.kernels.drift import Drift
-from deslo_plugin.telemetry.jsonl_writer import Journal, read
+from deslo_plugin.telemetry.jsonl_writer import JsonlWriter, read
 from deslo_plugin.telemetry.recorder import Recorder
 from deslo_plugin.telemetry.report.run import Run
 
@@ -96,7 +96,7 @@ def test_the_pseudo_gradient_of_equal_steps_has_cosine_1_and_of_opposite_steps_m
         params = {"rule": "sgdm", "lr": 1.0, "betas": [0.0], "sync_every": {"params": 1, "exp_avg": None}}
         config = {"optimizer": {"params": params}, "deslo": {"average_at": "after_step"}}
         optimizer = deslo_plugin.DesLoc(
-            [x], config, average=average, emit=lambda event: found.append(event.drift.get(NAME))
+            [x], config, average=average, on_average=lambda event: found.append(event.drift.get(NAME))
         )
         optimizer.averaging.receive = PseudoGradient(optimizer.averaging.receive, optimizer.averaging.record)
         for gradients in ((-0.5, -0.5), (-0.5, -0.5), (-0.25, 0.75)):
@@ -155,7 +155,7 @@ def test_a_torn_last_line_is_left_out_and_cut_off(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"kind":"start","steps":1}\n{"kind":"lo')
     assert [record["steps"] for record in read(path)] == [1]
-    journal = Journal(path)
+    journal = JsonlWriter(path)
     journal.put({"kind": "log", "steps": 2, "loss": float("nan"), "on": lambda: 1.5})
     journal.close()
     _, last = (json.loads(line) for line in path.read_text().splitlines())
@@ -311,7 +311,7 @@ def test_what_is_no_number_is_refused_by_name(tmp_path):
         with pytest.raises(ConfigError) as error:
             attachment.log(**values)
         assert expected in str(error.value)
-    attachment.end()
+    attachment.close()
 
 
 def test_tensorboard_is_asked_for_by_name_and_written(tmp_path, monkeypatch):
@@ -348,7 +348,7 @@ def test_tensorboard_is_asked_for_by_name_and_written(tmp_path, monkeypatch):
     for _ in range(5):
         model(torch.ones(2)).sum().backward()
         attachment.optimizer.step()
-    attachment.end()
+    attachment.close()
     assert [(value, steps) for name, value, steps in rows if name == "deslo_bytes/params"] == [(16, 2), (32, 4)]
 
 

@@ -37,7 +37,7 @@ def run_ours(s: Setting, told=samples, steps: int = STEPS, reload_at: int | None
             params[0].grad = gradient(average.rank, step, params[0].detach().clone())
             if told is not None and params[0].grad is not None:
                 for _ in range(2):  # two micro-batches
-                    optimizer.averaging.saw(told(average.rank, step) / 2)
+                    optimizer.averaging.record_samples(told(average.rank, step) / 2)
             optimizer.skip_step() if params[0].grad is None else optimizer.step()
         return {"params": params[0].detach()} | {
             n: optimizer.state[params[0]][n] for n in optimizer.config.optimizer.moments
@@ -96,7 +96,7 @@ def test_a_replica_that_saw_nothing_takes_over_the_others():
 
 def test_nothing_told_is_an_error_at_the_first_average():
     with pytest.raises(
-        ConfigError, match=r"weights .samples.: expected every rank to call saw.* from rank\(s\) \[0, 1, 2\]"
+        ConfigError, match=r"weights .samples.: expected every rank to call record_samples.* from rank\(s\) \[0, 1, 2\]"
     ):
         run_ours(S, None)
 
@@ -107,7 +107,7 @@ def test_one_that_tells_nothing_is_named_by_all():
 
 
 def test_no_samples_on_any_replica_is_an_error():
-    with pytest.raises(AverageError, match="expected samples .saw. on some replica since the last one"):
+    with pytest.raises(AverageError, match="expected samples .record_samples. on some replica since the last one"):
         run_ours(S, lambda replica, step: 0.0)
 
 
@@ -118,7 +118,7 @@ def tells_unless(silent: int):
         for _ in range(5):
             param.grad = torch.ones_like(param)
             if average.rank != silent:
-                optimizer.averaging.saw(4)
+                optimizer.averaging.record_samples(4)
             optimizer.step()
 
     return replica
@@ -134,13 +134,13 @@ def test_after_a_load_averages_go_on_from_what_is_told_since(step):
 @pytest.mark.parametrize("told", [-1, float("nan"), "8", True])
 def test_what_is_no_count_is_refused(told):
     optimizer = DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"replica_weights": "samples"}})
-    with pytest.raises(ConfigError, match=r"saw\(samples\): expected a number >= 0"):
-        optimizer.averaging.saw(told)
+    with pytest.raises(ConfigError, match=r"record_samples\(samples\): expected a number >= 0"):
+        optimizer.averaging.record_samples(told)
 
 
 def test_telling_where_nobody_asks_is_refused():
     with pytest.raises(ConfigError, match="expected deslo.replica_weights .samples., got .equal."):
-        DesLoc([torch.nn.Parameter(torch.ones(2))]).averaging.saw(8)
+        DesLoc([torch.nn.Parameter(torch.ones(2))]).averaging.record_samples(8)
     with pytest.raises(ConfigError, match="deslo.replica_weights: expected one of equal, samples, got 'tokens'"):
         DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"replica_weights": "tokens"}})
 

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from deslo_plugin.comm.step_rate import Pace
+from deslo_plugin.comm.step_rate import StepRate
 
 Wrap = Callable[..., tuple[nn.Module, dict[str, Any]]]
 
@@ -125,7 +125,7 @@ def run(
     """Trains and returns this replica's states, the meter, and the plan's figures."""
     model, optimizer, attachment = attached(wrap, blocks, model and model(), optimizer, **(options or {}))
     losses = train(model, optimizer, range(steps))
-    meter, plan = attachment.meter, attachment.plan
+    meter, plan = attachment.stats, attachment.plan
     moments = [state for group in optimizer.param_groups for state in group["sync_every"] if state != "params"]
     return {
         "states": states_of(model, optimizer, list(dict.fromkeys(moments))),
@@ -288,7 +288,7 @@ def batch_norm(blocks: dict, steps: int) -> dict:
     return {
         f"equal at {steps - 1}": before,
         f"equal at {steps}": equal(),
-        "bytes": dict(attachment.meter.bytes),
+        "bytes": dict(attachment.stats.bytes),
         "tracked": int(model.module[1].num_batches_tracked),
     }
 
@@ -317,10 +317,10 @@ def scaled(wrap: str, stock: bool, steps: int) -> dict:
         if step == 2:
             moved = any(not torch.equal(p, q) for p, q in zip(model.parameters(), before) if p.ndim == 2)  # biases meet
     return {
-        "skipped": attachment.meter.skipped_steps,
+        "skipped": attachment.stats.skipped_steps,
         "steps": attachment.averaging.steps,
         "moved at 2": moved,
-        "bytes": dict(attachment.meter.bytes),
+        "bytes": dict(attachment.stats.bytes),
     }
 
 
@@ -475,11 +475,11 @@ def weighted(wrap: str, blocks: dict, steps: int, rests: bool, optimizer: Any = 
         if not (size := batch_of(rank, step, rests)):
             attachment.skip_step()
             continue
-        attachment.saw(size)
+        attachment.record_samples(size)
         loss_of(model, tuple(torch.cat([part] * (size // 2)) for part in batch(rank, step, 0))).backward()
         optimizer.step()
         optimizer.zero_grad()
-    meter, plan = attachment.meter, attachment.plan
+    meter, plan = attachment.stats, attachment.plan
     return {
         "states": states_of(model, optimizer, []),
         "bytes": dict(meter.bytes),
@@ -492,7 +492,7 @@ def stragglers(blocks: dict, slow: int) -> dict:
     """Step rates by replica and the log of this rank, where each step takes 100 s by its clock and 300 s on rank
     ``slow``."""
     log, now = io.StringIO(), [0.0]
-    with mock.patch("deslo_plugin.comm.progress.Pace", lambda: Pace(clock=lambda: now[0])):
+    with mock.patch("deslo_plugin.comm.progress.StepRate", lambda: StepRate(clock=lambda: now[0])):
         model, optimizer, attachment = attached("plain", blocks)
     logger, handler = logging.getLogger("deslo_plugin"), logging.StreamHandler(log)
     logger.addHandler(handler)

@@ -141,9 +141,9 @@ def train(job: dict[str, Any]) -> None:
         say(
             steps=attachment.steps,
             loss=loss.item(),
-            refused=attachment.meter.refused_averages,
+            refused=attachment.stats.refused_averages,
             replicas=attachment.topology.replicas,
-            params=attachment.meter.events["params"],
+            params=attachment.stats.events["params"],
             means=means_of,
         )
         means_of.clear()

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from trial import SCHEDULES
 
 from deslo_plugin import DesLoc, attach
-from deslo_plugin.comm.transport import Alone
+from deslo_plugin.comm.transport import SingleReplica
 
 PEERS = {"ddp": ddp, "accelerate": accelerate_local_sgd, "post-local-sgd": post_local_sgd}
 
@@ -29,7 +29,7 @@ def build(how: str, run: Run, preset: Preset) -> Running:
 
     def local(model: nn.Module) -> DesLoc:
         params = run.blocks["optimizer"]["params"] | {"sync_every": {"params": NEVER}}
-        return DesLoc(model.parameters(), {"optimizer": {"params": params}}, average=Alone())
+        return DesLoc(model.parameters(), {"optimizer": {"params": params}}, average=SingleReplica())
 
     setting = Setting(preset.shape, preset.sequences, preset.period, preset.warm_up, local)
     torch.manual_seed(run.seed)
@@ -40,7 +40,7 @@ def build(how: str, run: Run, preset: Preset) -> Running:
         model.parameters(), {"optimizer": run.blocks["optimizer"], "deslo": {**run.blocks["deslo"], "replica_size": 1}}
     )
     attachment = attach(model, optimizer)
-    meter = attachment.meter
+    meter = attachment.stats
     return Running(
         model,
         optimizer,

@@ -13,7 +13,7 @@ from torch import Tensor
 from deslo_plugin import NonFiniteError
 from deslo_plugin.algorithm.outer_optimizer import nesterov_
 from deslo_plugin.algorithm.state_names import OUTER_MOMENTUM, OUTER_PARAMS, PARAMS
-from deslo_plugin.simulation import Moment, Replicas, simulate, warmup_cosine
+from deslo_plugin.simulation import Replicas, SimulationStep, simulate, warmup_cosine
 
 
 def warmup_hold(steps: int) -> Callable[[int], float]:
@@ -60,7 +60,7 @@ def train(run: Run, preset: Preset) -> dict[str, Any]:
                 world = moment.replicas
                 if moment.steps == 1 and not run.compensated:
                     # the difference lands whole, not what updates leave of it while it travels
-                    world.optimizer.averaging.late.fade = lambda params, factors: None
+                    world.optimizer.averaging.late.decay = lambda params, factors: None
                 alignment.look(moment)
                 if moment.steps % preset.look == 0:
                     loss = float(objective.evaluate(served(world)))
@@ -69,7 +69,7 @@ def train(run: Run, preset: Preset) -> dict[str, Any]:
     except NonFiniteError:
         curve["steps"].append(steps)
         curve["validation"].append(None)
-    return curve | alignment.cosines() | {"bytes": sum(world.optimizer.meter.bytes.values())}
+    return curve | alignment.cosines() | {"bytes": sum(world.optimizer.stats.bytes.values())}
 
 
 def served(world: Replicas) -> Tensor:
@@ -89,7 +89,7 @@ class Alignment:
     def __init__(self, steps: int):
         self.steps, self._anchor, self._seen = steps, None, {"progress": [], "momentum": []}
 
-    def look(self, moment: Moment) -> None:
+    def look(self, moment: SimulationStep) -> None:
         """Call it after every step. Progress is counted from where replicas went after their last average."""
         world, deslo = moment.replicas, moment.replicas.config.deslo
         if moment.steps % world.config.optimizer.periods[PARAMS] or deslo.average_at == "after_step":

@@ -34,7 +34,7 @@ class _Kept:
     factor: float = 1.0  # what is left of a difference made at the launch
 
 
-class Late:
+class DelayedAverages:
     """For each parameter and state whose average flies: the values that were launched, and what updates leave of
     them."""
 
@@ -51,7 +51,7 @@ class Late:
             copies = pack(tensors, self.wire_dtype, chunk_bytes=maxsize).views
             self._kept |= {(param, state): _Kept(copy) for param, copy in zip(params, copies)}
 
-    def fade(self, params: Sequence[Tensor], factors: Mapping[str, float]) -> None:
+    def decay(self, params: Sequence[Tensor], factors: Mapping[str, float]) -> None:
         """An update of ``params`` was made, which leaves ``factors[state]`` of an earlier value of each state."""
         for state, factor in factors.items():
             for param in params:

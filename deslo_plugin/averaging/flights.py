@@ -8,14 +8,14 @@ from torch import Tensor
 
 from deslo_plugin.algorithm.adaptive_periods import adaptive
 from deslo_plugin.algorithm.state_names import PARAMS, every
-from deslo_plugin.averaging.delayed import Late
+from deslo_plugin.averaging.delayed import DelayedAverages
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.recall import Answer, Recall
-from deslo_plugin.averaging.replica_variance import Spread
+from deslo_plugin.averaging.replica_variance import ReplicaVariance
 from deslo_plugin.averaging.step_counter import Cohort
 from deslo_plugin.averaging.synchronizer import States, Synchronizer, Weigh
 from deslo_plugin.config.schema import DesloConfig
-from deslo_plugin.log import say
+from deslo_plugin.log import log_rank0
 
 Due = Sequence[tuple[Cohort, States]]
 """Cohorts as they were launched, and what of them is to land."""
@@ -29,11 +29,14 @@ class Flights:
         sync: Synchronizer,
         deslo: DesloConfig,
         weigh: Callable[[Cohort], Weigh | None],
-        emit: Callable[[SyncEvent], object],
+        on_average: Callable[[SyncEvent], object],
     ):
         self._sync, self._deslo, self._weigh = sync, deslo, weigh
-        self.late, self._spread = Late(getattr(torch, deslo.wire_dtype)), Spread(sync.average, emit)
-        self._recall = Recall(sync.average, getattr(torch, deslo.wire_dtype))
+        self.late, self._spread = (
+            DelayedAverages(getattr(torch, deslo.wire_dtype)),
+            ReplicaVariance(sync.transport, on_average),
+        )
+        self._recall = Recall(sync.transport, getattr(torch, deslo.wire_dtype))
 
     def launch(self, cohort: Cohort, states: States) -> None:
         """What is due at the end of a step, to land at the begin of another."""
@@ -101,7 +104,7 @@ class Flights:
             for param in cohort.params:
                 states[param][every(state)] = torch.tensor(period, device="cpu")
             if period != before:
-                say(
+                log_rank0(
                     f"deslo: {state} is averaged every {period} steps now, after step {cohort.steps} found drift "
                     f"{drift:.3g} at "
                     f"every {before} ({bounds})"

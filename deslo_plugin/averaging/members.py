@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.averaging.step_counter import Clock, Cohort
-from deslo_plugin.comm.transport import Average
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.transport import Transport
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.local_tensors import local
 
 Group = MutableMapping[str, Any]
@@ -73,7 +73,7 @@ class Members:
         """Whether this replica trains others than those that average."""
         return any(self.averages(param) != trains(param) for group in groups for param in group["params"])
 
-    def agree(self, average: Average, groups: Sequence[Group]) -> int:
+    def agree(self, average: Transport, groups: Sequence[Group]) -> int:
         """Compares what is trained over replicas: those that begin average from now on. Returns the bytes sent.
 
         Collective over all ranks. Raises ``ConfigError`` on every rank where a parameter is trained on some replicas

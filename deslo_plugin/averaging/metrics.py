@@ -22,7 +22,7 @@ class SyncEvent:
 
 @dataclass
 class Meter:
-    """Sums of ``SyncEvent``, and the latest drift of each state: an ``emit`` callback of the synchroniser.
+    """Sums of ``SyncEvent``, and the latest drift of each state: an ``on_average`` callback of the synchroniser.
 
     ``steps`` are those taken since this process attached, whatever the clock said then.
 

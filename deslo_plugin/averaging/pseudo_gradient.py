@@ -28,8 +28,8 @@ class PseudoGradient:
     The first average of a parameter, and the first after a load, only sets what the next is measured from.
     """
 
-    def __init__(self, receive: Receive, emit: Callable[[SyncEvent], object]):
-        self._receive, self._emit = receive, emit
+    def __init__(self, receive: Receive, on_average: Callable[[SyncEvent], object]):
+        self._receive, self._on_average = receive, on_average
         self._anchors: dict[Tensor, tuple[int, Tensor]] = {}  # parameter -> (when it was averaged, what it was then)
 
     def __call__(self, cohort: Cohort, states: States, means: States) -> None:
@@ -44,7 +44,7 @@ class PseudoGradient:
         ]
         if len(sums) == len(anchors):
             drift = drift_of(torch.stack(sums).sum(0))
-            self._emit(SyncEvent(cohort.steps, {}, 0.0, {NAME: drift}))
+            self._on_average(SyncEvent(cohort.steps, {}, 0.0, {NAME: drift}))
         self._receive(cohort, states, means)
         for param, x in zip(cohort.params, local(cohort.params)):
             self._anchors[param] = cohort.steps, x.detach().clone()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deslo_plugin.comm.transport import Average, Work
+from deslo_plugin.comm.transport import Transport, Work
 from deslo_plugin.kernels.fingerprint import fingerprint
 
 WRITTEN = 1.0  # a replica's states are not those that it launched
@@ -44,7 +44,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    average: Average
+    average: Transport
     state: str
     chunk: Tensor
     work: Work
@@ -55,15 +55,15 @@ class Question:
         start = time.perf_counter()
         self.work.wait()
         said = float(self.chunk.max())
-        written, moved = (self.average.any(each) for each in (said != 0, said > 1))
+        written, moved = (self.transport.any(each) for each in (said != 0, said > 1))
         return Answer(written, moved, time.perf_counter() - start, Counter({self.state: self.chunk.element_size()}))
 
 
 class Recall:
     """For each parameter and state whose average flies, what was launched."""
 
-    def __init__(self, average: Average, wire_dtype: torch.dtype):
-        self.average, self.wire_dtype = average, wire_dtype
+    def __init__(self, average: Transport, wire_dtype: torch.dtype):
+        self.transport, self.wire_dtype = average, wire_dtype
         self._launched: dict[tuple[Tensor, str], tuple[int, list[Tensor], Tensor]] = {}  # by a cohort's first parameter
 
     def launched(self, steps: int, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> None:
@@ -82,10 +82,10 @@ class Recall:
     ) -> Question:
         """Starts the question about ``states``, which are to land. ``written``: what this replica finds; None: it
         compares."""
-        (some, *_), divisor = states.values(), self.average.divisor
-        if self.average.progress:
+        (some, *_), divisor = states.values(), self.transport.divisor
+        if self.transport.progress:
             # who has not come to the question is named as one who misses an average
-            self.average.progress.launching(steps)
+            self.transport.progress.launching(steps)
         mine = torch.zeros((), dtype=self.wire_dtype, device=some[0].device)
         if moved:
             mine.fill_(MOVED)
@@ -94,7 +94,7 @@ class Recall:
         elif written:
             mine.fill_(WRITTEN)
         chunk = mine.repeat(divisor)  # where ranks hold copies each sends its own word, and knows all of them then
-        return Question(self.average, next(iter(states)), chunk, self.average.start(chunk))
+        return Question(self.transport, next(iter(states)), chunk, self.transport.start(chunk))
 
     def _differs(
         self, steps: int, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]], mine: Tensor

@@ -16,20 +16,20 @@ from torch import Tensor
 
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.synchronizer import States
-from deslo_plugin.comm.transport import Average, Work
+from deslo_plugin.comm.transport import Transport, Work
 from deslo_plugin.kernels.drift import measure
 
 WORD = 8  # bytes of the element
 
 
-class Spread:
+class ReplicaVariance:
     """Launches and lands ``E_m ||s_m||^2`` beside the averages of adaptive states; flights are named as there.
 
-    ``emit`` is told of the element's bytes as of more bytes of its state.
+    ``on_average`` is told of the element's bytes as of more bytes of its state.
     """
 
-    def __init__(self, average: Average, emit: Callable[[SyncEvent], object]):
-        self.average, self.emit = average, emit
+    def __init__(self, average: Transport, on_average: Callable[[SyncEvent], object]):
+        self.transport, self._on_average = average, on_average
         self._flights: dict[tuple[Tensor, str], tuple[Tensor, Work]] = {}
 
     def launch(self, params: Sequence[Tensor], states: States) -> None:
@@ -37,8 +37,8 @@ class Spread:
         for state, tensors in states.items():
             if (params[0], state) not in self._flights:
                 # where ranks hold copies each averages a word of its own, and every sum below counts them alike
-                square = _square(tensors).repeat(self.average.divisor)
-                self._flights[params[0], state] = square, self.average.start(square)
+                square = _square(tensors).repeat(self.transport.divisor)
+                self._flights[params[0], state] = square, self.transport.start(square)
 
     def land(self, steps: int, params: Sequence[Tensor], state: str, means: Sequence[Tensor]) -> float:
         """``sqrt(E_m ||s_m - mean||^2) / ||mean||`` of a state whose ``means`` have landed; 0 where all are zero.
@@ -48,9 +48,9 @@ class Spread:
         square, work = self._flights.pop((params[0], state))
         start = time.perf_counter()
         work.wait()
-        each = self.average.total(float(square[0]))
-        mean = self.average.total(float(_square(means)))
-        self.emit(SyncEvent(steps, {state: WORD}, time.perf_counter() - start, {}))
+        each = self.transport.total(float(square[0]))
+        mean = self.transport.total(float(_square(means)))
+        self._on_average(SyncEvent(steps, {state: WORD}, time.perf_counter() - start, {}))
         return sqrt(max(each / mean - 1, 0.0)) if mean else 0.0 if each == 0 else float("inf")
 
     def drop(self, params: Sequence[Tensor]) -> None:

@@ -22,13 +22,13 @@ from deslo_plugin.averaging.recall import Answer
 from deslo_plugin.averaging.step_counter import Clock, Cohort
 from deslo_plugin.averaging.synchronizer import States, Synchronizer, Weigh, finite
 from deslo_plugin.comm.sample_weights import Samples
-from deslo_plugin.comm.transport import Average
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.transport import Transport
 from deslo_plugin.config.schema import DesloConfig
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.local_tensors import gradients_of, local
 
 
-class Averaging:
+class StateAverager:
     """The averages of one optimizer's states, each on its period (arXiv 2505.22549, Alg. 1).
 
     Args:
@@ -39,23 +39,23 @@ class Averaging:
         groups: what to average, where that is not the optimizer's param groups.
         receive: writes what landed, given (cohort, states, means); the plain mean by default.
         bounds: what first momenta of a param group are held to once they have landed; nothing by default.
-        emit: called with every ``SyncEvent``, the first of ``listeners``.
+        on_average: called with every ``SyncEvent``, the first of ``listeners``.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         deslo: DesloConfig,
-        average: Average,
+        average: Transport,
         clock: Clock,
         *,
         groups: Sequence[Group] | None = None,
         receive: Callable[[Cohort, States, States], None] | None = None,
         bounds: Callable[[Group], Sequence[Bound]] = lambda group: (),
-        emit: Callable[[SyncEvent], object] | None = None,
+        on_average: Callable[[SyncEvent], object] | None = None,
     ):
-        self.optimizer, self.deslo, self.average, self.clock = optimizer, deslo, average, clock
-        self._groups, self.meter, self.listeners = groups, Meter(), [emit] if emit else []
+        self.optimizer, self.deslo, self.transport, self.clock = optimizer, deslo, average, clock
+        self._groups, self.stats, self.listeners = groups, Meter(), [on_average] if on_average else []
         self.watch: Any = None  # told of steps and landings until the first averages have been looked at
         self.skips_nonfinite = deslo.on_nonfinite == "skip"
         self.receive = receive or (lambda cohort, states, means: write_means(states, means))
@@ -71,17 +71,18 @@ class Averaging:
         self.kept: LastAverage | None = None  # whoever wants it sets it
         self._samples = Samples() if deslo.replica_weights == "samples" else None
 
-    def add_buffers(self, buffers: Sequence[Tensor], average: Average) -> None:
+    def add_buffers(self, buffers: Sequence[Tensor], average: Transport) -> None:
         """Floating buffers of the model, averaged when parameters are, as they are at that moment."""
         self.buffers, self._companions = buffers, Companions(buffers, self._synchronizer(average))
 
-    def saw(self, samples: float) -> None:
-        """See ``Attachment.saw``. Raises ``ConfigError`` for what is no number >= 0, and where nobody asks."""
+    def record_samples(self, samples: float) -> None:
+        """See ``Attachment.record_samples``. Raises ``ConfigError`` for what is no number >= 0, and where nobody
+        asks."""
         if self._samples is None:
             raise ConfigError(
-                "saw(samples)", 'deslo.replica_weights "samples"', '"uniform"', "set it, or remove the call"
+                "record_samples(samples)", 'deslo.replica_weights "samples"', '"uniform"', "set it, or remove the call"
             )
-        self._samples.saw(samples)
+        self._samples.record_samples(samples)
 
     @property
     def groups(self) -> Sequence[Group]:
@@ -98,11 +99,11 @@ class Averaging:
             self.watch.step_begins()
         if not self._convened:
             self._convened = True
-            if self._convene():
-                self._depart(self._cohorts())
+            if self._start_quorum():
+                self._start_due_averages(self._cohorts())
                 return None
         cohorts = self._cohorts()
-        self.meter.tick(map(id, (param for cohort in cohorts for param in cohort.params)))
+        self.stats.tick(map(id, (param for cohort in cohorts for param in cohort.params)))
         return self._average(cohorts) if self.deslo.average_at == "before_step" else cohorts
 
     def after_update(self, cohorts: list[Cohort]) -> None:
@@ -114,13 +115,13 @@ class Averaging:
                 self._samples.tick(cohort.group, cohort.steps + 1)
         if self.kept and self.steps == self.deslo.synchronous_steps:
             self.keep()
-        if any(map(self._names_due, cohorts)) and self._convene():
+        if any(map(self._names_due, cohorts)) and self._start_quorum():
             cohorts = self._cohorts()
-        self._depart(cohorts)
+        self._start_due_averages(cohorts)
         if self.watch:
             self.watch.step_ended()
 
-    def _depart(self, cohorts: list[Cohort]) -> None:
+    def _start_due_averages(self, cohorts: list[Cohort]) -> None:
         """What is due at the end of a step is averaged or launched."""
         if self.deslo.average_at == "after_step":
             self._average(cohorts)
@@ -135,10 +136,10 @@ class Averaging:
         self._periods |= {id(cohort.group): cohort.periods for cohort in cohorts if cohort.periods}
         return cohorts
 
-    def _convene(self) -> bool:
+    def _start_quorum(self) -> bool:
         start = time.perf_counter()
-        replaced = self.average.convene()
-        self.meter.seconds_exposed += time.perf_counter() - start
+        replaced = self.transport.start_quorum()
+        self.stats.seconds_exposed += time.perf_counter() - start
         return replaced
 
     def periods(self, group: Group) -> Periods:
@@ -152,7 +153,7 @@ class Averaging:
         at."""
         return self.steps > max(self._met, self.deslo.synchronous_steps)
 
-    def met(self) -> None:
+    def mark_synchronized(self) -> None:
         """Says that all replicas are equal now."""
         self._met = self.steps
         self.keep()
@@ -173,13 +174,13 @@ class Averaging:
         for each in filter(None, (self._samples, self.kept)):
             each.forget()
 
-    def aside(self) -> dict[str, Any]:
+    def get_extra_state(self) -> dict[str, Any]:
         """What this rank knows of its averages beside the optimizer's state: values that were launched, samples
         seen."""
         params = list(self.optimizer.state)
         return {"late": self.late.saved(params), "samples": self._samples.saved(self.groups) if self._samples else None}
 
-    def put_aside(self, aside: Mapping[str, Any]) -> None:
+    def set_extra_state(self, aside: Mapping[str, Any]) -> None:
         """Goes on from what ``aside`` gave, with a state that has as many parameters in the same order."""
         params = list(self.optimizer.state)
         self.late.load(params, aside["late"])
@@ -192,7 +193,7 @@ class Averaging:
         if not tensors:
             return []
         wire = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
-        return self._synchronizer(self.average, wire).mean(self.steps, {name: tensors})[name]
+        return self._synchronizer(self.transport, wire).mean(self.steps, {name: tensors})[name]
 
     def broken(self) -> bool:
         """Whether this replica must leave out the update because its gradients are not finite.
@@ -204,8 +205,8 @@ class Averaging:
         if found_inf is None and not self.skips_nonfinite:
             return False
         mine = bool(found_inf) if found_inf is not None else not finite(self.gradients())
-        broken = self.average.any(mine)
-        self.meter.skipped_steps += broken
+        broken = self.transport.any(mine)
+        self.stats.skipped_steps += broken
         return broken
 
     @property
@@ -229,7 +230,7 @@ class Averaging:
         """This rank's part of every gradient that there is; of sparse ones the values."""
         return gradients_of(param for group in self.groups for param in group["params"])
 
-    def gather(self, state: str, params: Sequence[Tensor]) -> Sequence[Tensor]:
+    def local_tensors(self, state: str, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """This rank's part of a state of each parameter; zeros where a stock optimizer has not created it yet."""
         if state == PARAMS:
             return local(params)
@@ -260,12 +261,12 @@ class Averaging:
             if self.kept:
                 self.kept.landed(cohort.steps, cohort.params, states, means)
             now = cohort.steps + self.deslo.sync_delay - 1
-            hold_(self.bounds(cohort.group), means, functools.partial(self.gather, params=cohort.params), now)
+            hold_(self.bounds(cohort.group), means, functools.partial(self.local_tensors, params=cohort.params), now)
         if self._companions and meeting:
             self._companions.land(meeting[0].steps)
             if self.kept:
                 self.kept.take(meeting[0].steps, self.buffers, self.buffers)
-        self.meter.refused_averages += not landed
+        self.stats.refused_averages += not landed
         if not any(answer.moved for answer in answers):
             return cohorts
         if landed:
@@ -278,7 +279,7 @@ class Averaging:
         due = self._all_due(cohorts)
         answers = self._flights.ask(due, any(PARAMS in states for _, states in due) and self.members.moved(self.groups))
         if any(answer.moved for answer in answers):
-            answers[0].bytes[PARAMS] += self.members.agree(self.average, self.groups)
+            answers[0].bytes[PARAMS] += self.members.agree(self.transport, self.groups)
             due = self._all_due(self._cohorts())
             answers = [functools.reduce(Answer.joined, answers)] + [Answer()] * (len(due) - 1)
         return due, answers
@@ -293,21 +294,21 @@ class Averaging:
         return self._samples and (lambda state: self._samples.seen(cohort.group, cohort.steps, like or state))
 
     def _due(self, cohort: Cohort) -> dict[str, Sequence[Tensor]]:
-        return {state: self.gather(state, cohort.params) for state in self._names_due(cohort)}
+        return {state: self.local_tensors(state, cohort.params) for state in self._names_due(cohort)}
 
     def _names_due(self, cohort: Cohort) -> tuple[str, ...]:
         return (
             due(cohort.periods, cohort.steps) if cohort.params and cohort.steps > self.deslo.synchronous_steps else ()
         )
 
-    def _synchronizer(self, average: Average, wire_dtype: torch.dtype | None = None) -> Synchronizer:
+    def _synchronizer(self, average: Transport, wire_dtype: torch.dtype | None = None) -> Synchronizer:
         wire, chunk = wire_dtype or getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_cap_mb << 20
-        return Synchronizer(average, wire_dtype=wire, bucket_bytes=chunk, emit=self.record)
+        return Synchronizer(average, wire_dtype=wire, bucket_bytes=chunk, on_average=self.record)
 
     def record(self, event: SyncEvent) -> None:
-        """Counts ``event`` and passes it on to ``emit`` and to those who listen."""
-        self.meter(event)
-        if self.average.progress:
-            self.average.progress.waited(event.seconds_exposed)
+        """Counts ``event`` and passes it on to ``on_average`` and to those who listen."""
+        self.stats(event)
+        if self.transport.progress:
+            self.transport.progress.waited(event.seconds_exposed)
         for listener in self.listeners:
             listener(event)

@@ -13,7 +13,8 @@ from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.recall import Answer
 from deslo_plugin.comm.buckets import Bucket, pack
 from deslo_plugin.comm.sample_weights import start_weighted
-from deslo_plugin.comm.transport import Average, Work
+from deslo_plugin.comm.transport import Transport, Work
+from deslo_plugin.errors import NonFiniteError
 from deslo_plugin.kernels.drift import Drift, drift_of, measure
 
 States = Mapping[str, Sequence[Tensor]]
@@ -21,10 +22,6 @@ States = Mapping[str, Sequence[Tensor]]
 Weigh = Callable[[str], float]
 """What this rank has seen since that state's last average."""
 NOTHING_ASKED = Answer()
-
-
-class NonFiniteError(FloatingPointError):
-    """A replica brought NaN or inf to an average. Raised on every rank of every replica; nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,19 @@ class Synchronizer:
     """
 
     def __init__(
-        self, average: Average, *, wire_dtype: torch.dtype, bucket_bytes: int, emit: Callable[[SyncEvent], object]
+        self,
+        average: Transport,
+        *,
+        wire_dtype: torch.dtype,
+        bucket_bytes: int,
+        on_average: Callable[[SyncEvent], object],
     ):
-        self.average, self.wire_dtype, self.bucket_bytes, self.emit = average, wire_dtype, bucket_bytes, emit
+        self.transport, self.wire_dtype, self.bucket_bytes, self._on_average = (
+            average,
+            wire_dtype,
+            bucket_bytes,
+            on_average,
+        )
         self._flights: dict[tuple[Tensor, str], tuple[_Flight, int]] = {}  # (parameter, state) -> flight, seat
 
     def launch(self, steps: int, params: Sequence[Tensor], states: States, weigh: Weigh | None = None) -> None:
@@ -62,11 +69,11 @@ class Synchronizer:
     @torch.profiler.record_function("deslo::launch")
     def _start(self, steps: int, tensors: Sequence[Tensor], weight: float | None) -> _Flight:
         start = time.perf_counter()
-        bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.average.divisor)
-        sent = sum(chunk.nbytes for chunk in bucket.chunks) // self.average.divisor
+        bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.transport.divisor)
+        sent = sum(chunk.nbytes for chunk in bucket.chunks) // self.transport.divisor
         if weight is None:
-            return _Flight(steps, bucket, [self.average.start(chunk) for chunk in bucket.chunks], sent, start)
-        works = start_weighted(self.average, weight, bucket.chunks, self.wire_dtype, tensors[0].device)
+            return _Flight(steps, bucket, [self.transport.start(chunk) for chunk in bucket.chunks], sent, start)
+        works = start_weighted(self.transport, weight, bucket.chunks, self.wire_dtype, tensors[0].device)
         return _Flight(steps, bucket, works, sent + self.wire_dtype.itemsize, start)
 
     @torch.profiler.record_function("deslo::land")
@@ -89,7 +96,7 @@ class Synchronizer:
                     raise RuntimeError(f"an average launched for step {flight.steps} was about to land at step {steps}")
                 for work in flight.works:
                     work.wait()
-        if not self.average.landed():
+        if not self.transport.should_commit():
             return None
         means = {state: [flight.bucket.views[seat] for flight, seat in taken] for state, taken in seats.items()}
         sums = {state: measure(states[state], mean) for state, mean in means.items()}
@@ -101,7 +108,7 @@ class Synchronizer:
         sent = Counter({state: sum(flight.bytes for flight in each) for state, each in flights.items()})
         sent.update(told.bytes)
         flown = {state: end - min(flight.start for flight in each) for state, each in flights.items()}
-        self.emit(SyncEvent(steps, dict(sent), end - start + told.seconds, drift, flown))
+        self._on_average(SyncEvent(steps, dict(sent), end - start + told.seconds, drift, flown))
         return means
 
     @torch.profiler.record_function("deslo::mean")
@@ -110,13 +117,13 @@ class Synchronizer:
         self._tell(steps, states)
         start, means, sent = time.perf_counter(), {}, {}
         for state, tensors in states.items():
-            bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.average.divisor)
-            for work in [self.average.start(chunk) for chunk in bucket.chunks]:
+            bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.transport.divisor)
+            for work in [self.transport.start(chunk) for chunk in bucket.chunks]:
                 work.wait()
             means[state] = bucket.views
-            sent[state] = sum(chunk.nbytes for chunk in bucket.chunks) // self.average.divisor
+            sent[state] = sum(chunk.nbytes for chunk in bucket.chunks) // self.transport.divisor
         seconds = time.perf_counter() - start
-        self.emit(SyncEvent(steps, sent, seconds, {}, dict.fromkeys(states, seconds)))
+        self._on_average(SyncEvent(steps, sent, seconds, {}, dict.fromkeys(states, seconds)))
         return means
 
     def drop(self, params: Sequence[Tensor], states: Iterable[str]) -> Counter[str]:
@@ -139,8 +146,8 @@ class Synchronizer:
         self._flights.clear()
 
     def _tell(self, steps: int, states: States) -> None:
-        if states and self.average.progress:
-            self.average.progress.launching(steps)
+        if states and self.transport.progress:
+            self.transport.progress.launching(steps)
 
     def launch_absent(self, steps: int, params: Sequence[Tensor], states: States, weigh: Weigh | None = None) -> None:
         """Launches those of ``states`` that do not fly yet."""
@@ -157,10 +164,10 @@ class Synchronizer:
             for s, each in flights.items()
             if not _proves_finite(drift[s], each, len(states[s])) and not all(finite(f.bucket.chunks) for f in each)
         ]
-        if not self.average.any(bool(bad)):
+        if not self.transport.any(bool(bad)):
             return
         mine = not all(finite(tensors) for tensors in states.values())
-        ranks = self.average.culprits(mine)
+        ranks = self.transport.culprits(mine)
         raise NonFiniteError(
             f"average of {', '.join(bad or states)} after step {steps}: expected finite values, got NaN or inf from "
             f"rank(s) {ranks}; nothing was written and every rank stops here: resume from the last checkpoint with a "

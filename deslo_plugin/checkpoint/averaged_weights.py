@@ -11,10 +11,10 @@ from torch import Tensor
 from deslo_plugin.algorithm.state_names import BUFFERS, PARAMS
 from deslo_plugin.attachment import attachments_of
 from deslo_plugin.checkpoint.replica_mean import mean_of
-from deslo_plugin.checkpoint.state_dict_guard import one_replica
+from deslo_plugin.checkpoint.state_dict_guard import local_state_dict
 from deslo_plugin.checkpoint.state_tree import holder_of
-from deslo_plugin.checkpoint.tensor_chunks import Fragment
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.checkpoint.tensor_chunks import TensorChunks
+from deslo_plugin.errors import ConfigError
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def averaged_weights(model: Any) -> Iterator[None]:
         _write([*weights, *buffers], means)
         del means
         holder.publish()
-        with one_replica("weights"):
+        with local_state_dict("weights"):
             yield
     finally:
         _write([*weights, *buffers], own)
@@ -63,9 +63,9 @@ def averaged_weights(model: Any) -> Iterator[None]:
         )
 
 
-def _pieces(value: Fragment | Tensor) -> list[Tensor]:
+def _pieces(value: TensorChunks | Tensor) -> list[Tensor]:
     """What lies on this rank of a tensor that has a mean, complex ones as pairs of real numbers."""
-    pieces = [piece for _, piece in value.pieces] if isinstance(value, Fragment) else [value]
+    pieces = [piece for _, piece in value.pieces] if isinstance(value, TensorChunks) else [value]
     pieces = [torch.view_as_real(piece.detach()) if piece.is_complex() else piece.detach() for piece in pieces]
     return [piece for piece in pieces if piece.is_floating_point()]
 

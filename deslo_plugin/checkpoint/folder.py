@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from deslo_plugin.checkpoint.manifest import NAME, OLD, PART, files_in
-from deslo_plugin.config.reader import ConfigError
-from deslo_plugin.log import say
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.log import log_rank0
 
 
 def part_of(final: Path) -> Path:
@@ -54,7 +54,7 @@ def found(path: Path) -> Path:
     """``path``, or the checkpoint that it was about to replace when it was cut off."""
     old = path.with_name(path.name + OLD) if path.name else path
     if not path.exists() and old.exists():
-        say(f"deslo: {path} was being replaced when it was cut off; loading the one before, {old}")
+        log_rank0(f"deslo: {path} was being replaced when it was cut off; loading the one before, {old}")
         return old
     return path
 

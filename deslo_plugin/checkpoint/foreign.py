@@ -44,7 +44,7 @@ def what_is_there(folder: Path) -> tuple[str, str]:
     if next(folder.glob("*/deslo.json"), None):
         return (
             "none, but a folder of checkpoints",
-            "load(deslo_plugin.latest(path), model) takes the one with the most steps",
+            "load(deslo_plugin.latest_checkpoint(path), model) takes the one with the most steps",
         )
     return "none", (
         "check the path: it is no checkpoint of deslo_plugin.save, or one that was cut off, whose name ends in .part"

@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from deslo_plugin.checkpoint.tensor_chunks import LoadFragments, SaveFragments
+from deslo_plugin.checkpoint.tensor_chunks import LoadTensorChunks, SaveTensorChunks
 from deslo_plugin.comm.all_or_none import Elsewhere, to_os_error
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 
 INDEX = "index.json"
 
@@ -47,7 +47,7 @@ def write_tree(tree: Mapping[str, Any], folder: Path, group: dist.ProcessGroup |
     writer = _Writer(folder)
     with _named(group):
         dcp.save(
-            dict(tree), storage_writer=writer, process_group=group, planner=SaveFragments(flatten_state_dict=False)
+            dict(tree), storage_writer=writer, process_group=group, planner=SaveTensorChunks(flatten_state_dict=False)
         )
 
 
@@ -61,7 +61,7 @@ def read_tree(
             storage_reader=_Reader(folder, index),
             process_group=group,
             no_dist=alone,
-            planner=LoadFragments(flatten_state_dict=False),
+            planner=LoadTensorChunks(flatten_state_dict=False),
         )
 
 

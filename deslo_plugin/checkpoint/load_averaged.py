@@ -8,14 +8,14 @@ from torch import Tensor
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.checkpoint.folder import found
 from deslo_plugin.checkpoint.index import read_index, read_tree, tensors_of
-from deslo_plugin.checkpoint.manifest import prove, read_proof
+from deslo_plugin.checkpoint.manifest import read_manifest, verify
 from deslo_plugin.comm.all_or_none import all_or_none
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 
 READ = "see and read"
 
 
-def saved_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
+def load_averaged_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
     """The model's state dict out of a checkpoint, on the CPU: in one process, without the model or replicas.
 
     It has the names that ``state_dict()`` of the plain model gave, in their order, each name of a shared tensor among
@@ -25,15 +25,15 @@ def saved_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str
     foreign, and for the replicas of an "per_replica" checkpoint.
     """
     folder = found(Path(path))
-    proof = read_proof(folder, sha256)
+    proof = read_manifest(folder, sha256)
     if proof.mode == "per_replica":
         raise ConfigError(
-            f"saved_state_dict({str(folder)!r})",
+            f"load_averaged_state_dict({str(folder)!r})",
             "one model",
             'every replica\'s own, saved with mode "per_replica"',
             'load it and save with mode "averaged"',
         )
-    prove(folder, proof, None)
+    verify(folder, proof, None)
     index = read_index(folder)
     stored = tensors_of(index)
     names = [name for name in stored if name.startswith((f"{PARAMS}/", "buffers/"))]
@@ -42,7 +42,7 @@ def saved_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str
     absent = [stored for stored in proof.names.values() if stored not in state]
     if absent:
         raise ConfigError(
-            f"saved_state_dict({str(folder)!r})",
+            f"load_averaged_state_dict({str(folder)!r})",
             "the tensors that deslo.json names",
             f"none of {absent[0]!r}",
             "take another checkpoint",

@@ -19,9 +19,9 @@ from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.checkpoint.foreign import what_is_there
 from deslo_plugin.checkpoint.tree_agreement import States
 from deslo_plugin.comm.all_or_none import all_or_none
-from deslo_plugin.comm.transport import gathered
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.transport import all_gather_by_rank
 from deslo_plugin.config.schema import CHECKPOINT_MODES
+from deslo_plugin.errors import ConfigError
 
 NAME, FORMAT = "deslo.json", 2
 PART, OLD = ".part", ".old"  # behind the name of a checkpoint that is being written, or replaced
@@ -32,7 +32,7 @@ Files = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
-class Proof:
+class Manifest:
     """``rows`` is the topology that saved, ``steps`` the completed steps, ``groups`` the numbers of each param group
     that a resume takes over, ``names`` each name of the plain model's state dict -> the stored tensor that it names.
     ``digest`` is the SHA-256 of ``deslo.json`` itself."""
@@ -52,13 +52,13 @@ class Proof:
         return bool(self.files) and all(len(measures) == 3 for measures in self.files.values())
 
 
-def latest(folder: str | Path) -> Path | None:
+def latest_checkpoint(folder: str | Path) -> Path | None:
     """The complete checkpoint with the most steps among the subfolders of ``folder``, or None: what a restart loads.
 
     Looks at what is there now: call it on one rank and tell the others, or before training has begun to save.
     """
     return max(
-        complete(folder), key=lambda each: (read_proof(each).steps, (each / NAME).stat().st_mtime_ns), default=None
+        complete(folder), key=lambda each: (read_manifest(each).steps, (each / NAME).stat().st_mtime_ns), default=None
     )
 
 
@@ -67,7 +67,7 @@ def complete(folder: str | Path) -> list[Path]:
     return [file.parent for file in Path(folder).glob(f"*/{NAME}") if not file.parent.name.endswith((PART, OLD))]
 
 
-def measured(folder: Path, world: dist.ProcessGroup | None, *, strong: bool = False) -> dict[str, Any]:
+def file_checksums(folder: Path, world: dist.ProcessGroup | None, *, strong: bool = False) -> dict[str, Any]:
     """File of ``folder`` -> [bytes, CRC-32], with SHA-256 if ``strong``, or the error of reading it; each rank a share
     of them.
 
@@ -76,13 +76,13 @@ def measured(folder: Path, world: dist.ProcessGroup | None, *, strong: bool = Fa
     names = all_or_none(lambda: files_in(folder), world, "see and read")
     rank, size = (dist.get_rank(world), dist.get_world_size(world)) if world is not None else (0, 1)
     if world is not None:  # what another has just written may not show everywhere yet
-        names = sorted({name for each in gathered(names, world).values() for name in each})
+        names = sorted({name for each in all_gather_by_rank(names, world).values() for name in each})
     mine = {name: _measure(folder / name, strong) for name in names[rank::size]}
-    everyone = gathered(mine, world).values() if world is not None else [mine]
+    everyone = all_gather_by_rank(mine, world).values() if world is not None else [mine]
     return {name: value for each in everyone for name, value in each.items()}
 
 
-def expect_measured(files: Mapping[str, Any]) -> Files:
+def expect_file_checksums(files: Mapping[str, Any]) -> Files:
     """Raises ``OSError`` for a file that could not be read."""
     for name, measures in files.items():
         if isinstance(measures, str):
@@ -101,7 +101,7 @@ def files_in(folder: Path) -> list[str]:
     return sorted(name for name in found if name != NAME)
 
 
-def write_proof(folder: Path, proof: Proof) -> str:
+def write_manifest(folder: Path, proof: Manifest) -> str:
     """Writes ``deslo.json``, a checkpoint's last file, and returns its SHA-256."""
     own = {name: getattr(proof, name) for name in ("mode", "rows", "steps", "states", "groups", "names")}
     content = {"format": FORMAT, "proof": own, "files": dict(sorted(proof.files.items()))}
@@ -113,7 +113,7 @@ def write_proof(folder: Path, proof: Proof) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def read_proof(folder: Path, sha256: str | None = None) -> Proof:
+def read_manifest(folder: Path, sha256: str | None = None) -> Manifest:
     """Raises ``ConfigError`` for what is no checkpoint of ours, one that was cut off, and one that has another
     ``sha256`` than was kept of it."""
     where = f"load({str(folder)!r})"
@@ -145,9 +145,9 @@ def read_proof(folder: Path, sha256: str | None = None) -> Proof:
     return proof
 
 
-def prove(folder: Path, proof: Proof, world: dist.ProcessGroup | None) -> None:
+def verify(folder: Path, proof: Manifest, world: dist.ProcessGroup | None) -> None:
     """Raises ``ConfigError`` on every rank, with a file that is not as it was saved. Collective."""
-    for name, problem in damaged(folder, proof, world).items():
+    for name, problem in corrupted_files(folder, proof, world).items():
         do = "move it out" if problem == UNNAMED else "take another checkpoint"
         raise ConfigError(f"load({str(folder)!r})", "files as they were saved", f"{name}: {problem}", do)
 
@@ -155,10 +155,10 @@ def prove(folder: Path, proof: Proof, world: dist.ProcessGroup | None) -> None:
 UNNAMED = f"not named in {NAME}"
 
 
-def damaged(folder: Path, proof: Proof, world: dist.ProcessGroup | None) -> dict[str, str]:
+def corrupted_files(folder: Path, proof: Manifest, world: dist.ProcessGroup | None) -> dict[str, str]:
     """File -> what is wrong with it, of all that ``deslo.json`` names, measured again, and of all that it does not.
     Collective."""
-    found, problems = measured(folder, world, strong=proof.strong), {}
+    found, problems = file_checksums(folder, world, strong=proof.strong), {}
     for name in proof.files:
         if name not in found:
             problems[name] = "missing"
@@ -167,13 +167,13 @@ def damaged(folder: Path, proof: Proof, world: dist.ProcessGroup | None) -> dict
     return problems | {name: UNNAMED for name in found if name not in proof.files}
 
 
-def _parsed(content: Any, where: str, digest: str) -> Proof:
+def _parsed(content: Any, where: str, digest: str) -> Manifest:
     if content["format"] != FORMAT:
         raise ConfigError(where, f"format {FORMAT}", str(content["format"]), "load it with the release that saved it")
     if content.pop("crc32") != _checksum(content):
         raise TypeError("its checksum is another")
     own, files = content["proof"], content["files"]
-    proof = Proof(
+    proof = Manifest(
         own["mode"],
         tuple(map(tuple, own["rows"])),
         own["steps"],

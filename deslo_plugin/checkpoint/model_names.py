@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from deslo_plugin.algorithm.state_names import BUFFERS, PARAMS
 from deslo_plugin.checkpoint.resharding import reshard
-from deslo_plugin.checkpoint.state_dict_guard import one_replica
+from deslo_plugin.checkpoint.state_dict_guard import local_state_dict
 from deslo_plugin.checks.module_wrappers import bare
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -16,7 +16,7 @@ def saved_state(model: nn.Module) -> dict[str, Any]:
     """Plain name -> what this replica's ``state_dict()`` holds under it, in its order: live parameters and buffers,
     those with several names under each of them, and what modules add to it. FSDP2 gives shards."""
     reshard(model)
-    with one_replica():
+    with local_state_dict():
         return {plain_name(name): value for name, value in bare(model).state_dict(keep_vars=True).items()}
 
 

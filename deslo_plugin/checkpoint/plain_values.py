@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 
 ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 MAPPINGS = (dict, OrderedDict, Counter)

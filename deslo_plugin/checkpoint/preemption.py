@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deslo_plugin.attachment import attachments_of
 from deslo_plugin.checkpoint.save_load import save
 from deslo_plugin.comm.common_last_step import LastStep
-from deslo_plugin.log import say
+from deslo_plugin.log import log_rank0
 
 POLL_S = 1.0
 _number = count()  # of this world's preemptions, built in the same order on every rank
@@ -28,8 +28,8 @@ class Preemption:
         for step, batch in enumerate(batches):
             ...
             optimizer.step()
-            if preemption.due():
-                preemption.exit("checkpoints/last", extra={"step": step + 1})
+            if preemption.should_stop():
+                preemption.save_and_exit("checkpoints/last", extra={"step": step + 1})
 
     One rank that gets a signal is enough: it says so in the rendezvous store, where every rank looks once a second, in
     a thread and over a connection of its own. No step asks the store anything before that.
@@ -51,11 +51,11 @@ class Preemption:
             threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
         self._before = {number: signal.signal(number, lambda *_: self._asked.set()) for number in signals}
 
-    def due(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether the step that has just ended is the last. Call it on every rank after every step."""
-        return self._asked.is_set() and (self._last is None or self._last.after(self._steps))
+        return self._asked.is_set() and (self._last is None or self._last.is_last_step(self._steps))
 
-    def exit(
+    def save_and_exit(
         self,
         path: str | Path,
         *,
@@ -75,17 +75,17 @@ class Preemption:
         save(path, self.model, mode=mode, extra=extra)
         for each in self._attachments:
             each.averaging.abandon()
-            each.end()
+            each.close()
         try:
             if before is not None:
                 before()
         except Exception as error:
-            say(
-                f"deslo: Preemption.exit(before=...) failed, the checkpoint is whole: {error!r}",
+            log_rank0(
+                f"deslo: Preemption.save_and_exit(before=...) failed, the checkpoint is whole: {error!r}",
                 logging.WARNING,
                 anywhere=True,
             )
-        say(f"deslo: saved {path} after step {self._steps}, leaving")
+        log_rank0(f"deslo: saved {path} after step {self._steps}, leaving")
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -101,8 +101,8 @@ class Preemption:
         while not self._over.is_set():
             try:
                 if self._asked.is_set():
-                    return last.ask()
-                if last.asked():
+                    return last.request_stop()
+                if last.stop_requested():
                     return self._asked.set()
             except dist.DistError:
                 return  # the store ends with the job

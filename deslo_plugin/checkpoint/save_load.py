@@ -25,18 +25,25 @@ from deslo_plugin.attachment import Attachment, attachments_of, on_every_rank
 from deslo_plugin.checkpoint.folder import begin, clear_away, found, part_of, put_in_place
 from deslo_plugin.checkpoint.index import read_index, read_tree, write_tree
 from deslo_plugin.checkpoint.load_averaged import READ
-from deslo_plugin.checkpoint.manifest import Proof, expect_measured, measured, prove, read_proof, write_proof
+from deslo_plugin.checkpoint.manifest import (
+    Manifest,
+    expect_file_checksums,
+    file_checksums,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from deslo_plugin.checkpoint.plain_values import expect_mapping, plain, read_plain, write_plain
 from deslo_plugin.checkpoint.random_state import random_state, set_random_state
 from deslo_plugin.checkpoint.state_tree import KEPT, Holder, holder_of
-from deslo_plugin.checkpoint.sync_replicas import means_of, meet, scheduled_states
-from deslo_plugin.checkpoint.tensor_chunks import Fragment
-from deslo_plugin.checkpoint.tree_agreement import Tree, refuse_others, united, unlike
+from deslo_plugin.checkpoint.sync_replicas import means_of, scheduled_states, sync_replicas
+from deslo_plugin.checkpoint.tensor_chunks import TensorChunks
+from deslo_plugin.checkpoint.tree_agreement import Tree, check_same_structure, united, unlike
 from deslo_plugin.comm.all_or_none import all_or_none
-from deslo_plugin.comm.consistency import agree
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.consistency import check_same_on_all_ranks
 from deslo_plugin.config.schema import CHECKPOINT_MODES, DIGESTS
-from deslo_plugin.log import say
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.log import log_rank0
 
 FIRST = "first_rank.pt"
 
@@ -74,7 +81,7 @@ def save(
             raise ConfigError(f"save({name}=...)", f"one of {', '.join(known)}", repr(value), "choose one")
     topology, world = attachment.topology, attachment.groups.world
     if world is not None:
-        agree("save", {"mode": mode, "digest": digest}, do="pass the same on every rank", group=world)
+        check_same_on_all_ranks("save", {"mode": mode, "digest": digest}, do="pass the same on every rank", group=world)
     first = topology.rank == min(topology.ranks)
     holder = holder_of(model, attachments)
     if attachment.watch is not None:
@@ -103,7 +110,7 @@ def _write(
     all_or_none(lambda: begin(final) if first else None, world)
     all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
     if mode == "synchronized":
-        meet(model)
+        sync_replicas(model)
     tree = all_or_none(lambda: _expect_plain(holder.tree()), world)
     if mode != "per_replica":
         tree |= unlike(tree, scheduled_states(attachments), attachment.groups.replica)
@@ -118,12 +125,14 @@ def _write(
 
     all_or_none(write, world)
     numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
-    proof = Proof(mode, topology.rows, attachment.averaging.steps, united(holder.states, world), numbers, holder.names)
-    proof = replace(proof, files=expect_measured(measured(part, world, strong=strong)))
-    sha256 = all_or_none(lambda: write_proof(part, proof) if first else None, world)
+    proof = Manifest(
+        mode, topology.rows, attachment.averaging.steps, united(holder.states, world), numbers, holder.names
+    )
+    proof = replace(proof, files=expect_file_checksums(file_checksums(part, world, strong=strong)))
+    sha256 = all_or_none(lambda: write_manifest(part, proof) if first else None, world)
     all_or_none(lambda: put_in_place(final) if first else None, world)
     if strong:
-        say(
+        log_rank0(
             f"deslo: saved {final}; the SHA-256 of its deslo.json is {sha256}: keep it elsewhere, and load(path, "
             f"model, "
             "sha256=...) refuses any other"
@@ -146,10 +155,10 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     attachments, folder = attachments_of(model, "load"), found(Path(path))
     attachment, *_ = attachments
     holder, topology, world = holder_of(model, attachments), attachment.topology, attachment.groups.world
-    proof, where = all_or_none(lambda: read_proof(folder, sha256), world, READ), f"load({str(folder)!r})"
+    proof, where = all_or_none(lambda: read_manifest(folder, sha256), world, READ), f"load({str(folder)!r})"
     if world is not None:
-        agree(where, {"deslo.json": proof.digest}, do="give every rank the same folder", group=world)
-    prove(folder, proof, world)
+        check_same_on_all_ranks(where, {"deslo.json": proof.digest}, do="give every rank the same folder", group=world)
+    verify(folder, proof, world)
     if proof.mode == "per_replica" and proof.rows != topology.rows:
         raise ConfigError(
             where,
@@ -161,7 +170,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     index, own = all_or_none(lambda: (read_index(source), _expect_own(source / name, proof.mode)), world, READ)
     all_or_none(lambda: holder.prepare(proof.states), world)
     states = holder.states
-    all_or_none(lambda: refuse_others(states, proof.states, where), world)
+    all_or_none(lambda: check_same_structure(states, proof.states, where), world)
     for each in attachments:
         each.averaging.abandon()
     if proof.mode == "per_replica":
@@ -174,27 +183,27 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     )
     all_or_none(lambda: _go_on(own, proof, attachments) if proof.mode == "per_replica" else None, world)
     if proof.mode != "per_replica" and len(proof.rows) != topology.replicas:
-        say(
+        log_rank0(
             f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all "
             f"replicas "
             "changes with them, the learning rate stays as it was saved"
         )
     _take_over(proof.groups, holder.groups)
     holder.put(content)
-    all_or_none(lambda: holder.put_aside(own["aside"], proof.steps), world)
+    all_or_none(lambda: holder.set_extra_state(own["aside"], proof.steps), world)
     for each in attachments if proof.mode != "per_replica" else ():
-        each.averaging.met()
+        each.averaging.mark_synchronized()
     return own["extra"]
 
 
 def _own(holder: Holder, attachments: Sequence[Attachment], mode: str, extra: Any) -> dict[str, Any]:
     """What this rank keeps beside the tree, as plain values."""
     own = {
-        "aside": plain(holder.aside(), "save: what the engine counts in"),
+        "aside": plain(holder.get_extra_state(), "save: what the engine counts in"),
         "extra": expect_mapping(extra, "save(extra)"),
     }
     if mode == "per_replica":
-        averaging = [each.averaging.aside() for each in attachments]
+        averaging = [each.averaging.get_extra_state() for each in attachments]
         own |= {
             "random": plain(random_state(), "save: the random state"),
             "averaging": plain(averaging, "save: averages in flight"),
@@ -209,17 +218,17 @@ def _expect_own(file: Path, mode: str) -> dict[str, Any]:
     return own
 
 
-def _go_on(own: Mapping[str, Any], proof: Proof, attachments: Sequence[Attachment]) -> None:
+def _go_on(own: Mapping[str, Any], proof: Manifest, attachments: Sequence[Attachment]) -> None:
     """From an exact checkpoint: the same random numbers, the same averages in flight."""
     set_random_state(own["random"])
     for each, aside in zip(attachments, own["averaging"]):
-        each.averaging.put_aside(aside)
+        each.averaging.set_extra_state(aside)
 
 
 def _expect_plain(tree: Tree) -> Tree:
     """Raises ``ConfigError`` for a state that ``load`` would not read back."""
     for name, value in tree.items():
-        if not isinstance(value, Fragment) and not hasattr(value, "to_local"):
+        if not isinstance(value, TensorChunks) and not hasattr(value, "to_local"):
             plain(value, f"save: {name}")
     return tree
 
@@ -227,7 +236,7 @@ def _expect_plain(tree: Tree) -> Tree:
 def _take_over(saved: Sequence[Mapping[str, float]], groups: Sequence[dict[str, Any]]) -> None:
     """The numbers of each param group, into a tensor where the group keeps one."""
     if len(saved) != len(groups):
-        say(
+        log_rank0(
             f"deslo: {len(groups)} param group(s) go on from a checkpoint of {len(saved)}: learning rates are as "
             f"configured"
         )

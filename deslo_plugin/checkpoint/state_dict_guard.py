@@ -22,10 +22,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from deslo_plugin.attachment import Attachment
 from deslo_plugin.averaging.last_average import LastAverage
 from deslo_plugin.checkpoint.replica_mean import averages, mean_of, mean_shard, whole
-from deslo_plugin.comm.consistency import agree
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.consistency import check_same_on_all_ranks
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.local_tensors import local
-from deslo_plugin.log import say
+from deslo_plugin.log import log_rank0
 
 Owner = nn.Module | torch.optim.Optimizer
 
@@ -47,7 +47,7 @@ class _Guard:
     def say_once(self, message: str, level: int = logging.INFO) -> None:
         if message not in self.told:
             self.told.add(message)
-            say(message, level)
+            log_rank0(message, level)
 
 
 _guards: MutableMapping[Any, _Guard] = WeakKeyDictionary()  # copies of a model, such as moving averages, are not in it
@@ -58,7 +58,7 @@ _copies_told: set[str] = set()
 
 
 @contextmanager
-def one_replica(what: str = "all") -> Iterator[None]:
+def local_state_dict(what: str = "all") -> Iterator[None]:
     """Inside, ``state_dict()`` gives this replica's own state, as it would without us; ``what`` "weights": of modules
     alone."""
     token = _own.set(what)
@@ -98,7 +98,7 @@ def refuse_one_replica(
                 _give_states if isinstance(owner, torch.optim.Optimizer) else _give_weights
             )
     if any(isinstance(owner, nn.Module) for owner in new):
-        say(_announcement(attachment))
+        log_rank0(_announcement(attachment))
 
 
 def _parts(owner: Owner) -> Iterator[Owner]:
@@ -144,10 +144,10 @@ def _before(owner: Owner, prefix: str = "", *_: Any) -> None:
         f"one of {guard.attachments[0].topology.replicas} replicas, which differ between averages",
         "on EVERY rank, so not inside `if rank == 0:`, call deslo_plugin.save(path, model), or "
         "averaged_state_dict(model) for the "
-        'weights alone and write them on rank 0, or deslo_plugin.meet(model) before this; or set "deslo": '
+        'weights alone and write them on rank 0, or deslo_plugin.sync_replicas(model) before this; or set "deslo": '
         '{"state_dict": '
         '"averaged"} if every rank makes this call, "last_average" if rank 0 makes it alone; with '
-        "deslo_plugin.one_replica(): gives this replica's own",
+        "deslo_plugin.local_state_dict(): gives this replica's own",
     )
 
 
@@ -155,7 +155,7 @@ def _tell_of_copy(owner: Owner) -> None:
     kind = type(owner).__name__
     if not _own.get() and kind not in _copies_told and dist.is_initialized() and dist.get_world_size() > 1:
         _copies_told.add(kind)
-        say(
+        log_rank0(
             f"deslo: state_dict() of a copy of the model ({kind}) gives what this replica has made of it, such as "
             f"its own moving "
             "average; the mean of all replicas' is deslo_plugin.averaged_state_dict(model, of=copy), on every rank",
@@ -166,9 +166,9 @@ def _tell_of_copy(owner: Owner) -> None:
 def _give_weights(owner: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """In place of this replica's weights in ``state``, those that ``deslo.state_dict`` says."""
     guard = _guards.get(owner)
-    if guard is None or guard.inner and prefix or not _differs(owner, guard):
+    if guard is None or (guard.inner and prefix) or not _differs(owner, guard):
         return  # a part leaves it to the whole, which asks its parts with a prefix
-    with one_replica():
+    with local_state_dict():
         live = {
             prefix + name: value for name, value in owner.state_dict(keep_vars=True).items() if averages(name, value)
         }
@@ -247,7 +247,7 @@ def _give_states(owner: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         held = {
             (key, index): value for index, of_param in states for key, value in of_param.items() if _has_mean(value)
         }
-        agree(
+        check_same_on_all_ranks(
             f"{type(owner).__name__}.state_dict() state",
             {f"{key} of parameter {index}": tuple(value.shape) for (key, index), value in held.items()},
             do="call deslo_plugin.save(path, model), which creates what a rank has not",

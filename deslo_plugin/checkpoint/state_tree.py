@@ -13,7 +13,7 @@ from deslo_plugin.checkpoint.resharding import reshard
 from deslo_plugin.checkpoint.tensor_chunks import of_dtensor
 from deslo_plugin.checkpoint.tree_agreement import States, Tree, fresh_states
 from deslo_plugin.checks.module_wrappers import bare
-from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.desloc import DesLoc
 
 KEPT = ("lr", "initial_lr")  # of a param group; betas and periods are the config's
@@ -46,10 +46,10 @@ class Holder(Protocol):
     def names(self) -> Mapping[str, str]:
         """Each name that the plain model's ``state_dict()`` gives, in its order -> where its tensor is in the tree."""
 
-    def aside(self) -> Mapping[str, Any]:
+    def get_extra_state(self) -> Mapping[str, Any]:
         """What else the framework counts in, such as a loss scale: plain values."""
 
-    def put_aside(self, aside: Mapping[str, Any], steps: int) -> None:
+    def set_extra_state(self, aside: Mapping[str, Any], steps: int) -> None:
         """Takes over the number of completed steps, and what ``aside`` gave if it was this framework's."""
 
 
@@ -128,12 +128,12 @@ class TorchState:
     def names(self) -> Mapping[str, str]:
         return places(self.model)
 
-    def aside(self) -> Mapping[str, Any]:
+    def get_extra_state(self) -> Mapping[str, Any]:
         return {}
 
-    def put_aside(self, aside: Mapping[str, Any], steps: int) -> None:
+    def set_extra_state(self, aside: Mapping[str, Any], steps: int) -> None:
         for averaging in self.averagings:
-            if isinstance(averaging, StockAveraging):
+            if isinstance(averaging, AnyOptimizerAverager):
                 averaging.resume(steps)
 
     def _states_of(self, param: Tensor) -> dict[str, Any]:

@@ -11,20 +11,20 @@ from deslo_plugin.algorithm.state_names import BUFFERS, PARAMS
 from deslo_plugin.attachment import Attachment, attachments_of, on_every_rank
 from deslo_plugin.checkpoint.replica_mean import mean_of
 from deslo_plugin.checkpoint.state_tree import holder_of
-from deslo_plugin.checkpoint.tensor_chunks import Fragment
+from deslo_plugin.checkpoint.tensor_chunks import TensorChunks
 from deslo_plugin.checkpoint.tree_agreement import Tree, united, unlike
 from deslo_plugin.comm.all_or_none import all_or_none
 
 
 @on_every_rank
 @torch.no_grad()
-def meet(model: Any) -> None:
+def sync_replicas(model: Any) -> None:
     """Averages parameters, states and buffers of all replicas in place, whatever is due: they are equal then.
     Collective.
 
     Takes an attached model or an engine, like ``save``.
     """
-    attachments = attachments_of(model, "meet")
+    attachments = attachments_of(model, "sync_replicas")
     holder = holder_of(model, attachments)
     tree = all_or_none(holder.tree, attachments[0].groups.world)
     scheduled = scheduled_states(attachments)
@@ -39,7 +39,7 @@ def meet(model: Any) -> None:
     holder.put(tree)
     for each in attachments:
         each.averaging.abandon()
-        each.averaging.met()
+        each.averaging.mark_synchronized()
 
 
 def means_of(tree: Tree, attachments: Sequence[Attachment]) -> Tree:
@@ -62,7 +62,7 @@ def means_of(tree: Tree, attachments: Sequence[Attachment]) -> Tree:
         )
         for name, pieces in named.items():
             own = [next(flat).to("cpu", piece.dtype) for piece in pieces]
-            means[name] = tree[name].like(own) if isinstance(tree[name], Fragment) else own[0]
+            means[name] = tree[name].like(own) if isinstance(tree[name], TensorChunks) else own[0]
     return means
 
 
@@ -72,5 +72,5 @@ def scheduled_states(attachments: Sequence[Attachment]) -> set[str]:
 
 def floating_pieces(value: Any, ndim: int = 0) -> list[Tensor]:
     """This rank's floating parts of ``value``, of ``ndim`` dimensions or more."""
-    pieces = [piece for _, piece in value.pieces] if isinstance(value, Fragment) else [value]
+    pieces = [piece for _, piece in value.pieces] if isinstance(value, TensorChunks) else [value]
     return [piece for piece in pieces if isinstance(piece, Tensor) and piece.is_floating_point() and piece.ndim >= ndim]

@@ -15,19 +15,19 @@ from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, Writ
 
 
 @dataclass(frozen=True)
-class Fragment:
+class TensorChunks:
     """``pieces`` of a tensor of ``shape``: where each begins in it, and the live tensor that is read and written there.
 
     Has the methods by which DTensor tells checkpoints of its shards, so that what is saved is one tensor of ``shape``,
-    which any other sharding, or plain torch, can load; ``SaveFragments`` and ``LoadFragments`` are the planners for it.
-    """
+    which any other sharding, or plain torch, can load; ``SaveTensorChunks`` and ``LoadTensorChunks`` are the planners
+    for it."""
 
     shape: torch.Size
     pieces: tuple[tuple[tuple[int, ...], Tensor], ...]
 
-    def like(self, tensors: Sequence[Tensor]) -> "Fragment":
+    def like(self, tensors: Sequence[Tensor]) -> "TensorChunks":
         """Other contents for the same pieces."""
-        return Fragment(self.shape, tuple((offset, tensor) for (offset, _), tensor in zip(self.pieces, tensors)))
+        return TensorChunks(self.shape, tuple((offset, tensor) for (offset, _), tensor in zip(self.pieces, tensors)))
 
     def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
         return [
@@ -46,13 +46,13 @@ class Fragment:
         return next(piece for own, piece in self.pieces if own == tuple(offset))
 
 
-class SaveFragments(DefaultSavePlanner):
+class SaveTensorChunks(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Any:
         value = self.state_dict[index.fqn]
-        return value.at(index.offset) if isinstance(value, Fragment) else super().lookup_object(index)
+        return value.at(index.offset) if isinstance(value, TensorChunks) else super().lookup_object(index)
 
 
-class LoadFragments(DefaultLoadPlanner):
+class LoadTensorChunks(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
@@ -65,24 +65,24 @@ class LoadFragments(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         value = self.state_dict[index.fqn]
-        return value.at(index.offset) if isinstance(value, Fragment) else super().lookup_tensor(index)
+        return value.at(index.offset) if isinstance(value, TensorChunks) else super().lookup_tensor(index)
 
 
-def of_dtensor(tensor: Any) -> Fragment:
+def of_dtensor(tensor: Any) -> TensorChunks:
     """What a DTensor keeps on this rank."""
     own, chunks = tensor.to_local(), tensor.__create_chunk_list__()
-    return Fragment(tensor.shape, tuple((tuple(chunk.offsets), own) for chunk in chunks if own.numel()))
+    return TensorChunks(tensor.shape, tuple((tuple(chunk.offsets), own) for chunk in chunks if own.numel()))
 
 
-def of_range(flat: Tensor, start: int, shape: torch.Size) -> Fragment:
+def of_range(flat: Tensor, start: int, shape: torch.Size) -> TensorChunks:
     """The elements from ``start`` on of a tensor of ``shape``, row after row, which lie in the 1-D ``flat``."""
     if not prod(shape):
-        return Fragment(shape, ((tuple(0 for _ in shape), flat.view(shape)),))
+        return TensorChunks(shape, ((tuple(0 for _ in shape), flat.view(shape)),))
     pieces, taken = [], 0
     for offset, size in boxes(start, start + flat.numel(), tuple(shape)):
         pieces.append((offset, flat[taken : taken + prod(size)].view(size)))
         taken += prod(size)
-    return Fragment(shape, tuple(pieces))
+    return TensorChunks(shape, tuple(pieces))
 
 
 def boxes(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -9,19 +9,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deslo_plugin.algorithm.state_names import BUFFERS, ORIGIN, PARAMS, STEP
-from deslo_plugin.checkpoint.tensor_chunks import Fragment
-from deslo_plugin.comm.transport import gathered
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.checkpoint.tensor_chunks import TensorChunks
+from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.errors import ConfigError
 
 Tree = dict[str, Any]
-"""``"<state>/<parameter>"`` and ``"buffers/<buffer>"`` -> live tensor, this rank's ``Fragment`` of one, or the plain
-number that a stock optimizer counts in."""
+"""``"<state>/<parameter>"`` and ``"buffers/<buffer>"`` -> live tensor, this rank's ``TensorChunks`` of one, or the
+plain number that a stock optimizer counts in."""
 
 States = Mapping[str, Mapping[str, Sequence[int] | None]]
 """Parameter -> its states, the parameter itself among them -> shape of the whole tensor; None for a plain number."""
 
 
-def refuse_others(own: States, saved: States, where: str) -> None:
+def check_same_structure(own: States, saved: States, where: str) -> None:
     """Raises ``ConfigError`` if ``saved`` has other parameters, or other states or shapes of them, than ``own``."""
     for name in dict.fromkeys([*saved, *own]):
         if name not in saved or name not in own:
@@ -47,9 +47,9 @@ def united(states: States, group: dist.ProcessGroup | None) -> States:
     if group is None:
         return states
     digest = hashlib.sha256(repr(sorted(states.items())).encode()).hexdigest()
-    if len(set(gathered(digest, group).values())) == 1:
+    if len(set(all_gather_by_rank(digest, group).values())) == 1:
         return states
-    everyone = gathered(states, group).values()
+    everyone = all_gather_by_rank(states, group).values()
     return {name: {state: shape for each in everyone for state, shape in each.get(name, {}).items()} for name in states}
 
 
@@ -68,9 +68,9 @@ def unlike(tree: Tree, scheduled: Set[str], group: dist.ProcessGroup | None) -> 
         if not name.startswith((f"{PARAMS}/", f"{BUFFERS}/"))
     }
     digest = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
-    if len(set(gathered(digest, group).values())) == 1:
+    if len(set(all_gather_by_rank(digest, group).values())) == 1:
         return {}
-    everyone = list(gathered(mine, group).values())
+    everyone = list(all_gather_by_rank(mine, group).values())
     more: Tree = {}
     for name in sorted({name for each in everyone for name in each}):
         state, param = name.split("/", 1)
@@ -90,13 +90,13 @@ def unlike(tree: Tree, scheduled: Set[str], group: dist.ProcessGroup | None) -> 
                 f"state {name}",
                 "the shape of its parameter where a replica has not trained it yet",
                 str(value[1]),
-                "train every parameter on every replica before you save or meet",
+                "train every parameter on every replica before you save or call sync_replicas",
             )
         elif name not in tree:
             like, dtype = tree[f"{PARAMS}/{param}"], getattr(torch, value[0])
             zeros = (
                 [torch.zeros_like(piece, dtype=dtype) for _, piece in like.pieces]
-                if isinstance(like, Fragment)
+                if isinstance(like, TensorChunks)
                 else None
             )
             more[name] = torch.zeros_like(like, dtype=dtype) if zeros is None else like.like(zeros)
@@ -104,7 +104,7 @@ def unlike(tree: Tree, scheduled: Set[str], group: dist.ProcessGroup | None) -> 
 
 
 def _described(name: str, value: Any, scheduled: Set[str]) -> tuple[Any, ...]:
-    if isinstance(value, Fragment):
+    if isinstance(value, TensorChunks):
         dtype = str(value.pieces[0][1].dtype).removeprefix("torch.") if value.pieces else "float32"
         return "state", (dtype, tuple(value.shape))
     if isinstance(value, Tensor) and (value.ndim or name.split("/", 1)[0] in scheduled):
@@ -135,7 +135,7 @@ def fresh_states(
                 )
             tensor = (
                 torch.zeros_like(param)
-                if shape or whole == [] and state != STEP
+                if shape or (whole == [] and state != STEP)
                 else torch.zeros((), dtype=torch.float32)
             )
             fresh[state] = 0 if shape is None else tensor

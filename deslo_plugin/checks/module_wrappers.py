@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from deslo_plugin.comm.topology import Topology
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 
 engines: "WeakSet[Any]" = WeakSet()
 """DeepSpeed engines of this process, by which a module that one of them trains is known."""

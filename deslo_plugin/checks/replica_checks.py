@@ -13,15 +13,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deslo_plugin.algorithm.adaptive_periods import adaptive
-from deslo_plugin.averaging.state_averager import Averaging
-from deslo_plugin.comm.consistency import agree, digests
+from deslo_plugin.averaging.state_averager import StateAverager
+from deslo_plugin.comm.consistency import check_same_on_all_ranks, digests
 from deslo_plugin.comm.topology import Topology, spread
-from deslo_plugin.comm.transport import Groups, gathered
+from deslo_plugin.comm.transport import Groups, all_gather_by_rank
 from deslo_plugin.config.load import as_dict
-from deslo_plugin.config.reader import ConfigError, plain
+from deslo_plugin.config.reader import plain
 from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.update import native
-from deslo_plugin.log import say
+from deslo_plugin.log import log_rank0
 
 SEED_ALIKE = 'seed every rank alike, or set "deslo": {"initial_params": "auto"} to start from replica 0'
 INITIAL = "initial value of parameter"
@@ -34,16 +35,16 @@ def local_world_size() -> int:
 
 def say_placement(topology: Topology, world: dist.ProcessGroup) -> None:
     """Warns if a replica lies on more nodes than it needs. Collective."""
-    hosts = gathered(socket.gethostname(), world)
+    hosts = all_gather_by_rank(socket.gethostname(), world)
     if complaint := spread(topology, [hosts[rank] for rank in topology.ranks]):
-        say(complaint, logging.WARNING)
+        log_rank0(complaint, logging.WARNING)
 
 
 def agree_on_model(
     model: nn.Module, shape_of: Callable[[Tensor], object], group: dist.ProcessGroup | None = None
 ) -> None:
     """Raises ``ConfigError`` on every rank if parameters differ in name, shape, dtype or in being trained."""
-    agree(
+    check_same_on_all_ranks(
         "model parameter",
         model_traits(model, shape_of),
         group=group,
@@ -60,12 +61,14 @@ def model_traits(model: nn.Module, shape_of: Callable[[Tensor], object]) -> dict
     }
 
 
-def agree_on_optimizer(averaging: Averaging, config: Config, world: dist.ProcessGroup | None = None) -> None:
+def agree_on_optimizer(averaging: StateAverager, config: Config, world: dist.ProcessGroup | None = None) -> None:
     """Raises ``ConfigError`` on every rank if configs or param groups differ."""
-    agree("optimizer", optimizer_traits(averaging, config), do="build the same optimizer on every rank", group=world)
+    check_same_on_all_ranks(
+        "optimizer", optimizer_traits(averaging, config), do="build the same optimizer on every rank", group=world
+    )
 
 
-def optimizer_traits(averaging: Averaging, config: Config) -> dict[str, Any]:
+def optimizer_traits(averaging: StateAverager, config: Config) -> dict[str, Any]:
     """Setting -> value, of both blocks and of the param groups: what replicas must have alike."""
     of_groups = {
         f"param group {index}.{key}": plain(group[key])
@@ -79,14 +82,14 @@ def optimizer_traits(averaging: Averaging, config: Config) -> dict[str, Any]:
     return as_dict(config) | of_groups | kind
 
 
-def _device_of(averaging: Averaging) -> str:
+def _device_of(averaging: StateAverager) -> str:
     devices = {param.device for param in averaging.optimizer.state}
     return ", ".join(
         sorted({torch.cuda.get_device_name(each) if each.type == "cuda" else each.type for each in devices})
     )
 
 
-def equal_replicas(
+def broadcast_or_check_params(
     whole: Mapping[str, Tensor],
     sharded: Mapping[str, Tensor],
     initial: str,
@@ -116,8 +119,10 @@ def equal_replicas(
                     tensors[name].copy_(staged)
             if different and initial == "auto":
                 _say_different(different, first)
-    agree(INITIAL, digests(whole.items()), do=SEED_ALIKE, group=groups.world)
-    agree(INITIAL, digests(sharded.items()), do=SEED_ALIKE, group=groups.world, among=topology.columns)
+    check_same_on_all_ranks(INITIAL, digests(whole.items()), do=SEED_ALIKE, group=groups.world)
+    check_same_on_all_ranks(
+        INITIAL, digests(sharded.items()), do=SEED_ALIKE, group=groups.world, among=topology.columns
+    )
 
 
 def differing(
@@ -125,10 +130,10 @@ def differing(
 ) -> dict[str, list[int]]:
     """Name -> the ranks whose value is not that of the first of their ranks in ``among``; the same on every rank.
     Collective."""
-    digest = gathered(hashlib.sha256(repr(tuple(mine.items())).encode()).hexdigest(), world)
+    digest = all_gather_by_rank(hashlib.sha256(repr(tuple(mine.items())).encode()).hexdigest(), world)
     if all(digest[rank] == digest[first] for first, *others in among for rank in others):
         return {}
-    values = gathered(dict(mine), world)
+    values = all_gather_by_rank(dict(mine), world)
     different: dict[str, list[int]] = {}
     for first, *others in among:
         for rank in others:
@@ -164,7 +169,7 @@ def refuse_parts(plain: Mapping[str, Tensor], groups: Groups, forgotten: Collect
 
 def _say_different(different: Mapping[str, Sequence[int]], first: int) -> None:
     ranks = sorted({rank for each in different.values() for rank in each})
-    say(
+    log_rank0(
         f"deslo: {listed(different)} differed at the start on rank(s) {ranks}: every replica starts with the values "
         f"of rank "
         f'{first} and its replica now, as DDP would; to make that an error, set "deslo": {{"initial_params": "check"}}',

@@ -18,16 +18,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.averaging.metrics import SyncEvent
-from deslo_plugin.averaging.state_averager import Averaging
+from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.replica_checks import listed
 from deslo_plugin.comm.consistency import digests
-from deslo_plugin.comm.transport import Groups, gathered
+from deslo_plugin.comm.transport import Groups, all_gather_by_rank
 from deslo_plugin.kernels.local_tensors import local
-from deslo_plugin.log import say
-from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.log import log_rank0
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 
 AVERAGES, PATIENCE = 2, 8  # of parameters: so many that found them moved are watched, and no more than these in all
-_averagings: "WeakSet[Averaging]" = WeakSet()  # of all optimizers that were attached in this process
+_averagings: "WeakSet[StateAverager]" = WeakSet()  # of all optimizers that were attached in this process
 _watching: "WeakSet[Watch]" = WeakSet()
 _hook: list[Any] = []  # torch's hook after every optimizer's step, while anybody watches
 
@@ -44,7 +44,7 @@ class Watch:
 
     def __init__(
         self,
-        averaging: Averaging,
+        averaging: StateAverager,
         groups: Groups,
         named: Mapping[str, Tensor],
         whole: Collection[str] = (),
@@ -72,7 +72,7 @@ class Watch:
     def begin(self) -> None:
         """Watches every step from now on, until the first averages have landed."""
         self._known = self._asked = self._digests()
-        self._asked_at = self.averaging.meter.steps
+        self._asked_at = self.averaging.stats.steps
         if self.groups.topology.replicas == 1:
             return
         self.averaging.watch = self
@@ -154,7 +154,7 @@ class Watch:
         """
         words = [float(word) for each in (before, after) for word in bytes.fromhex(_hash(each)[:16])]
         own = torch.tensor([float(moved), *words, *(word**2 for word in words)], dtype=torch.float64)
-        average = self.averaging.average
+        average = self.averaging.transport
         chunk = own.repeat(average.divisor)
         average.start(chunk).wait()
         mean, square = chunk[1 : len(own)].view(2, 2, -1)
@@ -171,7 +171,7 @@ class Watch:
     def seen(self, optimizer: torch.optim.Optimizer) -> None:
         """Some optimizer of this process was stepped."""
         own = self.averaging.optimizer
-        if self._inside or optimizer is own and not isinstance(self.averaging, StockAveraging):
+        if self._inside or (optimizer is own and not isinstance(self.averaging, AnyOptimizerAverager)):
             return
         kind, name = type(optimizer).__name__, type(own).__name__
         if optimizer is own:
@@ -194,7 +194,7 @@ class Watch:
         """What is wrong, as sentences that are the same on every rank; nothing if all is well. Collective over all
         ranks."""
         left = self._left_out("require gradients")
-        now, steps, topology = self._digests(), self.averaging.meter.steps, self.groups.topology
+        now, steps, topology = self._digests(), self.averaging.stats.steps, self.groups.topology
         unasked = steps == self._asked_at and now != self._asked
         parts = [_hash({name: now[name] for name in self.whole}), _hash(now)]
         everyone = self._everyone((unasked, *parts, left, self.problems))
@@ -216,7 +216,7 @@ class Watch:
         if apart and not self.averaging.diverged:
             found["unequal"] = (
                 f"deslo: rank(s) {sorted(apart)} differ from replica 0, and no step was taken since all were "
-                "equal; load or write the same on every rank, or call deslo_plugin.meet(model)"
+                "equal; load or write the same on every rank, or call deslo_plugin.sync_replicas(model)"
             )
         for kind, sentence in found.items():
             self._complain(kind, sentence)
@@ -235,7 +235,11 @@ class Watch:
         return sorted(rank for first, *others in rows for rank in others if everyone[rank] != everyone[first])
 
     def _everyone(self, mine: Any) -> dict[int, Any]:
-        return gathered(mine, self.groups.world) if self.groups.world is not None else {self.groups.topology.rank: mine}
+        return (
+            all_gather_by_rank(mine, self.groups.world)
+            if self.groups.world is not None
+            else {self.groups.topology.rank: mine}
+        )
 
     def _left_out(self, how: str, among: Collection[int] | None = None) -> str:
         """What to say of trained parameters in no attached optimizer, or nothing: an engine empties groups between
@@ -259,8 +263,8 @@ class Watch:
     def _complain(self, kind: str, sentence: str) -> None:
         if sentence and kind not in self.problems:
             self.problems[kind] = sentence
-            self.averaging.meter.failed_checks += 1
-            say(sentence, logging.WARNING)
+            self.averaging.stats.failed_checks += 1
+            log_rank0(sentence, logging.WARNING)
 
     def _digests(self) -> dict[str, str]:
         return digests(zip(self.named, local(list(self.named.values()))))

@@ -10,9 +10,18 @@ import typer
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.checkpoint.foreign import what_is_there
 from deslo_plugin.checkpoint.index import INDEX, read_index, tensors_of
-from deslo_plugin.checkpoint.manifest import NAME, OLD, PART, Proof, complete, damaged, latest, read_proof
+from deslo_plugin.checkpoint.manifest import (
+    NAME,
+    OLD,
+    PART,
+    Manifest,
+    complete,
+    corrupted_files,
+    latest_checkpoint,
+    read_manifest,
+)
 from deslo_plugin.cli.output import FAILED, Json, bytes_of, command, show, show_json, table
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 
 
 @command
@@ -27,14 +36,14 @@ def inspect(
 
     Status 1 if it is torn. Nothing in a checkpoint runs: what is inspected is data.
     """
-    folder = path if (path / NAME).exists() else latest(path) if path.is_dir() else None
+    folder = path if (path / NAME).exists() else latest_checkpoint(path) if path.is_dir() else None
     if folder is None:
         kind, do = what_is_there(path)
         raise ConfigError(
             f"deslo ckpt inspect {path}", f"a folder with {NAME}, or folders of such in it", kind + _hint(path), do
         )
-    proof = read_proof(folder)
-    content = _content(folder, proof, damaged(folder, proof, None)) | {
+    proof = read_manifest(folder)
+    content = _content(folder, proof, corrupted_files(folder, proof, None)) | {
         "of": len(complete(path)) if folder != path else 1
     }
     if as_json:
@@ -44,7 +53,7 @@ def inspect(
     raise typer.Exit(FAILED if content["damaged"] else 0)
 
 
-def _content(folder: Path, proof: Proof, problems: dict[str, str]) -> dict[str, Any]:
+def _content(folder: Path, proof: Manifest, problems: dict[str, str]) -> dict[str, Any]:
     states, indices = _states(folder, proof, problems)
     params = [states[PARAMS] for states in proof.states.values()]
     return {
@@ -67,7 +76,7 @@ def _content(folder: Path, proof: Proof, problems: dict[str, str]) -> dict[str, 
     }
 
 
-def _states(folder: Path, proof: Proof, problems: dict[str, str]) -> tuple[dict[str, Any], int]:
+def _states(folder: Path, proof: Manifest, problems: dict[str, str]) -> tuple[dict[str, Any], int]:
     """(state -> tensors, elements, bytes and dtypes of one copy, how many copies), from the first index that is
     whole."""
     indices = [name for name in sorted(proof.files) if Path(name).name == INDEX]

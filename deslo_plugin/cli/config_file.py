@@ -8,13 +8,13 @@ from typing import Any
 from deslo_plugin.cli.self_test import without_auto
 from deslo_plugin.config.file import read_file
 from deslo_plugin.config.load import load_config
-from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.config.schema import Config
 from deslo_plugin.config.shipped import find_config
+from deslo_plugin.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Given:
+class ConfigFile:
     """``blocks`` as the file has them; ``config`` without the values at the paths ``left_out``, which are "auto"."""
 
     blocks: Mapping[str, Any]
@@ -22,11 +22,11 @@ class Given:
     left_out: tuple[str, ...] = ()
 
 
-def given(path: Path | None) -> Given:
+def given(path: Path | None) -> ConfigFile:
     """Of a file, or one of ours by name; without, the papers' default. Raises ``ConfigError`` for a file that no job
     reads."""
     if path is None:
-        return Given({}, load_config({}))
+        return ConfigFile({}, load_config({}))
     blocks = read_file(find_config(path))
     if "optimizer" not in blocks and "deslo" not in blocks:
         raise ConfigError(
@@ -36,7 +36,7 @@ def given(path: Path | None) -> Given:
             "give the file that the job reads them from",
         )
     left_out = tuple(each for block in ("optimizer", "deslo") for each in _auto(block, blocks.get(block)))
-    return Given(blocks, load_config(without_auto(blocks)), left_out)
+    return ConfigFile(blocks, load_config(without_auto(blocks)), left_out)
 
 
 def _auto(where: str, value: Any) -> Iterator[str]:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.simulation.comparison import Curve
-from deslo_plugin.simulation.settings import Scene
+from deslo_plugin.simulation.settings import SimulationConfig
 
 SMOOTH = 40  # points show means over a 40th of the run: single losses are noisy
 COLOURS = ("#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73", "#56b4e9", "#555555")
 STYLES = ("-", "--", "-", "-.")  # neighbours that lie on each other are both seen
 
 
-def draw(scene: Scene, results: Mapping[str, Sequence[Curve]], path: Path) -> None:
+def draw(scene: SimulationConfig, results: Mapping[str, Sequence[Curve]], path: Path) -> None:
     """Writes the figure: the middle seed's loss at each step, the band from the lowest to the highest."""
     from matplotlib.figure import Figure
 

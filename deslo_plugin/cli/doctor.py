@@ -18,9 +18,9 @@ from deslo_plugin.cli.config_file import given
 from deslo_plugin.cli.doctor_checks import OK, WARNING, WRONG, Check
 from deslo_plugin.cli.launcher import groups_of, leave, world
 from deslo_plugin.cli.output import FAILED, Json, command, show, show_json, table
-from deslo_plugin.comm.transport import gathered
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.transport import all_gather_by_rank
 from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
 
 COLOURS = {OK: "green", WARNING: "yellow", WRONG: "bold red"}
 
@@ -91,7 +91,7 @@ def _merged(found: list[Check]) -> list[Check]:
     if not dist.is_initialized():
         return found
     known, merged = {each.name for each in found if each.status == WRONG}, list(found)
-    for rank, theirs in sorted(gathered([asdict(each) for each in found]).items()):
+    for rank, theirs in sorted(all_gather_by_rank([asdict(each) for each in found]).items()):
         worse = [each for each in (Check(**each) for each in theirs) if each.status == WRONG and each.name not in known]
         merged += [replace(each, name=f"{each.name}, rank {rank}") for each in worse]
     return merged

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from deslo_plugin.cli.probe import hosts_of, lines, placement, unsteadiness
 from deslo_plugin.cli.self_test import is_deepspeed, self_test
-from deslo_plugin.comm.transport import Groups, gathered
+from deslo_plugin.comm.transport import Groups, all_gather_by_rank
 from deslo_plugin.kernels import update as ops
 from deslo_plugin.planning.link_probe import probe
 from deslo_plugin.version import __version__
@@ -45,7 +45,7 @@ def versions() -> list[Check]:
         "device": device,
     }
     mine |= {name: metadata.version(name) for name in FRAMEWORKS if find_spec(name) is not None}
-    everyone = gathered(mine) if dist.is_initialized() else {0: mine}
+    everyone = all_gather_by_rank(mine) if dist.is_initialized() else {0: mine}
     checks = []
     for name in dict.fromkeys(name for each in everyone.values() for name in each):
         here = mine.get(name)

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 
 FORMATS = (".png", ".svg", ".pdf")
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import typer
 
 from deslo_plugin.comm.topology import make_topology
-from deslo_plugin.comm.transport import Groups, gathered, make_groups
+from deslo_plugin.comm.transport import Groups, all_gather_by_rank, make_groups
 from deslo_plugin.config.schema import DesloConfig
 
 TIMEOUT_S = 120.0  # of a command's own collectives
@@ -38,7 +38,7 @@ def leave(status: int) -> None:
     """Ends the command with ``status``, the worst of all ranks: all wait for each other, so that none is cut off."""
     if not dist.is_initialized():
         raise typer.Exit(status)
-    status = max(gathered(status).values())
+    status = max(all_gather_by_rank(status).values())
     sys.stdout.flush()
     sys.stderr.flush()
     dist.barrier()

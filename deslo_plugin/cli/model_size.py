@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 FORMS = "a Hugging Face config (a config.json or its folder), or package.module:function, which returns an nn.Module"

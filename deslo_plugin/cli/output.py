@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deslo_plugin.comm.consistency import first_to_say
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 
 # exit statuses: something checked is not as it should be; the command cannot be carried out as written
 FAILED, UNUSABLE = 1, 2

@@ -10,9 +10,9 @@ import typer
 from deslo_plugin.cli.config_file import given
 from deslo_plugin.cli.model_size import count_parameters, parse_count
 from deslo_plugin.cli.output import Json, command, show, show_json
-from deslo_plugin.cli.plan_report import Outlook
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.cli.plan_report import PlanReport
 from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.planning.comparison import GRADIENT_BYTES, Job
 from deslo_plugin.planning.forecast import Link, compute_seconds
 
@@ -57,7 +57,7 @@ def plan(
     dtype, why = _gradient_dtype(gradient_dtype, file.blocks)
     job = Job(file.config, numel, replicas, size, step_s, steps, dtype)
     name = "the papers' default" if config is None else str(config)
-    outlook = Outlook(job, _link(gbps, latency_ms, link), name, {"step": computed, "gradients": why}, file.left_out)
+    outlook = PlanReport(job, _link(gbps, latency_ms, link), name, {"step": computed, "gradients": why}, file.left_out)
     if plot is not None:
         from deslo_plugin.cli.plot import draw
 
@@ -108,7 +108,7 @@ def _step_seconds(
             "measure a step on one replica, without its peers",
         )
     for name, value in ({"--step-ms": step_ms} if step_ms is not None else estimate).items():
-        if not 0 < value < float("inf") or name == "--mfu" and value > 1:
+        if not 0 < value < float("inf") or (name == "--mfu" and value > 1):
             raise ConfigError(
                 name, "a number in (0, 1]" if name == "--mfu" else "a number > 0", f"{value:g}", "correct it"
             )

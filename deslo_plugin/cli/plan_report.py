@@ -16,7 +16,7 @@ from deslo_plugin.planning.forecast import BACKWARD, Forecast, Link, memory
 SWEEP = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 400.0, 1000.0)  # Gbit/s
 
 
-class Outlook:
+class PlanReport:
     """``why`` says where the step's time ("step") and the gradients' dtype ("gradients") come from, ``left_out`` what
     of the config was "auto"."""
 

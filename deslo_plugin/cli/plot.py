@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from deslo_plugin.cli.figures import expect_drawable
-from deslo_plugin.cli.plan_report import SWEEP, Outlook
+from deslo_plugin.cli.plan_report import SWEEP, PlanReport
 from deslo_plugin.planning.comparison import IN_TURN
 
 POINTS = 61
 
 
-def draw(outlook: Outlook, path: Path) -> None:
+def draw(outlook: PlanReport, path: Path) -> None:
     """Writes the figure. Raises ``ConfigError`` where it cannot be written."""
     expect_drawable(path)
     from matplotlib.figure import Figure

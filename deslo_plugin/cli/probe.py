@@ -14,8 +14,8 @@ from deslo_plugin.cli.config_file import given
 from deslo_plugin.cli.launcher import groups_of, leave, world
 from deslo_plugin.cli.output import Json, command, show, show_json
 from deslo_plugin.comm.topology import Topology, spread
-from deslo_plugin.comm.transport import gathered
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.planning.link_probe import Measured
 from deslo_plugin.planning.link_probe import probe as measure
 
@@ -61,7 +61,7 @@ def probe(
 
 def hosts_of(topology: Topology) -> list[str]:
     """The node of each of ``topology.ranks``. Collective."""
-    hosts = gathered(socket.gethostname())
+    hosts = all_gather_by_rank(socket.gethostname())
     return [hosts[rank] for rank in topology.ranks]
 
 

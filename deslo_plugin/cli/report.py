@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deslo_plugin.cli.output import Json, command, show_json
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.telemetry.report.charts import png, svgs
 from deslo_plugin.telemetry.report.page import html, markdown
 from deslo_plugin.telemetry.report.run import Run

@@ -22,8 +22,8 @@ from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.attachment import Attachment
 from deslo_plugin.config.load import load_config
-from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks.attach import attach
 from deslo_plugin.optim.desloc import DesLoc
 from deslo_plugin.planning.forecast import Link, forecast
@@ -120,11 +120,11 @@ def _run(framework: str, attachment: Attachment, step: Any, device: torch.device
     losses = []
     for index in range(steps):
         if attachment.config.deslo.replica_weights == "samples":
-            attachment.saw(BATCH)
+            attachment.record_samples(BATCH)
         torch.manual_seed(1000 * index + (dist.get_rank() if dist.is_initialized() else 0))
         losses.append(float(step(torch.randn(BATCH, WIDTH, device=device).to(dtype)).detach()))
     planned = forecast(attachment.plan, Link(1.0), 1.0, steps).bytes
-    return SelfTest(framework, attachment.topology.replicas, planned, dict(attachment.meter.bytes), losses)
+    return SelfTest(framework, attachment.topology.replicas, planned, dict(attachment.stats.bytes), losses)
 
 
 def _short(config: Config) -> Config:

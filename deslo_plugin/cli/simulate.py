@@ -16,12 +16,12 @@ from rich.table import Table
 from deslo_plugin.cli.curves import draw
 from deslo_plugin.cli.figures import expect_drawable
 from deslo_plugin.cli.output import bytes_of, command, number, show, table
-from deslo_plugin.config.reader import ConfigError
-from deslo_plugin.simulation.comparison import Contestant, Curve, follow, read_contestants
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.simulation.comparison import Algorithm, Curve, follow, read_contestants
 from deslo_plugin.simulation.momentum_memory import Memory, memory, proven
-from deslo_plugin.simulation.run import Moment
+from deslo_plugin.simulation.run import SimulationStep
 from deslo_plugin.simulation.run import simulate as moments_of
-from deslo_plugin.simulation.settings import OPTIONS, Scene
+from deslo_plugin.simulation.settings import OPTIONS, SimulationConfig
 from deslo_plugin.version import __version__
 
 DEFAULT = ["des-loc-adam", "local-adam", "favg+opt"]
@@ -67,7 +67,7 @@ def simulate(
     ] = None,
 ) -> None:
     """Trains replicas in one process, with the optimizer that trains across nodes, and compares algorithms."""
-    scene = Scene(
+    scene = SimulationConfig(
         objective=objective,
         replicas=replicas,
         steps=steps,
@@ -97,7 +97,7 @@ def simulate(
         show(ends(scene, results), "", memories(scene, contestants), *proofs(scene, contestants))
 
 
-def run(scene: Scene, contestants: Sequence[Contestant], seeds: Sequence[int]) -> Results:
+def run(scene: SimulationConfig, contestants: Sequence[Algorithm], seeds: Sequence[int]) -> Results:
     """Every contestant with every seed, progress on stderr."""
     results: dict[str, list[Curve]] = {each.name: [] for each in contestants}
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -118,14 +118,14 @@ def run(scene: Scene, contestants: Sequence[Contestant], seeds: Sequence[int]) -
     return results
 
 
-def ticking(moments: Iterable[Moment], progress: Progress, task: TaskID) -> Iterator[Moment]:
+def ticking(moments: Iterable[SimulationStep], progress: Progress, task: TaskID) -> Iterator[SimulationStep]:
     """``moments``, and a bar that goes on with them."""
     for moment in moments:
         progress.advance(task)
         yield moment
 
 
-def as_dict(scene: Scene, contestants: Sequence[Contestant], results: Results) -> dict[str, Any]:
+def as_dict(scene: SimulationConfig, contestants: Sequence[Algorithm], results: Results) -> dict[str, Any]:
     """All that a figure needs, and what it takes to make it again."""
     return {
         "versions": {"deslo_plugin": __version__, "torch": torch.__version__},
@@ -142,7 +142,7 @@ def as_dict(scene: Scene, contestants: Sequence[Contestant], results: Results) -
     }
 
 
-def ends(scene: Scene, results: Results) -> Table:
+def ends(scene: SimulationConfig, results: Results) -> Table:
     """Losses of the last tenth, and the bytes that they cost."""
     rows = []
     for name, curves in results.items():
@@ -161,7 +161,7 @@ def ends(scene: Scene, results: Results) -> Table:
     return table(title, ["", "median", "over seeds", "highest", "a replica sends"], rows)
 
 
-def memories(scene: Scene, contestants: Sequence[Contestant]) -> Table:
+def memories(scene: SimulationConfig, contestants: Sequence[Algorithm]) -> Table:
     """What is left of an average when the next one comes, by the papers' formulas."""
     rows = [
         [
@@ -182,7 +182,7 @@ def memories(scene: Scene, contestants: Sequence[Contestant]) -> Table:
     return table("What each momentum keeps of its average until the next", columns, rows, words=2)
 
 
-def proofs(scene: Scene, contestants: Iterable[Contestant]) -> list[str]:
+def proofs(scene: SimulationConfig, contestants: Iterable[Algorithm]) -> list[str]:
     """The papers' psi and largest proven rate, for those of rule sgdm."""
     lines = []
     for each in contestants:
@@ -192,11 +192,11 @@ def proofs(scene: Scene, contestants: Iterable[Contestant]) -> list[str]:
     return lines
 
 
-def remembered(scene: Scene, contestant: Contestant) -> list[Memory]:
+def remembered(scene: SimulationConfig, contestant: Algorithm) -> list[Memory]:
     return memory(contestant.config.optimizer, scene.replicas) if local(scene, contestant) else []
 
 
-def local(scene: Scene, contestant: Contestant) -> bool:
+def local(scene: SimulationConfig, contestant: Algorithm) -> bool:
     """Whether replicas ever step by gradients of their own: else their momenta are one, and need no average."""
     return contestant.config.deslo.synchronous_steps < scene.steps
 

@@ -7,8 +7,8 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from deslo_plugin.comm.transport import gathered
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def all_or_none(act: Callable[[], T], world: dist.ProcessGroup | None, access: s
         problem = cause = error
     except Exception as error:
         problem, cause = _problem(error), error
-    problems = gathered(problem, world) if world is not None else {0: problem}
+    problems = all_gather_by_rank(problem, world) if world is not None else {0: problem}
     problems = {rank: found for rank, found in problems.items() if found is not None}
     for found in problems.values():
         if isinstance(found, ConfigError):

@@ -17,13 +17,13 @@ class LastStep:
         self._store, self._own, self._first = store, f"rank {rank}", rank == ranks[0]
         self._announced, self._timeout = [f"rank {each}" for each in ranks], timedelta(seconds=timeout_s)
 
-    def ask(self) -> None:
+    def request_stop(self) -> None:
         self._store.set("asked", "1")
 
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         return self._store.check(["asked"])
 
-    def after(self, steps: int) -> bool:
+    def is_last_step(self, steps: int) -> bool:
         """Whether step number ``steps``, which has just ended, is the last one of all ranks."""
         self._store.set(self._own, str(steps + 1))
         if self._first and not self._store.check(["closed"]) and self._store.check(self._announced):

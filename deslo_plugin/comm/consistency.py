@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deslo_plugin.comm.transport import gathered
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.errors import ConfigError
 
 CHUNK = 1 << 22  # words of 8 bytes hashed at a time
 
 
-def agree(
+def check_same_on_all_ranks(
     what: str,
     mine: Mapping[str, Any],
     *,
@@ -34,11 +34,11 @@ def agree(
     Raises ``ConfigError`` with the first key that differs, the two values, and the ranks.
     """
     mine = {key: str(value) for key, value in mine.items()}
-    digest = gathered(hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest(), group)
+    digest = all_gather_by_rank(hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest(), group)
     among = among or [list(digest)]
     if all(len({digest[rank] for rank in ranks}) == 1 for ranks in among):
         return
-    everyone = gathered(mine, group)
+    everyone = all_gather_by_rank(mine, group)
     for first, *others in among:
         for key in dict.fromkeys(key for rank in [first, *others] for key in everyone[rank]):
             reference = everyone[first].get(key, "nothing")

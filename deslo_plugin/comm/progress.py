@@ -21,13 +21,13 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from deslo_plugin.comm.step_rate import Pace, Stragglers
+from deslo_plugin.comm.step_rate import StepRate, Stragglers
 from deslo_plugin.comm.topology import Topology
-from deslo_plugin.config.reader import ConfigError
-from deslo_plugin.log import say
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.log import log_rank0
 
 Answer = TypeVar("Answer")
-MOMENT = 5.0  # seconds in which those that still live answer
+STORE_TIMEOUT_S = 5.0  # seconds in which those that still live answer
 # seconds of a roll call: between looks at who goes on without it, and until it is said
 LOOK_EVERY, PATIENCE = 1.0, 30.0
 
@@ -45,7 +45,7 @@ _boards: "WeakKeyDictionary[dist.ProcessGroup, _Board]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class Note:
+class RankProgress:
     """What a rank says of itself: ``launches`` of averages so far, the last one after ``steps`` steps, ``at`` (seconds
     since the epoch), at ``rate`` steps per second, the last launch that it has ``given_up``, how many ``calls`` it has
     made that every rank must make, ``inside`` which it is now, and how many ``changes`` of what is averaged."""
@@ -68,13 +68,18 @@ class Progress:
     """
 
     def __init__(self, topology: Topology, world: dist.ProcessGroup):
-        self.topology, self._note, self._pace, self._stragglers = topology, Note(at=time.time()), Pace(), Stragglers()
+        self.topology, self._note, self._pace, self._stragglers = (
+            topology,
+            RankProgress(at=time.time()),
+            StepRate(),
+            Stragglers(),
+        )
         if world not in _boards:
             _boards[world] = _Board(world)
         self._board = _boards[world]
         self._board.attachments += 1
         self._prefix = f"deslo/{self._board.attachments}/"
-        self._look, self._seen = Thread(), dict[int, Note]()
+        self._look, self._seen = Thread(), dict[int, RankProgress]()
         self._write(self._note)
 
     @property
@@ -145,7 +150,8 @@ class Progress:
         notes = self._read(self.topology.ranks)
         if notes is None:
             raise TimeoutError(
-                f"step_rates(): expected an answer of the world's store within {MOMENT:g} s, got none; its host is gone"
+                f"step_rates(): expected an answer of the world's store within {STORE_TIMEOUT_S:g} s, got none; "
+                "its host is gone"
             )
         return self._by_replica(notes)
 
@@ -172,7 +178,7 @@ class Progress:
         key, everyone = f"{self._prefix}call/{self._note.calls}/{call}", len(self.topology.ranks)
 
         def come(one: int) -> int:
-            count = _within(MOMENT, lambda: self._board.read.add(key, one))
+            count = _within(STORE_TIMEOUT_S, lambda: self._board.read.add(key, one))
             return everyone if count is None else count  # without the store nobody can be asked
 
         start, looked, said, here = time.monotonic(), 0.0, False, come(1)
@@ -192,7 +198,7 @@ class Progress:
                     )
                 if waited > PATIENCE and not said:
                     said = True
-                    say(
+                    log_rank0(
                         f"deslo: rank {self.topology.rank} has waited {PATIENCE:g} s in {call} for others to call it "
                         f"too: every "
                         "rank must, so not inside `if rank == 0:`",
@@ -220,30 +226,31 @@ class Progress:
         Waits a moment for the others to give up as well: who then has not said so is silent.
         """
         others = [rank for rank in ranks if rank != self.topology.rank]
-        deadline, known = time.monotonic() + MOMENT, None
+        deadline, known = time.monotonic() + STORE_TIMEOUT_S, None
         while (notes := self._read(others)) is not None:
             known = notes
             if self._note.given_up < launch:
                 self._write(replace(self._note, given_up=launch))
             behind = [rank for rank in others if known[rank].launches < launch]
             silent = [rank for rank in others if known[rank].launches >= launch > known[rank].given_up]
-            if time.monotonic() > deadline or not silent and (timed_out or not behind):
+            if time.monotonic() > deadline or (not silent and (timed_out or not behind)):
                 break
             time.sleep(0.05)
         if known is None:
             return (
-                f"the store that knows who is late gave no answer in {MOMENT:g} s: its host, rank 0 or the launcher's "
+                f"the store that knows who is late gave no answer in {STORE_TIMEOUT_S:g} s: its host, "
+                "rank 0 or the launcher's "
                 "first node, may be what died"
             )
         told = [f"rank {rank} has not come to it ({_last(known[rank])})" for rank in behind]
         told += [f"rank {rank} came to it and has said nothing since ({_last(known[rank])})" for rank in silent]
         return ", ".join(told) or "every rank came to it and lives: the link between them is broken or too slow"
 
-    def _by_replica(self, notes: dict[int, Note]) -> dict[int, float]:
+    def _by_replica(self, notes: dict[int, RankProgress]) -> dict[int, float]:
         rates = {replica: [notes[rank].rate for rank in row] for replica, row in enumerate(self.topology.rows)}
         return {replica: min(of_ranks) for replica, of_ranks in rates.items() if None not in of_ranks}
 
-    def _look_around(self, then: Callable[[dict[int, Note]], object]) -> None:
+    def _look_around(self, then: Callable[[dict[int, RankProgress]], object]) -> None:
         """``then(notes)`` soon, unless a look is under way: the store may be far, and training goes on."""
 
         def look() -> None:
@@ -254,24 +261,24 @@ class Progress:
             self._look = Thread(target=look, daemon=True)
             self._look.start()
 
-    def _write(self, note: Note) -> None:
+    def _write(self, note: RankProgress) -> None:
         self._note = note
         try:
             self._board.write.set(f"{self._prefix}{self.topology.rank}", json.dumps(asdict(note)))
         except RuntimeError:
             pass  # the store's host is gone: training needs it no more, and ``missing`` says so if an average fails
 
-    def _read(self, ranks: Iterable[int]) -> dict[int, Note] | None:
+    def _read(self, ranks: Iterable[int]) -> dict[int, RankProgress] | None:
         ranks = list(ranks)
 
-        def read() -> dict[int, Note]:
+        def read() -> dict[int, RankProgress]:
             texts = self._board.read.multi_get([f"{self._prefix}{rank}" for rank in ranks])
-            return {rank: Note(**json.loads(text)) for rank, text in zip(ranks, texts)}
+            return {rank: RankProgress(**json.loads(text)) for rank, text in zip(ranks, texts)}
 
-        return _within(MOMENT, read)
+        return _within(STORE_TIMEOUT_S, read)
 
 
-def _last(note: Note) -> str:
+def _last(note: RankProgress) -> str:
     """When a rank was last heard of, by the clocks of the two hosts."""
     ago = f"{max(0.0, time.time() - note.at):.1f} s ago"
     last = (

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin.comm.transport import Average, AverageError, Work
-from deslo_plugin.config.reader import ConfigError, plain
+from deslo_plugin.comm.transport import Transport, Work
+from deslo_plugin.config.reader import plain
+from deslo_plugin.errors import AverageError, ConfigError
 
 
 class Samples:
@@ -43,7 +44,7 @@ class Samples:
         self._told, self._total, at = saved
         self._at = {id(groups[index]): dict(totals) for index, totals in at.items()}
 
-    def saw(self, samples: float) -> None:
+    def record_samples(self, samples: float) -> None:
         """``samples`` are in the gradients of the step that this rank is taking; several calls in a step add up."""
         samples = plain(samples)
         if (
@@ -52,7 +53,10 @@ class Samples:
             or not (isfinite(samples) and samples >= 0)
         ):
             raise ConfigError(
-                "saw(samples)", "a number >= 0", repr(samples), "give the samples or tokens of this rank's batch"
+                "record_samples(samples)",
+                "a number >= 0",
+                repr(samples),
+                "give the samples or tokens of this rank's batch",
             )
         self._total, self._told = self._total + samples, True
 
@@ -77,7 +81,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class _Weight:
-    average: Average
+    average: Transport
     mine: float
     mean: Tensor
     work: Work
@@ -86,17 +90,17 @@ class _Weight:
         self.work.wait()
         mean = float(self.mean[0])
         if isnan(mean):
-            ranks = self.average.culprits(isnan(self.mine))
+            ranks = self.transport.culprits(isnan(self.mine))
             raise ConfigError(
                 'deslo.replica_weights "samples"',
-                "every rank to call saw(samples) before each step",
+                "every rank to call record_samples(samples) before each step",
                 f"nothing from rank(s) {ranks}",
                 "call it, or remove deslo.replica_weights",
             )
         if mean == 0:
             raise AverageError(
-                "average over replicas: expected samples (saw) on some replica since the last one, got none on any; "
-                "nothing of this average was written"
+                "average over replicas: expected samples (record_samples) on some replica since the last one, got "
+                "none on any; nothing of this average was written"
             )
 
 
@@ -112,7 +116,7 @@ class _Weighted:
 
 
 def start_weighted(
-    average: Average, mine: float, chunks: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+    average: Transport, mine: float, chunks: Sequence[Tensor], dtype: torch.dtype, device: torch.device
 ) -> list[Work]:
     """Starts ``average`` of ``chunks`` with this replica's weight: E[w s] and E[w], which is one element more to send.
 

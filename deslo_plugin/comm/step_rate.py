@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from statistics import median_high
 
-from deslo_plugin.log import say
+from deslo_plugin.log import log_rank0
 
 SLOWER, IN_A_ROW = 0.25, 3
 
 
-class Pace:
+class StepRate:
     """Steps per second of this replica between averages; ``clock`` is in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -47,7 +47,7 @@ class Stragglers:
         for replica, rate in rates.items():
             self._in_a_row[replica] = self._in_a_row[replica] + 1 if rate < (1 - SLOWER) * middle else 0
             if self._in_a_row[replica] == IN_A_ROW:
-                say(
+                log_rank0(
                     f"deslo: replica {replica} is slow: {rate:.3g} steps/s at {IN_A_ROW} averages in a row, where "
                     f"the median of "
                     f"{len(rates)} replicas is now {middle:.3g}; the others wait for it",

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.config.schema import DesloConfig
+from deslo_plugin.errors import ConfigError
 
 
 @dataclass(frozen=True)

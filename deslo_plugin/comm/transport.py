@@ -1,8 +1,8 @@
 """How an average travels: the only place where tensors go from one replica to another.
 
-``Average`` is the whole interface between the optimizer and its transport. ``Alone`` is a world of one replica,
-``ReplicaAverage`` runs over ``torch.distributed``; ``frameworks.torchft`` has one whose replicas come and go.
-"""
+``Transport`` is the whole interface between the optimizer and its transport. ``SingleReplica`` is a world of one
+replica, ``ReplicaTransport`` runs over ``torch.distributed``; ``frameworks.torchft`` has one whose replicas come and
+go."""
 
 import json
 import time
@@ -17,15 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deslo_plugin.comm.progress import MOMENT, Progress
+from deslo_plugin.comm.progress import STORE_TIMEOUT_S, Progress
 from deslo_plugin.comm.topology import Topology
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import AverageError, ConfigError
 
-ASK_EVERY = 1.0  # seconds of waiting
-
-
-class AverageError(RuntimeError):
-    """An average did not arrive: a replica died, hangs, or is too slow. Nothing of it was written."""
+PEER_CHECK_INTERVAL_S = 1.0  # seconds of waiting
 
 
 class Work(Protocol):
@@ -33,7 +29,7 @@ class Work(Protocol):
         """Blocks until the chunk holds the mean over replicas."""
 
 
-class Average(Protocol):
+class Transport(Protocol):
     """The mean over replicas, for the ranks that hold one shard.
 
     ``divisor`` ranks of a replica split each chunk between them: chunks must be a multiple of it, and each of them
@@ -55,13 +51,13 @@ class Average(Protocol):
     def culprits(self, flag: bool) -> list[int]:
         """The ranks for which ``flag`` holds. Collective over all ranks of all replicas."""
 
-    def convene(self) -> bool:
+    def start_quorum(self) -> bool:
         """Agrees on who takes part, before the first step and at the end of each step after which something is due.
 
         True: this replica was not there or had fallen behind, and now holds the whole state of one that was not.
         """
 
-    def landed(self) -> bool:
+    def should_commit(self) -> bool:
         """Whether all that was started since ``convene`` has arrived, asked once it was waited for; if not, nothing of
         it may be written."""
 
@@ -75,14 +71,14 @@ class Fixed:
     """What transports between the same replicas from the first step to the last have in common: a failure is an
     error."""
 
-    def convene(self) -> bool:
+    def start_quorum(self) -> bool:
         return False
 
-    def landed(self) -> bool:
+    def should_commit(self) -> bool:
         return True
 
 
-class Alone(Fixed):
+class SingleReplica(Fixed):
     """One replica in one process: its own mean."""
 
     divisor, progress = 1, None
@@ -140,7 +136,7 @@ def _create_groups(topology: Topology, timeout_s: float) -> Groups:
     # averages must also carry tensors that the optimizer keeps on the CPU (offload) beside NCCL
     backend = "cpu:gloo,cuda:nccl" if "nccl" in dist.get_backend() else None
     # NCCL ends the process once its time is over: not before it has been said who is late
-    bound = timeout_s + (4 * MOMENT if backend else 0)
+    bound = timeout_s + (4 * STORE_TIMEOUT_S if backend else 0)
     everyone = topology.world_size == dist.get_world_size()
     return Groups(
         topology=topology,
@@ -153,7 +149,7 @@ def _create_groups(topology: Topology, timeout_s: float) -> Groups:
 
 @dataclass(frozen=True)
 class _Pending:
-    average: "ReplicaAverage"
+    average: "ReplicaTransport"
     work: dist.Work
     chunk: Tensor
     own: Tensor
@@ -161,12 +157,12 @@ class _Pending:
     at: float
 
     def wait(self) -> None:
-        with self.average.named_errors(self.launch, self.at):
+        with self.transport.named_errors(self.launch, self.at):
             self._until_complete()
             self.work.wait()
-        if self.average.divisor > 1:
-            parts = list(self.chunk.chunk(self.average.divisor))
-            dist.all_gather(parts, self.own.clone(), group=self.average.copies)
+        if self.transport.divisor > 1:
+            parts = list(self.chunk.chunk(self.transport.divisor))
+            dist.all_gather(parts, self.own.clone(), group=self.transport.copies)
 
     def _until_complete(self) -> None:
         """Waits on the host. Whoever waits for long asks whether others have given up: of a ring only the neighbours of
@@ -174,20 +170,20 @@ class _Pending:
         start = asked = time.monotonic()
         while not self.work.is_completed():
             now = time.monotonic()
-            if self.chunk.is_cuda and now - self.at > self.average.timeout_s:
-                raise RuntimeError(f"no answer for {self.average.timeout_s:g} s")
-            if now - asked > ASK_EVERY:
+            if self.chunk.is_cuda and now - self.at > self.transport.timeout_s:
+                raise RuntimeError(f"no answer for {self.transport.timeout_s:g} s")
+            if now - asked > PEER_CHECK_INTERVAL_S:
                 asked = now
-                if given_up := self.average.progress.given_up(self.average.ranks, self.launch):
+                if given_up := self.transport.progress.given_up(self.transport.ranks, self.launch):
                     raise RuntimeError(f"rank(s) {given_up} gave up")
-                if alone := self.average.progress.alone(self.average.ranks):
+                if alone := self.transport.progress.alone(self.transport.ranks):
                     raise RuntimeError(
                         f"rank(s) {alone} in load_state_dict or add_param_group, which every rank must call"
                     )
             time.sleep(min((now - start) / 64, 0.05))
 
 
-class ReplicaAverage(Fixed):
+class ReplicaTransport(Fixed):
     """Means over ``groups.replica``.
 
     ``copies``: the group of those ranks of this replica that hold the same tensors (all of them under ZeRO stage 0 and
@@ -233,18 +229,18 @@ class ReplicaAverage(Fixed):
     def any(self, flag: bool) -> bool:
         if self.groups.topology.replica_size == 1:
             return flag
-        return any(gathered(flag, self.groups.shard).values())
+        return any(all_gather_by_rank(flag, self.groups.shard).values())
 
     def total(self, value: float) -> float:
         if self.groups.topology.replica_size == 1:
             return value
-        return sum(gathered(value, self.groups.shard).values())
+        return sum(all_gather_by_rank(value, self.groups.shard).values())
 
     def culprits(self, flag: bool) -> list[int]:
-        return [rank for rank, bad in sorted(gathered(flag, self.groups.world).items()) if bad]
+        return [rank for rank, bad in sorted(all_gather_by_rank(flag, self.groups.world).items()) if bad]
 
 
-def gathered(value: Any, group: dist.ProcessGroup | None = None) -> dict[int, Any]:
+def all_gather_by_rank(value: Any, group: dist.ProcessGroup | None = None) -> dict[int, Any]:
     """Global rank -> its ``value``, over ``group`` or the world. Collective.
 
     A value is what JSON can hold, or a ``ConfigError``: nothing that a peer sends is run. Tuples come back as lists,
@@ -269,7 +265,7 @@ def _device_of(group: dist.ProcessGroup | None) -> str:
 
 def _error_as_text(error: Any) -> dict[str, Any]:
     if not isinstance(error, ConfigError):
-        raise TypeError(f"gathered: expected plain data or a ConfigError, got {type(error).__name__}")
+        raise TypeError(f"all_gather_by_rank: expected plain data or a ConfigError, got {type(error).__name__}")
     return {"ConfigError": error.__reduce__()[1]}
 
 

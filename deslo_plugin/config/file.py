@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from deslo_plugin.config.reader import ConfigError, shown
+from deslo_plugin.config.reader import repr_with_type
+from deslo_plugin.errors import ConfigError
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
@@ -22,5 +23,5 @@ def read_file(path: Path) -> Mapping[str, Any]:
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ConfigError(str(path), f"valid {path.suffix[1:].upper()}", str(error), "correct the file") from error
     if not isinstance(blocks, Mapping):
-        raise ConfigError(str(path), "a mapping at the top level", shown(blocks), "write the two blocks there")
+        raise ConfigError(str(path), "a mapping at the top level", repr_with_type(blocks), "write the two blocks there")
     return blocks

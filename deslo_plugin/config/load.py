@@ -15,7 +15,7 @@ from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.config.file import read_file
 from deslo_plugin.config.periods import adaptive_asked, read_momenta, read_periods
-from deslo_plugin.config.reader import ConfigError, Reader, near, shown
+from deslo_plugin.config.reader import Reader, did_you_mean, repr_with_type
 from deslo_plugin.config.schema import (
     AVERAGE_AT,
     CHECKPOINT_MODES,
@@ -31,6 +31,7 @@ from deslo_plugin.config.schema import (
     Outer,
 )
 from deslo_plugin.config.telemetry import read_telemetry
+from deslo_plugin.errors import ConfigError
 
 RENAMED_PARAMS = {"outer": "outer_optimizer", "clip": "clip_value, a number"}
 RENAMED_DESLO = {
@@ -64,11 +65,11 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
     if deslo.sync_every is not None and (block is None or kind != "DesLoc"):
         return _whole(None, deslo)
     optimizer = Reader("optimizer", {} if block is None else block)
-    if isinstance(kind, str) and kind != "DesLoc" and not near(kind, ["DesLoc"]):
+    if isinstance(kind, str) and kind != "DesLoc" and not did_you_mean(kind, ["DesLoc"]):
         optimizer.refuse(
             "type",
             '"DesLoc", or the periods of this optimizer\'s states in deslo.sync_every',
-            shown(kind),
+            repr_with_type(kind),
             'set it to "DesLoc", or write "deslo": {"sync_every": {"params": 16, "exp_avg": 48, ...}} for any other',
         )
     optimizer.choice("type", "DesLoc", ["DesLoc"])
@@ -168,7 +169,7 @@ def read_deslo(block: Any) -> DesloConfig:
     return config
 
 
-def expect_averages(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
+def check_periods(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
     """Refuses periods that cannot be kept.
 
     One shorter than ``deslo.sync_delay``: its next average would start before this one has landed. An adaptive one
@@ -206,7 +207,7 @@ def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
                 "remove one: it cannot take in an average that is some updates old",
             )
     if optimizer is not None:
-        expect_averages(deslo, optimizer.periods)
+        check_periods(deslo, optimizer.periods)
     return Config(optimizer=optimizer, deslo=deslo)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from deslo_plugin.algorithm.adaptive_periods import Adaptive, Schedule, adaptive
 from deslo_plugin.algorithm.schedule import half_life, half_life_period
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT, first_momenta
-from deslo_plugin.config.reader import ConfigError, Reader, shown
+from deslo_plugin.config.reader import Reader, repr_with_type
+from deslo_plugin.errors import ConfigError
 
 DEFAULT_PERIOD = 32
 MULTIPLE_OF_PARAMS = {"first": 3, "second": 6}
@@ -44,7 +45,9 @@ def read_momenta(reader: Reader, *, adaptive: bool) -> Momenta:
     if betas is not None:
         reader.refuse("betas", "either betas or momenta/second_moment", "both", "keep one form")
     if not isinstance(entries, list) or not entries:
-        reader.refuse("momenta", "a list of {beta, weight, sync_every}", shown(entries), "give at least one momentum")
+        reader.refuse(
+            "momenta", "a list of {beta, weight, sync_every}", repr_with_type(entries), "give at least one momentum"
+        )
 
     sync_every, first = {}, []
     for j, (state, entry) in enumerate(zip(first_momenta(len(entries)), entries)):
@@ -73,7 +76,7 @@ def _from_betas(reader: Reader, betas: Any, adaptive: bool) -> Momenta:
     default = [0.9, 0.95] if adaptive else [0.9]
     betas = default if betas is None else betas
     if not isinstance(betas, list) or len(betas) != len(default):
-        reader.refuse("betas", f"a list like {default}", shown(betas), "correct the list")
+        reader.refuse("betas", f"a list like {default}", repr_with_type(betas), "correct the list")
     each = Reader(f"{reader.where}.betas", {str(i): beta for i, beta in enumerate(betas)})
     beta1, *beta2 = (each.number(str(i), below=1.0) for i in range(len(betas)))
     return Momenta((beta1,), (1.0,), beta2[0] if beta2 else None, {})
@@ -107,7 +110,7 @@ def read_periods(reader: Reader, momenta: Momenta) -> tuple[Schedule, dict[str, 
 def group_periods(sync_every: Any, periods: Schedule, beta_of: Mapping[str, float], where: str) -> Schedule:
     """A param group's own ``sync_every`` over the config's: states it does not name keep the config's period."""
     own = Reader(f"{where}.sync_every", sync_every)
-    resolved: dict[str, int | None | Adaptive] = {}
+    resolved: dict[str, int | Adaptive | None] = {}
     for state, period in periods.items():
         params = resolved.get(PARAMS)
         resolved[state] = _period(own, state, beta_of.get(state), params) if state in own else own.pop(state, period)

@@ -8,24 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """A setting that cannot be meant: *where: expected what, got what; do what*."""
-
-    def __init__(self, where: str, expected: str, got: str, do: str):
-        super().__init__(f"{where}: expected {expected}, got {got}; {do}")
-        self._parts = where, expected, got, do
-
-    def __reduce__(self) -> tuple:
-        return ConfigError, self._parts  # it travels between ranks
-
-    def on(self, ranks: Sequence[int]) -> "ConfigError":
-        """The same, of ``ranks`` only."""
-        where, expected, got, do = self._parts
-        return ConfigError(where, expected, f"{got} on rank(s) {list(ranks)}", do)
+from deslo_plugin.errors import ConfigError
 
 
-def shown(value: Any) -> str:
+def repr_with_type(value: Any) -> str:
     """A value as an error message quotes it, with its type where the type is what is wrong."""
     return f"{value!r} ({type(value).__name__})"
 
@@ -52,7 +38,7 @@ class Reader:
 
     def __init__(self, where: str, mapping: Any, renamed: Mapping[str, str] | None = None):
         if not isinstance(mapping, Mapping):
-            raise ConfigError(where, "a mapping of keys to values", shown(mapping), "write {...} there")
+            raise ConfigError(where, "a mapping of keys to values", repr_with_type(mapping), "write {...} there")
         self.where, self._rest, self._known = where, plain(mapping), []
         for old, new in (renamed or {}).items():
             if old in self._rest:
@@ -83,7 +69,7 @@ class Reader:
         least = f">= {low:g}" if above is None else f"> {above:g}"
         value, bounds = self.pop(key, default), f"a number {least}" + (f" and < {below:g}" if below else "")
         if isinstance(value, bool) or not isinstance(value, int | float):
-            self.refuse(key, bounds, shown(value), self._hint(value))
+            self.refuse(key, bounds, repr_with_type(value), self._hint(value))
         enough = low <= value if above is None else above < value
         if not (enough and value < (below or float("inf"))):
             self.refuse(key, bounds, repr(value), "choose a value in that range")
@@ -96,14 +82,14 @@ class Reader:
             return value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             options = "".join(f", {'null' if option is None else repr(option)}" for option in also)
-            self.refuse(key, f"a whole number >= 1{options}", shown(value), hint or self._hint(value))
+            self.refuse(key, f"a whole number >= 1{options}", repr_with_type(value), hint or self._hint(value))
         return value
 
     def boolean(self, key: str, default: bool) -> bool:
         """true or false."""
         value = self.pop(key, default)
         if not isinstance(value, bool):
-            self.refuse(key, "true or false", shown(value), "write true or false without quotes")
+            self.refuse(key, "true or false", repr_with_type(value), "write true or false without quotes")
         return value
 
     def choice(
@@ -113,8 +99,8 @@ class Reader:
         value, options = self.pop(key, default), tuple(options)
         if value not in options:
             today = (renamed or {}).get(value) if isinstance(value, str) else None
-            do = f"write {today!r}, its name of today" if today else near(str(value), options) or "choose one"
-            self.refuse(key, "one of " + ", ".join(options), shown(value), do)
+            do = f"write {today!r}, its name of today" if today else did_you_mean(str(value), options) or "choose one"
+            self.refuse(key, "one of " + ", ".join(options), repr_with_type(value), do)
         return value
 
     def refuse(self, key: str, expected: str, got: str, do: str) -> None:
@@ -129,7 +115,7 @@ class Reader:
                 f"{self.where}.{key}",
                 f"a known key ({known})",
                 "an unknown one",
-                near(str(key), self._known) or "remove it",
+                did_you_mean(str(key), self._known) or "remove it",
             )
 
     @staticmethod
@@ -141,7 +127,7 @@ class Reader:
         return "correct the value" if value is not None else "give it"
 
 
-def near(word: str, options: Iterable[str]) -> str:
+def did_you_mean(word: str, options: Iterable[str]) -> str:
     """``did you mean 'x'?`` for the option closest to ``word``, or nothing."""
     match = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else ""

@@ -3,7 +3,8 @@ package."""
 
 from pathlib import Path
 
-from deslo_plugin.config.reader import ConfigError, near
+from deslo_plugin.config.reader import did_you_mean
+from deslo_plugin.errors import ConfigError
 
 HERE = Path(__file__).parent
 # of an installed package, of a checkout, and of the user
@@ -25,6 +26,6 @@ def find_config(name: str | Path) -> Path:
             "--config",
             "an existing file, or a name of one in configs/",
             repr(str(name)),
-            near(asked, known) or f"check the path, or take one of {', '.join(sorted(known))}",
+            did_you_mean(asked, known) or f"check the path, or take one of {', '.join(sorted(known))}",
         )
     return known[asked]

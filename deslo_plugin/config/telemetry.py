@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from deslo_plugin.config.reader import Reader, shown
+from deslo_plugin.config.reader import Reader, repr_with_type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ def read_telemetry(reader: Reader) -> Telemetry | None:
     inner = Reader(f"{reader.where}.telemetry", block)
     path = inner.pop("path")
     if not isinstance(path, str) or not path:
-        inner.refuse("path", "the folder of this run", shown(path), 'name one, such as "runs/first"')
+        inner.refuse("path", "the folder of this run", repr_with_type(path), 'name one, such as "runs/first"')
     telemetry = Telemetry(
         path=path,
         pseudo_gradient=inner.boolean("pseudo_gradient", False),

@@ -18,11 +18,11 @@ from deslo_plugin.checkpoint.save_load import load, save
 from deslo_plugin.checks.module_wrappers import bare
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.config.file import read_file
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks.attach import attach
 from deslo_plugin.frameworks.telemetry_sinks import add_scalars
 from deslo_plugin.frameworks.versions import expect
-from deslo_plugin.log import say
+from deslo_plugin.log import log_rank0
 from deslo_plugin.optim.desloc import DesLoc
 
 FOLDER = "deslo"  # in the folder of save_state
@@ -34,7 +34,7 @@ def attach_accelerator(
     config: Source | None = None,
     *,
     model: nn.Module | None = None,
-    emit: Callable[[SyncEvent], object] | None = None,
+    on_average: Callable[[SyncEvent], object] | None = None,
 ) -> None:
     """Connects what ``accelerator.prepare`` has prepared, or will prepare, to its replicas: ``attach`` for Accelerate.
 
@@ -45,7 +45,8 @@ def attach_accelerator(
         accelerator: before or after ``prepare`` of one model and one optimizer.
         config: as for ``attach``; not needed for a ``DesLoc``, which has its own.
         model: after ``prepare``, the model that it returned.
-        emit: called with a ``SyncEvent`` after every average; under DeepSpeed there is ``accelerator.deslo.meter``.
+        on_average: called with a ``SyncEvent`` after every average; under DeepSpeed there is
+        ``accelerator.deslo.stats``.
 
     Raises ``ConfigError`` for what would send something over the slow link at every step, or could not be told apart.
     """
@@ -55,7 +56,7 @@ def attach_accelerator(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _into_deepspeed(accelerator, config)
     if model is not None:
-        _connect(accelerator, model, config, emit)
+        _connect(accelerator, model, config, on_average)
     elif accelerator._models:
         raise ConfigError(
             "attach_accelerator(model=...)",
@@ -64,10 +65,10 @@ def attach_accelerator(
             "pass it, or call attach_accelerator before prepare",
         )
     else:
-        accelerator.prepare = _preparing(accelerator, config, emit)
+        accelerator.prepare = _preparing(accelerator, config, on_average)
 
 
-def _preparing(accelerator: Accelerator, config: Source | None, emit: Any) -> Callable[..., Any]:
+def _preparing(accelerator: Accelerator, config: Source | None, on_average: Any) -> Callable[..., Any]:
     prepare = accelerator.prepare
 
     @functools.wraps(prepare)
@@ -77,13 +78,13 @@ def _preparing(accelerator: Accelerator, config: Source | None, emit: Any) -> Ca
         models = [each for each in several if isinstance(each, nn.Module)]
         if models:
             accelerator.prepare = prepare
-            _connect(accelerator, models[0], config, emit)
+            _connect(accelerator, models[0], config, on_average)
         return prepared
 
     return prepare_and_attach
 
 
-def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, emit: Any) -> None:
+def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, on_average: Any) -> None:
     if any(isinstance(loader, DataLoaderDispatcher) for loader in accelerator._dataloaders):
         raise _dispatches("its default for an IterableDataset")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -103,7 +104,9 @@ def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, 
                 "prepare model and optimizer in one call; for several, call deslo_plugin.attach for each pair",
             )
     optimizer = accelerator._optimizers[0]
-    accelerator.deslo = attach(model, optimizer, None if isinstance(optimizer.optimizer, DesLoc) else config, emit=emit)
+    accelerator.deslo = attach(
+        model, optimizer, None if isinstance(optimizer.optimizer, DesLoc) else config, on_average=on_average
+    )
     _save_the_truth(accelerator, model)
     _track(accelerator)
 
@@ -172,7 +175,7 @@ def install() -> None:
             or not (attachment.topology.replicas > 1 and attachment.averaging.diverged)
         ):
             return get_state_dict(self, model, unwrap)
-        say("deslo: get_state_dict gives the average of all replicas")
+        log_rank0("deslo: get_state_dict gives the average of all replicas")
         return averaged_state_dict(model, as_trained=True)
 
     Accelerator.get_state_dict = averaged

@@ -16,22 +16,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.attachment import Attachment, attached
 from deslo_plugin.averaging.metrics import SyncEvent
-from deslo_plugin.averaging.state_averager import Averaging
+from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checkpoint.state_dict_guard import refuse_one_replica
 from deslo_plugin.checks import module_wrappers as wrappers
 from deslo_plugin.checks.replica_checks import (
     agree_on_model,
     agree_on_optimizer,
-    equal_replicas,
+    broadcast_or_check_params,
     listed,
     refuse_parts,
     say_placement,
 )
 from deslo_plugin.checks.replica_watch import Watch
 from deslo_plugin.comm.topology import Topology, contiguous
-from deslo_plugin.comm.transport import Alone, Average, Groups, ReplicaAverage, gathered, make_groups
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.transport import (
+    Groups,
+    ReplicaTransport,
+    SingleReplica,
+    Transport,
+    all_gather_by_rank,
+    make_groups,
+)
 from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks import ddp, torchft
 from deslo_plugin.frameworks import fsdp2 as fsdp
 from deslo_plugin.frameworks.gradient_warmup import GradientAveraging
@@ -39,8 +46,8 @@ from deslo_plugin.frameworks.parameter_kinds import refuse_kinds
 from deslo_plugin.frameworks.requested import agreed, checked, refuse_together
 from deslo_plugin.frameworks.telemetry_sinks import start_telemetry
 from deslo_plugin.kernels.local_tensors import local
-from deslo_plugin.log import announce, say
-from deslo_plugin.optim.any_optimizer import Everyone, StockAveraging
+from deslo_plugin.log import announce, log_rank0
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager, Everyone
 from deslo_plugin.optim.any_optimizer_step import schedule
 from deslo_plugin.optim.desloc import DesLoc
 from deslo_plugin.planning.plan import BYTES
@@ -55,7 +62,7 @@ def attach(
     replicate: str | None = None,
     process_group: dist.ProcessGroup | None = None,
     manager: Any = None,
-    emit: Callable[[SyncEvent], object] | None = None,
+    on_average: Callable[[SyncEvent], object] | None = None,
 ) -> Attachment:
     """Makes ``optimizer.step()`` a step of DES-LOC or MT-DAO, and gradients stay inside a replica from now on.
 
@@ -75,18 +82,18 @@ def attach(
         manager: a ``torchft.Manager``, for replicas that may die and come back: every process that has one is a
         replica,
             and nothing else joins them. See ``frameworks.torchft``.
-        emit: called with a ``SyncEvent`` after every average.
+        on_average: called with a ``SyncEvent`` after every average.
 
     Replicas that start unequal start from replica 0, which is said (``deslo.initial_params``). Raises ``ConfigError``
     for a setting that cannot work, and for what shards or communicates by itself, on every rank and before anything is
     changed."""
     if manager is not None:
         inner, config = checked(model, optimizer, config)
-        return _live(model, inner, config, manager, (mesh, replicate, process_group), emit)
+        return _live(model, inner, config, manager, (mesh, replicate, process_group), on_average)
     if not dist.is_initialized():
         optimizer, config = checked(model, optimizer, config)
         refuse_kinds(model, optimizer)
-        return _alone(model, optimizer, config, emit)
+        return _alone(model, optimizer, config, on_average)
     optimizer, config = agreed(model, optimizer, config, mesh, process_group)
     around, model = model, wrappers.bare(model)
     ddps = wrappers.reducers(around)
@@ -103,7 +110,7 @@ def attach(
     if not ddps and config.deslo.initial_params != "broadcast":
         refuse_parts(plain, groups, fsdp.forgotten(model) if sharded else ())
     whole = plain | wrappers.saved_buffers(model)
-    equal_replicas(
+    broadcast_or_check_params(
         whole, dict(zip(pieces, local(list(pieces.values())))), config.deslo.initial_params, groups, _reachable
     )
 
@@ -112,9 +119,9 @@ def attach(
     if sharded:
         fsdp.keep_inside_replicas(model, replicate)
     copies = groups.shard if ddps else fsdp.copies_of(model) if sharded else None
-    average = ReplicaAverage(groups, timeout_s=config.deslo.timeout_s, copies=copies)
+    average = ReplicaTransport(groups, timeout_s=config.deslo.timeout_s, copies=copies)
     averaging = _averaging_of(
-        optimizer, config, average, lambda value: list(gathered(value, groups.world).values()), emit
+        optimizer, config, average, lambda value: list(all_gather_by_rank(value, groups.world).values()), on_average
     )
     agree_on_optimizer(averaging, config, groups.world)
     for each in ddps:
@@ -138,7 +145,7 @@ def attach(
     attachment.announce()
     say_placement(topology, groups.world)
     if sharded and topology.replica_size > 1 and (beside := fsdp.not_sharded(model)):
-        say(
+        log_rank0(
             f"deslo: {listed(beside)} are trained and not sharded: nothing reduces their gradients inside a replica, "
             f"whose ranks "
             "go apart; call fully_shard on the whole model too, or reduce those gradients yourself",
@@ -148,11 +155,11 @@ def attach(
     return attachment
 
 
-def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, emit: Any) -> Attachment:
+def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, on_average: Any) -> Attachment:
     """A script started as one process without a launcher: the plain optimizer."""
-    topology, average = contiguous(1, 0, 1), Alone()
+    topology, average = contiguous(1, 0, 1), SingleReplica()
     groups = Groups(topology, world=None, shard=None, replica=None, singleton=None)
-    averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
+    averaging = _averaging_of(optimizer, config, average, lambda value: [value], on_average)
     optimizer.deslo = Attachment(
         averaging, groups, config, watch=Watch(averaging, groups, _params_of(model, optimizer))
     )
@@ -163,7 +170,12 @@ def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, e
 
 
 def _live(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, manager: Any, others: Sequence[Any], emit: Any
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    manager: Any,
+    others: Sequence[Any],
+    on_average: Any,
 ) -> Attachment:
     """A replica whose peers come and go: the transport is torchft's, and so is the way in which replicas become
     equal."""
@@ -176,7 +188,7 @@ def _live(
         )
     refuse_kinds(model, optimizer)
     average = torchft.live_average(manager, model, config)
-    averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
+    averaging = _averaging_of(optimizer, config, average, lambda value: [value], on_average)
     buffers = _floating_buffers(model)
     if buffers:
         averaging.add_buffers(buffers, average)
@@ -254,14 +266,16 @@ def _averaged_buffers() -> Iterator[Tensor]:
 def _averaging_of(
     optimizer: torch.optim.Optimizer,
     config: Config,
-    average: Average,
+    average: Transport,
     everyone: Everyone,
-    emit: Callable[[SyncEvent], object] | None,
-) -> Averaging:
+    on_average: Callable[[SyncEvent], object] | None,
+) -> StateAverager:
     if isinstance(optimizer, DesLoc):
-        optimizer.attach(average, list(chain.from_iterable(group["params"] for group in optimizer.param_groups)), emit)
+        optimizer.attach(
+            average, list(chain.from_iterable(group["params"] for group in optimizer.param_groups)), on_average
+        )
         return optimizer.averaging
-    averaging = StockAveraging(optimizer, config.deslo, average, everyone=everyone, emit=emit)
+    averaging = AnyOptimizerAverager(optimizer, config.deslo, average, everyone=everyone, on_average=on_average)
     schedule(averaging)
     return averaging
 
@@ -271,13 +285,13 @@ def _keep_inside_replicas(
     ddps: Sequence[DistributedDataParallel],
     first: bool,
     buffers: list[Tensor],
-    averaging: Averaging,
+    averaging: StateAverager,
     groups: Groups,
 ) -> None:
     """Whatever wrapped the model reduces gradients inside replicas only; buffers follow the parameters' averages."""
     if buffers:
         everyone = replace(groups, replica=groups.world)
-        average = ReplicaAverage(everyone, timeout_s=averaging.deslo.timeout_s, progress=averaging.average.progress)
+        average = ReplicaTransport(everyone, timeout_s=averaging.deslo.timeout_s, progress=averaging.transport.progress)
         averaging.add_buffers(buffers, average)
     for each in ddps:
         ddp.hook(each, averaging, groups)

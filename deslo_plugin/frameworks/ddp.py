@@ -10,12 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.algorithm.state_names import GRADIENTS
 from deslo_plugin.averaging.metrics import SyncEvent
-from deslo_plugin.averaging.state_averager import Averaging
+from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.replica_checks import local_world_size
 from deslo_plugin.comm.topology import Topology, make_topology
-from deslo_plugin.comm.transport import Groups, gathered
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.transport import Groups, all_gather_by_rank
 from deslo_plugin.config.schema import DesloConfig
+from deslo_plugin.errors import ConfigError
 
 _hooked: "WeakKeyDictionary[DistributedDataParallel, tuple]" = WeakKeyDictionary()
 """DDP that is kept inside replicas -> the rows of its topology."""
@@ -27,7 +27,7 @@ def topology_of(models: Sequence[DistributedDataParallel], deslo: DesloConfig) -
     model = models[0]
     if model.process_group.size() < dist.get_world_size():
         own = tuple(dist.get_process_group_ranks(model.process_group))
-        return Topology(tuple(sorted(set(map(tuple, gathered(own).values())))), dist.get_rank())
+        return Topology(tuple(sorted(set(map(tuple, all_gather_by_rank(own).values())))), dist.get_rank())
     topology = make_topology(
         deslo, world_size=dist.get_world_size(), rank=dist.get_rank(), local_world_size=local_world_size()
     )
@@ -84,7 +84,7 @@ def refuse(model: nn.Module, models: Sequence[DistributedDataParallel], topology
         )
 
 
-def hook(model: DistributedDataParallel, averaging: Averaging, groups: Groups) -> None:
+def hook(model: DistributedDataParallel, averaging: StateAverager, groups: Groups) -> None:
     """Replaces DDP's all-reduce over the world: inside the replica at every step, over the world in the warm-up.
 
     A replica of one rank has nothing to reduce: after the warm-up DDP does not synchronise at all, which also spares

@@ -15,16 +15,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from deslo_plugin.averaging.state_averager import Averaging
+from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checkpoint.resharding import is_sharded, param_groups, reshard
 from deslo_plugin.comm.topology import Topology
-from deslo_plugin.comm.transport import gathered
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.errors import ConfigError
 
 REPLICATE = ("replicate", "dp_replicate")  # names under which the dimension across replicas is looked for
 
 
-def reshard_at_steps(model: nn.Module, averaging: Averaging) -> None:
+def reshard_at_steps(model: nn.Module, averaging: StateAverager) -> None:
     """What a step or an average writes is what the next forward gathers, whatever was left whole since the backward."""
     if not is_sharded(model):
         return
@@ -48,11 +48,11 @@ def topology_of(model: nn.Module, mesh: DeviceMesh | None, replicate: str | None
         own, name = across[0]
         for each, dimension in across:
             _prove(each, dimension)
-        return rows_of(own if mesh is None else mesh, replicate if mesh is not None else name)
+        return topology_from_mesh(own if mesh is None else mesh, replicate if mesh is not None else name)
     if mesh is not None:
-        return rows_of(mesh, replicate)
+        return topology_from_mesh(mesh, replicate)
     own = _mesh_of(model)
-    rows = sorted({tuple(ranks) for ranks in gathered(own.mesh.flatten().tolist()).values()})
+    rows = sorted({tuple(ranks) for ranks in all_gather_by_rank(own.mesh.flatten().tolist()).values()})
     if len(rows) == 1 < len(rows[0]):
         raise ConfigError(
             "attach(model)",
@@ -103,7 +103,7 @@ def not_sharded(model: nn.Module) -> list[str]:
     return [name for name, param in model.named_parameters() if param.requires_grad and not isinstance(param, DTensor)]
 
 
-def rows_of(mesh: DeviceMesh, replicate: str | None) -> Topology:
+def topology_from_mesh(mesh: DeviceMesh, replicate: str | None) -> Topology:
     """The topology of a mesh over all ranks whose dimension ``replicate`` runs across replicas."""
     name = _dimension(mesh, replicate)
     if name is None:

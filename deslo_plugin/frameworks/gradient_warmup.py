@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from deslo_plugin.averaging.state_averager import Averaging
+from deslo_plugin.averaging.state_averager import StateAverager
 
 SPARSE = 2.0**20  # more than replicas
 
@@ -16,7 +16,7 @@ class GradientAveraging:
     mean. A parameter that some replica did not use counts as zero there, one that none used keeps no gradient, as in
     DDP."""
 
-    def __init__(self, model: nn.Module, averaging: Averaging):
+    def __init__(self, model: nn.Module, averaging: StateAverager):
         self._averaging, self._queued = averaging, False
         self._params = [param for param in model.parameters() if param.requires_grad]
         self._hooks = [param.register_post_accumulate_grad_hook(self._arrived) for param in self._params]

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl
 
 from deslo_plugin.attachment import attached
-from deslo_plugin.checkpoint.sync_replicas import meet
+from deslo_plugin.checkpoint.sync_replicas import sync_replicas
 from deslo_plugin.frameworks.versions import expect
 
 expect("transformers")
@@ -22,12 +22,12 @@ class AverageBeforeSave(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, *, optimizer: Any, **_: Any) -> None:
         if control.should_save:
-            meet(_model_of(optimizer))
+            sync_replicas(_model_of(optimizer))
 
     on_epoch_end = on_step_end
 
     def on_train_end(self, args: Any, state: Any, control: TrainerControl, *, optimizer: Any, **_: Any) -> None:
-        meet(_model_of(optimizer))
+        sync_replicas(_model_of(optimizer))
 
 
 def _model_of(optimizer: Any) -> nn.Module:

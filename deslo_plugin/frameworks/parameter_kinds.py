@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.optim.desloc import DesLoc
 
 

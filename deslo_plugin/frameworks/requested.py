@@ -10,11 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from deslo_plugin.attachment import attached
 from deslo_plugin.checks import module_wrappers as wrappers
-from deslo_plugin.comm.consistency import agree
-from deslo_plugin.comm.transport import gathered
+from deslo_plugin.comm.consistency import check_same_on_all_ranks
+from deslo_plugin.comm.transport import all_gather_by_rank
 from deslo_plugin.config.load import as_dict, load_config
-from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.optim.desloc import DesLoc
 
 
@@ -29,7 +29,7 @@ def checked(model: nn.Module, optimizer: Any, config: Any) -> tuple[torch.optim.
             "attach(optimizer)",
             "replicas that are equal, as before the first step",
             "some that have trained",
-            "attach every optimizer before the first step, or call deslo_plugin.meet(model) right before",
+            "attach every optimizer before the first step, or call deslo_plugin.sync_replicas(model) right before",
         )
     return optimizer, _config_of(optimizer, config)
 
@@ -46,7 +46,9 @@ def agreed(
         problem = error
     shape = None if mesh is None else mesh.mesh.tolist()
     mine = {"model": type(model).__name__, "optimizer": type(optimizer).__name__, "mesh": shape, "error": problem}
-    agree("attach's", mine | ({} if problem else as_dict(config)), do="call attach alike on every rank", group=group)
+    check_same_on_all_ranks(
+        "attach's", mine | ({} if problem else as_dict(config)), do="call attach alike on every rank", group=group
+    )
     if problem:
         raise problem
     return inner, config
@@ -59,7 +61,7 @@ def refuse_together(check: Callable[[], object], world: dist.ProcessGroup) -> No
         check()
     except ConfigError as error:
         problem = error
-    for each in gathered(problem, world).values():
+    for each in all_gather_by_rank(problem, world).values():
         if each is not None:
             raise each
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from deslo_plugin.attachment import Attachment
 from deslo_plugin.averaging.pseudo_gradient import PseudoGradient
-from deslo_plugin.comm.transport import gathered
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.telemetry.recorder import Sink
 
 
@@ -24,7 +24,7 @@ def start_telemetry(attachment: Attachment) -> None:
         return
     folder, world = Path(telemetry.path).expanduser(), attachment.groups.world
     problem = _begin(attachment, folder)
-    for rank, told in (gathered(problem, world) if world else {0: problem}).items():
+    for rank, told in (all_gather_by_rank(problem, world) if world else {0: problem}).items():
         if told:
             attachment.recorder.end(attachment.plan)
             where, expected, got = told
@@ -82,4 +82,4 @@ class _tensorboard:
 
 def _end(attachment: weakref.ref) -> None:
     if attachment() is not None:
-        attachment().end()
+        attachment().close()

@@ -30,16 +30,15 @@ from torch.distributed import ReduceOp
 from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.attachment import Attachment
-from deslo_plugin.averaging.state_averager import Averaging
+from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.replica_checks import model_traits, optimizer_traits
 from deslo_plugin.comm.consistency import digests
 from deslo_plugin.comm.topology import Topology, contiguous
-from deslo_plugin.comm.transport import AverageError
-from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import AverageError, ConfigError
 from deslo_plugin.frameworks import fsdp2 as fsdp
 from deslo_plugin.kernels.local_tensors import local
-from deslo_plugin.log import say
+from deslo_plugin.log import log_rank0
 
 SUBJECTS = ("config and param groups", "model", "initial values of the parameters")  # what founders must have alike
 KEY = "deslo"  # of our state among what the manager heals
@@ -48,7 +47,7 @@ KEY = "deslo"  # of our state among what the manager heals
 class Replica:
     """One whole replica: what a latecomer takes over, and by what replicas are told to be of one kind."""
 
-    def __init__(self, model: nn.Module, averaging: Averaging, config: Config):
+    def __init__(self, model: nn.Module, averaging: StateAverager, config: Config):
         self.model, self.averaging = model, averaging
         self.settings = {key: str(value) for key, value in optimizer_traits(averaging, config).items()}
         self.shapes = {f"model parameter {name}": kind for name, kind in model_traits(model, lambda p: p.shape).items()}
@@ -103,7 +102,7 @@ class _Share:
 
 
 class LiveAverage:
-    """Means over the replicas of the present quorum (an ``Average``).
+    """Means over the replicas of the present quorum (an ``Transport``).
 
     Args:
         manager: a ``torchft.Manager`` whose replica groups are of one rank.
@@ -124,7 +123,7 @@ class LiveAverage:
         self._replica, self._greet = replica, greet
         self.manager.register_state_dict_fn(KEY, self._take_over, replica.state)
 
-    def convene(self) -> bool:
+    def start_quorum(self) -> bool:
         while not self.joined:
             self._call_quorum(step=0)
             self.joined = self._replaced or self._found()
@@ -141,7 +140,7 @@ class LiveAverage:
         self._shares.append(_Share(self.manager.allreduce(chunk, reduce_op=ReduceOp.SUM), chunk, self._voices))
         return self._shares[-1]
 
-    def landed(self) -> bool:
+    def should_commit(self) -> bool:
         if self._verdict is None:
             for share in self._shares:
                 share.wait()
@@ -151,7 +150,7 @@ class LiveAverage:
                 self._set_step(1 + self._replica.steps)
             else:
                 why = str(reason.original_exception).split(". ")[0] if reason else "too few replicas are left"
-                say(
+                log_rank0(
                     f"deslo: an average near step {self._replica.steps} did not arrive ({why}); nothing of it is "
                     f"written, and "
                     "training goes on to the next",
@@ -216,7 +215,7 @@ class LiveAverage:
                         f"another on replica(s) {different} than on replica 0",
                         "start all of them with one config, one seed and one checkpoint",
                     )
-        return self.landed()
+        return self.should_commit()
 
     def _exchange(self, row: Sequence[float]) -> list[list[float]] | None:
         """Everyone's ``row``, by replica; None if it did not arrive."""
@@ -237,7 +236,7 @@ class LiveAttachment(Attachment):
 
     @property
     def topology(self) -> Topology:
-        return contiguous(self.averaging.average.replicas, self.averaging.average.rank, 1)
+        return contiguous(self.averaging.transport.replicas, self.averaging.transport.rank, 1)
 
 
 MANAGER = {  # what a manager must be given, and why

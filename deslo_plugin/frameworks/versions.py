@@ -3,7 +3,7 @@
 import re
 from importlib import import_module
 
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 
 SUPPORTED = {  # from, and below; the same as in pyproject.toml
     "torch": ("2.9", None),
@@ -22,7 +22,7 @@ def expect(package: str) -> None:
     """Raises ``ConfigError`` if the imported release of ``package`` is not one of ``SUPPORTED``."""
     low, below = SUPPORTED[package]
     found = release(package)
-    if found < _numbers(low) or below is not None and found >= _numbers(below):
+    if found < _numbers(low) or (below is not None and found >= _numbers(below)):
         pin = f"{package}>={low}" + (f",<{below}" if below else "")
         raise ConfigError(
             package,

@@ -38,7 +38,7 @@ from deslo_plugin.algorithm.rules import RULES, Rule, Tensors, clipped
 from deslo_plugin.algorithm.stochastic_rounding import round_
 from deslo_plugin.kernels.argument_checks import refuse, refuse_overlap
 from deslo_plugin.kernels.local_tensors import local
-from deslo_plugin.log import say
+from deslo_plugin.log import log_rank0
 
 MAX_MOMENTA = 16
 
@@ -147,7 +147,7 @@ def _wide(tensors: Tensors, states: Tensors) -> Tensors:
 @cache
 def _say_slow(device: str) -> None:
     if _MISFIT:
-        return say(
+        return log_rank0(
             f"deslo: deslo_plugin._C does not fit torch {torch.__version__} ({_MISFIT}): updates run on torch's "
             f"operators, "
             "several times slower; build it again with pip install --no-build-isolation (it needs torch 2.10), or "
@@ -155,7 +155,7 @@ def _say_slow(device: str) -> None:
             "DESLO_NATIVE=off",
             logging.WARNING,
         )
-    say(
+    log_rank0(
         f"deslo: no native kernels for {device} tensors: updates run on torch's operators, several times slower; "
         f"DESLO_NATIVE={'cuda' if device == 'cuda' else 'cpu'} pip install --no-build-isolation builds them or says "
         f"why not"

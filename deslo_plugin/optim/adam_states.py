@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.algorithm.state_names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, STEP, every
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 
 
 def in_own_form(desloc: Any, state_dict: Mapping[str, Any]) -> tuple[dict[Tensor, dict[str, Tensor]], int]:

@@ -12,15 +12,15 @@ from deslo_plugin.algorithm.momentum_bound import Bound, bounds_of, loose
 from deslo_plugin.algorithm.outer_optimizer import write_means
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.averaging.metrics import SyncEvent
-from deslo_plugin.averaging.state_averager import Averaging, Group
+from deslo_plugin.averaging.state_averager import Group, StateAverager
 from deslo_plugin.averaging.step_counter import GROUP_STEP, Cohort, GroupClock
 from deslo_plugin.averaging.synchronizer import States
-from deslo_plugin.comm.transport import Average
+from deslo_plugin.comm.transport import Transport
 from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.kernels.local_tensors import local
-from deslo_plugin.log import say
+from deslo_plugin.log import log_rank0
 from deslo_plugin.optim.any_optimizer_states import (
-    check_periods,
+    check_state_periods,
     counted_in,
     counter,
     counts,
@@ -34,7 +34,7 @@ Everyone = Callable[[Any], list[Any]]
 """Everyone's value: collective over all ranks of all replicas."""
 
 
-class StockAveraging(Averaging):
+class AnyOptimizerAverager(StateAverager):
     """Averages the parameters and states of ``optimizer`` by ``deslo.sync_every``, keyed by torch's state names.
 
     Which states there are is known when the first step has created them. Then every tensor with dimensions that a
@@ -48,11 +48,11 @@ class StockAveraging(Averaging):
         self,
         optimizer: torch.optim.Optimizer,
         deslo: DesloConfig,
-        average: Average,
+        average: Transport,
         *,
         groups: Sequence[Group] | None = None,
         everyone: Everyone = lambda value: [value],
-        emit: Callable[[SyncEvent], object] | None = None,
+        on_average: Callable[[SyncEvent], object] | None = None,
     ):
         refuse_inner_loops(optimizer)
         super().__init__(
@@ -63,7 +63,7 @@ class StockAveraging(Averaging):
             groups=groups,
             receive=self._receive,
             bounds=self._bounds,
-            emit=emit,
+            on_average=on_average,
         )
         self._everyone, self.periods_known = everyone, False
         self._known: dict[str, Any] = {}  # state name -> dtype of a state, or the value of a counter
@@ -75,8 +75,8 @@ class StockAveraging(Averaging):
         self.take_in()
         if not self._asked:
             self._asked = True
-            if self.average.progress:
-                self.average.progress.change("the first optimizer.step()", "", self.deslo.timeout_s)
+            if self.transport.progress:
+                self.transport.progress.change("the first optimizer.step()", "", self.deslo.timeout_s)
             self.learn_states(bool(self.optimizer.state))  # that were loaded: some may be due at once
         return super().before_update()
 
@@ -115,8 +115,8 @@ class StockAveraging(Averaging):
         """Before a load: every rank must bring the same step, or none loads. Collective."""
         groups, states = state_dict["param_groups"], state_dict["state"].values()
         clock = max([*(group.get(GROUP_STEP, 0) for group in groups), *map(updates_of, states)], default=0)
-        if self.average.progress:
-            self.average.progress.change(
+        if self.transport.progress:
+            self.transport.progress.change(
                 "optimizer.load_state_dict", f"{len(groups)} param group(s) of step {clock}", self.deslo.timeout_s
             )
         self.abandon()
@@ -144,7 +144,7 @@ class StockAveraging(Averaging):
             return
         kinds = [{name: kind for each, _ in of_group for name, kind in each.items()} for of_group in everyone]
         known = {name: kind for of_group in kinds for name, kind in of_group.items()}
-        check_periods(self.deslo.sync_every, known, type(self.optimizer).__name__)
+        check_state_periods(self.deslo.sync_every, known, type(self.optimizer).__name__)
         for group, of_group in zip(self.groups, kinds):
             self._schedule(group, of_group)
         self._known = {
@@ -157,7 +157,7 @@ class StockAveraging(Averaging):
         for said in dict.fromkeys(
             said for group in self.groups for said in loose(self._bounds(group), group["sync_every"])
         ):
-            say(f"deslo: {type(self.optimizer).__name__}: {said}", logging.WARNING)
+            log_rank0(f"deslo: {type(self.optimizer).__name__}: {said}", logging.WARNING)
 
     def _bounds(self, group: Group) -> list[Bound]:
         """By the constants of the optimizer's own param group: DeepSpeed's tensors are in others, in the same order."""
@@ -203,10 +203,10 @@ class StockAveraging(Averaging):
             for seat, param in enumerate(cohort.params)
             if name not in self.optimizer.state.get(param, {})
         ]
-        if not absent or not self.average.any(any(bool(means[name][seat].any()) for _, name, seat in absent)):
+        if not absent or not self.transport.any(any(bool(means[name][seat].any()) for _, name, seat in absent)):
             return
         for param, name, seat in absent:
-            if self.average.any(bool(means[name][seat].any())):
+            if self.transport.any(bool(means[name][seat].any())):
                 self._create_states(cohort, param)
                 local([self.optimizer.state[param][name]])[0].copy_(means[name][seat])
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.algorithm.state_names import PARAMS, STEP
-from deslo_plugin.config.reader import ConfigError, near
+from deslo_plugin.config.reader import did_you_mean
+from deslo_plugin.errors import ConfigError
 
 
 def counted_in(states: Mapping[Tensor, Mapping[str, Any]]) -> set[str]:
@@ -28,13 +29,13 @@ def kinds_of(params: list[Tensor], states: Mapping[Tensor, Mapping[str, Any]], c
         name: str(value.dtype).removeprefix("torch.")
         for param in params
         for name, value in states.get(param, {}).items()
-        if isinstance(value, Tensor) and (value.ndim > 0 or param.ndim == 0 and name not in counters)
+        if isinstance(value, Tensor) and (value.ndim > 0 or (param.ndim == 0 and name not in counters))
     }
 
 
 def counts(value: Any) -> bool:
     """Whether a value of a parameter's state is a number or has no dimensions."""
-    return isinstance(value, int | float) or isinstance(value, Tensor) and value.ndim == 0
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def told(counters: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
@@ -54,7 +55,7 @@ def updates_of(state: Mapping[str, Any]) -> int:
     return int(state.get("step", 0))
 
 
-def check_periods(periods: Mapping[str, int | None], kinds: Mapping[str, str], optimizer: str) -> None:
+def check_state_periods(periods: Mapping[str, int | None], kinds: Mapping[str, str], optimizer: str) -> None:
     where, names = "deslo.sync_every", ", ".join(sorted(kinds)) or "none"
     for name in periods:
         if name != PARAMS and name not in kinds:
@@ -62,7 +63,7 @@ def check_periods(periods: Mapping[str, int | None], kinds: Mapping[str, str], o
                 f"{where}.{name}",
                 f"{PARAMS} or a state of {optimizer} ({names})",
                 "an unknown one",
-                near(name, kinds) or "remove it",
+                did_you_mean(name, kinds) or "remove it",
             )
     for name, kind in sorted(kinds.items()):
         if name not in periods:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from deslo_plugin.kernels.local_tensors import local
-from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 
 
-def schedule(averaging: StockAveraging) -> None:
+def schedule(averaging: AnyOptimizerAverager) -> None:
     """From now on every ``optimizer.step()`` is a step of Algorithm 1, and loads and new param groups are taken in.
     Wraps ``step`` and ``add_param_group`` of the instance."""
     optimizer = averaging.optimizer
@@ -51,9 +51,9 @@ def schedule(averaging: StockAveraging) -> None:
     def add_param_group(_: torch.optim.Optimizer, param_group: dict[str, Any]) -> None:
         add(param_group)
         averaging.take_in()
-        if averaging.average.progress:
+        if averaging.transport.progress:
             shapes = [tuple(param.shape) for param in averaging.groups[-1]["params"]]
-            averaging.average.progress.change(
+            averaging.transport.progress.change(
                 "optimizer.add_param_group", f"parameters of {shapes}", averaging.deslo.timeout_s
             )
 
@@ -74,7 +74,7 @@ def _only_creates_states(optimizer: torch.optim.Optimizer) -> bool:
 
 
 @contextlib.contextmanager
-def _unscaled(averaging: StockAveraging) -> Iterator[None]:
+def _unscaled(averaging: AnyOptimizerAverager) -> Iterator[None]:
     """What a GradScaler has left on an optimizer that knows nothing of it, out of its sight; gradients divided by the
     scale."""
     left = {

@@ -13,14 +13,14 @@ from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.state_names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP, every
 from deslo_plugin.averaging.members import trains
 from deslo_plugin.averaging.metrics import Meter, SyncEvent
-from deslo_plugin.averaging.state_averager import Averaging
+from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.averaging.step_counter import Cohort, ParameterClock
 from deslo_plugin.averaging.synchronizer import States
-from deslo_plugin.comm.transport import Alone, Average, left_alone
-from deslo_plugin.config.load import expect_averages, load_config
+from deslo_plugin.comm.transport import SingleReplica, Transport, left_alone
+from deslo_plugin.config.load import check_periods, load_config
 from deslo_plugin.config.periods import group_periods
-from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.update import OPERATORS
 from deslo_plugin.optim.adam_states import in_own_form
 from deslo_plugin.optim.memory_layout import alike
@@ -35,7 +35,7 @@ class DesLoc(torch.optim.Optimizer):
         config: both blocks as a ``Config``, a dict, or the path of a JSON or YAML file; or leave it out and give the
             keys of ``optimizer.params`` as keyword arguments: ``DesLoc(params, lr=1e-3, betas=(0.9, 0.95))``.
         average: the transport between replicas; None means one replica, the plain optimizer.
-        emit: called with a ``SyncEvent`` after every average.
+        on_average: called with a ``SyncEvent`` after every average.
         armed: False defers everything until ``attach``; steps do nothing until then.
 
     State of each parameter, float32 (float64 for float64 parameters) unless said otherwise: the momenta under their
@@ -55,8 +55,8 @@ class DesLoc(torch.optim.Optimizer):
         params: Any,
         config: Config | Mapping[str, Any] | str | None = None,
         *,
-        average: Average | None = None,
-        emit: Callable[[SyncEvent], object] | None = None,
+        average: Transport | None = None,
+        on_average: Callable[[SyncEvent], object] | None = None,
         armed: bool = True,
         **options: Any,
     ):
@@ -73,20 +73,20 @@ class DesLoc(torch.optim.Optimizer):
                 "one for a stock optimizer (deslo.sync_every)",
                 "move the periods to optimizer.params.sync_every",
             )
-        self._emit, self.armed = emit, False
+        self._on_average, self.armed = on_average, False
         optimizer = self.config.optimizer
         rate = lr if isinstance(lr, Tensor) else optimizer.lr
         super().__init__(params, {"lr": rate, "weight_decay": optimizer.weight_decay, "sync_every": {}})
         self._set_rule()
         self._unattached = average is None
         if armed:
-            self.attach(average or Alone(), chain.from_iterable(group["params"] for group in self.param_groups))
+            self.attach(average or SingleReplica(), chain.from_iterable(group["params"] for group in self.param_groups))
 
     def _set_rule(self) -> None:
         optimizer = self.config.optimizer
         self._rule, self._operator = RULES[optimizer.rule], OPERATORS[optimizer.rule]
 
-    def attach(self, average: Average, params: Any, emit: Callable[[SyncEvent], object] | None = None) -> None:
+    def attach(self, average: Transport, params: Any, on_average: Callable[[SyncEvent], object] | None = None) -> None:
         """Creates the state of ``params`` where none was loaded, connects the transport and arms ``step``."""
         # not those that are as they were made
         trained = {param: state for param, state in self.state.items() if state.get(STEP)}
@@ -96,24 +96,24 @@ class DesLoc(torch.optim.Optimizer):
                 self.state[param] = trained[param]
             elif trains(param):
                 self._create_state(param)
-        self._unattached = self._unattached and isinstance(average, Alone)
+        self._unattached = self._unattached and isinstance(average, SingleReplica)
         self._clock = ParameterClock(self, self._create_state)
         bounds = self.config.optimizer.bounds
-        self.averaging = Averaging(
+        self.averaging = StateAverager(
             self,
             self.config.deslo,
             average,
             self._clock,
             receive=self._receive,
             bounds=lambda group: bounds,
-            emit=emit or self._emit,
+            on_average=on_average or self._on_average,
         )
         self.armed = True
 
     @property
-    def meter(self) -> Meter:
+    def stats(self) -> Meter:
         """What averaging has cost and found so far."""
-        return self.averaging.meter
+        return self.averaging.stats
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the new parameters meet with the others, by the clock of all. Collective once it is attached."""
@@ -122,7 +122,7 @@ class DesLoc(torch.optim.Optimizer):
         group, optimizer = self.param_groups[-1], self.config.optimizer
         where = f"param group {len(self.param_groups) - 1}"
         group["sync_every"] = group_periods(group["sync_every"], optimizer.periods, optimizer.beta_of, where)
-        expect_averages(self.config.deslo, group["sync_every"], f" of {where}")
+        check_periods(self.config.deslo, group["sync_every"], f" of {where}")
         if self.armed:
             self._call("DesLoc.add_param_group", f"parameters of {[tuple(param.shape) for param in group['params']]}")
             for param in filter(trains, group["params"]):
@@ -136,7 +136,7 @@ class DesLoc(torch.optim.Optimizer):
                 "DesLoc.step",
                 "deslo_plugin.attach(model, optimizer) before the first step",
                 "none in a world of several ranks",
-                "attach it, or say average=Alone() for an optimizer that averages nothing",
+                "attach it, or say average=SingleReplica() for an optimizer that averages nothing",
             )
         loss = None
         if closure is not None:
@@ -160,7 +160,11 @@ class DesLoc(torch.optim.Optimizer):
 
     def _receive(self, cohort: Cohort, states: States, means: States) -> None:
         """Replaces every state that has landed by its mean; parameters through the outer optimizer."""
-        optimizer, outer, gather = self.config.optimizer, self.config.optimizer.outer_optimizer, self.averaging.gather
+        optimizer, outer, gather = (
+            self.config.optimizer,
+            self.config.optimizer.outer_optimizer,
+            self.averaging.local_tensors,
+        )
         for state, mean in means.items():
             if state == PARAMS and outer:
                 anchor, momentum = (gather(each, cohort.params) for each in (OUTER_PARAMS, OUTER_MOMENTUM))
@@ -174,7 +178,7 @@ class DesLoc(torch.optim.Optimizer):
 
     def _update(self, cohorts: Sequence[Cohort]) -> None:
         """The local rule, on those parameters that have a gradient; the others only age."""
-        optimizer, gather = self.config.optimizer, self.averaging.gather
+        optimizer, gather = self.config.optimizer, self.averaging.local_tensors
         scale = getattr(self, "grad_scale", None)
         options = optimizer.constants | ({} if scale is None else {"grad_scale": scale.float().reciprocal()})
         for cohort in cohorts:
@@ -193,7 +197,7 @@ class DesLoc(torch.optim.Optimizer):
                     with alike(tensors) as copies:
                         self._operator(**copies, t=t, lr=lr, weight_decay=decay, **options)
                 if self.averaging.late:
-                    self.averaging.late.fade(params, self._remains(t, lr, decay))
+                    self.averaging.late.decay(params, self._remains(t, lr, decay))
             if optimizer.outer_optimizer and cohort.steps < self.config.deslo.synchronous_steps:
                 # the outer optimizer begins where the warm-up ends: its progress is no pseudo-gradient
                 torch._foreach_copy_(gather(OUTER_PARAMS, cohort.params), gather(PARAMS, cohort.params))
@@ -220,8 +224,8 @@ class DesLoc(torch.optim.Optimizer):
 
     def _call(self, what: str, traits: str) -> None:
         """Raises ``ConfigError`` on every rank unless all have made this call. Collective."""
-        if self.averaging.average.progress:
-            self.averaging.average.progress.change(what, traits, self.config.deslo.timeout_s)
+        if self.averaging.transport.progress:
+            self.averaging.transport.progress.change(what, traits, self.config.deslo.timeout_s)
 
     def _create_state(self, param: Tensor, clock: int = 0) -> dict[str, Tensor]:
         """A state without updates, at step ``clock``."""
@@ -290,9 +294,9 @@ class DesLoc(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if not hasattr(self, "_rule"):  # a copy, not a load
-            self._emit, self.armed, self._unattached = None, False, True
+            self._on_average, self.armed, self._unattached = None, False, True
             self._set_rule()
-            self.attach(Alone(), list(chain.from_iterable(group["params"] for group in self.param_groups)))
+            self.attach(SingleReplica(), list(chain.from_iterable(group["params"] for group in self.param_groups)))
 
 
 def _rate(lr: float | Tensor, device: torch.device) -> float | Tensor:

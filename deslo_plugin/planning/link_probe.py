@@ -8,7 +8,7 @@ from statistics import median, quantiles
 import torch
 import torch.distributed as dist
 
-from deslo_plugin.comm.transport import Groups, ReplicaAverage, gathered
+from deslo_plugin.comm.transport import Groups, ReplicaTransport, all_gather_by_rank
 from deslo_plugin.planning.forecast import Link
 
 SMALL_CALLS = 20  # back to back in one sample, so that ranks that begin apart do not count
@@ -17,7 +17,7 @@ WARM_UP = 2  # samples that nobody counts: connections open, memory is pinned
 
 
 @dataclass(frozen=True)
-class Spread:
+class ReplicaVariance:
     """Median and quartiles of samples."""
 
     median: float
@@ -30,8 +30,8 @@ class Measured:
     """``gbit_per_s`` of one replica towards the others, all its ranks together; ``latency_ms`` of one all-reduce of 4
     bytes."""
 
-    gbit_per_s: Spread
-    latency_ms: Spread
+    gbit_per_s: ReplicaVariance
+    latency_ms: ReplicaVariance
     replicas: int
     bytes_per_rank: int
     rounds: int
@@ -49,7 +49,7 @@ def probe(groups: Groups, device: torch.device, *, nbytes: int, rounds: int, tim
     rank does not answer within ``timeout_s`` seconds.
     """
     topology = groups.topology
-    average = ReplicaAverage(groups, timeout_s=timeout_s)
+    average = ReplicaTransport(groups, timeout_s=timeout_s)
     small, large = (torch.zeros(numel, dtype=torch.float32, device=device) for numel in (1, max(1, nbytes // 4)))
 
     def calls(chunk: torch.Tensor, count: int) -> Callable[[], None]:
@@ -78,9 +78,9 @@ def _samples(groups: Groups, run: Callable[[], None], rounds: int) -> list[float
         start = time.perf_counter()
         run()
         mine.append(time.perf_counter() - start)
-    return [max(each) for each in zip(*gathered(mine[WARM_UP:], groups.world).values())]
+    return [max(each) for each in zip(*all_gather_by_rank(mine[WARM_UP:], groups.world).values())]
 
 
-def _spread(samples: Sequence[float]) -> Spread:
+def _spread(samples: Sequence[float]) -> ReplicaVariance:
     low, _, high = quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
-    return Spread(median(samples), low, high)
+    return ReplicaVariance(median(samples), low, high)

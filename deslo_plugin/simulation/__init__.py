@@ -7,13 +7,13 @@ from deslo_plugin.simulation.membership import Failures, Growth
 from deslo_plugin.simulation.module_objective import Network
 from deslo_plugin.simulation.objectives import Logistic, Objective, Quadratic, Rosenbrock
 from deslo_plugin.simulation.replicas import Replicas
-from deslo_plugin.simulation.run import Moment, simulate, warmup_cosine
+from deslo_plugin.simulation.run import SimulationStep, simulate, warmup_cosine
 
 __all__ = [
     "Failures",
     "Growth",
     "Logistic",
-    "Moment",
+    "SimulationStep",
     "Network",
     "Objective",
     "Quadratic",

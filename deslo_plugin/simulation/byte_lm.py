@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.simulation.module_objective import Network
 
 BYTES, WIDTH, LAYERS, HEADS, CONTEXT = 256, 32, 2, 2, 32

@@ -6,20 +6,20 @@ from math import inf, isfinite
 from pathlib import Path
 from statistics import median
 
-from deslo_plugin.averaging.synchronizer import NonFiniteError
 from deslo_plugin.config.file import read_file
 from deslo_plugin.config.load import load_config
-from deslo_plugin.config.reader import ConfigError, Reader
+from deslo_plugin.config.reader import Reader
 from deslo_plugin.config.schema import Config
 from deslo_plugin.config.shipped import find_config
+from deslo_plugin.errors import ConfigError, NonFiniteError
 from deslo_plugin.simulation.objectives import Objective
-from deslo_plugin.simulation.run import Moment
+from deslo_plugin.simulation.run import SimulationStep
 
 SYNCHRONOUS = "synchronous"
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Algorithm:
     """``norm_clip``: bound on each replica's gradient norm, ``gradient_clipping`` of the file; None without one."""
 
     name: str
@@ -53,12 +53,12 @@ class Curve:
         return median(self.late)
 
 
-def follow(objective: Objective, moments: Iterable[Moment], *, every: int, seed: int) -> Curve:
+def follow(objective: Objective, moments: Iterable[SimulationStep], *, every: int, seed: int) -> Curve:
     """Iterates ``moments`` of a simulation to the end, or until it diverges, with a look every ``every`` steps."""
     steps, losses, replicas, done, sent, diverged = [], [], [], 0, 0, None
     try:
         for done, _, world in moments:
-            sent = sum(world.optimizer.meter.bytes.values())
+            sent = sum(world.optimizer.stats.bytes.values())
             if done % every == 0:
                 loss = float(objective.evaluate(world.state("params").mean(0, keepdim=True)))
                 if not isfinite(loss):
@@ -73,7 +73,7 @@ def follow(objective: Objective, moments: Iterable[Moment], *, every: int, seed:
 
 def read_contestants(
     names: Sequence[str], *, lr: float | None = None, synchronous_steps: int | None = None
-) -> list[Contestant]:
+) -> list[Algorithm]:
     """The configs, under the names of their files.
 
     Args:
@@ -97,7 +97,7 @@ def read_contestants(
     return found
 
 
-def _read(path: Path, lr: float | None) -> Contestant:
+def _read(path: Path, lr: float | None) -> Algorithm:
     blocks = read_file(path)
     config = load_config(blocks)
     if config.optimizer is None:
@@ -112,4 +112,4 @@ def _read(path: Path, lr: float | None) -> Contestant:
     )
     if lr is not None:
         config = replace(config, optimizer=replace(config.optimizer, lr=lr))
-    return Contestant(path.stem, config, clip or None)
+    return Algorithm(path.stem, config, clip or None)

@@ -11,17 +11,17 @@ from torch import Tensor
 from deslo_plugin.algorithm.adaptive_periods import shortest
 from deslo_plugin.algorithm.schedule import due
 from deslo_plugin.algorithm.state_names import ORIGIN, PARAMS, STEP
-from deslo_plugin.comm.transport import Alone, Work
+from deslo_plugin.comm.transport import SingleReplica, Work
 from deslo_plugin.config.load import load_config
-from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.optim.desloc import DesLoc
 
 UNCUT = 1 << 30  # MiB in a chunk: every average travels whole, all rows of it
 
 
-class RowMean(Alone):
-    """The ``Average`` of M replicas in one process: a chunk is M rows of n elements, and each becomes their mean.
+class RowMean(SingleReplica):
+    """The ``Transport`` of M replicas in one process: a chunk is M rows of n elements, and each becomes their mean.
 
     ``divisor`` is M: each replica sends its row of a chunk, and bytes are counted as one replica's.
     """
@@ -81,7 +81,7 @@ class Replicas:
 
     def state(self, name: str) -> Tensor:
         """A copy of ``params`` or a momentum, (M, n); row i is replica ``ids[i]``."""
-        return torch.cat(list(self.optimizer.averaging.gather(name, self._blocks)))
+        return torch.cat(list(self.optimizer.averaging.local_tensors(name, self._blocks)))
 
     def meets(self, steps: int) -> bool:
         """Whether parameters are averaged once ``steps`` steps are complete."""

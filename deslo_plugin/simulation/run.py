@@ -14,7 +14,7 @@ from deslo_plugin.simulation.objectives import Objective
 from deslo_plugin.simulation.replicas import Replicas
 
 
-class Moment(NamedTuple):
+class SimulationStep(NamedTuple):
     """The world after ``steps`` steps. ``losses`` (M,) are what the replicas saw in the last of them, before it."""
 
     steps: int
@@ -31,7 +31,7 @@ def simulate(
     membership: Membership = constant,
     rate: Callable[[int], float] = lambda step: 1.0,
     norm_clip: float | None = None,
-) -> Iterator[Moment]:
+) -> Iterator[SimulationStep]:
     """Trains ``replicas`` replicas for ``steps`` steps and yields the world after each of them.
 
     Args:
@@ -52,7 +52,7 @@ def simulate(
         losses = objective.losses(x, world.ids, step)
         (gradients,) = torch.autograd.grad(losses.sum(), x)
         world.step(gradients, rate=rate(step), norm_clip=norm_clip)
-        yield Moment(step + 1, losses.detach(), world)
+        yield SimulationStep(step + 1, losses.detach(), world)
 
 
 def warmup_cosine(steps: int) -> Callable[[int], float]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deslo_plugin.config.reader import ConfigError, near
+from deslo_plugin.config.reader import did_you_mean
 from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.simulation.byte_lm import language, read_text, standard_library
 from deslo_plugin.simulation.membership import Failures, Growth, Membership
 from deslo_plugin.simulation.objectives import Logistic, Objective, Quadratic, Rosenbrock, normal
@@ -29,7 +30,7 @@ SPECTRUM = {"quadratic": "0.01:1:100", "logistic": "0.1:1:20"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
+class SimulationConfig:
     """Everything but the algorithm; the same scene and seed are the same start, noise, data and failures for each.
 
     Args:
@@ -72,7 +73,7 @@ class Scene:
                 "--objective",
                 "one of " + ", ".join(OPTIONS),
                 repr(self.objective),
-                near(self.objective, OPTIONS) or "choose one",
+                did_you_mean(self.objective, OPTIONS) or "choose one",
             )
         for option in ("sigma", "spectrum", "data"):
             if getattr(self, option) is not None and option not in OPTIONS[self.objective]:

@@ -1,7 +1,7 @@
 """A file of JSON objects, one to a line, that nobody waits for: a thread writes what others put.
 
 Whole lines are appended once a second. A process that is killed loses the last second and leaves whole lines, but for
-the last one if it dies within a write: ``Journal`` cuts that off when it goes on, and ``read`` leaves it out.
+the last one if it dies within a write: ``JsonlWriter`` cuts that off when it goes on, and ``read`` leaves it out.
 """
 
 import json
@@ -16,16 +16,16 @@ from threading import Event, Thread
 from typing import Any
 from weakref import WeakValueDictionary, finalize
 
-from deslo_plugin.log import say
+from deslo_plugin.log import log_rank0
 
 EVERY = 1.0  # seconds between writes
 CLOSE = 10.0  # seconds that the end of a process waits for its last lines
 LONGEST = 1 << 20  # bytes of a line
 
-_open: "WeakValueDictionary[Path, Journal]" = WeakValueDictionary()
+_open: "WeakValueDictionary[Path, JsonlWriter]" = WeakValueDictionary()
 
 
-class Journal:
+class JsonlWriter:
     """Appends to ``path``, whose folder is made. Raises ``OSError`` if that fails, for a link, for a file that is open
     here already, and for one that no journal has begun: a ``first`` line begins with other keys.
 
@@ -87,7 +87,7 @@ def _write_on(path: Path, file: int, waiting: list[Mapping[str, Any]], over: Eve
             whole += written
         except Exception as error:  # whatever it is, training is worth more
             broken = True
-            say(f"deslo: telemetry stops and training goes on: {path}: {error}", logging.WARNING, anywhere=True)
+            log_rank0(f"deslo: telemetry stops and training goes on: {path}: {error}", logging.WARNING, anywhere=True)
             with suppress(OSError):
                 os.ftruncate(file, whole)
     os.close(file)

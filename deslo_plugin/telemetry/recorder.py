@@ -14,13 +14,14 @@ from torch import Tensor
 
 from deslo_plugin.algorithm.adaptive_periods import written
 from deslo_plugin.averaging.metrics import SyncEvent
-from deslo_plugin.averaging.state_averager import Averaging
+from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.comm.topology import Topology
 from deslo_plugin.config.load import as_dict
-from deslo_plugin.config.reader import ConfigError, plain, shown
-from deslo_plugin.log import say
+from deslo_plugin.config.reader import plain, repr_with_type
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.log import log_rank0
 from deslo_plugin.planning.plan import Plan
-from deslo_plugin.telemetry.jsonl_writer import Journal
+from deslo_plugin.telemetry.jsonl_writer import JsonlWriter
 from deslo_plugin.version import __version__
 
 Sink = Callable[[Mapping[str, float], int], object]
@@ -30,7 +31,7 @@ Sink = Callable[[Mapping[str, float], int], object]
 class Recorder:
     """Writes down what ``averaging`` does once ``start`` was called, and passes scalars on to those that were added."""
 
-    def __init__(self, averaging: Averaging):
+    def __init__(self, averaging: StateAverager):
         self.averaging, self.journal = averaging, None
         self._sinks: list[Sink] = []
         self.closing: list[Callable[[], object]] = []  # writers of the user's own, told at the end that it is one
@@ -39,7 +40,7 @@ class Recorder:
 
     def start(self, path: Path, plan: Plan) -> None:
         """Opens the journal. Raises ``OSError`` where it cannot be written."""
-        self.journal = Journal(path)
+        self.journal = JsonlWriter(path)
         self.journal.put(
             {"kind": "start", "at": self._began, "version": __version__} | _place(plan.topology) | _planned(plan)
         )
@@ -73,7 +74,7 @@ class Recorder:
                 sink(scalars, self._steps)
             except Exception as error:  # a tracker's trouble must not end the training
                 self._sinks.remove(sink)
-                say(f"deslo: no more scalars from here on, {error!r}", logging.WARNING, anywhere=True)
+                log_rank0(f"deslo: no more scalars from here on, {error!r}", logging.WARNING, anywhere=True)
 
     def end(self, plan: Plan) -> None:
         """Writes totals and all that is waiting. Nothing is written after it."""
@@ -83,10 +84,10 @@ class Recorder:
             try:
                 close()
             except Exception as error:  # a full disk, say: the journal and the job go on to their end
-                say(f"deslo: scalars may be lost, {error!r}", logging.WARNING, anywhere=True)
+                log_rank0(f"deslo: scalars may be lost, {error!r}", logging.WARNING, anywhere=True)
         if self.journal is None:
             return
-        meter = self.averaging.meter
+        meter = self.averaging.stats
         self.journal.put(
             {
                 "kind": "end",
@@ -108,7 +109,7 @@ class Recorder:
 
     def summary(self, plan: Plan) -> str:
         """What averaging has moved, cost and found since this process attached."""
-        meter, passed = self.averaging.meter, time.time() - self._began
+        meter, passed = self.averaging.stats, time.time() - self._began
         less = reduction(self.averaging, plan)
         lines = [
             f"deslo: {meter.steps:,} steps, {sum(meter.bytes.values()):,} bytes from this rank"
@@ -145,7 +146,7 @@ class Recorder:
     def _collect(self, event: SyncEvent) -> None:
         if event.steps != self._steps:
             self.step_ended()
-        self._steps, scalars, meter = event.steps, self._pending, self.averaging.meter
+        self._steps, scalars, meter = event.steps, self._pending, self.averaging.stats
         for state, drift in event.drift.items():  # of param groups, which land one by one, the worst
             far, near = f"deslo_distance/{state}", f"deslo_cosine/{state}"
             scalars[far], scalars[near] = (
@@ -160,10 +161,10 @@ class Recorder:
         scalars["deslo_exposed_s/all"] = meter.seconds_exposed
 
 
-def reduction(averaging: Averaging, plan: Plan) -> float | None:
+def reduction(averaging: StateAverager, plan: Plan) -> float | None:
     """Bytes of as many synchronous steps, over those that were sent; None while nothing was."""
-    sent = sum(averaging.meter.bytes.values())
-    return averaging.meter.steps * plan.synchronous_bytes / sent if sent else None
+    sent = sum(averaging.stats.bytes.values())
+    return averaging.stats.steps * plan.synchronous_bytes / sent if sent else None
 
 
 def _place(topology: Topology) -> dict[str, int]:
@@ -185,7 +186,9 @@ def _number(name: str, value: Any) -> float | Callable[[], float]:
         return _on_gpu(value.detach()) if value.is_cuda else value.item()
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"log({name}=...)", "a number, or a tensor with one", shown(value), "log what it comes to")
+        raise ConfigError(
+            f"log({name}=...)", "a number, or a tensor with one", repr_with_type(value), "log what it comes to"
+        )
     return value
 
 

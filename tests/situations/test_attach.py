@@ -120,7 +120,7 @@ def wrapped(kind: str) -> dict:
     apart = [whole(p) for p in inner.parameters()]
     levels = [model, inner, inner[0], *(module for module in model.modules() if isinstance(module, DDP))]
     refusals = [error_of(level.state_dict) for level in levels]
-    with deslo_plugin.one_replica():
+    with deslo_plugin.local_state_dict():
         own = len(inner.state_dict())
     names = sorted(deslo_plugin.averaged_state_dict(model))
     train(model, optimizer, range(2, 3))
@@ -131,7 +131,7 @@ def wrapped(kind: str) -> dict:
         "own": own,
         "names": names,
         "replicas": attachment.topology.replicas,
-        "failed": attachment.meter.failed_checks,
+        "failed": attachment.stats.failed_checks,
     }
 
 
@@ -507,7 +507,7 @@ def without_effect(kind: str) -> dict:
             get_optimizer_state_dict(model, optimizer)
         for step in range(6):
             if kind == "met before an average" and step == 3:
-                deslo_plugin.meet(outer)
+                deslo_plugin.sync_replicas(outer)
             model.zero_grad()
             loss_of(outer, batch(0 if kind == "same data" else dist.get_rank(), step, 0)).backward()
             if kind != "stepped elsewhere":
@@ -515,7 +515,7 @@ def without_effect(kind: str) -> dict:
             if kind in ("half", "stepped elsewhere"):
                 other.step()
         found = attachment.check()
-    return {"said": beside_the_banner(lines), "found": found, "failed": attachment.meter.failed_checks}
+    return {"said": beside_the_banner(lines), "found": found, "failed": attachment.stats.failed_checks}
 
 
 @pytest.mark.parametrize(
@@ -675,13 +675,13 @@ def late_attach() -> list[str]:
     deslo_plugin.attach(model, first, config())
     train(model, first, range(2))
     errors = [error_of(lambda: deslo_plugin.attach(model, second, config()))]
-    deslo_plugin.meet(model)
+    deslo_plugin.sync_replicas(model)
     return [*errors, error_of(lambda: deslo_plugin.attach(model, second, config()))]
 
 
 def test_an_optimizer_that_comes_late_does_not_set_replicas_back(four):
     for error, after in four().run(late_attach):
         assert (
-            "attach every optimizer before the first step, or call deslo_plugin.meet(model)" in error
+            "attach every optimizer before the first step, or call deslo_plugin.sync_replicas(model)" in error
             and after == "no error"
         )

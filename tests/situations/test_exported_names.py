@@ -66,7 +66,7 @@ def judged(model, inner, folder, moved, kind):
     averaged = deslo_plugin.averaged_state_dict(model)
     as_trained = deslo_plugin.averaged_state_dict(model, as_trained=True)
     deslo_plugin.save(folder, model)
-    saved = deslo_plugin.saved_state_dict(folder)
+    saved = deslo_plugin.load_averaged_state_dict(folder)
     for state in (averaged, saved):
         Tied(kind).load_state_dict(state, strict=True)
     dtypes = {name: value.dtype for name, value in Tied().state_dict().items()}

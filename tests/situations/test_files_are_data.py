@@ -15,9 +15,9 @@ from test_checkpoint import config_for
 from typer.testing import CliRunner
 
 import deslo_plugin
-from deslo_plugin.checkpoint.manifest import measured, read_proof, write_proof
+from deslo_plugin.checkpoint.manifest import file_checksums, read_manifest, write_manifest
 from deslo_plugin.cli.app import app
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 
 
 class Runs:
@@ -34,7 +34,7 @@ def sealed(folder: Path) -> None:
     """With the checksums of what is there now, as anybody can make them."""
     from dataclasses import replace
 
-    write_proof(folder, replace(read_proof(folder), files=measured(folder, None)))
+    write_manifest(folder, replace(read_manifest(folder), files=file_checksums(folder, None)))
 
 
 def saved(path: Path, mode: str = "averaged", **options: Any) -> Path:
@@ -114,7 +114,7 @@ def test_nothing_in_a_crafted_folder_runs(tmp_path, mode, craft):
     told = CliRunner().invoke(app, ["ckpt", "inspect", str(folder)])
     assert told.exception is None or isinstance(told.exception, SystemExit)
     assert CliRunner().invoke(app, ["ckpt", "inspect", str(folder.parent)]).exit_code == told.exit_code
-    assert deslo_plugin.latest(folder.parent) == folder
+    assert deslo_plugin.latest_checkpoint(folder.parent) == folder
     model, _ = alone()
     if craft is in_the_index_of_dcp:  # nobody reads that
         assert deslo_plugin.load(folder, model) == {"batch": 3}
@@ -122,7 +122,7 @@ def test_nothing_in_a_crafted_folder_runs(tmp_path, mode, craft):
         with pytest.raises((ConfigError, OSError)):
             deslo_plugin.load(folder, model)
     try:
-        deslo_plugin.saved_state_dict(folder)
+        deslo_plugin.load_averaged_state_dict(folder)
     except (ConfigError, OSError):
         pass
     assert not marker.exists()
@@ -133,7 +133,7 @@ def test_nothing_in_a_crafted_folder_runs(tmp_path, mode, craft):
 def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path):
     folder = saved(tmp_path / "c")
     (folder / "hook.py").write_text("")
-    for read in (lambda: deslo_plugin.load(folder, alone()[0]), lambda: deslo_plugin.saved_state_dict(folder)):
+    for read in (lambda: deslo_plugin.load(folder, alone()[0]), lambda: deslo_plugin.load_averaged_state_dict(folder)):
         with pytest.raises(ConfigError, match="hook.py: not named in deslo.json; move it out"):
             read()
     assert "TORN: hook.py: not named in deslo.json" in CliRunner().invoke(app, ["ckpt", "inspect", str(folder)]).stdout
@@ -142,8 +142,8 @@ def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["../outside.distcp", "/etc/hostname", "a/../../outside.distcp", ""])
 def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path, name):
     folder = saved(tmp_path / "c")
-    proof = read_proof(folder)
-    write_proof(folder, type(proof)(**{**vars(proof), "files": {**proof.files, name: [1, 2]}}))
+    proof = read_manifest(folder)
+    write_manifest(folder, type(proof)(**{**vars(proof), "files": {**proof.files, name: [1, 2]}}))
     with pytest.raises(ConfigError, match="expected files inside the folder"):
         deslo_plugin.load(folder, alone()[0])
 
@@ -191,13 +191,13 @@ def test_a_kept_sha256_finds_what_a_checksum_made_anew_hides(tmp_path, caplog):
     sealed(folder)
     for read in (
         lambda: deslo_plugin.load(folder, alone()[0], sha256=kept),
-        lambda: deslo_plugin.saved_state_dict(folder, sha256=kept),
+        lambda: deslo_plugin.load_averaged_state_dict(folder, sha256=kept),
     ):
         with pytest.raises(ConfigError, match=f"a deslo.json with SHA-256 {kept}, got .*somebody has changed it"):
             read()
     weak = saved(tmp_path / "weak")
     with pytest.raises(ConfigError, match="a SHA-256 of every file, got CRC-32 alone"):
-        deslo_plugin.load(weak, alone()[0], sha256=read_proof(weak).digest)
+        deslo_plugin.load(weak, alone()[0], sha256=read_manifest(weak).digest)
 
 
 def test_plain_values_come_back_as_they_were(tmp_path):
@@ -326,7 +326,7 @@ def test_the_loss_scale_of_an_engine_goes_on(four, tmp_path, stage):
         (["latest", "global_step3/mp_rank_00_model_states.pt"], "a folder of checkpoints of DeepSpeed's own"),
         ([".metadata", "__0_0.distcp"], "a checkpoint of torch.distributed.checkpoint alone"),
         (["model.safetensors"], "exported weights"),
-        (["step_1/deslo.json"], r"a folder of checkpoints; load\(deslo_plugin.latest\(path\), model\)"),
+        (["step_1/deslo.json"], r"a folder of checkpoints; load\(deslo_plugin.latest_checkpoint\(path\), model\)"),
     ],
 )
 def test_what_others_saved_is_called_by_its_name(tmp_path, files, said):
@@ -373,7 +373,7 @@ def weights_by_the_script(config: dict, folder: str) -> list[dict | None]:
 def test_the_script_beside_an_engines_checkpoints_writes_their_weights(four, tmp_path):
     (last, first), *_ = four().run(weights_by_the_script, config_for("zero 2"), str(tmp_path), timeout=600)
     for written, tag in ((last, "b"), (first, "a")):
-        expected = deslo_plugin.saved_state_dict(tmp_path / tag)
+        expected = deslo_plugin.load_averaged_state_dict(tmp_path / tag)
         assert written.keys() == expected.keys() and all(
             torch.equal(written[name], expected[name]) for name in expected
         )

@@ -1,6 +1,6 @@
 """The weights that a DeepSpeed forward uses are the masters, after whatever wrote the masters: a checkpoint that was
-loaded into the running engine, ``meet``, an average, a step that was skipped. (ZeRO-3 keeps small parameters gathered
-between steps.)"""
+loaded into the running engine, ``sync_replicas``, an average, a step that was skipped. (ZeRO-3 keeps small parameters
+gathered between steps.)"""
 
 import contextlib
 
@@ -45,8 +45,8 @@ def evaluate(engine) -> None:
 
 def a_spike(ds: dict, folder: str, leaf: bool = False) -> float:
     """Trains, saves, trains on, evaluates, rolls back in the same process and trains again: how far apart losses and
-    states of both times are. Then ``meet``, with and without an evaluation before; ``train`` and ``evaluate`` look at
-    every forward."""
+    states of both times are. Then ``sync_replicas``, with and without an evaluation before; ``train`` and ``evaluate``
+    look at every forward."""
     import deslo_plugin
 
     with fp16_everywhere() if "fp16" in ds else contextlib.nullcontext():
@@ -59,11 +59,11 @@ def a_spike(ds: dict, folder: str, leaf: bool = False) -> float:
             evaluate(engine)
             deslo_plugin.load(folder, engine)
             again = train(engine, range(5, 10)), replica_state(engine)
-            deslo_plugin.meet(engine)
+            deslo_plugin.sync_replicas(engine)
             evaluate(engine)
             train(engine, range(10, 11))
             evaluate(engine)
-            deslo_plugin.meet(engine)
+            deslo_plugin.sync_replicas(engine)
             train(engine, range(11, 13))
     apart = [abs(a - b) for a, b in zip(once[0], again[0])]
     apart += [
@@ -135,8 +135,8 @@ def test_an_average_after_the_update_is_used_in_every_sub_group(four):
 
 
 def gathered_by_the_script(ds: dict, folder: str) -> list[float]:
-    """``meet`` and ``load`` while the script holds all weights gathered: how far what it sees, and what it sees
-    afterwards, is from the masters."""
+    """``sync_replicas`` and ``load`` while the script holds all weights gathered: how far what it sees, and what it
+    sees afterwards, is from the masters."""
     from deepspeed.runtime.zero import GatheredParameters
 
     import deslo_plugin
@@ -154,7 +154,7 @@ def gathered_by_the_script(ds: dict, folder: str) -> list[float]:
         deslo_plugin.save(folder, engine, mode="per_replica")
         train(engine, range(3, 5))
         found = []
-        for act in (lambda: deslo_plugin.meet(engine), lambda: deslo_plugin.load(folder, engine)):
+        for act in (lambda: deslo_plugin.sync_replicas(engine), lambda: deslo_plugin.load(folder, engine)):
             with GatheredParameters(list(engine.module.parameters())):
                 act()
                 found.append(apart(engine))
@@ -183,7 +183,7 @@ def written_by_the_script(ds: dict, folder: str) -> None:
         train(engine, range(3))
         deslo_plugin.save(folder, engine, mode="per_replica")
         write(engine)
-        deslo_plugin.meet(engine)
+        deslo_plugin.sync_replicas(engine)
         evaluate(engine)
         write(engine)
         deslo_plugin.load(folder, engine)

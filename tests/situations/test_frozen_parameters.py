@@ -73,7 +73,7 @@ def what_trains_is_sent(kind, wrap):
     )
     planned = {name: sum(attachment.plan.bytes_at(t).get(name, 0) for t in range(10)) for name in EVERY}
     saved = deslo_plugin.averaged_state_dict(model)
-    return dict(attachment.meter.bytes), planned, state, set(saved), attachment.plan.flight_bytes
+    return dict(attachment.stats.bytes), planned, state, set(saved), attachment.plan.flight_bytes
 
 
 @pytest.mark.parametrize("kind", ["desloc", "stock"])
@@ -101,12 +101,12 @@ def unfrozen(kind, whose, deslo, groups=None):
     base.requires_grad_(False)
     optimizer.zero_grad()
     step(5)
-    sent = attachment.meter.bytes["params"]
+    sent = attachment.stats.bytes["params"]
     step(8)
     return (
         before,
         clocks,
-        attachment.meter.bytes["params"] - sent,
+        attachment.stats.bytes["params"] - sent,
         spread(base.weight),
         attachment.plan.bytes_at(4)["params"],
     )
@@ -140,7 +140,7 @@ def thawed():
     model.base.requires_grad_(True)
     step = stepper(model, optimizer)
     step(5)
-    return nothing, attachment.meter.bytes["params"], attachment.plan.bytes_at(4)["params"]
+    return nothing, attachment.stats.bytes["params"], attachment.plan.bytes_at(4)["params"]
 
 
 def test_a_model_that_is_frozen_when_it_is_attached_may_train_later(four):

@@ -8,7 +8,7 @@ from worlds import threads
 
 import deslo_plugin
 from deslo_plugin import ConfigError, DesLoc, load_config
-from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.any_optimizer_step import schedule
 
 EVERY = {"params": 2, "exp_avg": 2, "exp_avg_sq": 2}
@@ -64,12 +64,12 @@ def scale_trained(kind, alone, folder):
     step(model, optimizer, 1, generator)
     apart = torch.stack(everyone(both()))
     deslo_plugin.save(folder, model)
-    saved = deslo_plugin.saved_state_dict(folder)["scale"]
+    saved = deslo_plugin.load_averaged_state_dict(folder)["scale"]
     deslo_plugin.load(folder, model)
     loaded = both()
     step(model, optimizer, 2, generator)
-    deslo_plugin.meet(model)
-    return averaged, apart, saved, loaded, everyone(both()), attachment.meter.bytes
+    deslo_plugin.sync_replicas(model)
+    return averaged, apart, saved, loaded, everyone(both()), attachment.stats.bytes
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -95,7 +95,7 @@ def test_clocks_are_right_under_any_default_dtype_and_after_any_number_of_steps(
                 param.grad = torch.full((3,), float(average.rank), dtype=torch.float32)
                 optimizer.step()
             assert int(optimizer.state[param]["step"]) == optimizer.averaging.steps == 3 * start + 4
-        return optimizer.meter.events["params"]
+        return optimizer.stats.events["params"]
 
     torch.set_default_dtype(dtype)
     try:
@@ -115,15 +115,15 @@ def test_param_groups_may_be_empty_anywhere(kind, empty):
             optimizer.attach(average, [param for group in groups for param in group["params"]])
             averaging = optimizer.averaging
         else:
-            averaging = StockAveraging(optimizer, load_config(config).deslo, average)
+            averaging = AnyOptimizerAverager(optimizer, load_config(config).deslo, average)
             schedule(averaging)
         for _ in range(4):
             for param in params:
                 param.grad = torch.full_like(param, 1.0 + average.rank)
             optimizer.step()
         assert (
-            averaging.steps == averaging.meter.steps == 4
-            and averaging.meter.events["params"] == 2
+            averaging.steps == averaging.stats.steps == 4
+            and averaging.stats.events["params"] == 2
             and averaging.diverged
         )
         return [param.detach() for param in params]
@@ -143,7 +143,7 @@ def test_a_meter_counts_averages_after_the_clock_went_back_too():
                 param.grad = torch.ones(2)
                 optimizer.step()
             optimizer.load_state_dict(kept)
-        return optimizer.meter.steps, optimizer.meter.events["params"], optimizer.meter.bytes["params"]
+        return optimizer.stats.steps, optimizer.stats.events["params"], optimizer.stats.bytes["params"]
 
     assert threads(2, replica) == [(9, 4, 4 * 12)] * 2
 

@@ -7,8 +7,8 @@ import pytest
 import torch.distributed as dist
 
 from deslo_plugin import ConfigError
-from deslo_plugin.comm.consistency import agree
-from deslo_plugin.comm.transport import gathered
+from deslo_plugin.comm.consistency import check_same_on_all_ranks
+from deslo_plugin.comm.transport import all_gather_by_rank
 
 
 class Blocked:
@@ -25,9 +25,9 @@ def exchanged() -> list:
     pickle.Unpickler = None
     try:
         return [
-            gathered(plain),
-            gathered(rank == 2),
-            gathered(ConfigError("a", "b", "c", f"d{rank}") if rank else None),
+            all_gather_by_rank(plain),
+            all_gather_by_rank(rank == 2),
+            all_gather_by_rank(ConfigError("a", "b", "c", f"d{rank}") if rank else None),
         ]
     finally:
         sys.meta_path.remove(asked)
@@ -63,7 +63,7 @@ def test_what_is_not_data_is_refused_where_it_would_be_sent(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     try:
         with pytest.raises(TypeError, match="expected plain data or a ConfigError, got Code"):
-            gathered({"a": Code()})
-        agree("nothing", {"a": 1}, do="nothing")
+            all_gather_by_rank({"a": Code()})
+        check_same_on_all_ranks("nothing", {"a": 1}, do="nothing")
     finally:
         dist.destroy_process_group()

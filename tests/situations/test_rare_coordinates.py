@@ -21,9 +21,9 @@ from worlds import threads
 
 import deslo_plugin
 from deslo_plugin import DesLoc, load_config
-from deslo_plugin.comm.transport import Alone
+from deslo_plugin.comm.transport import SingleReplica
 from deslo_plugin.config.file import read_file
-from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.any_optimizer_step import schedule
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -53,7 +53,7 @@ def stock(build, every, second="exp_avg_sq", **more):
     def attached(params, average):
         optimizer = build(params, lr=LR)
         deslo = load_config({"deslo": {"sync_every": periods(every, second) | more}}).deslo
-        schedule(StockAveraging(optimizer, deslo, average))
+        schedule(AnyOptimizerAverager(optimizer, deslo, average))
         return optimizer
 
     return attached
@@ -242,7 +242,7 @@ def test_no_momentum_is_ever_larger_than_an_adam_alone_could_have_it(s, seed, we
         for t in range(steps):
             p.grad = mean_in_warm_up(average.rank, t)
             if weighted:
-                optimizer.averaging.saw(seen(average.rank, t))
+                optimizer.averaging.record_samples(seen(average.rank, t))
             optimizer.step()
             state = optimizer.state[p]
             for name, ratio in zip(optimizer.config.optimizer.momenta, largest_ratio(s, t + 1)):
@@ -304,7 +304,7 @@ def rmsprop(params, lr):
 def test_what_nothing_holds_is_said_once_after_the_first_step(caplog, build, sync_every, said):
     model = nn.Linear(3, 2)
     optimizer = build(list(model.parameters()), lr=LR)
-    schedule(StockAveraging(optimizer, load_config({"deslo": {"sync_every": sync_every}}).deslo, Alone()))
+    schedule(AnyOptimizerAverager(optimizer, load_config({"deslo": {"sync_every": sync_every}}).deslo, SingleReplica()))
     with caplog.at_level(logging.WARNING, logger="deslo_plugin"):
         for _ in range(3):
             model(torch.ones(1, 3)).sum().backward()
@@ -318,10 +318,11 @@ def test_what_nothing_holds_is_said_once_after_the_first_step(caplog, build, syn
 
 
 def excess(blocks_of_job, steps):
-    """How far momenta are above what v allows after ``steps`` steps and ``meet``, and after a save and a load of it."""
+    """How far momenta are above what v allows after ``steps`` steps and ``sync_replicas``, and after a save and a load
+    of it."""
     model, optimizer, _ = torch_jobs.attached("plain", blocks_of_job)
     torch_jobs.train(model, optimizer, range(steps))
-    deslo_plugin.meet(model)
+    deslo_plugin.sync_replicas(model)
     most = 0.1 / math.sqrt(0.05 * (1 - 0.81 / 0.95))
     return max(
         float((optimizer.state[p]["exp_avg"].abs() - most * optimizer.state[p]["exp_avg_sq"].sqrt()).max())

@@ -91,7 +91,7 @@ def saves_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
         "full disk, sync": ("synchronized", {}, full_disk(1)),
         "full disk, exact": ("per_replica", {}, full_disk(3)),
         "full disk on the first rank": ("averaged", {}, full_disk(0)),
-        "quota at deslo.json": ("averaged", {}, failing(0, "deslo_plugin.checkpoint.save_load.write_proof", quota)),
+        "quota at deslo.json": ("averaged", {}, failing(0, "deslo_plugin.checkpoint.save_load.write_manifest", quota)),
         "no permission to rename": (
             "averaged",
             {},
@@ -164,7 +164,7 @@ def loads_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
     before = job.states()
     gone, said = OSError(errno.EIO, "Input/output error"), {}
     for harm, target in {
-        "manifest": "deslo_plugin.checkpoint.save_load.read_proof",
+        "manifest": "deslo_plugin.checkpoint.save_load.read_manifest",
         "extra": "deslo_plugin.checkpoint.save_load.read_plain",
         "index": "deslo_plugin.checkpoint.save_load.read_index",
         "tree": tree_of(kind),
@@ -301,7 +301,7 @@ def meets_that_fail(kind: str, config: dict) -> tuple:
     job = Job(kind, config)
     job.train(range(2))
     with failing(2, tree_of(kind), RuntimeError("no such state")):
-        said = said_of(lambda: deslo_plugin.meet(job.model))
+        said = said_of(lambda: deslo_plugin.sync_replicas(job.model))
     job.train(range(2, 4))
     job.close()
     return said

@@ -139,7 +139,7 @@ class Job:
             self.optimizer.add_param_group({"params": [self.net.late]})
 
     def keep(self) -> None:
-        with self.deslo_plugin.one_replica():
+        with self.deslo_plugin.local_state_dict():
             self.kept = (
                 copy.deepcopy((self.net.state_dict(), self.optimizer.state_dict())),
                 self.step,
@@ -154,7 +154,7 @@ class Job:
 
     def load_optimizer(self, who: int) -> None:
         if who == self.rank:
-            with self.deslo_plugin.one_replica():
+            with self.deslo_plugin.local_state_dict():
                 self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
 
     def save_and_load(self, mode: str) -> None:
@@ -164,7 +164,7 @@ class Job:
         self.deslo_plugin.load(path, self.model)
 
     def average_now(self) -> None:
-        self.deslo_plugin.meet(self.model)
+        self.deslo_plugin.sync_replicas(self.model)
 
     def states(self) -> dict[str, Tensor]:
         out = {}

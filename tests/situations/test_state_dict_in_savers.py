@@ -75,7 +75,7 @@ def on_every_rank(kind, config):
 def twin_keys(job):
     import deslo_plugin
 
-    with deslo_plugin.one_replica():
+    with deslo_plugin.local_state_dict():
         return job.model.state_dict()
 
 
@@ -146,7 +146,7 @@ def before_the_first_average(config, folder):
     job.train(range(2))
     given = [job.model.state_dict()["0.weight"]]
     deslo_plugin.save(folder, job.model, mode="per_replica")
-    deslo_plugin.meet(job.model)
+    deslo_plugin.sync_replicas(job.model)
     met = job.model.state_dict()["0.weight"].clone()
     job.train(range(2, 3))
     given.append(job.model.state_dict()["0.weight"])
@@ -177,14 +177,14 @@ def called_alone(call, config):
         try:
             {
                 "averaged_state_dict": lambda: deslo_plugin.averaged_state_dict(job.model),
-                "meet": lambda: deslo_plugin.meet(job.model),
+                "meet": lambda: deslo_plugin.sync_replicas(job.model),
                 "save": lambda: deslo_plugin.save("/nonexistent/c", job.model),
                 "state_dict": lambda: job.model.state_dict(),
             }[call]()
         except deslo_plugin.ConfigError as error:
             said = str(error)
     job.train(range(6, 10))
-    deslo_plugin.meet(job.model)
+    deslo_plugin.sync_replicas(job.model)
     return said
 
 
@@ -193,7 +193,7 @@ def called_alone(call, config):
     [
         ("averaged_state_dict", "averaged_state_dict()"),
         ("save", "save()"),
-        ("meet", "meet()"),
+        ("meet", "sync_replicas()"),
         ("state_dict", "Sequential.state_dict()"),
     ],
 )
@@ -213,7 +213,7 @@ def called_differently(config):
     job = Job("plain", config)
     job.train(range(2))
     try:
-        deslo_plugin.meet(job.model) if dist.get_rank() == 0 else deslo_plugin.averaged_state_dict(job.model)
+        deslo_plugin.sync_replicas(job.model) if dist.get_rank() == 0 else deslo_plugin.averaged_state_dict(job.model)
     except deslo_plugin.ConfigError as error:
         return str(error)
     return "no error"
@@ -221,9 +221,10 @@ def called_differently(config):
 
 def test_two_different_collective_calls_are_an_error_on_every_rank(four):
     first, *others = four().run(called_differently, blocks(S))
-    assert "meet(): expected a call on every rank, got averaged_state_dict() on rank" in first
+    assert "sync_replicas(): expected a call on every rank, got averaged_state_dict() on rank" in first
     assert all(
-        "averaged_state_dict(): expected a call on every rank, got meet() on rank 0" in error for error in others
+        "averaged_state_dict(): expected a call on every rank, got sync_replicas() on rank 0" in error
+        for error in others
     )
 
 

@@ -56,7 +56,7 @@ def own_heads(then, folder):
     head = model.heads[0].weight
     own = {name: value.clone() for name, value in optimizer.state.get(head, {}).items()}
     if then == "meet":
-        deslo_plugin.meet(model)
+        deslo_plugin.sync_replicas(model)
     if then in ("averaged", "per_replica"):
         deslo_plugin.save(folder, model, mode=then)
         names = sorted(optimizer.state.get(head, {}))
@@ -92,7 +92,7 @@ def alone(kind, call):
     optimizer, _ = attached(kind, model, timeout_s=61.0 + len(kind + call) + (call == "add"))
     for _ in range(2):
         step(model, optimizer)
-    with deslo_plugin.one_replica():
+    with deslo_plugin.local_state_dict():
         saved = copy.deepcopy(optimizer.state_dict())
     try:
         if dist.get_rank() == 1:
@@ -149,7 +149,7 @@ def changed(kind, what):
         model[0].requires_grad_(True)
         optimizer.add_param_group({"params": rest, "lr": 1e-3})
     if what == "back":
-        with deslo_plugin.one_replica():
+        with deslo_plugin.local_state_dict():
             saved = copy.deepcopy(optimizer.state_dict())
         for _ in range(3):
             step(model, optimizer)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import deslo_plugin
 from deslo_plugin.cli.app import app
-from deslo_plugin.telemetry.jsonl_writer import Journal
+from deslo_plugin.telemetry.jsonl_writer import JsonlWriter
 from deslo_plugin.telemetry.report import charts
 from deslo_plugin.telemetry.report.run import Run
 
@@ -59,7 +59,7 @@ def test_what_is_not_ours_is_neither_followed_nor_cut(tmp_path, lies_there, text
 def test_a_run_goes_on_in_a_file_that_it_was_cut_off_in(tmp_path, left):
     path = tmp_path / "replica-0.jsonl"
     path.write_text(left)
-    journal = Journal(path)
+    journal = JsonlWriter(path)
     journal.put({"kind": "start", "at": 2})
     journal.close()
     assert [json.loads(line)["at"] for line in path.read_text().splitlines()] == ([1, 2] if "\n" in left else [2])
@@ -168,7 +168,7 @@ def before():
     print("told", os.path.exists(sys.argv[1] + "/c/deslo.json"))
     if sys.argv[2] == "raises": raise RuntimeError("tracker is gone")
 
-preemption.exit(sys.argv[1] + "/c", extra={"step": 3}, before=before)
+preemption.save_and_exit(sys.argv[1] + "/c", extra={"step": 3}, before=before)
 """
 
 
@@ -184,5 +184,6 @@ def test_a_preempted_job_closes_its_writers_and_tells_trackers_before_it_leaves(
     assert done.returncode == 0, done.stderr
     assert done.stdout == "told True\n" and "deslo_bytes/params" in (tmp_path / "events").read_text()
     assert (
-        "Preemption.exit(before=...) failed, the checkpoint is whole: RuntimeError('tracker is gone')" in done.stderr
+        "Preemption.save_and_exit(before=...) failed, the checkpoint is whole: RuntimeError('tracker is gone')"
+        in done.stderr
     ) == (callback == "raises")

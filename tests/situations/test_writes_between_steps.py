@@ -10,7 +10,7 @@ from worlds import threads
 import deslo_plugin
 from deslo_plugin import DesLoc
 from deslo_plugin.config.load import load_config
-from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.any_optimizer_step import schedule
 
 EVERY = {"params": 3, "exp_avg": 2, "exp_avg_sq": 6}
@@ -58,7 +58,7 @@ def desloc(params, average, **deslo):
 
 def stock(params, average, **deslo):
     optimizer = torch.optim.AdamW(params, lr=1e-2)
-    schedule(StockAveraging(optimizer, load_config({"deslo": {"sync_every": EVERY, **deslo}}).deslo, average))
+    schedule(AnyOptimizerAverager(optimizer, load_config({"deslo": {"sync_every": EVERY, **deslo}}).deslo, average))
     return optimizer
 
 
@@ -114,8 +114,8 @@ def test_nothing_written_costs_one_word_of_an_average_and_something_written_one_
             optimizer.step()
             if write and average.rank == 0:
                 x.data += 1
-        assert sum(average.sent) == sum(optimizer.meter.bytes.values())
-        return optimizer.meter.bytes, optimizer.meter.events
+        assert sum(average.sent) == sum(optimizer.stats.bytes.values())
+        return optimizer.stats.bytes, optimizer.stats.events
 
     for bytes_, events in threads(2, lambda average: replica(average, write=False)):
         assert bytes_ == {"params": 2 * (400 + 4), "exp_avg": 2 * 400} and events == {"params": 2, "exp_avg": 2}
@@ -147,7 +147,7 @@ def restored(kind, what, whose, steps_to_landing, delay=1):
 
     for _ in range(6):
         step()
-    with deslo_plugin.one_replica():
+    with deslo_plugin.local_state_dict():
         kept = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
     for _ in range(2):
         step()

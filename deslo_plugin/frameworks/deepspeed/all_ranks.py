@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 
 LOOK_EVERY, WAIT_S = 1.0, 1800.0  # seconds; ranks may load models at different speeds, for as long as torch would wait
 OURS, OTHERS = "deslo", "no such block"

@@ -19,15 +19,15 @@ from deslo_plugin.checkpoint.model_names import saved_state
 from deslo_plugin.checkpoint.save_load import load, save
 from deslo_plugin.checkpoint.state_dict_guard import refuse_one_replica
 from deslo_plugin.comm.all_or_none import all_or_none
-from deslo_plugin.comm.consistency import agree
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.consistency import check_same_on_all_ranks
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks.deepspeed.export import whole_of
-from deslo_plugin.log import say
+from deslo_plugin.log import log_rank0
 
 LATEST = "latest"
 
 
-def save_the_truth(engine: DeepSpeedEngine) -> None:
+def install_checkpoint_methods(engine: DeepSpeedEngine) -> None:
     """Gives ``engine`` checkpoints by ``deslo.checkpoint_mode`` in ``<save_dir>/<tag>``, and exports of the averaged
     model."""
     load_native = engine.load_checkpoint
@@ -59,13 +59,13 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
             tag = all_or_none(
                 lambda: latest.read_text().strip() if latest.is_file() else None, dist.group.WORLD, "see and read"
             )
-        agree("load_checkpoint", {"tag": tag}, do="give every rank the same folder and tag")
+        check_same_on_all_ranks("load_checkpoint", {"tag": tag}, do="give every rank the same folder and tag")
         if tag is None:
-            say(f"deslo: {latest} is not there, nothing was loaded", logging.WARNING)
+            log_rank0(f"deslo: {latest} is not there, nothing was loaded", logging.WARNING)
             return None, None
         folder = Path(load_dir) / str(tag)
         if not (folder / NAME).is_file() and options.get("load_module_only"):
-            say(f"deslo: {folder} is DeepSpeed's own: every replica begins with its weights")
+            log_rank0(f"deslo: {folder} is DeepSpeed's own: every replica begins with its weights")
             return load_native(load_dir, tag, **options)
         partly = [name for name, value in options.items() if value not in (None, name in ALL)]
         if partly:
@@ -73,7 +73,7 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
                 f"load_checkpoint({', '.join(partly)})",
                 "the whole state",
                 "a part of it",
-                "remove it; for weights alone, load deslo_plugin.saved_state_dict(folder) into the model",
+                "remove it; for weights alone, load deslo_plugin.load_averaged_state_dict(folder) into the model",
             )
         return str(folder), load(folder, engine)
 
@@ -91,7 +91,7 @@ def save_the_truth(engine: DeepSpeedEngine) -> None:
         return True
 
     def averaged_16bit_state_dict(exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
-        say("deslo: exporting the average of all replicas")
+        log_rank0("deslo: exporting the average of all replicas")
         frozen = {
             name
             for name, value in saved_state(engine.module).items()
@@ -120,16 +120,17 @@ from pathlib import Path
 
 import torch
 
-from deslo_plugin import latest, saved_state_dict
+from deslo_plugin import latest_checkpoint, load_averaged_state_dict
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("checkpoint_dir", type=Path)
 parser.add_argument("output", type=Path, help="a file, or a folder for pytorch_model.bin")
 parser.add_argument("-t", "--tag", help="by default the latest")
 given = parser.parse_args()
-folder = given.checkpoint_dir / given.tag if given.tag else latest(given.checkpoint_dir) or given.checkpoint_dir
+newest = latest_checkpoint(given.checkpoint_dir) or given.checkpoint_dir
+folder = given.checkpoint_dir / given.tag if given.tag else newest
 file = given.output if given.output.suffix else given.output / "pytorch_model.bin"
 file.parent.mkdir(parents=True, exist_ok=True)
-torch.save(saved_state_dict(folder), file)
+torch.save(load_averaged_state_dict(folder), file)
 print(f"wrote {file}: the weights of {folder}")
 '''

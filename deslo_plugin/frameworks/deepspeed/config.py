@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from deslo_plugin.config.load import expect_averages, load_config, read_deslo
-from deslo_plugin.config.reader import ConfigError, shown
+from deslo_plugin.config.load import check_periods, load_config, read_deslo
+from deslo_plugin.config.reader import repr_with_type
 from deslo_plugin.config.schema import DesloConfig
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.optim.desloc import DesLoc
 
 Build = Callable[[Any], DesLoc]
@@ -43,7 +44,7 @@ def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, Any]:
     """
     refuse_misspelt(ds)
     kind, block = (ds.get("optimizer") or {}).get("type"), ds.get("deslo")
-    if kind is not None and (isinstance(optimizer, DesLoc) or kind == "DesLoc" and optimizer is not None):
+    if kind is not None and (isinstance(optimizer, DesLoc) or (kind == "DesLoc" and optimizer is not None)):
         raise ConfigError(
             "deepspeed.initialize",
             "one optimizer",
@@ -63,7 +64,7 @@ def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, Any]:
         raise ConfigError(
             '"deslo" block',
             '"optimizer": {"type": "DesLoc", ...} beside it, or "sync_every" in it',
-            shown(kind or type(optimizer).__name__),
+            repr_with_type(kind or type(optimizer).__name__),
             'set the type to "DesLoc", or schedule the states of another optimizer with "sync_every"',
         )
 
@@ -93,7 +94,7 @@ def _take_block(optimizer: DesLoc, block: Any) -> None:
         deslo = read_deslo(block)
         if deslo.sync_every is not None:
             raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "give the periods to DesLoc")
-        expect_averages(deslo, optimizer.config.optimizer.periods)
+        check_periods(deslo, optimizer.config.optimizer.periods)
         optimizer.config = replace(optimizer.config, deslo=deslo)
     optimizer.armed = False
 
@@ -102,7 +103,7 @@ def refuse_misspelt(ds: Mapping[str, Any]) -> None:
     """DeepSpeed accepts unknown sections in silence, so a misspelt one would train something else."""
     kind = (ds.get("optimizer") or {}).get("type")
     if kind != "DesLoc" and isinstance(kind, str) and difflib.get_close_matches(kind.lower(), ["desloc"], cutoff=0.75):
-        raise ConfigError("optimizer.type", "'DesLoc'", shown(kind), "did you mean 'DesLoc'?")
+        raise ConfigError("optimizer.type", "'DesLoc'", repr_with_type(kind), "did you mean 'DesLoc'?")
     for key in difflib.get_close_matches("deslo", [str(key) for key in ds], n=9, cutoff=0.75):
         if key != "deslo":
             raise ConfigError(

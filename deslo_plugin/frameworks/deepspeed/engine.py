@@ -16,22 +16,27 @@ from deepspeed.runtime.zero import utils as zero_utils
 
 from deslo_plugin.attachment import Attachment
 from deslo_plugin.checks.module_wrappers import engines, saved_buffers
-from deslo_plugin.checks.replica_checks import agree_on_model, agree_on_optimizer, equal_replicas, say_placement
+from deslo_plugin.checks.replica_checks import (
+    agree_on_model,
+    agree_on_optimizer,
+    broadcast_or_check_params,
+    say_placement,
+)
 from deslo_plugin.checks.replica_watch import Watch
-from deslo_plugin.comm.consistency import agree
-from deslo_plugin.comm.transport import Groups, ReplicaAverage, gathered
+from deslo_plugin.comm.consistency import check_same_on_all_ranks
+from deslo_plugin.comm.transport import Groups, ReplicaTransport, all_gather_by_rank
 from deslo_plugin.config.load import read_deslo
-from deslo_plugin.config.reader import ConfigError
 from deslo_plugin.config.schema import Config, DesloConfig
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks.deepspeed import checkpoint, zero
 from deslo_plugin.frameworks.deepspeed.all_ranks import expect_ours, leave_note
 from deslo_plugin.frameworks.deepspeed.config import compared, is_ours, job_of, refuse_misspelt, refuse_unsupported
 from deslo_plugin.frameworks.deepspeed.engine_step import EngineStep
-from deslo_plugin.frameworks.deepspeed.mpu import ReplicaUnit, active, groups_of
+from deslo_plugin.frameworks.deepspeed.mpu import ReplicaMPU, active, groups_of
 from deslo_plugin.frameworks.telemetry_sinks import add_scalars, start_telemetry
 from deslo_plugin.frameworks.versions import expect
-from deslo_plugin.log import say
-from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.log import log_rank0
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.desloc import DesLoc
 
 OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_checkpoint")  # ask for groups after init
@@ -68,20 +73,20 @@ def _engine_init(original: Callable[..., None]) -> Callable[..., None]:
         if not ours:
             refuse_misspelt(ds)
             if expected:
-                say(NOTHING_OF_US, logging.WARNING)
+                log_rank0(NOTHING_OF_US, logging.WARNING)
             return original(self, *args, **kwargs)
         expect_ours("deepspeed.initialize", place)
         expect("deepspeed")
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # as the engine will: NCCL needs it before it talks
         # first of all: what one rank alone would be refused for must not leave the others waiting
-        agree("the DeepSpeed config's", compared(ds), do="give every rank the same config")
+        check_same_on_all_ranks("the DeepSpeed config's", compared(ds), do="give every rank the same config")
         kinds = {name: type(given.get(name)).__name__ for name in ("model", "optimizer", "mpu", "mesh_device")}
-        agree("deepspeed.initialize's", kinds, do="give every rank the same")
+        check_same_on_all_ranks("deepspeed.initialize's", kinds, do="give every rank the same")
         deslo, optimizer = job_of(ds, given["optimizer"])
         refuse_unsupported(ds, given["model"], given["mpu"], given.get("mesh_device"), deslo)
         groups = groups_of(deslo)
         _equal_replicas(given["model"], deslo, groups)
-        unit = ReplicaUnit(groups)
+        unit = ReplicaMPU(groups)
         given |= {"optimizer": optimizer, "mpu": unit}
         if deslo.sync_every is None:
             given["config_class"].zero_force_ds_cpu_optimizer = False  # DesLoc is the CPU optimizer of this offload
@@ -107,7 +112,9 @@ def _zero_init(original: Callable[..., None]) -> Callable[..., None]:
             place = leave_note("deepspeed.zero.Init", "deslo" in ds)
             if "deslo" in ds:
                 expect_ours("deepspeed.zero.Init", place)
-                agree("deepspeed.zero.Init's", {"deslo": ds["deslo"]}, do="give every rank the same config")
+                check_same_on_all_ranks(
+                    "deepspeed.zero.Init's", {"deslo": ds["deslo"]}, do="give every rank the same config"
+                )
                 call.arguments["data_parallel_group"] = groups_of(read_deslo(ds["deslo"])).shard
         original(*call.args, **call.kwargs)
 
@@ -118,7 +125,7 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
     """Same names, shapes and values of all parameters on every rank, or an error; before anything could hang."""
     agree_on_model(model, lambda p: getattr(p, "ds_shape", p.shape))
     params = dict(model.named_parameters())
-    sharded = {name: zero.own_part(p) for name, p in params.items() if hasattr(p, "ds_tensor")}
+    sharded = {name: zero.local_shard(p) for name, p in params.items() if hasattr(p, "ds_tensor")}
     for name, p in params.items():
         if name in sharded and dist.get_world_size(p.ds_process_group) != groups.topology.replica_size:
             raise ConfigError(
@@ -129,24 +136,24 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
             )
     whole = {name: p.data for name, p in params.items() if name not in sharded} | saved_buffers(model)
     # by way of the accelerator: the model may still be on the CPU, where NCCL does not reach
-    equal_replicas(
+    broadcast_or_check_params(
         whole, sharded, deslo.initial_params, groups, lambda t: t.to(get_accelerator().current_device_name())
     )
 
 
-def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: ReplicaUnit) -> None:
+def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: ReplicaMPU) -> None:
     """Connects the built optimizer to the replica group and makes the engine keep its replicas in step."""
     optimizer = engine.basic_optimizer
     stock = not isinstance(optimizer, DesLoc)
     config = Config(optimizer=None, deslo=deslo) if stock else optimizer.config
     copies = None if engine.zero_optimization() else groups.shard
-    average = ReplicaAverage(groups, timeout_s=deslo.timeout_s, copies=copies)
-    zero.clear_padding(engine)
+    average = ReplicaTransport(groups, timeout_s=deslo.timeout_s, copies=copies)
+    zero.zero_padding(engine)
     partitions = list(zero.partitions(engine))
     if stock:
         of_engine = [{"params": params} for params in partitions]
-        averaging = StockAveraging(
-            optimizer, deslo, average, groups=of_engine, everyone=lambda value: list(gathered(value).values())
+        averaging = AnyOptimizerAverager(
+            optimizer, deslo, average, groups=of_engine, everyone=lambda value: list(all_gather_by_rank(value).values())
         )
     else:
         optimizer.attach(average, [param for params in partitions for param in params])
@@ -165,7 +172,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     watch = Watch(averaging, groups, stepped, [] if engine.zero_optimization() else stepped, in_engine=True)
     engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True, watch=watch)
     engine._take_model_step = EngineStep(engine, engine._take_model_step)
-    checkpoint.save_the_truth(engine)
+    checkpoint.install_checkpoint_methods(engine)
     for name in OUTSIDE:
         setattr(engine, name, _with_groups(unit, getattr(engine, name)))
     engine.deslo.announce()
@@ -181,7 +188,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
         )
 
 
-def _with_groups(unit: ReplicaUnit, method: Callable[..., Any]) -> Callable[..., Any]:
+def _with_groups(unit: ReplicaMPU, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         with active(unit):

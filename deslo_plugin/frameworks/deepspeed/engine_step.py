@@ -9,10 +9,10 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from deslo_plugin.averaging.step_counter import GROUP_STEP
-from deslo_plugin.averaging.synchronizer import NonFiniteError
+from deslo_plugin.errors import NonFiniteError
 from deslo_plugin.frameworks.deepspeed import zero
 from deslo_plugin.frameworks.versions import release
-from deslo_plugin.log import say
+from deslo_plugin.log import log_rank0
 from deslo_plugin.optim.desloc import DesLoc
 
 ZERO_3_SINCE = (0, 19, 8)  # on CPUs, where the releases before it are not even equal to themselves
@@ -48,7 +48,7 @@ class EngineStep:
         """Its own ``step`` is Algorithm 1; ZeRO calls that once for each part of the parameters."""
         self._take_model_step(lr_kwargs)
         if not self.engine._step_applied:
-            for _ in zero.stepwise(self.engine):
+            for _ in zero.each_sub_group(self.engine):
                 self._attachment.optimizer.skip_step()
             zero.publish(self.engine)
             self._count_skipped(lr_kwargs)
@@ -67,8 +67,8 @@ class EngineStep:
             zero.publish(self.engine)
 
     def _count_skipped(self, lr_kwargs: Any) -> None:
-        self._attachment.meter.skipped_steps += 1
-        say(
+        self._attachment.stats.skipped_steps += 1
+        log_rank0(
             f"deslo: step {self.engine.global_steps} skipped on replica {self._attachment.topology.replica} (gradient "
             "not finite); it keeps its state and averages with the others",
             logging.WARNING,

@@ -19,7 +19,7 @@ def groups_of(deslo: DesloConfig) -> Groups:
     return make_groups(topology, deslo.timeout_s)
 
 
-class ReplicaUnit:
+class ReplicaMPU:
     """DeepSpeed's ``mpu``: partitions, reductions, norms and overflow checks stay inside a replica, data does not.
 
     The data-parallel *group* is the replica's; the data-parallel *rank and size* are the world's, so that replicas
@@ -62,7 +62,7 @@ class ReplicaUnit:
 
 
 @contextmanager
-def active(unit: ReplicaUnit | None) -> Iterator[None]:
+def active(unit: ReplicaMPU | None) -> Iterator[None]:
     """Makes ``unit`` what DeepSpeed asks for groups in this process, for a while: other engines have their own mpu or
     mesh."""
     before = deepspeed_groups.mpu, deepspeed_groups.mesh_device

@@ -12,14 +12,14 @@ from torch import Tensor
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.checkpoint.model_names import places, plain_name, saved_buffers
 from deslo_plugin.checkpoint.state_tree import holder_of
-from deslo_plugin.checkpoint.tensor_chunks import Fragment, of_range
+from deslo_plugin.checkpoint.tensor_chunks import TensorChunks, of_range
 from deslo_plugin.checkpoint.tree_agreement import States, Tree, fresh_states
 from deslo_plugin.checks.module_wrappers import bare
 from deslo_plugin.comm.all_or_none import all_or_none
-from deslo_plugin.comm.transport import gathered
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs, own_part, publish
-from deslo_plugin.optim.any_optimizer import StockAveraging
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 
 SCALES = (bool, int, float)  # a loss scaler's numbers; what else it has is its configuration's
 COUNTS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
@@ -33,7 +33,7 @@ class Range(NamedTuple):
     start: int
     numel: int
 
-    def of(self, flat: Tensor, shape: Any) -> Fragment:
+    def of(self, flat: Tensor, shape: Any) -> TensorChunks:
         return of_range(flat.view(-1).narrow(0, self.at, self.numel), self.start, shape)
 
 
@@ -54,7 +54,8 @@ class EngineState:
             | {state: self._shape(name, value) for state, value in of_stepped[id(range.flat)].items()}
             for name, range in self.ranges.items()
         }
-        everyone = gathered(own, self.engine.deslo.groups.shard)  # each rank has ranges of some parameters only
+        # each rank has ranges of some parameters only
+        everyone = all_gather_by_rank(own, self.engine.deslo.groups.shard)
         frozen = {name: {PARAMS: list(shape)} for name, shape in self.shapes.items()}
         return frozen | {name: states for each in everyone.values() for name, states in each.items()}
 
@@ -122,7 +123,7 @@ class EngineState:
     def names(self) -> Mapping[str, str]:
         return places(self.engine.module)
 
-    def aside(self) -> Mapping[str, Any]:
+    def get_extra_state(self) -> Mapping[str, Any]:
         engine = self.engine
         scheduler, scaler = (
             getattr(engine.lr_scheduler, "state_dict", None),
@@ -136,7 +137,7 @@ class EngineState:
             else None,
         }
 
-    def put_aside(self, aside: Mapping[str, Any], steps: int) -> None:
+    def set_extra_state(self, aside: Mapping[str, Any], steps: int) -> None:
         engine = self.engine
         counts = {"global_steps": steps, "global_samples": steps * engine.train_batch_size()}
         saved = {name: value for name, value in aside.get("counts", {}).items() if name in COUNTS}
@@ -148,7 +149,7 @@ class EngineState:
         for name, value in (aside.get("scaler") or {}).items():
             if type(getattr(scaler, name, None)) in SCALES and type(value) in SCALES:
                 setattr(scaler, name, value)
-        if isinstance(engine.deslo.averaging, StockAveraging):
+        if isinstance(engine.deslo.averaging, AnyOptimizerAverager):
             engine.deslo.averaging.resume(steps)
 
     def _shape(self, name: str, value: Any) -> list[int] | None:

@@ -19,7 +19,7 @@ def partitions(engine: DeepSpeedEngine) -> Iterator[list[Tensor]]:
             yield group["params"]
 
 
-def stepwise(engine: DeepSpeedEngine) -> Iterator[None]:
+def each_sub_group(engine: DeepSpeedEngine) -> Iterator[None]:
     """Shows the optimizer its parameters as the engine does in a step: ZeRO-3 one sub-group at a time, else all."""
     if not engine.zero_optimization_partition_weights():
         yield
@@ -76,14 +76,14 @@ def low_precision_pairs(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, Tenso
         yield from zip(params, masters)
 
 
-def own_part(param: Tensor) -> Tensor:
+def local_shard(param: Tensor) -> Tensor:
     """This rank's shard of a ZeRO-3 parameter, without the uninitialised padding of the last one."""
     shard = param.ds_tensor.data.view(-1)
     return shard[: _own_numel(param)]
 
 
 @torch.no_grad()
-def clear_padding(engine: DeepSpeedEngine) -> None:
+def zero_padding(engine: DeepSpeedEngine) -> None:
     """Zeroes the padding of ZeRO-3's partitions, which it leaves uninitialised: NaN there would look like
     divergence."""
     if not engine.zero_optimization_partition_weights():

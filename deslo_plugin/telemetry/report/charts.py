@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.telemetry.report.run import Run
 
 WIDTH, DPI = 11, 110  # inches, and dots in each

@@ -11,7 +11,7 @@ from pathlib import Path
 from sys import maxsize
 from typing import Any
 
-from deslo_plugin.config.reader import ConfigError
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.telemetry.jsonl_writer import read
 
 Record = dict[str, Any]
