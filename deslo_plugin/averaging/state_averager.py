@@ -12,20 +12,21 @@ from deslo_plugin.algorithm.adaptive_periods import shortest
 from deslo_plugin.algorithm.momentum_bound import Bound, hold_
 from deslo_plugin.algorithm.outer_optimizer import write_means
 from deslo_plugin.algorithm.schedule import Periods, due
-from deslo_plugin.algorithm.state_names import GRADIENTS, PARAMS
+from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.averaging.companions import Companions
 from deslo_plugin.averaging.flights import Due, Flights
+from deslo_plugin.averaging.gradients import Gradients
 from deslo_plugin.averaging.last_average import LastAverage
 from deslo_plugin.averaging.members import Group, Members
 from deslo_plugin.averaging.metrics import Meter, SyncEvent
 from deslo_plugin.averaging.recall import Answer
 from deslo_plugin.averaging.step_counter import Clock, Cohort
-from deslo_plugin.averaging.synchronizer import States, Synchronizer, Weigh, finite
+from deslo_plugin.averaging.synchronizer import States, Synchronizer, Weigh
 from deslo_plugin.comm.sample_weights import Samples
 from deslo_plugin.comm.transport import Transport
 from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.errors import ConfigError
-from deslo_plugin.kernels.local_tensors import gradients_of, local
+from deslo_plugin.kernels.local_tensors import local
 
 
 class StateAverager:
@@ -57,10 +58,11 @@ class StateAverager:
         self.optimizer, self.deslo, self.transport, self.clock = optimizer, deslo, average, clock
         self._groups, self.stats, self.listeners = groups, Meter(), [on_average] if on_average else []
         self.watch: Any = None  # told of steps and landings until the first averages have been looked at
-        self.skips_nonfinite = deslo.on_nonfinite == "skip"
         self.receive = receive or (lambda cohort, states, means: write_means(states, means))
         self.bounds = bounds
         self._sync, self.members = self._synchronizer(average), Members()
+        skips_nonfinite = deslo.on_nonfinite == "skip"
+        self.gradients = Gradients(optimizer, lambda: self.groups, self._sync, self.stats, skips_nonfinite)
         self._flights = Flights(self._sync, deslo, self._weigh, self.record)
         self.late = self._flights.late
         self._periods: dict[int, Periods] = {}  # of each param group, by its id
@@ -195,20 +197,6 @@ class StateAverager:
         wire = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
         return self._synchronizer(self.transport, wire).mean(self.steps, {name: tensors})[name]
 
-    def broken(self) -> bool:
-        """Whether this replica must leave out the update because its gradients are not finite.
-
-        A ``GradScaler`` says so in ``optimizer.found_inf``; with ``on_nonfinite: "skip"`` the gradients are looked at.
-        Collective over the replica's ranks where either applies.
-        """
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        if found_inf is None and not self.skips_nonfinite:
-            return False
-        mine = bool(found_inf) if found_inf is not None else not finite(self.gradients())
-        broken = self.transport.any(mine)
-        self.stats.skipped_steps += broken
-        return broken
-
     @property
     def steps(self) -> int:
         """Completed steps of the parameters that have most."""
@@ -218,17 +206,6 @@ class StateAverager:
     def synchronous(self) -> bool:
         """Whether the warm-up lasts, in which gradients are averaged at every step and states are equal anyway."""
         return self.deslo.synchronous_steps > 0 and self.steps < self.deslo.synchronous_steps
-
-    def average_gradients(self, steps: int, gradients: Sequence[Tensor]) -> None:
-        """gradients <- E_m[gradients], at once: what step number ``steps`` of the warm-up does before clipping.
-        Collective."""
-        if gradients:
-            states = {GRADIENTS: local(gradients)}
-            write_means(states, self._sync.mean(steps, states))
-
-    def gradients(self) -> Sequence[Tensor]:
-        """This rank's part of every gradient that there is; of sparse ones the values."""
-        return gradients_of(param for group in self.groups for param in group["params"])
 
     def local_tensors(self, state: str, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """This rank's part of a state of each parameter; zeros where a stock optimizer has not created it yet."""

@@ -13,20 +13,18 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from queue import Empty, SimpleQueue
+from dataclasses import asdict, replace
 from threading import Thread
-from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+from deslo_plugin.comm.rank_progress import RankProgress, describe_last, within
 from deslo_plugin.comm.step_rate import StepRate, Stragglers
 from deslo_plugin.comm.topology import Topology
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.log import log_rank0
 
-Answer = TypeVar("Answer")
 STORE_TIMEOUT_S = 5.0  # seconds in which those that still live answer
 # seconds of a roll call: between looks at who goes on without it, and until it is said
 LOOK_EVERY, PATIENCE = 1.0, 30.0
@@ -42,22 +40,6 @@ class _Board:
 
 
 _boards: "WeakKeyDictionary[dist.ProcessGroup, _Board]" = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class RankProgress:
-    """What a rank says of itself: ``launches`` of averages so far, the last one after ``steps`` steps, ``at`` (seconds
-    since the epoch), at ``rate`` steps per second, the last launch that it has ``given_up``, how many ``calls`` it has
-    made that every rank must make, ``inside`` which it is now, and how many ``changes`` of what is averaged."""
-
-    launches: int = 0
-    steps: int = 0
-    at: float = 0.0
-    rate: float | None = None
-    given_up: int = 0
-    calls: int = 0
-    inside: str = ""
-    changes: int = 0
 
 
 class Progress:
@@ -178,7 +160,7 @@ class Progress:
         key, everyone = f"{self._prefix}call/{self._note.calls}/{call}", len(self.topology.ranks)
 
         def come(one: int) -> int:
-            count = _within(STORE_TIMEOUT_S, lambda: self._board.read.add(key, one))
+            count = within(STORE_TIMEOUT_S, lambda: self._board.read.add(key, one))
             return everyone if count is None else count  # without the store nobody can be asked
 
         start, looked, said, here = time.monotonic(), 0.0, False, come(1)
@@ -242,8 +224,8 @@ class Progress:
                 "rank 0 or the launcher's "
                 "first node, may be what died"
             )
-        told = [f"rank {rank} has not come to it ({_last(known[rank])})" for rank in behind]
-        told += [f"rank {rank} came to it and has said nothing since ({_last(known[rank])})" for rank in silent]
+        told = [f"rank {rank} has not come to it ({describe_last(known[rank])})" for rank in behind]
+        told += [f"rank {rank} came to it and has said nothing since ({describe_last(known[rank])})" for rank in silent]
         return ", ".join(told) or "every rank came to it and lives: the link between them is broken or too slow"
 
     def _by_replica(self, notes: dict[int, RankProgress]) -> dict[int, float]:
@@ -275,30 +257,4 @@ class Progress:
             texts = self._board.read.multi_get([f"{self._prefix}{rank}" for rank in ranks])
             return {rank: RankProgress(**json.loads(text)) for rank, text in zip(ranks, texts)}
 
-        return _within(STORE_TIMEOUT_S, read)
-
-
-def _last(note: RankProgress) -> str:
-    """When a rank was last heard of, by the clocks of the two hosts."""
-    ago = f"{max(0.0, time.time() - note.at):.1f} s ago"
-    last = (
-        f"its last average was after step {note.steps}, {ago}" if note.launches else f"no average yet, attached {ago}"
-    )
-    return last + (f"; it is in {note.inside}, which every rank must call" if note.inside else "")
-
-
-def _within(seconds: float, ask: Callable[[], Answer]) -> Answer | None:
-    """What ``ask`` returns; None if it fails, or takes longer, in which case its thread is left to it."""
-    answers: SimpleQueue[Answer | None] = SimpleQueue()
-
-    def answer() -> None:
-        try:
-            answers.put(ask())
-        except RuntimeError:
-            answers.put(None)
-
-    Thread(target=answer, daemon=True).start()
-    try:
-        return answers.get(timeout=seconds)
-    except Empty:
-        return None
+        return within(STORE_TIMEOUT_S, read)

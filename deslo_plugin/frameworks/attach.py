@@ -28,7 +28,7 @@ from deslo_plugin.checks.replica_checks import (
     say_placement,
 )
 from deslo_plugin.checks.replica_watch import Watch
-from deslo_plugin.comm.topology import Topology, contiguous
+from deslo_plugin.comm.topology import contiguous
 from deslo_plugin.comm.transport import (
     Groups,
     ReplicaTransport,
@@ -45,6 +45,7 @@ from deslo_plugin.frameworks.gradient_warmup import GradientAveraging
 from deslo_plugin.frameworks.parameter_kinds import refuse_kinds
 from deslo_plugin.frameworks.requested import agreed, checked, refuse_together
 from deslo_plugin.frameworks.telemetry_sinks import start_telemetry
+from deslo_plugin.frameworks.which_replica import refuse_across_replicas, topology_of
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import announce, log_rank0
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager, Everyone
@@ -98,9 +99,9 @@ def attach(
     around, model = model, wrappers.bare(model)
     ddps = wrappers.reducers(around)
     sharded = fsdp.is_sharded(model)
-    topology = _topology_of(model, ddps, config, mesh, replicate, process_group)
+    topology = topology_of(model, ddps, config, mesh, replicate, process_group)
     groups = make_groups(topology, config.deslo.timeout_s)
-    refuse_together(lambda: _expect_inside(around, ddps, topology, config, replicate), groups.world)
+    refuse_together(lambda: refuse_across_replicas(around, ddps, topology, config, replicate), groups.world)
     agree_on_model(model, lambda p: p.shape, groups.world)
     refuse_kinds(model, optimizer)
     fsdp.reshard(model)
@@ -197,48 +198,6 @@ def _live(
     average.represent(torchft.Replica(model, averaging, config), greet=lambda: announce(attachment.plan.describe()))
     optimizer.deslo, attached[inside] = attachment, [attachment]
     return attachment
-
-
-def _expect_inside(
-    model: nn.Module, ddps: Sequence[DistributedDataParallel], topology: Topology, config: Config, replicate: str | None
-) -> None:
-    if topology.replicas > 1:
-        wrappers.refuse_across(model, topology)
-        fsdp.refuse_across(model, topology, replicate)
-        if ddps:
-            ddp.refuse(model, ddps, topology, config.deslo.synchronous_steps > 0)
-
-
-def _topology_of(
-    model: nn.Module,
-    ddps: Sequence[DistributedDataParallel],
-    config: Config,
-    mesh: DeviceMesh | None,
-    replicate: str | None,
-    process_group: dist.ProcessGroup | None,
-) -> Topology:
-    size = config.deslo.replica_size
-    if ddps and fsdp.is_sharded(model):
-        raise ConfigError(
-            "attach(model)", "DDP or fully_shard", "both", "remove DDP: fully_shard reduces gradients in a replica"
-        )
-    if ddps:
-        topology = ddp.topology_of(ddps, config.deslo)
-    elif fsdp.is_sharded(model):
-        topology = fsdp.topology_of(model, mesh, replicate)
-    elif mesh is not None:
-        topology = fsdp.rows_of(mesh, replicate)
-    else:
-        ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
-        topology = Topology(tuple((rank,) for rank in ranks), dist.get_rank())
-    if size not in ("auto", topology.replica_size):
-        raise ConfigError(
-            "deslo.replica_size",
-            f"{topology.replica_size}, as the model and its mesh have it",
-            str(size),
-            "remove it, or wrap the model in DDP or FSDP2, which reduce gradients inside a replica",
-        )
-    return topology
 
 
 def _params_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ class GradientAveraging:
         self._queued = False
         used = torch.tensor([_use(param) for param in self._params], dtype=torch.float32, device=self._params[0].device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in self._params]
-        self._averaging.average_gradients(self._averaging.steps + 1, [*gradients, used])
+        self._averaging.gradients.average(self._averaging.steps + 1, [*gradients, used])
         for param, gradient, share in zip(self._params, gradients, used.tolist()):
             if share > 1:  # an optimizer for sparse gradients takes no other
                 gradient = gradient.to_sparse(1)

@@ -28,20 +28,20 @@ def schedule(averaging: AnyOptimizerAverager) -> None:
             with averaging.watch.looking_away() if averaging.watch else contextlib.nullcontext():
                 return inner()
         result = None
-        if closure is not None and (asks_first or averaging.skips_nonfinite):
+        if closure is not None and (asks_first or averaging.gradients.skips_nonfinite):
             with torch.enable_grad():
                 result, closure = closure(), None
 
         cohorts = averaging.before_update()
         if cohorts is not None:
-            broken = averaging.broken()
-            if not broken:
+            skip = averaging.gradients.vote_to_skip()
+            if not skip:
                 with contextlib.nullcontext() if scales else _unscaled(averaging):
                     if closure is None:
                         inner()
                     else:
                         result = inner(closure)
-            averaging.learn_states(not broken)
+            averaging.learn_states(not skip)
             averaging.after_update(cohorts)
         return result
 
@@ -83,7 +83,7 @@ def _unscaled(averaging: AnyOptimizerAverager) -> Iterator[None]:
         if hasattr(averaging.optimizer, name)
     }
     if left.get("grad_scale") is not None:
-        torch._foreach_div_(averaging.gradients(), left["grad_scale"])
+        torch._foreach_div_(averaging.gradients.local(), left["grad_scale"])
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.update import OPERATORS
 from deslo_plugin.optim.adam_states import in_own_form
-from deslo_plugin.optim.memory_layout import alike
+from deslo_plugin.optim.memory_layout import alike, refuse_sparse
 
 
 class DesLoc(torch.optim.Optimizer):
@@ -143,7 +143,7 @@ class DesLoc(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.armed:
-            self._take_step(self._tick if self.averaging.broken() else self._update)
+            self._take_step(self._tick if self.averaging.gradients.vote_to_skip() else self._update)
         return loss
 
     def _take_step(self, update: Callable[[Sequence[Cohort]], None]) -> None:
@@ -193,7 +193,7 @@ class DesLoc(torch.optim.Optimizer):
                 try:
                     self._operator(**tensors, t=t, lr=lr, weight_decay=decay, **options)
                 except ValueError:  # before anything was written: a layout that the operator does not take, or worse
-                    self._refuse_sparse(params)
+                    refuse_sparse(params, lambda param: self.averaging.members.name(param, self.param_groups))
                     with alike(tensors) as copies:
                         self._operator(**copies, t=t, lr=lr, weight_decay=decay, **options)
                 if self.averaging.late:
@@ -201,15 +201,6 @@ class DesLoc(torch.optim.Optimizer):
             if optimizer.outer_optimizer and cohort.steps < self.config.deslo.synchronous_steps:
                 # the outer optimizer begins where the warm-up ends: its progress is no pseudo-gradient
                 torch._foreach_copy_(gather(OUTER_PARAMS, cohort.params), gather(PARAMS, cohort.params))
-
-    def _refuse_sparse(self, params: Sequence[Tensor]) -> None:
-        for param in (param for param in params if param.grad.layout != torch.strided):
-            raise ConfigError(
-                f"gradient of parameter {self.averaging.members.name(param, self.param_groups)}",
-                "a dense one",
-                str(param.grad.layout),
-                "build its module with sparse=False, or attach SparseAdam for it",
-            )
 
     def _remains(self, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
         """What update ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""

@@ -1,13 +1,14 @@
 """Tensors that a script has laid out anew, as ``model.to(memory_format=torch.channels_last)`` does, after their states
 were made."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.local_tensors import local
 
 
@@ -34,3 +35,15 @@ def _copied(tensors: Sequence[Tensor], strides: Sequence[tuple[int, ...]]) -> li
         tensor if tensor.stride() == stride else tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
         for tensor, stride in zip(tensors, strides)
     ]
+
+
+def refuse_sparse(params: Iterable[Tensor], name_of: Callable[[Tensor], str]) -> None:
+    """Raises ``ConfigError`` for the first of ``params`` whose gradient is not dense."""
+    for param in params:
+        if param.grad.layout != torch.strided:
+            raise ConfigError(
+                f"gradient of parameter {name_of(param)}",
+                "a dense one",
+                str(param.grad.layout),
+                "build its module with sparse=False, or attach SparseAdam for it",
+            )

@@ -100,7 +100,7 @@ class Replicas:
         for block, rows in zip(self._blocks, gradients.split([len(block) for block in self._blocks])):
             block.grad = rows
         if averaging.synchronous:
-            averaging.average_gradients(averaging.steps + 1, averaging.gradients())
+            averaging.gradients.average(averaging.steps + 1, averaging.gradients.local())
         if norm_clip is not None:
             gradients *= (norm_clip / (gradients.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
         self._group["lr"] = self.config.optimizer.lr * rate

@@ -159,7 +159,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
         optimizer.attach(average, [param for params in partitions for param in params])
         averaging = optimizer.averaging
         # elsewhere DeepSpeed looks at the gradients itself, before it hands them over group by group
-        averaging.skips_nonfinite &= engine.optimizer is optimizer
+        averaging.gradients.skips_nonfinite &= engine.optimizer is optimizer
     agree_on_optimizer(averaging, config)
     numels = None
     if engine.zero_optimization_partition_weights():  # whose param groups are empty between steps

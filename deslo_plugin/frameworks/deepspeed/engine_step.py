@@ -32,7 +32,7 @@ class EngineStep:
     def __call__(self, lr_kwargs: Any) -> None:
         engine, attachment = self.engine, self._attachment
         if engine.global_steps < attachment.config.deslo.synchronous_steps:
-            self._averaging.average_gradients(engine.global_steps + 1, zero.gradients(engine))
+            self._averaging.gradients.average(engine.global_steps + 1, zero.gradients(engine))
         try:
             if isinstance(attachment.optimizer, DesLoc):
                 self._step_desloc(lr_kwargs)
@@ -50,7 +50,7 @@ class EngineStep:
         if not self.engine._step_applied:
             for _ in zero.each_sub_group(self.engine):
                 self._attachment.optimizer.skip_step()
-            zero.publish(self.engine)
+            zero.copy_masters_to_model(self.engine)
             self._count_skipped(lr_kwargs)
 
     def _step_any_optimizer(self, lr_kwargs: Any) -> None:
@@ -64,7 +64,7 @@ class EngineStep:
             self._averaging.learn_states(self.engine._step_applied)
             self._averaging.after_update(cohorts)
         if self._averaging.deslo.when == "after_update" or not self.engine._step_applied:
-            zero.publish(self.engine)
+            zero.copy_masters_to_model(self.engine)
 
     def _count_skipped(self, lr_kwargs: Any) -> None:
         self._attachment.stats.skipped_steps += 1

@@ -18,7 +18,7 @@ from deslo_plugin.checks.module_wrappers import bare
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.transport import all_gather_by_rank
 from deslo_plugin.errors import ConfigError
-from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs, own_part, publish
+from deslo_plugin.frameworks.deepspeed.zero import copy_masters_to_model, local_shard, low_precision_pairs
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 
 SCALES = (bool, int, float)  # a loss scaler's numbers; what else it has is its configuration's
@@ -88,7 +88,7 @@ class EngineState:
                     tree[f"{state}/{name}"] = value
             elif hasattr(param, "ds_tensor") and not param.requires_grad:
                 start = dist.get_rank(param.ds_process_group) * param.partition_numel()
-                tree[f"{PARAMS}/{name}"] = of_range(own_part(param), start, shape)
+                tree[f"{PARAMS}/{name}"] = of_range(local_shard(param), start, shape)
             # ZeRO partitions nothing of a parameter without elements
             elif not param.requires_grad or not shape.numel():
                 tree[f"{PARAMS}/{name}"] = param.detach()
@@ -96,7 +96,7 @@ class EngineState:
 
     def put(self, tree: Tree) -> None:
         all_or_none(lambda: self._count(tree), self.engine.deslo.groups.world)
-        publish(self.engine)
+        copy_masters_to_model(self.engine)
         if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
             # DeepSpeed's own view of them, else made by a step
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -117,7 +117,7 @@ class EngineState:
             states.update(counted)
 
     def publish(self) -> None:
-        publish(self.engine)
+        copy_masters_to_model(self.engine)
 
     @property
     def names(self) -> Mapping[str, str]:
@@ -168,10 +168,13 @@ class EngineState:
                     yield name, Range(masters.get(id(param), param), 0, 0, param.numel())
         elif self.engine.zero_optimization_partition_weights():
             for name, param in self.params.items():
-                if param.requires_grad and own_part(param).numel():
+                if param.requires_grad and local_shard(param).numel():
                     group, at, _ = wrapper.grad_position[wrapper.get_param_id(param)]
                     start = dist.get_rank(param.ds_process_group) * param.partition_numel()
-                    yield name, Range(wrapper.fp32_partitioned_groups_flat[group], at, start, own_part(param).numel())
+                    yield (
+                        name,
+                        Range(wrapper.fp32_partitioned_groups_flat[group], at, start, local_shard(param).numel()),
+                    )
         else:
             for name, param in self.params.items():
                 held = getattr(param, "_hp_mapping", None)

@@ -42,7 +42,7 @@ def gradients(engine: DeepSpeedEngine) -> list[Tensor]:
 
 
 @torch.no_grad()
-def publish(engine: DeepSpeedEngine) -> None:
+def copy_masters_to_model(engine: DeepSpeedEngine) -> None:
     """Copies the stepped tensors into the model, as the engine does at the end of a step that it does not skip.
     Collective over the replica."""
     if engine.zero_optimization_partition_weights():
