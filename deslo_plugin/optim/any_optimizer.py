@@ -96,13 +96,15 @@ class AnyOptimizerAverager(StateAverager):
             ),
             default=0,
         )
-        clock = max([*(self.groups[index].get(GROUP_STEP, 0) for index in new), counted]) if new else 0
+        clocks = [self.groups[index][GROUP_STEP] for index in new if GROUP_STEP in self.groups[index]] + [counted] * (
+            counted > 0
+        )
         counters = counted_in(self.optimizer.state)
         for index in new:
             before = self._taken[min(index, len(self._taken) - 1)].get(GROUP_STEP, 0) if self._taken else 0
             group = self.groups[index]
             if self._groups is None:  # an engine's clock is the engine's
-                group[GROUP_STEP] = clock or before
+                group[GROUP_STEP] = max(clocks, default=before)  # 0, where that was loaded
             own = {
                 name
                 for name in kinds_of(group["params"], self.optimizer.state, counters)

@@ -34,7 +34,7 @@ from deslo_plugin.frameworks.deepspeed.config import compared, is_ours, job_of, 
 from deslo_plugin.frameworks.deepspeed.engine_step import EngineStep
 from deslo_plugin.frameworks.deepspeed.mpu import ReplicaMPU, active, groups_of
 from deslo_plugin.frameworks.telemetry_sinks import add_scalars, start_telemetry
-from deslo_plugin.frameworks.versions import expect
+from deslo_plugin.frameworks.versions import expect, release
 from deslo_plugin.log import log_rank0
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.desloc import DesLoc
@@ -42,6 +42,8 @@ from deslo_plugin.optim.desloc import DesLoc
 OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_checkpoint")  # ask for groups after init
 
 
+# from, and below: what its ZeRO-2 keeps of several that are accumulated
+LAST_MICRO_BATCH_ALONE = (0, 17, 6), (0, 18, 3)
 NOTHING_OF_US = (
     'deslo: deslo_plugin.run started this script, but its DeepSpeed config has no "deslo" block and no "DesLoc" '
     "optimizer: this "
@@ -143,6 +145,7 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
 
 def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: ReplicaMPU) -> None:
     """Connects the built optimizer to the replica group and makes the engine keep its replicas in step."""
+    _expect_whole_gradients(engine)
     optimizer = engine.basic_optimizer
     stock = not isinstance(optimizer, DesLoc)
     config = Config(optimizer=None, deslo=deslo) if stock else optimizer.config
@@ -185,6 +188,20 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
             lambda scalars, _: engine.monitor.write_events(
                 [(name, value, engine.global_samples) for name, value in scalars.items()]
             ),
+        )
+
+
+def _expect_whole_gradients(engine: DeepSpeedEngine) -> None:
+    low, below = LAST_MICRO_BATCH_ALONE
+    steps = engine.gradient_accumulation_steps()
+    partitioned = engine.zero_optimization_stage() == 2 and not engine.optimizer.cpu_offload
+    if low <= release("deepspeed") < below and partitioned and steps > 1:
+        raise ConfigError(
+            "gradient_accumulation_steps",
+            f"1 with ZeRO-2 of DeepSpeed {deepspeed.__version__}, which by itself "
+            "drops the gradients of all micro-batches but the last",
+            str(steps),
+            "pip install 'deepspeed>=0.18.3,<0.20', or set zero_optimization.stage to 1",
         )
 
 
