@@ -44,7 +44,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    average: Transport
+    transport: Transport
     state: str
     chunk: Tensor
     work: Work

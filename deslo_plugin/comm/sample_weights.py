@@ -81,7 +81,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class _Weight:
-    average: Transport
+    transport: Transport
     mine: float
     mean: Tensor
     work: Work

@@ -149,7 +149,7 @@ def _create_groups(topology: Topology, timeout_s: float) -> Groups:
 
 @dataclass(frozen=True)
 class _Pending:
-    average: "ReplicaTransport"
+    transport: "ReplicaTransport"
     work: dist.Work
     chunk: Tensor
     own: Tensor

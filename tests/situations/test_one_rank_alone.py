@@ -46,14 +46,13 @@ ARGUMENTS = {"write": ("add", None), "load_optimizer": (WHO,)}
 
 def alone(wrap, stock, what, at, number, folder):
     """(What the call alone raised, what training raised, this replica's states)."""
-    from deslo_plugin.comm import progress
-    from deslo_plugin.comm import transport as collectives
+    from deslo_plugin.comm import progress, transport
 
     monkeypatch = pytest.MonkeyPatch()
     for module, name, seconds in (
-        (collectives, "ASK_EVERY", 0.2),
+        (transport, "PEER_CHECK_INTERVAL_S", 0.2),
         (progress, "LOOK_EVERY", 0.2),
-        (progress, "MOMENT", 2.0),
+        (progress, "STORE_TIMEOUT_S", 2.0),
     ):
         monkeypatch.setattr(module, name, seconds)  # impatient, so that many cases fit into a test
     # groups of its own, by their time limit: what is left of an average that failed must meet nobody else's

@@ -63,7 +63,7 @@ class EngineStep:
                 self._count_skipped(lr_kwargs)
             self._averaging.learn_states(self.engine._step_applied)
             self._averaging.after_update(cohorts)
-        if self._averaging.deslo.when == "after_update" or not self.engine._step_applied:
+        if self._averaging.deslo.average_at == "after_step" or not self.engine._step_applied:
             zero.copy_masters_to_model(self.engine)
 
     def _count_skipped(self, lr_kwargs: Any) -> None:
