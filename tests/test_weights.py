@@ -139,9 +139,9 @@ def test_what_is_no_count_is_refused(told):
 
 
 def test_telling_where_nobody_asks_is_refused():
-    with pytest.raises(ConfigError, match="expected deslo.replica_weights .samples., got .equal."):
+    with pytest.raises(ConfigError, match="expected deslo.replica_weights .samples., got .uniform."):
         DesLoc([torch.nn.Parameter(torch.ones(2))]).averaging.record_samples(8)
-    with pytest.raises(ConfigError, match="deslo.replica_weights: expected one of equal, samples, got 'tokens'"):
+    with pytest.raises(ConfigError, match="deslo.replica_weights: expected one of uniform, samples, got 'tokens'"):
         DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"replica_weights": "tokens"}})
 
 

@@ -38,7 +38,7 @@ class ThreadAverage(Fixed):
             self.average, self.chunk = average, chunk
 
         def wait(self) -> None:
-            everyone = self.average.world.exchange(self.transport.rank, self.chunk.clone())
+            everyone = self.average.world.exchange(self.average.rank, self.chunk.clone())
             self.chunk.copy_(torch.stack(everyone).mean(0))
 
     def any(self, flag: bool) -> bool:

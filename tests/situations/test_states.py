@@ -116,7 +116,7 @@ def rolled_back(kind):
     clock = attachment.steps
     for _ in range(2):
         step(model, optimizer)
-    return clock, attachment.steps, attachment.meter.events["params"]
+    return clock, attachment.steps, attachment.stats.events["params"]
 
 
 @pytest.mark.parametrize("kind", ["stock", "desloc"])
