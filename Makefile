@@ -6,13 +6,21 @@ ARGS   ?=
 FOLDER ?= build/matrix
 PIP    := $(VENV)/bin/pip --disable-pip-version-check -q install -c constraints.txt
 
-.PHONY: train test bench matrix clean
+.PHONY: train test check format bench matrix clean
 
 train: $(VENV)/ready
 	$(VENV)/bin/python examples/train.py --config $(CONFIG) $(ARGS)
 
-test: $(VENV)/ready
+test: check
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(VENV)/ready
+	$(VENV)/bin/ruff format --check --quiet
+	$(VENV)/bin/ruff check --quiet
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff check --fix --quiet
+	$(VENV)/bin/ruff format
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/overhead.py $(ARGS)
