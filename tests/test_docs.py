@@ -132,15 +132,21 @@ optimizer = deslo_plugin.DesLoc(model.parameters(), "deslo.yaml")
 """
 
 
-def test_the_python_of_the_readme_runs(tmp_path):
-    """In one process, which is one replica; each block begins with what its text says is there."""
-    initialize, given, attach, accelerate, evaluate, save, preemption = blocks(ROOT / "README.md", "python")
+def test_the_python_of_the_readme_and_the_framework_pages_runs(tmp_path):
+    """And of the pages that it leads to, in one process, which is one replica; each block begins with what its
+    text says is there."""
+    attach, evaluate = blocks(ROOT / "README.md", "python")
+    initialize, given = blocks(ROOT / "docs" / "deepspeed.md", "python")
+    attach_alone, accelerate = blocks(ROOT / "docs" / "pytorch.md", "python")
+    save, preemption = blocks(ROOT / "docs" / "checkpoints.md", "python")[:2]
     before, after = accelerate.strip().splitlines()
     script = [
         README_SETUP,
         initialize,
         given,
         "model = nn.Linear(4, 2)",
+        attach_alone,
+        "model, batches = nn.Linear(4, 2), torch.randn(3, 8, 4)",
         attach,
         TRAINING,
         "rank, evaluate = 0, lambda model: None",

@@ -9,6 +9,7 @@ from statistics import median_high
 from deslo_plugin.log import log_rank0
 
 SLOWER, IN_A_ROW = 0.25, 3
+SHORT_S = 0.05  # of a step: on a busy machine, what else runs there makes a quarter of less
 
 
 class StepRate:
@@ -35,8 +36,8 @@ class StepRate:
 
 
 class Stragglers:
-    """Says once of a replica that it is slower than the median of all by more than a quarter, three averages in a
-    row."""
+    """Says once of a replica whose steps take 50 ms or more that it is slower than the median of all by more than a
+    quarter, three averages in a row."""
 
     def __init__(self) -> None:
         self._in_a_row: Counter[int] = Counter()
@@ -45,11 +46,12 @@ class Stragglers:
         """``rates``: replica -> steps per second at the latest average."""
         middle = median_high(rates.values()) if rates else 0.0
         for replica, rate in rates.items():
-            self._in_a_row[replica] = self._in_a_row[replica] + 1 if rate < (1 - SLOWER) * middle else 0
+            self._in_a_row[replica] = (
+                self._in_a_row[replica] + 1 if rate < min((1 - SLOWER) * middle, 1 / SHORT_S) else 0
+            )
             if self._in_a_row[replica] == IN_A_ROW:
                 log_rank0(
                     f"deslo: replica {replica} is slow: {rate:.3g} steps/s at {IN_A_ROW} averages in a row, where "
-                    f"the median of "
-                    f"{len(rates)} replicas is now {middle:.3g}; the others wait for it",
+                    f"the median of {len(rates)} replicas is now {middle:.3g}; the others wait for it",
                     logging.WARNING,
                 )

@@ -42,7 +42,7 @@ from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks import ddp, torchft
 from deslo_plugin.frameworks import fsdp2 as fsdp
 from deslo_plugin.frameworks.gradient_warmup import GradientAveraging
-from deslo_plugin.frameworks.parameter_kinds import refuse_kinds
+from deslo_plugin.frameworks.parameter_kinds import refuse_kinds, refuse_nonfinite
 from deslo_plugin.frameworks.requested import agreed, checked, refuse_together
 from deslo_plugin.frameworks.telemetry_sinks import start_telemetry
 from deslo_plugin.frameworks.which_replica import refuse_across_replicas, topology_of
@@ -115,6 +115,8 @@ def attach(
         whole, dict(zip(pieces, local(list(pieces.values())))), config.deslo.initial_params, groups, _reachable
     )
 
+    trained = {name: param for name, param in named.items() if param.requires_grad}
+    refuse_together(lambda: refuse_nonfinite(trained), groups.world)
     first = model not in attached
     buffers = [buffer for buffer in _floating_buffers(model) if not any(buffer is each for each in _averaged_buffers())]
     if sharded:

@@ -1,9 +1,12 @@
 """Which parameters have no average, or no update: refused by name when they are attached, alike on every rank."""
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deslo_plugin.errors import ConfigError
+from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.optim.desloc import DesLoc
 
 
@@ -26,4 +29,17 @@ def refuse_kinds(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
                 f"{type(module).__name__}(sparse=False) with DesLoc, which updates every row",
                 "sparse=True",
                 "change it, or attach torch.optim.SparseAdam for it and DesLoc for the others",
+            )
+
+
+def refuse_nonfinite(trained: Mapping[str, Tensor]) -> None:
+    """Raises ``ConfigError`` for a parameter whose part on this rank has NaN or inf before the first step: a lower rate
+    would not help."""
+    for name, param in trained.items():
+        if not bool(torch.isfinite(local([param.detach()])[0]).all()):
+            raise ConfigError(
+                f"parameter {name}",
+                "finite numbers before the first step",
+                "NaN or inf",
+                "initialise it: a model from the meta device is empty until each of its modules has reset_parameters()",
             )

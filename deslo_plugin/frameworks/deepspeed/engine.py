@@ -33,6 +33,8 @@ from deslo_plugin.frameworks.deepspeed.all_ranks import expect_ours, leave_note
 from deslo_plugin.frameworks.deepspeed.config import compared, is_ours, job_of, refuse_misspelt, refuse_unsupported
 from deslo_plugin.frameworks.deepspeed.engine_step import EngineStep
 from deslo_plugin.frameworks.deepspeed.mpu import ReplicaMPU, active, groups_of
+from deslo_plugin.frameworks.parameter_kinds import refuse_nonfinite
+from deslo_plugin.frameworks.requested import refuse_together
 from deslo_plugin.frameworks.telemetry_sinks import add_scalars, start_telemetry
 from deslo_plugin.frameworks.versions import expect, release
 from deslo_plugin.log import log_rank0
@@ -141,6 +143,8 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
     broadcast_or_check_params(
         whole, sharded, deslo.initial_params, groups, lambda t: t.to(get_accelerator().current_device_name())
     )
+    trained = {name: sharded.get(name, p.data) for name, p in params.items() if p.requires_grad}
+    refuse_together(lambda: refuse_nonfinite(trained), groups.world)
 
 
 def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: ReplicaMPU) -> None:
