@@ -46,7 +46,9 @@ def alone(wrap, stock, what, at, number, folder):
     """(What the call alone raised, what training raised, this replica's states)."""
     from deslo_plugin import collectives, progress
 
-    collectives.ASK_EVERY = progress.LOOK_EVERY = 0.2  # impatient, so that many cases fit into a test
+    monkeypatch = pytest.MonkeyPatch()
+    for module, name, seconds in ((collectives, "ASK_EVERY", 0.2), (progress, "LOOK_EVERY", 0.2), (progress, "MOMENT", 2.0)):
+        monkeypatch.setattr(module, name, seconds)  # impatient, so that many cases fit into a test
     # groups of its own, by their time limit: what is left of an average that failed must meet nobody else's
     deslo = {"timeout_s": 60.0 + number, "state_dict": "averaged" if what.startswith("state_of") else "refuse"}
     job, said = Job(wrap, PERIODS, deslo, stock, folder), ""
@@ -65,6 +67,8 @@ def alone(wrap, stock, what, at, number, folder):
             job.train()
     except Exception as error:
         return said, f"{type(error).__name__}: {error}", {}
+    finally:
+        monkeypatch.undo()
     return said, "", job.states()
 
 
@@ -73,7 +77,7 @@ def alone(wrap, stock, what, at, number, folder):
 def test_what_one_rank_does_alone_ends_alike_on_every_rank(four, what, wrap, stock, tmp_path):
     for at in range(PERIODS["params"] + 1):  # before the first step, inside a period, and where an average is to land
         number = at + 4 * (CALLS + CHANGES + OWN).index(what) + 64 * stock + 128 * (wrap == "ddp")
-        results = four().run(alone, wrap, stock, what, at, number, tmp_path / str(at), timeout=float(__import__("os").environ.get("LIMX", LIMIT)))
+        results = four().run(alone, wrap, stock, what, at, number, tmp_path / str(at), timeout=LIMIT)
         oracle = Oracle(sequence_jobs.RANKS, PERIODS, {}, stock)
         for step in range(STEPS):
             if step == at and what == "write":
