@@ -72,11 +72,14 @@ def alone(wrap, stock, what, at, number, folder):
     return said, "", job.states()
 
 
-@pytest.mark.parametrize("wrap, stock", [("plain", False), ("plain", True), ("ddp", False)])
-@pytest.mark.parametrize("what", CALLS + CHANGES + OWN)
-def test_what_one_rank_does_alone_ends_alike_on_every_rank(four, what, wrap, stock, tmp_path):
+CASES = [("plain", stock, what) for stock in (False, True) for what in CALLS + CHANGES + OWN] + [
+    ("ddp", False, what) for what in ("save", "freeze", "join", "write")]
+
+
+@pytest.mark.parametrize("wrap, stock, what", CASES)
+def test_what_one_rank_does_alone_ends_alike_on_every_rank(four, wrap, stock, what, tmp_path):
     for at in range(PERIODS["params"] + 1):  # before the first step, inside a period, and where an average is to land
-        number = at + 4 * (CALLS + CHANGES + OWN).index(what) + 64 * stock + 128 * (wrap == "ddp")
+        number = at + 4 * CASES.index((wrap, stock, what))
         results = four().run(alone, wrap, stock, what, at, number, tmp_path / str(at), timeout=LIMIT)
         oracle = Oracle(sequence_jobs.RANKS, PERIODS, {}, stock)
         for step in range(STEPS):
