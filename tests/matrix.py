@@ -102,7 +102,9 @@ def inside(row: str, cases: list[str]) -> dict[str, str]:
                     found[case] = f"{resumed(world, case, folder) if 'resumed' in case else distance(world, case):.0e}"
             except Exception as error:
                 print(f"{case}: {error}", file=sys.stderr)
-                found[case] = str(error).strip().splitlines()[-1][:160]
+                lines = str(error).strip().splitlines()
+                named = [line for line in lines if re.search(r"\w(Error|Exception)\b.*: ", line)]  # torchrun adds a frame of its own
+                found[case] = (named or lines)[-1][:160]
             finally:
                 if world is not None:
                     world.close()
