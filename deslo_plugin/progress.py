@@ -106,8 +106,15 @@ class Progress:
         ``traits``: what must be alike. Raises ``ConfigError`` on every rank if they differ, or if some rank does not come:
         whoever waits for an average from here notices it, and gives up.
         """
+        outer = self._note
+        self._write(replace(outer, changes=outer.changes + 1, inside=what))
+        try:
+            self._change(what, traits, timeout_s)
+        finally:
+            self._write(replace(self._note, inside=outer.inside))
+
+    def _change(self, what: str, traits: str, timeout_s: float) -> None:
         given_up = self._note.given_up
-        self._write(replace(self._note, changes=self._note.changes + 1))
         key, store = f"{self._prefix}change {self._note.changes}", self._board.read
         mine, deadline = f"{what}: {traits}", time.monotonic() + timeout_s
         if (reference := store.compare_set(key, "", mine).decode()) != mine:
@@ -183,7 +190,9 @@ class Progress:
         """Which ranks will not come to ``call`` any more, and what they do instead; "" if all may."""
         own, notes = self._note, self._read(self.topology.ranks) or {}
         for rank, note in notes.items():
-            if note.calls == own.calls and note.inside not in ("", call):
+            # in another call, or before a change that it cannot make without this rank
+            elsewhere = note.calls == own.calls or note.calls < own.calls and note.changes > own.changes
+            if elsewhere and note.inside not in ("", call):
                 return f"{note.inside} on rank {rank}"
         behind = {rank: note for rank, note in notes.items() if note.calls < own.calls}
         gone = [rank for rank in behind if rank in self.topology.replica_group and behind[rank].launches > own.launches]

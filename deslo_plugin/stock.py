@@ -73,13 +73,13 @@ class StockAveraging(Averaging):
                if index >= len(self._taken) or self._taken[index] is not group]
         counted = max((updates_of(self.optimizer.state.get(param, {})) for index in new for param in self.groups[index]["params"]),
                       default=0)
-        clock = max([*(self.groups[index].get(GROUP_STEP, 0) for index in new), counted]) if new else 0
+        clocks = [self.groups[index][GROUP_STEP] for index in new if GROUP_STEP in self.groups[index]] + [counted] * (counted > 0)
         counters = counted_in(self.optimizer.state)
         for index in new:
             before = self._taken[min(index, len(self._taken) - 1)].get(GROUP_STEP, 0) if self._taken else 0
             group = self.groups[index]
             if self._groups is None:  # an engine's clock is the engine's
-                group[GROUP_STEP] = clock or before
+                group[GROUP_STEP] = max(clocks, default=before)  # 0, where that was loaded
             own = {name for name in kinds_of(group["params"], self.optimizer.state, counters) if name in self.deslo.sync_every}
             self._schedule(group, own | {name for name in self._known if name in self.deslo.sync_every})
         self._taken = list(self.groups)

@@ -102,6 +102,25 @@ def alone(kind, call):
     return "no error"
 
 
+def rolled_back(kind):
+    model = nn.Linear(4, 1)
+    optimizer, attachment = attached(kind, model)
+    fresh = copy.deepcopy(optimizer.state_dict())
+    for _ in range(4):
+        step(model, optimizer)
+    optimizer.load_state_dict(fresh)
+    clock = attachment.steps
+    for _ in range(2):
+        step(model, optimizer)
+    return clock, attachment.steps, attachment.meter.events["params"]
+
+
+@pytest.mark.parametrize("kind", ["stock", "desloc"])
+def test_a_roll_back_to_the_state_before_the_first_step_begins_the_clock_anew(four, kind):
+    for clock, later, averages in four().run(rolled_back, kind):
+        assert (clock, later, averages) == (0, 2, 0)
+
+
 @pytest.mark.parametrize("kind", ["stock", "desloc"])
 @pytest.mark.parametrize("call", ["load", "add"])
 def test_a_load_or_a_new_group_of_one_rank_alone_is_an_error_on_every_rank(four, kind, call):
