@@ -27,7 +27,7 @@ CASES = {
     "accelerate fsdp": "Accelerate FSDP2", "accelerate deepspeed": "Accelerate ZeRO-2", "trainer": "Trainer DDP",
     "trainer --deepspeed": "Trainer ZeRO-2",
 }
-TORCH, DEEPSPEED = ("2.15.0", "2.14.1", "2.13.0", "2.12.1", "2.11.0", "2.10.0", "2.9.1"), ("0.19.0", "0.18.0", "0.17.6", "0.16.0")
+TORCH, DEEPSPEED = ("2.15.0", "2.14.1", "2.13.0", "2.12.1", "2.11.0", "2.10.0", "2.9.1"), ("0.19.0", "0.18.3", "0.18.0", "0.17.6", "0.16.0")
 REFERENCE = {"torch": "2.13.0", "deepspeed": "0.19.8", "accelerate": "1.15.0", "transformers": "5.23.0"}
 ROWS = {
     **{f"torch {version}": {"torch": version} for version in TORCH},
