@@ -99,7 +99,8 @@ def inside(row: str, cases: list[str]) -> dict[str, str]:
                     found[case] = f"loss {trained(case.split()[1:]):.2f}"
                 else:
                     world = Processes(4, Path(folder))
-                    found[case] = f"{resumed(world, case, folder) if 'resumed' in case else distance(world, case):.0e}"
+                    apart = resumed(world, case, folder) if "resumed" in case else distance(world, case)
+                    found[case] = f"{apart:.0e}" if apart else "0"
             except Exception as error:
                 print(f"{case}: {error}", file=sys.stderr)
                 lines = str(error).strip().splitlines()
