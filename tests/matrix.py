@@ -27,7 +27,7 @@ CASES = {
     "accelerate fsdp": "Accelerate FSDP2", "accelerate deepspeed": "Accelerate ZeRO-2", "trainer": "Trainer DDP",
     "trainer --deepspeed": "Trainer ZeRO-2",
 }
-TORCH, DEEPSPEED = ("2.15.0", "2.14.1", "2.13.0", "2.12.1", "2.11.0", "2.10.0", "2.9.1"), ("0.19.0", "0.18.0", "0.17.6", "0.16.0")
+TORCH, DEEPSPEED = ("2.15.0", "2.14.1", "2.13.0", "2.12.1", "2.11.0", "2.10.0", "2.9.1"), ("0.19.0", "0.18.3", "0.18.0", "0.17.6", "0.16.0")
 REFERENCE = {"torch": "2.13.0", "deepspeed": "0.19.8", "accelerate": "1.15.0", "transformers": "5.23.0"}
 ROWS = {
     **{f"torch {version}": {"torch": version} for version in TORCH},
@@ -99,7 +99,8 @@ def inside(row: str, cases: list[str]) -> dict[str, str]:
                     found[case] = f"loss {trained(case.split()[1:]):.2f}"
                 else:
                     world = Processes(4, Path(folder))
-                    found[case] = f"{resumed(world, case, folder) if 'resumed' in case else distance(world, case):.0e}"
+                    apart = resumed(world, case, folder) if "resumed" in case else distance(world, case)
+                    found[case] = f"{apart:.0e}" if apart else "0"
             except Exception as error:
                 print(f"{case}: {error}", file=sys.stderr)
                 lines = str(error).strip().splitlines()

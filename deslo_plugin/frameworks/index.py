@@ -113,7 +113,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 def _written(metadata: Metadata, results: Sequence[Sequence[WriteResult]]) -> dict[str, Any]:
-    """Places are taken from ``results`` of each rank: torch before 2.10 fills them into a copy of ``metadata``."""
+    """Places are taken from ``results`` of each rank: torch up to 2.11 fills them into a copy of ``metadata``."""
     places = {(written.index.fqn, written.index.offset):
               [written.storage_data.relative_path, written.storage_data.offset, written.storage_data.length]
               for of_rank in results for written in of_rank}
