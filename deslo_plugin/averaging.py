@@ -145,6 +145,8 @@ class Averaging:
         """Says that all replicas are equal now."""
         self._met = self.steps
         self.keep()
+        if self.watch:
+            self.watch.placed()
 
     def keep(self) -> None:
         """Copies parameters and buffers, which all replicas hold alike, if somebody wants the last average."""
@@ -155,6 +157,8 @@ class Averaging:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
         self._met = 0  # an exact load leaves replicas that differ
         self._flights.abandon()
+        if self.watch:
+            self.watch.placed()
         for each in filter(None, (self._samples, self.kept)):
             each.forget()
 

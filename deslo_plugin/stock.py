@@ -180,16 +180,31 @@ class StockAveraging(Averaging):
 def refuse_inner_loops(optimizer: torch.optim.Optimizer) -> None:
     """Raises ``ConfigError`` for an optimizer whose ``step()`` is not the update of every parameter: averages need that."""
     kind = type(optimizer).__name__
-    for name, value in vars(optimizer).items():
-        if isinstance(value, torch.optim.Optimizer):
-            raise ConfigError("attach(optimizer)", "the optimizer that updates the parameters", f"{kind}, which wraps {type(value).__name__}",
-                              f"attach the inner one: attach(model, optimizer.{name}, ...), and go on calling {kind} as before")
+    if wrapped := _wrapped(optimizer):
+        one = "the inner one" if len(wrapped) == 1 else "each of the inner ones with its own sync_every"
+        calls = ", ".join(f"attach(model, {each}, ...)" for each in wrapped)
+        raise ConfigError("attach(optimizer)", "the optimizer that updates the parameters",
+                          f"{kind}, which wraps {' and '.join(dict.fromkeys(type(each).__name__ for each in wrapped.values()))}",
+                          f"attach {one}: {calls}, and go on calling {kind} as before")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError("attach(optimizer)", "states that each belong to one parameter", f"{kind}, which keeps one history of all",
                           "take an optimizer whose states have a mean, such as AdamW or SGD")
     if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
         raise ConfigError("attach(optimizer)", "an optimizer whose step() is the update", f"{kind}, which steps by first_step and "
                           "second_step", "give it a base optimizer that makes the update, and attach that one")
+
+
+def _wrapped(optimizer: torch.optim.Optimizer) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers that this one holds, alone or in a list or dict, by what a script calls them."""
+    held: dict[str, Any] = {}
+    for name, value in vars(optimizer).items():
+        if isinstance(value, (list, tuple)):
+            held |= {f"optimizer.{name}[{index}]": each for index, each in enumerate(value)}
+        elif isinstance(value, dict) and name != "state":
+            held |= {f"optimizer.{name}[{key!r}]": each for key, each in value.items()}
+        else:
+            held[f"optimizer.{name}"] = value
+    return {name: each for name, each in held.items() if isinstance(each, torch.optim.Optimizer)}
 
 
 def schedule(averaging: StockAveraging) -> None:
@@ -204,7 +219,8 @@ def schedule(averaging: StockAveraging) -> None:
     @torch.no_grad()
     def step(_: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
         if closure is None and _only_creates_states(optimizer):
-            return inner()
+            with averaging.watch.looking_away() if averaging.watch else contextlib.nullcontext():
+                return inner()
         result = None
         if closure is not None and (asks_first or averaging.skips_nonfinite):
             with torch.enable_grad():

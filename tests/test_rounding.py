@@ -118,8 +118,9 @@ def test_the_optimizer_keeps_its_moments_in_bfloat16(dtype):
         for p in params:
             dtypes = {name: state.dtype for name, state in optimizer.state[p].items()}
             assert dtypes.pop("exp_avg") == dtypes.pop("exp_avg_sq") == torch.bfloat16
-            assert set(dtypes.values()) == {torch.float32} and p.dtype == dtype
-        assert optimizer.meter.bytes["exp_avg"] == 4 * 4 * 85  # the wire stays float32
+            assert dtypes.pop("step") == torch.int64
+            assert dtypes.pop("origin") == torch.int64 and set(dtypes.values()) == {torch.float32} and p.dtype == dtype
+        assert optimizer.meter.bytes["exp_avg"] == 4 * 4 * 85 + 3 * 4  # the wire stays float32; a word asks after steps 2, 4, 8
 
 
 def test_a_mean_lands_rounded_to_nearest():
@@ -129,6 +130,7 @@ def test_a_mean_lands_rounded_to_nearest():
         settings = {"optimizer": {"params": params}, "deslo": {"when": "after_update"}}
         optimizer = DesLoc([p], settings, average=average)
         optimizer.state[p]["exp_avg"].fill_(1 if average.rank == 0 else 1 + 2**-7)
+        optimizer.state[p]["exp_avg_sq"].fill_(1)  # such a momentum is held to nothing less
         optimizer.skip_step()
         return optimizer.state[p]["exp_avg"]
 

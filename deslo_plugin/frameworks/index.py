@@ -5,7 +5,7 @@ DCP writes the tensors, and its pickled ``.metadata`` for tools that know it, wh
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.storage import WriteResult
 
 from deslo_plugin.frameworks.all_or_none import Elsewhere, to_os_error
 from deslo_plugin.frameworks.fragment import LoadFragments, SaveFragments
@@ -89,7 +90,7 @@ class _Writer(dcp.FileSystemWriter):
         try:
             super().finish(metadata, results)
             with (Path(self.path) / INDEX).open("w") as file:
-                json.dump(_written(metadata), file)
+                json.dump(_written(metadata, results), file)
                 file.flush()
                 os.fsync(file.fileno())
         except Exception as error:
@@ -111,9 +112,11 @@ class _Reader(dcp.FileSystemReader):
             raise to_os_error(error, self.path) from error
 
 
-def _written(metadata: Metadata) -> dict[str, Any]:
-    places = {(index.fqn, index.offset): [place.relative_path, place.offset, place.length]
-              for index, place in metadata.storage_data.items()}
+def _written(metadata: Metadata, results: Sequence[Sequence[WriteResult]]) -> dict[str, Any]:
+    """Places are taken from ``results`` of each rank: torch up to 2.11 fills them into a copy of ``metadata``."""
+    places = {(written.index.fqn, written.index.offset):
+              [written.storage_data.relative_path, written.storage_data.offset, written.storage_data.length]
+              for of_rank in results for written in of_rank}
     tensors, values = {}, {}
     for name, stored in metadata.state_dict_metadata.items():
         if isinstance(stored, TensorStorageMetadata):

@@ -4,9 +4,10 @@ A mistake shows in what parameters do: they are equal before an average that sho
 optimizer is not stepped, or no attached optimizer has them. Each is said once, on rank 0, with its likely cause.
 """
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -49,7 +50,7 @@ class Watch:
         self.on_first_step: Callable[[], object] = lambda: None
         self._names = {id(param): name for name, param in named.items()}
         self._names_left_out, self._in_engine = names_left_out, in_engine
-        self._began = self._inside = False
+        self._began = self._inside = self._placed = False
         self._averages = self._looked = 0
         self._before: dict[str, str] = {}
         self._after: dict[str, str] = {}
@@ -77,10 +78,16 @@ class Watch:
     def step_begins(self) -> None:
         """The attached optimizer is stepped."""
         self._inside = True
+        if self._placed:
+            self._placed, self._known = False, self._digests()
         if not self._began:
             self._began = True
             if self._names_left_out:
                 self._complain("left out", self._left_out("require gradients"))
+
+    def placed(self) -> None:
+        """Parameters are loaded, or made equal: that they are equal at the next step says nothing of training."""
+        self._placed = True
 
     def landed(self, params: Sequence[Tensor]) -> None:
         """The mean of ``params`` has been written."""
@@ -100,13 +107,22 @@ class Watch:
         if self._before:
             self._compare()
 
+    @contextlib.contextmanager
+    def looking_away(self) -> Iterator[None]:
+        """What is stepped meanwhile is no step of training."""
+        was, self._inside = self._inside, True
+        try:
+            yield
+        finally:
+            self._inside = was
+
     def _about_to_land(self, event: SyncEvent) -> None:
         if PARAMS in event.drift and not self._before:
             self._before, self._landed_at = self._digests(), event.steps
 
     def _compare(self) -> None:
         before, after = self._before, self._after
-        moved, self._known, self._before, self._after = before != self._known, before, {}, {}
+        moved, self._known, self._before, self._after = before != self._known, before | after, {}, {}
         moved, together, apart = self._over_replicas(moved, before, after)
         self._looked += 1
         self._averages += moved

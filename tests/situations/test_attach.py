@@ -443,6 +443,8 @@ def test_models_on_more_than_one_mesh_train_as_replicas_of_one_process(four, kin
 
 def without_effect(kind: str) -> dict:
     """Six steps of something that looks attached; what was said, and what ``check`` says on this rank."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
     torch.manual_seed(0)
     model = net()
     outer = DDP(model) if kind in ("the module inside", "same data", "fine") else model
@@ -452,13 +454,19 @@ def without_effect(kind: str) -> dict:
     other = torch.optim.SGD(model[2].parameters(), lr=1e-2)
     if kind == "warm-up":
         config_["deslo"]["synchronous_steps"] = 2
+    if kind == "met before an average":
+        config_["deslo"]["when"] = "before_update"
     if kind == "stepped elsewhere":
         other = torch.optim.SGD(model.parameters(), lr=1e-2)
     with heard() as lines:
         attachment = deslo_plugin.attach(model if kind == "the module inside" else outer, optimizer, config_)
         if kind == "attached before DDP":
             outer = DDP(model)
+        if kind == "states made beforehand":
+            get_optimizer_state_dict(model, optimizer)
         for step in range(6):
+            if kind == "met before an average" and step == 3:
+                deslo_plugin.meet(outer)
             model.zero_grad()
             loss_of(outer, batch(0 if kind == "same data" else dist.get_rank(), step, 0)).backward()
             if kind != "stepped elsewhere":
@@ -484,9 +492,31 @@ def test_an_attachment_without_effect_is_said_once(four, kind, message):
         assert result["found"] == results[0]["found"] and re.search(message, " ".join(result["found"])) and result["failed"] >= 1
 
 
-@pytest.mark.parametrize("kind", ["fine", "rate 0", "warm-up"])
+@pytest.mark.parametrize("kind", ["fine", "rate 0", "warm-up", "states made beforehand", "met before an average"])
 def test_nothing_is_said_of_what_works(four, kind):
     assert four().run(without_effect, kind) == [{"said": [], "found": [], "failed": 0}] * 4
+
+
+def resumed_when_an_average_is_due(kind: str, folder: str) -> list[str]:
+    """Three steps, after which an average of parameters is due, and three more in another job that loads them."""
+    said = []
+    for job in ("first", "second"):
+        model = net()
+        optimizer = (deslo_plugin.DesLoc(model.parameters(), lr=1e-2, sync_every={"params": 3}) if kind == "desloc" else adamw(model))
+        with heard() as lines:
+            deslo_plugin.attach(model, optimizer, *([] if kind == "desloc" else [config(when="before_update")]))
+            if job == "second":
+                deslo_plugin.load(folder, model)
+            train(model, optimizer, range(3), seat=dist.get_rank())
+            if job == "first":
+                deslo_plugin.save(folder, model)
+        said += beside_the_banner(lines)
+    return said
+
+
+@pytest.mark.parametrize("kind", ["stock", "desloc"])
+def test_nothing_is_said_of_a_checkpoint_that_was_saved_when_an_average_was_due(four, tmp_path, kind):
+    assert four().run(resumed_when_an_average_is_due, kind, str(tmp_path / "3")) == [[]] * 4
 
 
 def moved_by_hand() -> list[list[str]]:

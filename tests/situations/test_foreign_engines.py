@@ -164,10 +164,10 @@ def test_nan_under_a_zero_3_that_gives_it_by_itself_is_said_to_be_deepspeeds(fou
         assert "NonFiniteError" in stage_3 and stage_3.endswith(advice)
 
 
-def refused_release(version: str) -> str:
+def refused_release(version: str, ds: dict = GOOD) -> str:
     deepspeed_version, deepspeed.__version__ = deepspeed.__version__, version
     try:
-        return jobs.raises(GOOD)
+        return jobs.raises(ds)
     finally:
         deepspeed.__version__ = deepspeed_version
 
@@ -177,3 +177,13 @@ def test_a_release_of_deepspeed_that_does_not_work_is_refused_with_those_that_do
     for error in four().run(refused_release, version):
         assert error == (f"ConfigError: deepspeed: expected 0.16 or later, before 0.20, got {version}; "
                          "pip install 'deepspeed>=0.16,<0.20'")
+
+
+@pytest.mark.parametrize("version, refused", [("0.17.5", False), ("0.17.6", True), ("0.18.2", True), ("0.18.3", False)])
+def test_a_zero_2_that_drops_micro_batches_by_itself_is_refused_where_there_are_several(four, version, refused):
+    said = (f"ConfigError: gradient_accumulation_steps: expected 1 with ZeRO-2 of DeepSpeed {version}, which by itself drops the "
+            "gradients of all micro-batches but the last, got 2; pip install 'deepspeed>=0.18.3,<0.20', or set "
+            "zero_optimization.stage to 1")
+    assert four().run(refused_release, version) == [said if refused else "no error"] * 4
+    assert four().run(refused_release, version, GOOD | {"gradient_accumulation_steps": 1}) == ["no error"] * 4
+    assert four().run(refused_release, version, ds_config(RULES["des-loc-adam"], 1)) == ["no error"] * 4

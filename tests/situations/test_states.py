@@ -210,3 +210,17 @@ def test_lbfgs_and_wrappers_are_refused_with_what_to_do():
     sam.base_optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(deslo_plugin.ConfigError, match="optimizer.base_optimizer"):
         deslo_plugin.attach(model, sam, {"deslo": {"sync_every": {"params": 4}}})
+
+
+def test_a_wrapper_of_several_optimizers_is_refused_with_a_call_for_each():
+    """As scripts make one optimizer of Muon and AdamW, or of one for each part of a model."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    inner = [torch.optim.AdamW(model[0].parameters()), torch.optim.SGD(model[1].parameters(), lr=0.1)]
+    both = torch.optim.SGD(model.parameters(), lr=0.1)
+    for name, held in (("first", inner[0]), ("others", inner[1:])):
+        setattr(both, name, held)
+    with pytest.raises(deslo_plugin.ConfigError, match=(
+        r"which wraps AdamW and SGD; attach each of the inner ones with its own sync_every: attach\(model, optimizer.first, ...\), "
+        r"attach\(model, optimizer.others\[0\], ...\), and go on calling SGD as before"
+    )):
+        deslo_plugin.attach(model, both, {"deslo": {"sync_every": {"params": 4}}})

@@ -39,6 +39,7 @@ OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_c
 
 
 ZERO_3_SINCE = (0, 19, 8)  # on CPUs, where the releases before it are not even equal to themselves
+LAST_MICRO_BATCH_ALONE = (0, 17, 6), (0, 18, 3)  # from, and below: what its ZeRO-2 keeps of several that are accumulated
 NOTHING_OF_US = (
     'deslo: deslo_plugin.run started this script, but its DeepSpeed config has no "deslo" block and no "DesLoc" optimizer: this '
     "engine trains as DeepSpeed alone; to average its optimizer's states instead of gradients, write their periods into deslo.sync_every"
@@ -131,6 +132,7 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
 
 def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: ReplicaUnit) -> None:
     """Connects the built optimizer to the replica group and makes the engine keep its replicas in step."""
+    _expect_whole_gradients(engine)
     optimizer = engine.basic_optimizer
     stock = not isinstance(optimizer, DesLoc)
     config = Config(optimizer=None, deslo=deslo) if stock else optimizer.config
@@ -169,6 +171,16 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
         # its own scalars go by samples, and some of its writers take nothing that goes back
         add_scalars(engine.deslo, lambda scalars, _: engine.monitor.write_events(
             [(name, value, engine.global_samples) for name, value in scalars.items()]))
+
+
+def _expect_whole_gradients(engine: DeepSpeedEngine) -> None:
+    low, below = LAST_MICRO_BATCH_ALONE
+    steps = engine.gradient_accumulation_steps()
+    partitioned = engine.zero_optimization_stage() == 2 and not engine.optimizer.cpu_offload
+    if low <= release("deepspeed") < below and partitioned and steps > 1:
+        raise ConfigError("gradient_accumulation_steps", f"1 with ZeRO-2 of DeepSpeed {deepspeed.__version__}, which by itself "
+                          "drops the gradients of all micro-batches but the last", str(steps),
+                          "pip install 'deepspeed>=0.18.3,<0.20', or set zero_optimization.stage to 1")
 
 
 def _with_groups(unit: ReplicaUnit, method: Callable[..., Any]) -> Callable[..., Any]:
