@@ -1,7 +1,7 @@
 # The two commands of the README, `make train` and `make test`; both set up .venv by themselves.
 PYTHON ?= python3
 VENV   ?= .venv
-CONFIG ?= configs/des-loc-adam.json
+CONFIG ?= configs/des-loc-adam-qh.json
 ARGS   ?=
 FOLDER ?= build/matrix
 PIP    := $(VENV)/bin/pip --disable-pip-version-check -q install -c constraints.txt

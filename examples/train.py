@@ -142,7 +142,9 @@ def compare(args: Namespace) -> None:
             console.rule(baseline.stem, align="left")
             size = str(results[0].replica_size)
             results.append(run(baseline, [*sys.argv[1:], "--replica-size", size], args.processes, folder))
-    console.print(table(results))
+    from links import on_links  # imports torch, which no other part of this process needs
+
+    console.print(table(results, on_links(results, config, args.steps)))
     if args.result:
         save(results, args.result)
 
