@@ -110,6 +110,7 @@ def inside(row: str, cases: list[str]) -> dict[str, str]:
     from worlds import Processes
 
     import deslo_plugin
+    from deslo_plugin.kernels.update import native
 
     assert Path(deslo_plugin.__file__).is_relative_to(sys.prefix), deslo_plugin.__file__
     found = {}
@@ -118,7 +119,7 @@ def inside(row: str, cases: list[str]) -> dict[str, str]:
             world = None
             try:
                 if case == "kernels":
-                    found[case] = {"python": "none"}.get(deslo_plugin.ops.native(), deslo_plugin.ops.native())
+                    found[case] = {"python": "none"}.get(native(), native())
                 elif case.startswith("trainer"):
                     found[case] = f"loss {trained(case.split()[1:]):.2f}"
                 else:

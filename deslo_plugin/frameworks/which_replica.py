@@ -33,7 +33,7 @@ def topology_of(
     elif fsdp.is_sharded(model):
         topology = fsdp.topology_of(model, mesh, replicate)
     elif mesh is not None:
-        topology = fsdp.rows_of(mesh, replicate)
+        topology = fsdp.topology_from_mesh(mesh, replicate)
     else:
         ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
         topology = Topology(tuple((rank,) for rank in ranks), dist.get_rank())

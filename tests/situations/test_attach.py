@@ -17,7 +17,7 @@ from torch_jobs import mesh_of, whole
 
 import deslo_plugin
 from deslo_plugin import log
-from deslo_plugin.frameworks import fsdp2 as fsdp
+from deslo_plugin.checkpoint import resharding
 
 EVERY = {"params": 3, "exp_avg": 3, "exp_avg_sq": 3}
 
@@ -421,8 +421,8 @@ def test_the_torch_before_2_12_has_one_param_group_for_each_module(monkeypatch):
 
     sharded, empty = Older(), Older()
     sharded.group, empty.group = "group", None
-    monkeypatch.setattr(fsdp, "FSDPModule", Older)
-    assert list(fsdp._param_groups(nn.Sequential(sharded, empty))) == ["group"]
+    monkeypatch.setattr(resharding, "FSDPModule", Older)
+    assert list(resharding.param_groups(nn.Sequential(sharded, empty))) == ["group"]
 
 
 def stages() -> str:
@@ -609,12 +609,12 @@ def test_the_banner_of_a_stock_optimizer_counts_its_momenta_from_the_start(four)
 
 HEARD = """
 import logging
-from deslo_plugin.log import announce, logger, say
+from deslo_plugin.log import announce, log_rank0, logger
 
-say("first: nobody has set up logging")
+log_rank0("first: nobody has set up logging")
 logging.basicConfig(level=logging.WARNING, format="user: %(message)s")
 announce("second: its first line\\nand the rest")
-say("third: not asked for")
+log_rank0("third: not asked for")
 logging.getLogger().setLevel(logging.INFO)
 announce("fourth: its first line\\nand the rest")
 assert not logger.handlers and logger.propagate and logger.level == logging.NOTSET
@@ -635,7 +635,7 @@ def test_the_last_words_come_from_the_first_rank_alone(monkeypatch, caplog):
     monkeypatch.setattr(log.dist, "is_initialized", lambda: False)  # the process group was destroyed
     for rank in range(4):
         monkeypatch.setattr(log, "_rank", rank)
-        log.say(f"summary of rank {rank}", logging.WARNING)
+        log.log_rank0(f"summary of rank {rank}", logging.WARNING)
     assert "summary of rank 0" in caplog.text and "rank 1" not in caplog.text and "rank 3" not in caplog.text
 
 
