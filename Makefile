@@ -6,7 +6,7 @@ ARGS   ?=
 FOLDER ?= build/matrix
 PIP    := $(VENV)/bin/pip --disable-pip-version-check -q install -c constraints.txt
 
-.PHONY: train test check format bench matrix clean
+.PHONY: train test check format bench docs matrix clean
 
 train: $(VENV)/ready
 	$(VENV)/bin/python examples/train.py --config $(CONFIG) $(ARGS)
@@ -24,6 +24,12 @@ format: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/overhead.py $(ARGS)
+
+# the pages as a site under build/site; docs/index.md is README with links of its own
+docs: $(VENV)/ready
+	$(PIP) mkdocs-material
+	sed -e 's,](docs/,](,g' -e 's,\[\([^]]*\)\](C[A-Z]*\.md),`\1`,g' README.md > docs/index.md
+	$(VENV)/bin/mkdocs build --strict --quiet
 
 # every row of docs/versions.md, each in an environment of its own under FOLDER
 matrix: $(VENV)/ready

@@ -1,0 +1,26 @@
+"""The first script that a stranger copies, for each framework: it runs, learns, and averages."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples" / "first"
+PLENTY_S = 900  # against hangs
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in FOLDER.glob("*.py")))
+def test_a_first_script_runs(tmp_path, script):
+    assert len((FOLDER / script).read_text().splitlines()) <= 40
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", FOLDER / script]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, tmp_path], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PLENTY_S
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    loss, sent = re.search(r"loss (\d\.\d+), ([\d,]+) bytes", done.stdout).groups()
+    begin = 4.2 if "trainer" in script else 2.0  # of guessing
+    assert float(loss) < begin / 2 and int(sent.replace(",", "")) > 0
