@@ -64,6 +64,7 @@ def main(args: Namespace) -> None:
         save_strategy="steps" if args.save else "no",
         save_steps=args.steps // 2,
         max_steps=args.steps,
+        warmup_steps=max(1, args.steps // 20),  # for "auto" in a JSON; DeepSpeed takes no 0
         per_device_train_batch_size=8,
         max_grad_norm=1.0,
         learning_rate=3e-3 if params["lr"] == "auto" else params["lr"],

@@ -130,7 +130,7 @@ def inside(row: str, cases: list[str]) -> dict[str, str]:
                 print(f"{case}: {error}", file=sys.stderr)
                 lines = str(error).strip().splitlines()
                 # torchrun adds a frame of its own
-                named = [line for line in lines if re.search(r"\w(Error|Exception)\b.*: ", line)]
+                named = [line for line in lines if re.search(r"(?<!ChildFailed)(Error|Exception): ", line)]
                 found[case] = (named or lines)[-1][:160]
             finally:
                 if world is not None:
@@ -146,7 +146,7 @@ def trained(options: list[str]) -> float:
 
 
 def resumed(world, case: str, folder: str) -> float:
-    """How far a job that loads an exact save in a new process group is from the one that went on."""
+    """How far a job that is built anew and loads an exact save is from the one that went on."""
     import checkpoint_jobs
 
     kind = case.removesuffix(" resumed")

@@ -76,7 +76,7 @@ def run_example(launch, options):
     run = subprocess.run(
         [*launch, *EXAMPLE, *options], capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment
     )
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.returncode == 0, run.stderr[-20_000:]
     return json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"loss"')))
 
 
