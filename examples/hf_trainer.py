@@ -55,6 +55,7 @@ def main(args: Namespace) -> None:
     training = TrainingArguments(
         output_dir=args.save or tempfile.mkdtemp(), save_strategy="steps" if args.save else "no", save_steps=args.steps // 2,
         max_steps=args.steps, per_device_train_batch_size=8, max_grad_norm=1.0,
+        warmup_steps=max(1, args.steps // 20),  # for "auto" in a JSON: DeepSpeed takes no 0, the default before transformers 5
         learning_rate=3e-3 if params["lr"] == "auto" else params["lr"], lr_scheduler_type="constant", **same_as_json,
         ddp_find_unused_parameters=False,  # else every backward would send a bitmap to all ranks: attach refuses it
         use_cpu=not torch.cuda.is_available(), deepspeed=blocks if args.deepspeed else None,

@@ -104,7 +104,7 @@ def inside(row: str, cases: list[str]) -> dict[str, str]:
             except Exception as error:
                 print(f"{case}: {error}", file=sys.stderr)
                 lines = str(error).strip().splitlines()
-                named = [line for line in lines if re.search(r"\w(Error|Exception)\b.*: ", line)]  # torchrun adds a frame of its own
+                named = [line for line in lines if re.search(r"(?<!ChildFailed)(Error|Exception): ", line)]  # not torchrun's own
                 found[case] = (named or lines)[-1][:160]
             finally:
                 if world is not None:
