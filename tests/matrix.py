@@ -120,7 +120,7 @@ def trained(options: list[str]) -> float:
 
 
 def resumed(world, case: str, folder: str) -> float:
-    """How far a job that loads an exact save in a new process group is from the one that went on."""
+    """How far a job that is built anew and loads an exact save is from the one that went on."""
     import checkpoint_jobs
 
     kind = case.removesuffix(" resumed")
