@@ -1,18 +1,26 @@
 # The two commands of the README, `make train` and `make test`; both set up .venv by themselves.
 PYTHON ?= python3
 VENV   ?= .venv
-CONFIG ?= configs/des-loc-adam.json
+CONFIG ?= configs/des-loc-adam-qh.json
 ARGS   ?=
 FOLDER ?= build/matrix
 PIP    := $(VENV)/bin/pip --disable-pip-version-check -q install -c constraints.txt
 
-.PHONY: train test bench matrix clean
+.PHONY: train test check format bench matrix clean
 
 train: $(VENV)/ready
 	$(VENV)/bin/python examples/train.py --config $(CONFIG) $(ARGS)
 
-test: $(VENV)/ready
+test: check
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(VENV)/ready
+	$(VENV)/bin/ruff format --check --quiet
+	$(VENV)/bin/ruff check --quiet
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff check --fix --quiet
+	$(VENV)/bin/ruff format
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/overhead.py $(ARGS)

@@ -26,19 +26,34 @@ TORCH_ABI = "0x020a000000000000"  # torch 2.10: the oldest that the binary runs 
 PYTHON_ABI = "0x030a0000"
 
 # One rounding per operation, so that all instruction sets agree; errno and floating-point traps are never read.
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-         "-fno-trapping-math", "-fopenmp-simd"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+]
 X86 = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprfchw", "-mprefer-vector-width=512"],
     "avx2": ["-mavx2", "-mprfchw"],
 }
-CUDA_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "--ftz=true", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
-              *(f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90, 100)),
-              "-gencode=arch=compute_100,code=compute_100"]
+CUDA_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--fmad=false",
+    "--ftz=true",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
+    *(f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90, 100)),
+    "-gencode=arch=compute_100,code=compute_100",
+]
 
 
 class BuildPackage(build_py):
-    """A wheel has the folder configs/ inside the package; a checkout, and what is installed from it with -e, uses it as it lies."""
+    """A wheel has the folder configs/ inside the package; a checkout, and what is installed from it with -e, uses it as
+    it lies."""
 
     def run(self):
         super().run()
@@ -60,7 +75,9 @@ class BuildKernels(build_ext):
         except Exception as error:
             if NATIVE != "auto":
                 raise
-            warnings.warn(f"the native kernels were not built, the package will run on torch's operators: {error}")
+            warnings.warn(
+                f"the native kernels were not built, the package will run on torch's operators: {error}", stacklevel=2
+            )
             self.extensions.remove(extension)
 
     def _add_torch(self, extension):
@@ -77,12 +94,17 @@ class BuildKernels(build_ext):
         x86 = platform.machine() in ("x86_64", "AMD64")
         for isa, flags in {"baseline": [], **(X86 if x86 else {})}.items():
             extension.extra_objects += self.compiler.compile(
-                ["csrc/cpu.cpp", "csrc/cpu_average.cpp"], output_dir=f"{self.build_temp}/{isa}", macros=[("DESLO_ISA", isa)],
-                extra_postargs=FLAGS + flags, depends=extension.depends,
+                ["csrc/cpu.cpp", "csrc/cpu_average.cpp"],
+                output_dir=f"{self.build_temp}/{isa}",
+                macros=[("DESLO_ISA", isa)],
+                extra_postargs=FLAGS + flags,
+                depends=extension.depends,
             )
 
     def _add_cuda(self, extension):
-        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+        nvcc = shutil.which("nvcc") or shutil.which(
+            "nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
+        )
         if NATIVE == "cpu" or (NATIVE == "auto" and not (nvcc and self.cuda_torch)):
             return
         try:
@@ -93,12 +115,16 @@ class BuildKernels(build_ext):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 subprocess.run([nvcc, *CUDA_FLAGS, "-c", source, "-o", target], check=True)
             # nvcc on PATH may be a script that stands elsewhere than its toolkit
-            plan = subprocess.run([nvcc, "--dryrun", "-c", "csrc/cuda.cu"], capture_output=True, text=True, check=True).stderr
+            plan = subprocess.run(
+                [nvcc, "--dryrun", "-c", "csrc/cuda.cu"], capture_output=True, text=True, check=True
+            ).stderr
             toolkit = re.search(r"TOP=(.*)", plan)[1]
         except Exception as error:
             if NATIVE == "cuda":
                 raise
-            warnings.warn(f"the CUDA kernels were not built, CUDA tensors will run on torch's operators: {error}")
+            warnings.warn(
+                f"the CUDA kernels were not built, CUDA tensors will run on torch's operators: {error}", stacklevel=2
+            )
             return
         extension.extra_objects += map(str, targets.values())
         extension.define_macros.append(("DESLO_CUDA", None))
@@ -107,8 +133,11 @@ class BuildKernels(build_ext):
 
 
 kernels = Extension(
-    "deslo_plugin._C", ["csrc/module.cpp"], extra_compile_args=FLAGS,
-    extra_link_args=["-Wl,--no-as-needed"] if sys.platform == "linux" else [],  # the CUDA part of torch comes through libtorch
+    "deslo_plugin._C",
+    ["csrc/module.cpp"],
+    extra_compile_args=FLAGS,
+    # the CUDA part of torch comes through libtorch
+    extra_link_args=["-Wl,--no-as-needed"] if sys.platform == "linux" else [],
     py_limited_api=True,
     depends=[str(path) for path in sorted(Path("csrc").iterdir())],
 )

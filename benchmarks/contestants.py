@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin import DesLoc, attach
-from deslo_plugin.collectives import Alone
+from deslo_plugin.comm.transport import SingleReplica
 
 NEVER = 10**9
 LIGHTHOUSES: list[Any] = []  # torchft's servers live as long as their process
@@ -27,15 +27,15 @@ STORES: list[Any] = []
 
 
 def local_adam(model: nn.Module) -> DesLoc:
-    return DesLoc(model.parameters(), lr=1e-3, sync_every={"params": NEVER}, average=Alone())
+    return DesLoc(model.parameters(), lr=1e-3, sync_every={"params": NEVER}, average=SingleReplica())
 
 
 @dataclass(frozen=True)
 class Setting:
     """The model, ``sequences`` per rank and step, K: steps between averages of the parameters.
 
-    Peers train with ``optimizer``, which averages nothing; those that can average gradients for the first ``warm_up`` steps.
-    """
+    Peers train with ``optimizer``, which averages nothing; those that can average gradients for the first ``warm_up``
+    steps."""
 
     shape: GPTConfig
     sequences: int
@@ -64,7 +64,8 @@ class Running:
 
 @dataclass(frozen=True)
 class Contestant:
-    """``per_node`` ranks on each node; ``longest``: its longest period in units of K, 0 if it communicates at every step.
+    """``per_node`` ranks on each node; ``longest``: its longest period in units of K, 0 if it communicates at every
+    step.
 
     ``silent``: never communicates between nodes. ``hides``: its averages travel while a step is computed. ``needs``: a
     module that must be installed.
@@ -187,23 +188,43 @@ def torchft_manager(name: str) -> Any:
     store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
     STORES.append(store)
     return Manager(
-        ProcessGroupGloo(), None, None, min_replica_size=2, use_async_quorum=False, init_sync=False, rank=0, world_size=1,
-        store_addr=address, store_port=store.port, lighthouse_addr=where[0], hostname=address, replica_id=f"{name}-{rank}",
+        ProcessGroupGloo(),
+        None,
+        None,
+        min_replica_size=2,
+        use_async_quorum=False,
+        init_sync=False,
+        rank=0,
+        world_size=1,
+        store_addr=address,
+        store_port=store.port,
+        lighthouse_addr=where[0],
+        hostname=address,
+        replica_id=f"{name}-{rank}",
     )
 
 
-def ours(periods: dict[str, int], overlap: bool, momentum: dict[str, float], shard: bool) -> Callable[[Setting], Running]:
+def ours(
+    periods: dict[str, int], overlap: bool, momentum: dict[str, float], shard: bool
+) -> Callable[[Setting], Running]:
     """``periods`` in units of K."""
 
     def build(setting: Setting) -> Running:
         model = sharded(setting, mesh()["shard"]) if shard else wrapped(setting)
         sync_every = {state: units * setting.period for state, units in periods.items()}
         params = {"lr": 1e-3, "sync_every": sync_every} | ({"momenta": [momentum]} if momentum else {})
-        optimizer = DesLoc(model.parameters(), {"optimizer": {"params": params}, "deslo": {
-            "overlap": overlap, "replica_size": "auto" if shard else 1}})
+        optimizer = DesLoc(
+            model.parameters(),
+            {
+                "optimizer": {"params": params},
+                "deslo": {"overlap_comm": overlap, "replica_size": "auto" if shard else 1},
+            },
+        )
         attachment = attach(model, optimizer, mesh=mesh() if shard else None)
-        plan, meter = attachment.plan, attachment.meter
-        return Running(model, optimizer, lambda steps: sum(plan.bytes_at(steps).values()), waited=lambda: meter.seconds_exposed)
+        plan, meter = attachment.plan, attachment.stats
+        return Running(
+            model, optimizer, lambda steps: sum(plan.bytes_at(steps).values()), waited=lambda: meter.seconds_exposed
+        )
 
     return build
 
@@ -214,8 +235,12 @@ def _ours(
     """With overlap, and in turn: computing, then communicating."""
     return {
         name + ("" if overlap else "-in-turn"): Contestant(
-            title + ("" if overlap else ", in turn"), ours(periods, overlap, momentum or {}, shard),
-            longest=max(periods.values()), per_node=1 + shard, hides=overlap, ours=True,
+            title + ("" if overlap else ", in turn"),
+            ours(periods, overlap, momentum or {}, shard),
+            longest=max(periods.values()),
+            per_node=1 + shard,
+            hides=overlap,
+            ours=True,
         )
         for overlap in (True, False)
     }

@@ -2,8 +2,8 @@
 
     python benchmarks/cuda_build.py [--nvcc nvcc] [--cuobjdump cuobjdump]
 
-Compiles csrc/*.cu as setup.py does, and reads what ptxas says and what cuobjdump shows; cuobjdump is in the CUDA toolkit, or
-comes from pip (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). Writes benchmarks/results/cuda-build.txt.
+Compiles csrc/*.cu as setup.py does, and reads what ptxas says and what cuobjdump shows; cuobjdump is in the CUDA
+toolkit, or comes from pip (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). Writes benchmarks/results/cuda-build.txt.
 """
 
 import argparse
@@ -16,18 +16,32 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "cuda-build.txt"
 ARCHITECTURES = (80, 90, 100)
-FLAGS = ["-std=c++17", "-O3", "--fmad=false", "--ftz=true", "-Xptxas", "-v",
-         *(f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES), "-gencode=arch=compute_100,code=compute_100"]
-ACCESSES = {"128-bit loads": r"LDG\.\S*128", "stores": r"STG\.\S*128", "64-bit loads": r"LDG\.\S*64",
-            "stores ": r"STG\.\S*64", "local": r"\b(LDL|STL)\b"}
-HEAD = """CUDA kernels as {version} compiles them. They have NOT RUN on a GPU: no time or bandwidth here, only what the compiler says.
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--fmad=false",
+    "--ftz=true",
+    "-Xptxas",
+    "-v",
+    *(f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES),
+    "-gencode=arch=compute_100,code=compute_100",
+]
+ACCESSES = {
+    "128-bit loads": r"LDG\.\S*128",
+    "stores": r"STG\.\S*128",
+    "64-bit loads": r"LDG\.\S*64",
+    "stores ": r"STG\.\S*64",
+    "local": r"\b(LDL|STL)\b",
+}
+HEAD = """CUDA kernels as {version} compiles them. They have NOT RUN on a GPU: no time or bandwidth here,
+only what the compiler says.
 
 $ python benchmarks/cuda_build.py      (nvcc {flags} -c csrc/NAME.cu; cuobjdump -sass NAME.o)
 
-N = 0: any number of momenta, one after the other, the loop unrolled by the compiler. states: their dtype. where: whether step count and rate
-come by value, or were prepared on the device from tensors. 128-bit, 64-bit: accesses of the path for whole, aligned elements (16-bit
-formats take 64 bits; so does a pointer or a pair of constants). local: loads and stores of spilled registers; prepare is one
-thread, and its local memory no spill but an array.
+N = 0: any number of momenta, one after the other, the loop unrolled by the compiler. states: their dtype. where:
+whether step count and rate come by value, or were prepared on the device from tensors. 128-bit, 64-bit: accesses of
+the path for whole, aligned elements (16-bit formats take 64 bits; so does a pointer or a pair of constants). local:
+loads and stores of spilled registers; prepare is one thread, and its local memory no spill but an array.
 
 """
 
@@ -45,7 +59,9 @@ def main() -> None:
             for name, sm, text in re.findall(r"entry function '(\S+)' for 'sm_(\d+)'(.*?Used .*?)\n", said, re.S):
                 spilled = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
                 kernels[sm, name] |= {"registers": int(re.search(r"Used (\d+)", text)[1]), "spilled bytes": spilled}
-            for sm, part in re.findall(r"arch = sm_(\d+)(.*?)(?=arch = sm_|\Z)", run(tools.cuobjdump, "-sass", str(built)), re.S):
+            for sm, part in re.findall(
+                r"arch = sm_(\d+)(.*?)(?=arch = sm_|\Z)", run(tools.cuobjdump, "-sass", str(built)), re.S
+            ):
                 for name, code in re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", part, re.S):
                     kernels[sm, name] |= {what: len(re.findall(pattern, code)) for what, pattern in ACCESSES.items()}
     names = dict(zip([name for _, name in kernels], run("c++filt", *(name for _, name in kernels)).splitlines()))
@@ -54,8 +70,10 @@ def main() -> None:
     columns = ["arch", "kernel", "N", "states", "where", "registers", "spilled bytes", *ACCESSES]
     cells = [columns, *([f"sm_{sm}", *map(str, row)] for sm, *row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    table = "\n".join("  ".join(cell.ljust(w) if i < 5 else cell.strip().rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-                      for row in cells)
+    table = "\n".join(
+        "  ".join(cell.ljust(w) if i < 5 else cell.strip().rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in cells
+    )
     OUT.write_text(HEAD.format(version=f"nvcc {version}", flags=" ".join(FLAGS)) + table + "\n")
 
 

@@ -14,9 +14,16 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 COLOURS = {
-    "DES-LOC": "#0072b2", "Local Adam": "#e69f00", "FAVG+OPT": "#d55e00", "FAVG-OPT": "#cc79a7", "synchronous": "#555555",
-    "DES-LOC, joiners without momenta": "#56b4e9", "DES-LOC, nobody joins": "#009e73", "DES-LOC, nobody fails": "#009e73",
-    "DES-LOC, 4 from the start": "#0072b2", "DES-LOC, 1 until step 128": "#d55e00",
+    "DES-LOC": "#0072b2",
+    "Local Adam": "#e69f00",
+    "FAVG+OPT": "#d55e00",
+    "FAVG-OPT": "#cc79a7",
+    "synchronous": "#555555",
+    "DES-LOC, joiners without momenta": "#56b4e9",
+    "DES-LOC, nobody joins": "#009e73",
+    "DES-LOC, nobody fails": "#009e73",
+    "DES-LOC, 4 from the start": "#0072b2",
+    "DES-LOC, 1 until step 128": "#d55e00",
 }
 LABELS = ("held-out loss, nats per byte", "difference from DES-LOC, nats per byte")
 
@@ -50,7 +57,9 @@ def draw(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
             axes.set(xlabel="steps", ylabel=label)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+        figure.legend(
+            *left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize="small"
+        )
         figure.suptitle(f"{title}: mean of {len(first)} seeds, bands from lowest to highest", fontsize="medium")
         figure.savefig(folder / file_name(title), dpi=110)
         plt.close(figure)

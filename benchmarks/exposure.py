@@ -1,10 +1,10 @@
 """What communication costs: laps of contestants, held against laps without communication and against the plan.
 
 A *lap* is half a period K of steps, from one barrier to the next, and begins a quarter of a period after an average, so
-that each average is launched and landed within one lap. Laps of all contestants take turns; each is compared with laps of
-its floor in the rounds around it. Laps that move the same bytes are alike: of these the median counts, once for each of
-them, so that the sum over a whole longest period is that of a mean. Laps in which somebody else used the machine count only
-where a contestant has none alike without.
+that each average is launched and landed within one lap. Laps of all contestants take turns; each is compared with laps
+of its floor in the rounds around it. Laps that move the same bytes are alike: of these the median counts, once for each
+of them, so that the sum over a whole longest period is that of a mean. Laps in which somebody else used the machine
+count only where a contestant has none alike without.
 """
 
 from collections import defaultdict
@@ -39,8 +39,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Lap:
-    """A lap on all ranks: seconds until the last was done, and bytes by node. ``sent`` is what the counters saw, ``others``
-    the share of all cores that somebody else used."""
+    """A lap on all ranks: seconds until the last was done, and bytes by node. ``sent`` is what the counters saw,
+    ``others`` the share of all cores that somebody else used."""
 
     round: int
     seconds: float
@@ -81,8 +81,9 @@ def lap(round: int, segments: Sequence[Segment], sent: Sequence[int], others: fl
 class Row:
     """One contestant at one rate. Shares are of a floor step's time; bytes are of one node, by step.
 
-    ``exposed`` is what was measured, ``inevitable`` what is left of the payload's time on the link once a contestant that
-    hides it has hidden a step's worth of each average (None on a link of unknown rate); ``waited`` is by its own meter.
+    ``exposed`` is what was measured, ``inevitable`` what is left of the payload's time on the link once a contestant
+    that hides it has hidden a step's worth of each average (None on a link of unknown rate); ``waited`` is by its own
+    meter.
     ``disturbed``: the share of laps in which somebody else used the machine.
     """
 
@@ -114,7 +115,9 @@ def row(name: str, laps: Sequence[Lap], floor: Sequence[Lap], *, hides: bool, mb
         step_ms=1e3 * median(seconds for each in _quiet(laps) for seconds in each.steps),
         floor_ms=1e3 * step,
         exposed=_mean_of_medians(laps, excess, disturbed),
-        inevitable=None if mbit is None else sum(_left(each, mbit, step if hides else 0) for each in laps) / steps / step,
+        inevitable=None
+        if mbit is None
+        else sum(_left(each, mbit, step if hides else 0) for each in laps) / steps / step,
         waited=_mean_of_medians(laps, [each.waited / len(each.payload) / step for each in laps], disturbed),
         bytes=sum(each.sent for each in laps) / steps,
         planned=sum(each.wire for each in laps) / steps,
@@ -129,7 +132,8 @@ def unsettled(laps: Sequence[Lap]) -> bool:
 
 
 def _around(index: int, floor: Sequence[Lap]) -> Sequence[Lap]:
-    """The five laps nearest in time, without the disturbed if that leaves any: the machine's speed drifts, and laps scatter."""
+    """The five laps nearest in time, without the disturbed if that leaves any: the machine's speed drifts, and laps
+    scatter."""
     return sorted(_quiet(floor), key=lambda each: abs(each.round - index))[:5]
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/forecast.py
 
-Reads benchmarks/results/link.json and measures nothing itself. The planner is told the rate of the link, less headers, and the
-time of a step without communication; everything else it works out.
+Reads benchmarks/results/link.json and measures nothing itself. The planner is told the rate of the link, less headers,
+and the time of a step without communication; everything else it works out.
 """
 
 import json
@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deslo_plugin import load_config
-from deslo_plugin.forecast import Link
-from deslo_plugin.methods import HIDDEN, IN_TURN, OWN, SYNCHRONOUS, Job, methods
+from deslo_plugin.planning.comparison import HIDDEN, IN_TURN, OWN, SYNCHRONOUS, Job, methods
+from deslo_plugin.planning.forecast import Link
 
 RESULTS = Path(__file__).resolve().parent / "results" / "link.json"
 PARAMETERS = 635_776  # of the GPT that link.py trains
@@ -28,8 +28,8 @@ TIMES = {"des-loc": (1, 3, 6), "local-adam": (1, 1, 1), "mt-dao": (1, 1, 1), "dd
 
 @dataclass(frozen=True)
 class Compared:
-    """Mean seconds of a step of one contestant at one rate. Synchronous training has two predictions: ``predicted_s`` waits for
-    all of its gradients, ``at_best_s`` hides them under backward."""
+    """Mean seconds of a step of one contestant at one rate. Synchronous training has two predictions: ``predicted_s``
+    waits for all of its gradients, ``at_best_s`` hides them under backward."""
 
     rate: str
     name: str
@@ -83,8 +83,14 @@ def main() -> None:
             table.add_section()
             table.add_row(rate := each.rate)
         best = "" if each.at_best_s is None else f"{each.at_best_s * 1e3:.1f}"
-        table.add_row(each.name, f"{each.floor_s * 1e3:.1f}", f"{each.measured_s * 1e3:.1f}", f"{each.predicted_s * 1e3:.1f}",
-                      f"{each.error:+.1%}", best)
+        table.add_row(
+            each.name,
+            f"{each.floor_s * 1e3:.1f}",
+            f"{each.measured_s * 1e3:.1f}",
+            f"{each.predicted_s * 1e3:.1f}",
+            f"{each.error:+.1%}",
+            best,
+        )
     Console(width=100).print(table)
 
 

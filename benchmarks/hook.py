@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import deslo_plugin
-from deslo_plugin.collectives import Alone
+from deslo_plugin.comm.transport import SingleReplica
 
 WIDTH, LAYERS, BATCH = 1024, 4, 32
 NEVER = 10**9
@@ -32,13 +32,15 @@ NEVER = 10**9
 
 def contestants() -> dict[str, Callable[[], None]]:
     """Name -> one forward, backward and step of the same model."""
-    config = {"optimizer": {"params": {"sync_every": dict.fromkeys(("params", "exp_avg", "exp_avg_sq"), NEVER)}},
-              "deslo": {"replica_size": 1}}
+    config = {
+        "optimizer": {"params": {"sync_every": dict.fromkeys(("params", "exp_avg", "exp_avg_sq"), NEVER)}},
+        "deslo": {"replica_size": 1},
+    }
 
     def steps(wrap: Callable[[nn.Module], nn.Module], ours: bool) -> Callable[[], None]:
         torch.manual_seed(0)
         model = wrap(nn.Sequential(*[layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.GELU())]))
-        optimizer = deslo_plugin.DesLoc(model.parameters(), config, average=None if ours else Alone())
+        optimizer = deslo_plugin.DesLoc(model.parameters(), config, average=None if ours else SingleReplica())
         if ours:
             deslo_plugin.attach(model, optimizer)
         inputs = torch.randn(BATCH, WIDTH)
@@ -72,7 +74,9 @@ def measure(rank: int, store: str, rounds: int, each: int) -> None:
                 step()
             times[name].append((time.perf_counter() - start) / each)
     if rank == 0:
-        table = Table("per step", "median ms", "times the bare module", title=f"{LAYERS} x {WIDTH}^2 float32, 2 ranks of 1 thread")
+        table = Table(
+            "per step", "median ms", "times the bare module", title=f"{LAYERS} x {WIDTH}^2 float32, 2 ranks of 1 thread"
+        )
         for name, own in times.items():
             ratio = statistics.median(mine / bare for mine, bare in zip(own, times["bare module"]))
             table.add_row(name, f"{1e3 * statistics.median(own):.1f}", f"{ratio:.2f}")

@@ -2,8 +2,8 @@
 
     python benchmarks/link.py [--rates 100 500 1000 unshaped] [--period 32] [--only NAME ...] [--quick]
 
-Two network namespaces are the nodes; a token bucket shapes the cable between them. Needs Linux, root and iproute2; removes
-what it makes. How a cost is measured: ``exposure.py``. Writes benchmarks/results/link.json and link.txt.
+Two network namespaces are the nodes; a token bucket shapes the cable between them. Needs Linux, root and iproute2;
+removes what it makes. How a cost is measured: ``exposure.py``. Writes benchmarks/results/link.json and link.txt.
 """
 
 import signal
@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tables import WIDTH, save, shown
 
-LIFETIME = 1500.0  # seconds for each cycle, beside patience, after which a rank ends by itself whatever became of the rest
+# seconds for each cycle, beside patience, after which a rank ends by itself whatever became of the rest
+LIFETIME = 1500.0
 
 
 def main() -> None:
@@ -46,16 +47,22 @@ def main() -> None:
 def arguments() -> Namespace:
     parser = ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rates", type=rate, nargs="+", help='Mbit/s, or "unshaped"')
-    parser.add_argument("--period", type=int, help="K: steps between averages of parameters, a multiple of 4; 32 by default")
+    parser.add_argument(
+        "--period", type=int, help="K: steps between averages of parameters, a multiple of 4; 32 by default"
+    )
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="NAME", help=", ".join(CONTESTANTS))
     parser.add_argument("--cycles", type=int, default=1, help="longest periods (6 K steps) at each rate")
-    parser.add_argument("--patience", type=float, default=120, help="seconds to wait in all while others use the machine")
+    parser.add_argument(
+        "--patience", type=float, default=120, help="seconds to wait in all while others use the machine"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke test: one rate, K = 8, nothing is written")
     args = parser.parse_args()
     args.rates = args.rates or ([500.0] if args.quick else [100.0, 500.0, 1000.0, None])
     args.period = args.period or (8 if args.quick else 32)
     if args.period <= 0 or args.period % 4:
-        parser.error(f"--period: expected a multiple of 4 (laps are half a period, and begin at a quarter), got {args.period}")
+        parser.error(
+            f"--period: expected a multiple of 4 (laps are half a period, and begin at a quarter), got {args.period}"
+        )
     return args
 
 
@@ -78,7 +85,8 @@ def measure(args: Namespace) -> dict[str, list[Row]]:
         cable = stack.enter_context(Cable())
         lifetime = LIFETIME * args.cycles + args.patience
         worlds = {
-            per_node: stack.enter_context(World(cable.nodes, per_node, logs, lifetime_s=lifetime)) for per_node in FLOORS
+            per_node: stack.enter_context(World(cable.nodes, per_node, logs, lifetime_s=lifetime))
+            for per_node in FLOORS
         }
         total = len(chosen) + len(args.rates) * args.cycles * sum(map(laps_of, chosen.values()))
         advance = stack.enter_context(progress(total))
@@ -93,8 +101,14 @@ def progress(total: int) -> Iterator:
 
     It draws only when called: the ranks need every core.
     """
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("done,"), TimeRemainingColumn(), TextColumn("left"),
-               TextColumn("{task.description}"))
+    columns = (
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("done,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        TextColumn("{task.description}"),
+    )
     console, stages = Console(stderr=True), set()
     with Progress(*columns, auto_refresh=False, transient=True, console=console) as bar:
         task = bar.add_task("", total=total)

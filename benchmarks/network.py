@@ -51,8 +51,23 @@ class Cable:
             if mbit is None:
                 _run("tc", "-n", node, "qdisc", "del", "dev", DEVICE, "root", check=False)  # there may be none
             else:
-                _run("tc", "-n", node, "qdisc", "replace", "dev", DEVICE, "root", "tbf",
-                     "rate", f"{mbit}mbit", "burst", "128kb", "limit", "64mb")
+                _run(
+                    "tc",
+                    "-n",
+                    node,
+                    "qdisc",
+                    "replace",
+                    "dev",
+                    DEVICE,
+                    "root",
+                    "tbf",
+                    "rate",
+                    f"{mbit}mbit",
+                    "burst",
+                    "128kb",
+                    "limit",
+                    "64mb",
+                )
 
     def sent(self) -> tuple[int, int]:
         """Bytes that each node has put on the cable so far, by its interface's counter."""
@@ -92,6 +107,8 @@ def _run(*command: str, check: bool = True) -> str:
     except subprocess.TimeoutExpired as error:
         raise NetworkError(f"{' '.join(command)}: no answer within 20 s") from error
     if check and done.returncode:
-        raise NetworkError(f"{' '.join(command)}: {done.stderr.strip() or f'exit status {done.returncode}'}; "
-                           "namespaces, veth and tbf need root and a kernel that has them")
+        raise NetworkError(
+            f"{' '.join(command)}: {done.stderr.strip() or f'exit status {done.returncode}'}; "
+            "namespaces, veth and tbf need root and a kernel that has them"
+        )
     return done.stdout

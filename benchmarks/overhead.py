@@ -57,8 +57,11 @@ def main() -> None:
 
     base = times["AdamW(foreach=True)"]
     rows = [
-        {"optimizer": name, "median_ms": 1e3 * statistics.median(each),
-         "median_ratio_to_adamw": statistics.median(a / b for a, b in zip(each, base))}
+        {
+            "optimizer": name,
+            "median_ms": 1e3 * statistics.median(each),
+            "median_ratio_to_adamw": statistics.median(a / b for a, b in zip(each, base)),
+        }
         for name, each in times.items()
     ]
     table = Table(title=f"{args.tensors} tensors of {args.numel} float32, {torch.get_num_threads()} thread(s)")
@@ -68,8 +71,14 @@ def main() -> None:
         table.add_row(row["optimizer"], f"{row['median_ms']:.2f}", f"{row['median_ratio_to_adamw']:.2f}")
     Console().print(table)
     RESULTS.mkdir(exist_ok=True)
-    facts = {"command": "python benchmarks/overhead.py", "arguments": vars(args), "torch": torch.__version__,
-             "machine": platform.machine(), "threads": torch.get_num_threads(), "rows": rows}
+    facts = {
+        "command": "python benchmarks/overhead.py",
+        "arguments": vars(args),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+    }
     (RESULTS / "overhead.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 

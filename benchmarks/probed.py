@@ -2,8 +2,8 @@
 
     python benchmarks/probed.py [--rates 100 500 1000]
 
-Two network namespaces are the nodes, as in benchmarks/link.py, with one and with two ranks on each. Needs Linux, root and
-iproute2; removes what it makes.
+Two network namespaces are the nodes, as in benchmarks/link.py, with one and with two ranks on each. Needs Linux, root
+and iproute2; removes what it makes.
 """
 
 import json
@@ -34,25 +34,54 @@ def main() -> None:
                 measured, payload = probe(cable, ranks, mbit), mbit / WIRE_PER_PAYLOAD
                 low, high = (each * 1e3 for each in measured["quartiles"]["gbit_per_s"])
                 found = measured["gbit_per_s"] * 1e3
-                table.add_row(f"{mbit:g}", str(ranks), f"{payload:.1f}", f"{found:.1f}", f"{low:.1f} to {high:.1f}",
-                              f"{found / payload - 1:+.1%}", f"{measured['latency_ms']:.2f}")
+                table.add_row(
+                    f"{mbit:g}",
+                    str(ranks),
+                    f"{payload:.1f}",
+                    f"{found:.1f}",
+                    f"{low:.1f} to {high:.1f}",
+                    f"{found / payload - 1:+.1%}",
+                    f"{measured['latency_ms']:.2f}",
+                )
     Console(width=110).print(table)
 
 
 def probe(cable: Cable, ranks: int, mbit: float) -> dict:
     """The JSON of ``deslo probe`` on two replicas of ``ranks`` ranks; samples of about half a second."""
     mib = max(1, round(mbit * 1e6 / 8 * 0.5 / 2**20 / ranks))
-    command = [sys.executable, "-m", "deslo_plugin.cli", "probe", "--replica-size", str(ranks), "--mb", str(mib), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "deslo_plugin.cli",
+        "probe",
+        "--replica-size",
+        str(ranks),
+        "--mb",
+        str(mib),
+        "--json",
+    ]
     processes = []
     try:
         for rank in range(2 * ranks):
             env = os.environ | {
-                "RANK": str(rank), "WORLD_SIZE": str(2 * ranks), "LOCAL_RANK": str(rank % ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29511", "GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": "1",
+                "RANK": str(rank),
+                "WORLD_SIZE": str(2 * ranks),
+                "LOCAL_RANK": str(rank % ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": ADDRESSES[0],
+                "MASTER_PORT": "29511",
+                "GLOO_SOCKET_IFNAME": DEVICE,
+                "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": str(ROOT),
             }
-            processes.append(subprocess.Popen(["ip", "netns", "exec", cable.nodes[rank // ranks], *command], env=env, text=True,
-                                              stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL))
+            processes.append(
+                subprocess.Popen(
+                    ["ip", "netns", "exec", cable.nodes[rank // ranks], *command],
+                    env=env,
+                    text=True,
+                    stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                )
+            )
         out, _ = processes[0].communicate(timeout=TIMEOUT_S)
         for process in processes:
             if process.wait(timeout=30):

@@ -22,8 +22,14 @@ class Race:
     """Contestants that take turns on one cable."""
 
     def __init__(
-        self, contestants: Mapping[str, Contestant], period: int, cable: Cable, worlds: Mapping[int, World],
-        advance: Callable[..., None], patience_s: float, cycles: int,
+        self,
+        contestants: Mapping[str, Contestant],
+        period: int,
+        cable: Cable,
+        worlds: Mapping[int, World],
+        advance: Callable[..., None],
+        patience_s: float,
+        cycles: int,
     ):
         self.contestants, self.period, self.cable, self.worlds = contestants, period, cable, worlds
         self.advance, self.cycles = advance, cycles
@@ -49,7 +55,9 @@ class Race:
                     self.advance(called(mbit), self.contestants[name].title, by=cycles < self.cycles)
                     self.laps[name].append(self._lap(name, cycles * ROUNDS + index))
             cycles += 1
-            unsettled = {name for name in self.contestants if cycles < self.cycles or exposure.unsettled(self.laps[name])}
+            unsettled = {
+                name for name in self.contestants if cycles < self.cycles or exposure.unsettled(self.laps[name])
+            }
             unsettled |= {FLOORS[self.contestants[name].per_node] for name in unsettled}
         return [
             exposure.row(name, self.laps[name], self._floor(name), hides=each.hides, mbit=mbit)

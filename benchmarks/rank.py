@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
 from contestants import CONTESTANTS, Running, Setting
 from exposure import Segment
 
@@ -54,7 +53,8 @@ class Rank:
 
 
 def serve(rank_of: Callable[[], Any]) -> None:
-    """Answers requests of ``World.ask`` with the methods of ``rank_of()``, made once there is a world, until it is to leave."""
+    """Answers requests of ``World.ask`` with the methods of ``rank_of()``, made once there is a world, until it is to
+    leave."""
     pipe, lifetime = Connection(int(sys.argv[1])), float(sys.argv[2])
     faulthandler.dump_traceback_later(lifetime, exit=True)
     torch.set_num_threads(1)

@@ -20,7 +20,8 @@ class RankError(RuntimeError):
 
 
 class World:
-    """``per_node`` single-threaded gloo ranks on each of ``nodes`` (network namespaces), node by node, that run ``script``.
+    """``per_node`` single-threaded gloo ranks on each of ``nodes`` (network namespaces), node by node, that run
+    ``script``.
 
     A context: at its end every process is gone, in peace if all went well, else killed.
     """
@@ -33,18 +34,39 @@ class World:
         for rank, log in enumerate(self._logs):
             ours, theirs = Pipe()
             env = os.environ | {
-                "RANK": str(rank), "WORLD_SIZE": str(self.size), "LOCAL_RANK": str(rank % per_node),
-                "LOCAL_WORLD_SIZE": str(per_node), "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(29500 + per_node),
-                "GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "link",
+                "RANK": str(rank),
+                "WORLD_SIZE": str(self.size),
+                "LOCAL_RANK": str(rank % per_node),
+                "LOCAL_WORLD_SIZE": str(per_node),
+                "MASTER_ADDR": ADDRESSES[0],
+                "MASTER_PORT": str(29500 + per_node),
+                "GLOO_SOCKET_IFNAME": DEVICE,
+                "OMP_NUM_THREADS": "1",
+                "TORCHELASTIC_RUN_ID": "link",
                 "PYTHONPATH": os.pathsep.join([str(HERE.parent / "examples"), *sys.path]),
             }
-            command = ["ip", "netns", "exec", nodes[rank // per_node], sys.executable, str(HERE / script),
-                       str(theirs.fileno()), str(lifetime_s)]
+            command = [
+                "ip",
+                "netns",
+                "exec",
+                nodes[rank // per_node],
+                sys.executable,
+                str(HERE / script),
+                str(theirs.fileno()),
+                str(lifetime_s),
+            ]
             with log.open("w") as file:  # of its own session: Ctrl-C is for the leader, who then ends it
-                self._processes.append(subprocess.Popen(
-                    command, env=env, pass_fds=[theirs.fileno()], start_new_session=True,
-                    stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                ))
+                self._processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=env,
+                        pass_fds=[theirs.fileno()],
+                        start_new_session=True,
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
             theirs.close()
             self._pipes.append(ours)
 

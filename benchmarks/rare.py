@@ -4,9 +4,9 @@
     python benchmarks/rare.py --show                                # the tables and the figure of what is there
 
 Simulated replicas, periods 16 / 48 / 96, three seeds. Rare tokens: a language of Zipf-distributed tokens with an untied
-embedding, which the next layer takes as it is, or normalised. Dead ReLUs: a small convolutional network on synthetic images in
-the manner of DeepSpeed's CIFAR example. Sparse quadratic: coordinates seen with chances from 1 to 1/50, with noise, from afar
-and from the minimum. Dense: the byte-level transformer of ``deslo simulate``.
+embedding, which the next layer takes as it is, or normalised. Dead ReLUs: a small convolutional network on synthetic
+images in the manner of DeepSpeed's CIFAR example. Sparse quadratic: coordinates seen with chances from 1 to 1/50, with
+noise, from afar and from the minimum. Dense: the byte-level transformer of ``deslo simulate``.
 
 Writes benchmarks/results/rare.json, prints the tables of docs/rare-coordinates.md and draws docs/figures/rare.png.
 """
@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deslo_plugin import NonFiniteError
-from deslo_plugin.names import PARAMS, SECOND_MOMENT
+from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
 from deslo_plugin.simulation import Network, Objective, simulate, warmup_cosine
-from deslo_plugin.simulation.language import language, read_text, standard_library
+from deslo_plugin.simulation.byte_lm import language, read_text, standard_library
 
 RESULTS = Path(__file__).resolve().parent / "results" / "rare.json"
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "rare.png"
@@ -50,7 +50,10 @@ class Zipf(nn.Module):
 
     def __init__(self, normalised: bool) -> None:
         super().__init__()
-        self.embedding, self.norm = nn.Parameter(torch.randn(VOCABULARY, 16)), nn.LayerNorm(16) if normalised else nn.Identity()
+        self.embedding, self.norm = (
+            nn.Parameter(torch.randn(VOCABULARY, 16)),
+            nn.LayerNorm(16) if normalised else nn.Identity(),
+        )
         self.hidden, self.head = nn.Linear(16, 48), nn.Linear(48, VOCABULARY)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -63,8 +66,18 @@ class Images(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-            nn.Linear(64, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, LABELS),
+            nn.Conv2d(3, 6, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64, 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+            nn.Linear(84, LABELS),
         )
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -72,7 +85,8 @@ class Images(nn.Module):
 
 
 class Sparse:
-    """1/2 sum (x_i - c_i)^2 with noise of deviation 2 on the gradient; a replica sees coordinate i with chance min(1, 40 / i).
+    """1/2 sum (x_i - c_i)^2 with noise of deviation 2 on the gradient; a replica sees coordinate i with chance min(1,
+    40 / i).
 
     Judged by the mean square of x - c; ``rare`` coordinates are seen in less than a tenth of the steps.
     """
@@ -196,7 +210,9 @@ def watch(optimizer: Any, keep: str, bound: float) -> list[float]:
     def receive(cohort: Any, states: Any, means: Any) -> None:
         own(cohort, states, means)
         if "exp_avg" in means:
-            beyond.append(float((state["exp_avg"].abs() > 1.0001 * bound * state[SECOND_MOMENT].sqrt()).double().mean()))
+            beyond.append(
+                float((state["exp_avg"].abs() > 1.0001 * bound * state[SECOND_MOMENT].sqrt()).double().mean())
+            )
         if keep == "raise":
             state[SECOND_MOMENT].copy_(torch.maximum(state[SECOND_MOMENT], (state["exp_avg"] / bound).square()))
 
@@ -212,13 +228,18 @@ def train(task: str, method: str, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     what, how = TASKS[task], METHODS[method]
     objective, rare = what.objective(seed)
-    (beta, beta2), every = what.betas, {PARAMS: PERIOD, "exp_avg": how.first * PERIOD, SECOND_MOMENT: how.second * PERIOD}
+    (beta, beta2), every = (
+        what.betas,
+        {PARAMS: PERIOD, "exp_avg": how.first * PERIOD, SECOND_MOMENT: how.second * PERIOD},
+    )
     params = {"rule": how.rule, "lr": what.lr, "betas": what.betas, "sync_every": every}
     config = {"optimizer": {"params": params}, "deslo": {"synchronous_steps": what.steps * how.synchronous}}
     bound, rate = (1 - beta) / math.sqrt((1 - beta2) * (1 - beta**2 / beta2)), warmup_cosine(what.steps)
     moves, before, now, beyond = [], objective.start, objective.start[None], []
     try:
-        for moment in simulate(objective, config, replicas=what.replicas, steps=what.steps, rate=rate, norm_clip=NORM_CLIP):
+        for moment in simulate(
+            objective, config, replicas=what.replicas, steps=what.steps, rate=rate, norm_clip=NORM_CLIP
+        ):
             world = moment.replicas
             if moment.steps == 1 and how.rule == "adam":
                 beyond = watch(world.optimizer, how.keep, bound)
@@ -228,8 +249,13 @@ def train(task: str, method: str, seed: int) -> dict[str, Any]:
     except NonFiniteError:
         moves.append(math.inf)
     losses = [float(each.evaluate(now.mean(0, keepdim=True))) for each in (objective, rare) if each]
-    return {"seed": seed, "losses": losses, "moves": [round(each, 2) for each in moves],
-            "bytes": sum(world.optimizer.meter.bytes.values()), "beyond": statistics.mean(beyond) if beyond else 0.0}
+    return {
+        "seed": seed,
+        "losses": losses,
+        "moves": [round(each, 2) for each in moves],
+        "bytes": sum(world.optimizer.stats.bytes.values()),
+        "beyond": statistics.mean(beyond) if beyond else 0.0,
+    }
 
 
 def table(task: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -239,9 +265,15 @@ def table(task: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
     for name, each in runs.items():
         losses = [[run["losses"][index] for run in each] for index in range(len(judged))]
-        lines.append([name, *(f"{statistics.mean(one):.4g} ({min(one):.4g} to {max(one):.4g})" for one in losses),
-                      f"{max(max(run['moves']) for run in each):,.0f}", f"{100 * max(run['beyond'] for run in each):.2g}%",
-                      f"{statistics.mean(run['bytes'] for run in each) / 1e6:.3g}"])
+        lines.append(
+            [
+                name,
+                *(f"{statistics.mean(one):.4g} ({min(one):.4g} to {max(one):.4g})" for one in losses),
+                f"{max(max(run['moves']) for run in each):,.0f}",
+                f"{100 * max(run['beyond'] for run in each):.2g}%",
+                f"{statistics.mean(run['bytes'] for run in each) / 1e6:.3g}",
+            ]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -278,11 +310,23 @@ def run_all(processes: int) -> dict[str, Any]:
     for runs in results.values():
         for each in runs.values():
             each.sort(key=lambda run: run["seed"])
-    setting = {"replicas": REPLICAS, "period": PERIOD, "norm_clip": NORM_CLIP,
-               "tasks": {name: {"steps": task.steps, "lr": task.lr, "betas": task.betas, "replicas": task.replicas}
-                         for name, task in TASKS.items()}}
-    return {"command": shlex.join(["python", "benchmarks/rare.py", *sys.argv[1:]]), "torch": torch.__version__,
-            "python": platform.python_version(), "machine": platform.machine(), "setting": setting, "runs": results}
+    setting = {
+        "replicas": REPLICAS,
+        "period": PERIOD,
+        "norm_clip": NORM_CLIP,
+        "tasks": {
+            name: {"steps": task.steps, "lr": task.lr, "betas": task.betas, "replicas": task.replicas}
+            for name, task in TASKS.items()
+        },
+    }
+    return {
+        "command": shlex.join(["python", "benchmarks/rare.py", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "setting": setting,
+        "runs": results,
+    }
 
 
 def main() -> None:

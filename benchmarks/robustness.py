@@ -1,4 +1,5 @@
-"""Replicas that join and replicas that fail, in simulation: DES-LOC against Local Adam, FAVG+OPT and synchronous training.
+"""Replicas that join and replicas that fail, in simulation: DES-LOC against Local Adam, FAVG+OPT and synchronous
+training.
 
     OMP_NUM_THREADS=1 python benchmarks/robustness.py [--processes 1]
 
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from small_gpt import GPTConfig, small_gpt
 
-from deslo_plugin.config_file import read_file
+from deslo_plugin.config.file import read_file
 from deslo_plugin.simulation import Failures, Growth, simulate, warmup_cosine
 from deslo_plugin.simulation.membership import Membership, constant
 
@@ -87,9 +88,8 @@ def doubling(betas: str) -> dict[str, Run]:
 EXPERIMENTS = {
     "4 replicas become 8": doubling("short memory"),
     "4 replicas become 8, long memory": doubling("long memory"),
-    "5% of 20 replicas fail every 16 steps": algorithms(FAILS) | {
-        "DES-LOC, nobody fails": Run("des-loc-adam", replace(FAILS, failures=None))
-    },
+    "5% of 20 replicas fail every 16 steps": algorithms(FAILS)
+    | {"DES-LOC, nobody fails": Run("des-loc-adam", replace(FAILS, failures=None))},
     "1 replica becomes 4": {
         "DES-LOC, 4 from the start": Run("des-loc-adam", STARTS),
         "DES-LOC, 1 until step 128": Run("des-loc-adam", replace(STARTS, replicas=1, growth=128)),
@@ -118,7 +118,12 @@ def train(run: Run, seed: int) -> dict[str, Any]:
         membership = Failures(*scene.failures, momenta=run.momenta, seed=seed)
     steps, held_out, there = [], [], []
     for moment in simulate(
-        objective, config, replicas=scene.replicas, steps=scene.steps, membership=membership, rate=warmup_cosine(scene.steps),
+        objective,
+        config,
+        replicas=scene.replicas,
+        steps=scene.steps,
+        membership=membership,
+        rate=warmup_cosine(scene.steps),
         norm_clip=norm_clip,
     ):
         if moment.steps % LOOK == 0:
@@ -126,12 +131,13 @@ def train(run: Run, seed: int) -> dict[str, Any]:
             there.append(len(moment.replicas.ids))
             mean = moment.replicas.state("params").mean(0, keepdim=True)
             held_out.append(round(float(objective.evaluate(mean)), 4))
-    sent = sum(moment.replicas.optimizer.meter.bytes.values())
+    sent = sum(moment.replicas.optimizer.stats.bytes.values())
     return {"seed": seed, "steps": steps, "held_out": held_out, "replicas": there, "bytes_per_replica": sent}
 
 
 def table(title: str, runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Held-out losses at the end, and perplexities against the first run's, mean and range over seeds: as in the document."""
+    """Held-out losses at the end, and perplexities against the first run's, mean and range over seeds: as in the
+    document."""
     first = next(iter(runs.values()))
     growth = max(each["run"]["scene"]["growth"] or 0 for each in runs.values())
     looks = {"a round after they join, %": growth // LOOK} if growth else {}
@@ -140,12 +146,15 @@ def table(title: str, runs: Mapping[str, Mapping[str, Any]]) -> str:
     for name, each in runs.items():
         end = statistics.mean(curve["held_out"][-1] for curve in each["curves"])
         sent = max(curve["bytes_per_replica"] for curve in each["curves"]) / 1e6
-        lines.append([name, f"{end:.3f}", *(_against(each, first, look) for look in [*looks.values(), -1]), f"{sent:.1f}"])
+        lines.append(
+            [name, f"{end:.3f}", *(_against(each, first, look) for look in [*looks.values(), -1]), f"{sent:.1f}"]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _against(each: Mapping[str, Any], first: Mapping[str, Any], look: int) -> str:
-    """Perplexity at a look against the first run's, of the same seed: one look after the replicas joined is a round, K = 8."""
+    """Perplexity at a look against the first run's, of the same seed: one look after the replicas joined is a round, K
+    = 8."""
     pairs = zip(each["curves"], first["curves"])
     percent = [math.expm1(curve["held_out"][look] - base["held_out"][look]) * 100 for curve, base in pairs]
     return f"{statistics.mean(percent):+.1f} ({min(percent):+.1f} to {max(percent):+.1f})" if each is not first else ""
@@ -155,7 +164,8 @@ def run_all(args: Namespace) -> dict[str, Any]:
     """Every chosen experiment with every seed, as it is written to ``args.out``."""
     chosen = {title: EXPERIMENTS[title] for title in args.only}
     results = {
-        title: {name: {"run": asdict(run), "curves": []} for name, run in runs.items()} for title, runs in chosen.items()
+        title: {name: {"run": asdict(run), "curves": []} for name, run in runs.items()}
+        for title, runs in chosen.items()
     }
     jobs = [(title, name, seed) for seed in args.seeds for title, runs in chosen.items() for name in runs]
     pool = ProcessPoolExecutor(args.processes, mp_context=multiprocessing.get_context("spawn"))
@@ -172,8 +182,16 @@ def run_all(args: Namespace) -> dict[str, Any]:
 
     command = shlex.join(["python", "benchmarks/robustness.py", *sys.argv[1:]])
     model = asdict(SHAPE) | {"parameters": small_gpt(SHAPE, sequences=1, replicas=1, seed=0).start.numel()}
-    head = {"command": command, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine(),
-            "model": model, "sequences": SEQUENCES, "betas": BETAS, "periods": f"those of configs/ / {SHORTER}"}
+    head = {
+        "command": command,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "model": model,
+        "sequences": SEQUENCES,
+        "betas": BETAS,
+        "periods": f"those of configs/ / {SHORTER}",
+    }
     return head | {"experiments": results}
 
 

@@ -13,13 +13,15 @@ from deslo_plugin.simulation import Network
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
-from corpus import Windows, load_bytes, split  # noqa: E402
-from gpt import GPT, GPTConfig  # noqa: E402
+from corpus import Windows, load_bytes, split
+from gpt import GPT, GPTConfig
 
 HELD_OUT = 64  # windows of a held-out batch
 
 # attention has no vectorised form on the CPU and runs replica by replica: measured, this costs nothing there
-warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented the batching rule")
+warnings.filterwarnings(
+    "ignore", message="There is a performance drop because we have not yet implemented the batching rule"
+)
 
 
 Batches = Callable[[Sequence[int], int], tuple[Tensor, Tensor]]
@@ -27,7 +29,14 @@ Batches = Callable[[Sequence[int], int], tuple[Tensor, Tensor]]
 
 
 def small_gpt(
-    shape: GPTConfig, *, sequences: int, replicas: int, seed: int, held_out: int = 1, shards: bool = False, device: str = "cpu"
+    shape: GPTConfig,
+    *,
+    sequences: int,
+    replicas: int,
+    seed: int,
+    held_out: int = 1,
+    shards: bool = False,
+    device: str = "cpu",
 ) -> Network:
     """A GPT initialised from ``seed``, on windows drawn for (seed, step, replica), judged by ``held_out`` batches."""
     batches = drawn(shape, sequences=sequences, replicas=replicas, seed=seed, shards=shards, device=device)
@@ -44,8 +53,8 @@ def drawn(
 ) -> Batches:
     """Windows of the standard library's text, drawn for (seed, step, replica).
 
-    ``sequences`` windows for each replica and step; ``replicas`` is how many ever take part, and with ``shards`` each draws
-    from a part of the text of its own.
+    ``sequences`` windows for each replica and step; ``replicas`` is how many ever take part, and with ``shards`` each
+    draws from a part of the text of its own.
     """
     train, _ = _text()
     span = torch.arange(shape.context + 1)

@@ -29,7 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from deslo_plugin import DesLoc, landing, ops, rules
+from deslo_plugin import DesLoc
+from deslo_plugin.algorithm import rules
+from deslo_plugin.kernels import delayed_update as landing
+from deslo_plugin.kernels import update as ops
 
 HERE = Path(__file__).resolve().parent
 BETAS, BETA2, LR, EPS, WEIGHT_DECAY = [0.9, 0.99, 0.999], 0.95, 1e-4, 1e-8, 0.1
@@ -52,7 +55,11 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads[0])
     measured = [measure_averages] if options.averages else [partial(measure, momenta) for momenta in options.momenta]
-    runs = [each(millions << 20, options.rounds * min(20, 128 // millions)) for millions in options.millions for each in measured]
+    runs = [
+        each(millions << 20, options.rounds * min(20, 128 // millions))
+        for millions in options.millions
+        for each in measured
+    ]
     save(options.out, runs)
 
 
@@ -61,14 +68,16 @@ def save(out: Path, runs: list[dict]) -> None:
     about = {"cpu": _cpu(), "torch": torch.__version__, "native": ops.native()}
     out.parent.mkdir(exist_ok=True)
     lines = ",\n".join(json.dumps(run) for run in runs)
-    out.write_text(f"{json.dumps(about)[:-1]}, \"runs\": [\n{lines}\n]}}\n")
+    out.write_text(f'{json.dumps(about)[:-1]}, "runs": [\n{lines}\n]}}\n')
 
 
 def measure(momenta: int, size: int, rounds: int) -> dict:
     """Seconds per step of every contestant, one list entry per round."""
     torch.manual_seed(0)
     g = torch.randn(size).mul_(1e-3)
-    contestants = {name: build(g, momenta) for name, build in CONTESTANTS.items() if momenta == 1 or name not in ONE_MOMENTUM}
+    contestants = {
+        name: build(g, momenta) for name, build in CONTESTANTS.items() if momenta == 1 or name not in ONE_MOMENTUM
+    }
     seconds = timed({name: step for name, step in contestants.items() if step is not None}, rounds)
     title = f"{size >> 20}M parameters, N = {momenta}, {torch.get_num_threads()} thread(s)"
     _show(title, size * (20 + 8 * momenta), seconds, "deslo kernels", "stream")
@@ -86,8 +95,12 @@ def measure_averages(size: int, rounds: int) -> dict:
     def composed_landing() -> None:
         x.add_(mean - local, alpha=0.9)
 
-    drift = timed({"deslo::drift": lambda: torch.ops.deslo.drift([local], [mean]), "torch, drift": composed_drift}, rounds)
-    land = timed({"deslo::land_": lambda: landing.land_([x], [local], [mean], 0.9), "torch, landing": composed_landing}, rounds)
+    drift = timed(
+        {"deslo::drift": lambda: torch.ops.deslo.drift([local], [mean]), "torch, drift": composed_drift}, rounds
+    )
+    land = timed(
+        {"deslo::land_": lambda: landing.land_([x], [local], [mean], 0.9), "torch, landing": composed_landing}, rounds
+    )
     for seconds, passes in ((drift, 2), (land, 4)):
         ours = next(iter(seconds))
         _show(f"{size >> 20}M elements, {torch.get_num_threads()} thread(s)", 4 * size * passes, seconds, ours)
@@ -115,7 +128,10 @@ def states(g: Tensor, momenta: int) -> tuple[Tensor, list[Tensor], Tensor]:
 def stream(g: Tensor, momenta: int) -> Step:
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "stream.so"
-        subprocess.run(["cc", "-O3", "-march=native", "-fopenmp-simd", "-shared", "-fPIC", HERE / "stream.c", "-o", built], check=True)
+        subprocess.run(
+            ["cc", "-O3", "-march=native", "-fopenmp-simd", "-shared", "-fPIC", HERE / "stream.c", "-o", built],
+            check=True,
+        )
         run = ctypes.CDLL(str(built)).stream
     x, u, v = states(g, momenta)
     tensors = [x, v, *u]
@@ -137,8 +153,16 @@ def stream(g: Tensor, momenta: int) -> Step:
 
 
 def numbers(momenta: int) -> dict:
-    return {"t": 100, "lr": LR, "weight_decay": WEIGHT_DECAY, "betas": BETAS[:momenta], "weights": [1 / momenta] * momenta,
-            "beta2": BETA2, "eps": EPS, "bias_correction": True}
+    return {
+        "t": 100,
+        "lr": LR,
+        "weight_decay": WEIGHT_DECAY,
+        "betas": BETAS[:momenta],
+        "weights": [1 / momenta] * momenta,
+        "beta2": BETA2,
+        "eps": EPS,
+        "bias_correction": True,
+    }
 
 
 def kernels(g: Tensor, momenta: int) -> Step:
@@ -156,8 +180,14 @@ def optimizer(g: Tensor, momenta: int) -> Step:
     p = torch.nn.Parameter(torch.randn_like(g).mul_(0.02))
     p.grad = g
     one = [{"beta": beta, "weight": 1 / momenta, "sync_every": None} for beta in BETAS[:momenta]]
-    return DesLoc([p], lr=LR, weight_decay=WEIGHT_DECAY, momenta=one, second_moment={"beta": BETA2, "sync_every": None},
-                  sync_every={"params": 10**6}).step
+    return DesLoc(
+        [p],
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        momenta=one,
+        second_moment={"beta": BETA2, "sync_every": None},
+        sync_every={"params": 10**6},
+    ).step
 
 
 def python_rules(g: Tensor, momenta: int) -> Step:
@@ -190,6 +220,7 @@ def adamw(**kind: bool) -> Callable[[Tensor, int], Step]:
 def deepspeed_cpu_adam(g: Tensor, momenta: int) -> Step | None:
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
+
         p = torch.nn.Parameter(torch.randn_like(g).mul_(0.02))
         p.grad = g
         return DeepSpeedCPUAdam([p], lr=LR, betas=(BETAS[0], BETA2), eps=EPS, weight_decay=WEIGHT_DECAY).step
@@ -199,8 +230,14 @@ def deepspeed_cpu_adam(g: Tensor, momenta: int) -> Step | None:
 
 
 CONTESTANTS = {
-    "stream": stream, "deslo kernels": kernels, "bfloat16 states": bfloat16_states, "DesLoc.step": optimizer,
-    "torch AdamW fused": adamw(fused=True), "DeepSpeedCPUAdam": deepspeed_cpu_adam, "torch.compile": compiled, "torch AdamW foreach": adamw(foreach=True),
+    "stream": stream,
+    "deslo kernels": kernels,
+    "bfloat16 states": bfloat16_states,
+    "DesLoc.step": optimizer,
+    "torch AdamW fused": adamw(fused=True),
+    "DeepSpeedCPUAdam": deepspeed_cpu_adam,
+    "torch.compile": compiled,
+    "torch AdamW foreach": adamw(foreach=True),
     "deslo without kernels": python_rules,
 }
 ONE_MOMENTUM = {"torch AdamW fused", "torch AdamW foreach", "DeepSpeedCPUAdam"}
@@ -210,8 +247,12 @@ def _show(title: str, nbytes: int, seconds: dict[str, list[float]], ours: str, c
     """``nbytes``: what one pass of the kernel must move."""
     table = Table("", "ms", "time / kernel", "GB/s", *(["share of stream"] if ceiling else []), title=title)
     for name, each in seconds.items():
-        row = [name, f"{median(each) * 1e3:.2f}", f"{median(e / o for e, o in zip(each, seconds[ours])):.2f}",
-               f"{nbytes / median(each) / 1e9:.1f}"]
+        row = [
+            name,
+            f"{median(each) * 1e3:.2f}",
+            f"{median(e / o for e, o in zip(each, seconds[ours])):.2f}",
+            f"{nbytes / median(each) / 1e9:.1f}",
+        ]
         if ceiling:
             row.append(f"{median(c / e for c, e in zip(seconds[ceiling], each)):.2f}")
         table.add_row(*row)
@@ -220,9 +261,24 @@ def _show(title: str, nbytes: int, seconds: dict[str, list[float]], ours: str, c
 
 def _in_own_process(threads: int, options: argparse.Namespace) -> dict:
     out = options.out.with_suffix(f".{threads}.json")
-    subprocess.run([sys.executable, __file__, "--threads", str(threads), "--millions", *map(str, options.millions), "--momenta",
-                    *map(str, options.momenta), "--rounds", str(options.rounds), "--out", out,
-                    *["--averages"] * options.averages], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            __file__,
+            "--threads",
+            str(threads),
+            "--millions",
+            *map(str, options.millions),
+            "--momenta",
+            *map(str, options.momenta),
+            "--rounds",
+            str(options.rounds),
+            "--out",
+            out,
+            *["--averages"] * options.averages,
+        ],
+        check=True,
+    )
     part = json.loads(out.read_text())
     out.unlink()
     return part

@@ -2,12 +2,12 @@
 
     python benchmarks/survival.py --rounds 30
 
-Three replicas train a small model on this machine, each a process, with a lighthouse (heartbeat timeout 1 s) and torchft's
-gloo transport (timeout 3 s). In each round one of them is hit: killed while it computes, killed inside an average (the first
-of its tensors is sent, the others are not), or stopped for five seconds; a killed one is started again. A round is over
-once it trains beside the others again. Measured: the seconds from the hit to the survivors' next written average. Proved
-at the end: every average was written alike by all that wrote it, and parameters, all states, clocks, buffers and lr
-schedules of all replicas are equal.
+Three replicas train a small model on this machine, each a process, with a lighthouse (heartbeat timeout 1 s) and
+torchft's gloo transport (timeout 3 s). In each round one of them is hit: killed while it computes, killed inside an
+average (the first of its tensors is sent, the others are not), or stopped for five seconds; a killed one is started
+again. A round is over once it trains beside the others again. Measured: the seconds from the hit to the survivors' next
+written average. Proved at the end: every average was written alike by all that wrote it, and parameters, all states,
+clocks, buffers and lr schedules of all replicas are equal.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from rich.table import Table
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
-from torchft_jobs import Replicas  # noqa: E402
+from torchft_jobs import Replicas
 
 NAMES = "abc"
 HITS = ("killed while computing", "killed inside an average", "stopped for 5 s")
@@ -34,7 +34,10 @@ HITS = ("killed while computing", "killed inside an average", "stopped for 5 s")
 
 def config(when: str) -> dict:
     sync_every = {"params": 4, "exp_avg": 8, "exp_avg_sq": 8}
-    return {"optimizer": {"params": {"lr": 1e-2, "sync_every": sync_every}}, "deslo": {"when": when, "timeout_s": 30}}
+    return {
+        "optimizer": {"params": {"lr": 1e-2, "sync_every": sync_every}},
+        "deslo": {"average_at": when, "timeout_s": 30},
+    }
 
 
 def hit(job: Replicas, name: str, how: str, chance: random.Random) -> float:
@@ -92,7 +95,7 @@ def main() -> None:
     console = Console(width=120)
     seconds: dict[tuple[str, str], list[float]] = {}
     verdicts = {}
-    for when, rounds in (("before_update", options.rounds - options.rounds // 2), ("after_update", options.rounds // 2)):
+    for when, rounds in (("before_step", options.rounds - options.rounds // 2), ("after_step", options.rounds // 2)):
         with tempfile.TemporaryDirectory() as folder:
             job = Replicas(Path(folder), together=3, config=config(when))
             try:

@@ -46,8 +46,18 @@ def save(results: Results, period: int, folder: Path) -> None:
 
 
 def _table(rate: str, rows: Sequence[Row]) -> Table:
-    headings = ("", "median\nstep, ms", "mean\nstep, ms", "exposed\nms", "exposed\n%", "waited\n%", "left by\nlink, %",
-                "wire\nkB/step", "wire\n/ plan", "times less\nthan DDP")
+    headings = (
+        "",
+        "median\nstep, ms",
+        "mean\nstep, ms",
+        "exposed\nms",
+        "exposed\n%",
+        "waited\n%",
+        "left by\nlink, %",
+        "wire\nkB/step",
+        "wire\n/ plan",
+        "times less\nthan DDP",
+    )
     grid = Table(*headings, title=f"{rate} between {NODES} nodes", title_justify="left")
     for column in grid.columns[1:]:
         column.justify = "right"
@@ -59,36 +69,64 @@ def _table(rate: str, rows: Sequence[Row]) -> Table:
             grid.add_section()
             grid.add_row(f"{NODES} x {contestant.per_node} rank{'s' * (contestant.per_node > 1)}", style="dim")
         grid.add_row(
-            contestant.title, f"{each.step_ms:.1f}", f"{each.mean_ms:.1f}", f"{each.mean_ms - each.floor_ms:.2f}",
-            f"{100 * each.exposed:.1f}", f"{100 * each.waited:.1f}" if contestant.ours else "-",
+            contestant.title,
+            f"{each.step_ms:.1f}",
+            f"{each.mean_ms:.1f}",
+            f"{each.mean_ms - each.floor_ms:.2f}",
+            f"{100 * each.exposed:.1f}",
+            f"{100 * each.waited:.1f}" if contestant.ours else "-",
             "-" if each.inevitable is None else f"{100 * each.inevitable:.1f}",
-            f"{each.bytes / 1e3:.1f}", f"{each.bytes / each.planned:.3f}" if each.planned else "-",
-            f"{peer.bytes / each.bytes:.1f}" if peer and each.planned else "-", style="bold" if contestant.ours else None,
+            f"{each.bytes / 1e3:.1f}",
+            f"{each.bytes / each.planned:.3f}" if each.planned else "-",
+            f"{peer.bytes / each.bytes:.1f}" if peer and each.planned else "-",
+            style="bold" if contestant.ours else None,
         )
     return grid
 
 
 def _notes(results: Results, period: int) -> Iterator[str]:
     size = sum(param.numel() for param in GPT(SHAPE).parameters())
-    yield (f"A GPT of {size:,} float32 parameters, {SEQUENCES[1]} sequences of {SHAPE.context} tokens for each node and step "
-           f"({2 * SEQUENCES[2]} where it has 2 ranks), K = {period}. Every rank computes on one thread; gloo's threads share "
-           "the cores with it.")
-    yield ("exposed: mean step above that without communication, over whole longest periods; the same again: how far two that "
-           "do not communicate seem apart. waited: for averages, by the library's own meter. left by link: payload at the "
-           "link's rate, less one step for each average that overlaps. All in shares of a step.")
-    yield ("wire: bytes that a node sends, by its interface's counter; plan: bytes of the averages (or gradients) x "
-           f"2 (M - 1) / M, as a ring of M = {NODES} nodes has it, x {WIRE_PER_PAYLOAD:.4f} for Ethernet, IP and TCP headers "
-           f"in frames of {MTU} bytes.")
-    yield ("Local Adam and MT-DAO average three vectors every K steps; DES-LOC one every K, 3 K and 6 K; the other local "
-           "methods one, the parameters, every K. In turn: overlap is off.")
+    yield (
+        f"A GPT of {size:,} float32 parameters, {SEQUENCES[1]} sequences of {SHAPE.context} tokens for each node and "
+        f"step "
+        f"({2 * SEQUENCES[2]} where it has 2 ranks), K = {period}. Every rank computes on one thread; gloo's threads "
+        f"share "
+        "the cores with it."
+    )
+    yield (
+        "exposed: mean step above that without communication, over whole longest periods; the same again: how far "
+        "two that "
+        "do not communicate seem apart. waited: for averages, by the library's own meter. left by link: payload at the "
+        "link's rate, less one step for each average that overlaps. All in shares of a step."
+    )
+    yield (
+        "wire: bytes that a node sends, by its interface's counter; plan: bytes of the averages (or gradients) x "
+        f"2 (M - 1) / M, as a ring of M = {NODES} nodes has it, x {WIRE_PER_PAYLOAD:.4f} for Ethernet, IP and TCP "
+        f"headers "
+        f"in frames of {MTU} bytes."
+    )
+    yield (
+        "Local Adam and MT-DAO average three vectors every K steps; DES-LOC one every K, 3 K and 6 K; the other local "
+        "methods one, the parameters, every K. In turn: overlap is off."
+    )
     for rate, rows in results.items():
         by_name = {each.name: each for each in rows}
-        lost = [f"{CONTESTANTS[name].title} exposes {by_name[name].exposed:.0%}" for name in SYNCHRONOUS.values() if name in by_name]
-        small = [CONTESTANTS[each.name].title for each in rows
-                 if CONTESTANTS[each.name].ours and max(each.exposed, each.waited) <= SMALL]
+        lost = [
+            f"{CONTESTANTS[name].title} exposes {by_name[name].exposed:.0%}"
+            for name in SYNCHRONOUS.values()
+            if name in by_name
+        ]
+        small = [
+            CONTESTANTS[each.name].title
+            for each in rows
+            if CONTESTANTS[each.name].ours and max(each.exposed, each.waited) <= SMALL
+        ]
         disturbed = sum(each.disturbed for each in rows) / len(rows)
-        yield (f"{rate}: {', '.join(lost) or 'no peer'}. Of ours {'; '.join(small) or 'none'}: at most {SMALL:.0%} exposed, and "
-               f"waited. Somebody else used the machine in {disturbed:.0%} of laps.")
+        yield (
+            f"{rate}: {', '.join(lost) or 'no peer'}. Of ours {'; '.join(small) or 'none'}: at most {SMALL:.0%} "
+            f"exposed, and "
+            f"waited. Somebody else used the machine in {disturbed:.0%} of laps."
+        )
     for module in sorted({each.needs for each in CONTESTANTS.values() if not each.installed}):
         absent = ", ".join(each.title for each in CONTESTANTS.values() if each.needs == module)
         yield f"Left out: {absent}; {module} is not installed here (pip install {INSTALL[module]})."

@@ -2,11 +2,11 @@
 
     python benchmarks/telemetry.py
 
-Two gloo processes of one thread each train the GPT of examples/, every rank a replica, DES-LOC with periods 32 / 96 / 192. A
-lap is 32 steps with one average; laps of the contestants take turns, in an order that turns round. The log of every step is
-written too. Laps are compared by the clock, and by the CPU time of all threads of the process, the writer's included, which
-others on the machine disturb less. Two contestants that write nothing say how far laps scatter by themselves; and, since
-that is more than telemetry costs, its calls are also timed alone.
+Two gloo processes of one thread each train the GPT of examples/, every rank a replica, DES-LOC with periods 32 / 96 /
+192. A lap is 32 steps with one average; laps of the contestants take turns, in an order that turns round. The log of
+every step is written too. Laps are compared by the clock, and by the CPU time of all threads of the process, the
+writer's included, which others on the machine disturb less. Two contestants that write nothing say how far laps scatter
+by themselves; and, since that is more than telemetry costs, its calls are also timed alone.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 import deslo_plugin
-from deslo_plugin.drift import Drift
-from deslo_plugin.journal import EVERY
-from deslo_plugin.telemetry import SyncEvent
+from deslo_plugin.averaging.metrics import SyncEvent
+from deslo_plugin.kernels.drift import Drift
+from deslo_plugin.telemetry.jsonl_writer import EVERY
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
-from gpt import GPT, GPTConfig  # noqa: E402
+from gpt import GPT, GPTConfig
 
 SHAPE, SEQUENCES = GPTConfig(dim=96, layers=3, heads=3, context=128), 4
 LAP, CALLS = 32, 20_000
@@ -100,7 +100,9 @@ def report(seconds: dict[str, list[tuple[float, float]]], log: float, event: flo
     """``seconds``: of a step in each lap, by the clock and on CPUs."""
     base = seconds["not written"]
     step = statistics.median(busy for _, busy in base)
-    table = Table(title=f"{len(base)} laps of {LAP} steps, 2 ranks, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    table = Table(
+        title=f"{len(base)} laps of {LAP} steps, 2 ranks, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    )
     for heading in ("contestant", "ms a step", "CPU ms", "clock, times not written", "quartiles", "CPU", "quartiles"):
         table.add_column(heading, justify="left" if heading == "contestant" else "right")
     for name, each in seconds.items():
@@ -113,8 +115,10 @@ def report(seconds: dict[str, list[tuple[float, float]]], log: float, event: flo
     console.print(f"$ python benchmarks/telemetry.py --laps {len(base)}        (torch {torch.__version__})")
     console.print(table)
     share = 100 * (log + event / LAP) / step
-    console.print(f"alone, CPU time of both threads: {1e6 * log:.1f} us for a log, {1e6 * event:.1f} us for an average of "
-                  f"three states; a log at every step and an average at every {LAP}nd are {share:.3f}% of a step")
+    console.print(
+        f"alone, CPU time of both threads: {1e6 * log:.1f} us for a log, {1e6 * event:.1f} us for an average of "
+        f"three states; a log at every step and an average at every {LAP}nd are {share:.3f}% of a step"
+    )
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/toy.py
 
-Writes benchmarks/results/toy.json and docs/figures/toy.png. The paper gives the function, 256 workers, the noise (sigma 1.5
-for all; or, non-IID, a deviation for each worker drawn from N(0, 3)) and the periods; rates, betas and start are ours, and
-stand in configs/toy/. ``deslo simulate`` makes one panel of the figure: docs/simulate.md.
+Writes benchmarks/results/toy.json and docs/figures/toy.png. The paper gives the function, 256 workers, the noise (sigma
+1.5 for all; or, non-IID, a deviation for each worker drawn from N(0, 3)) and the periods; rates, betas and start are
+ours, and stand in configs/toy/. ``deslo simulate`` makes one panel of the figure: docs/simulate.md.
 """
 
 import json
@@ -24,14 +24,19 @@ from rich.console import Console
 from rich.progress import track
 
 from deslo_plugin.simulation import simulate
-from deslo_plugin.simulation.contest import follow, read_contestants
-from deslo_plugin.simulation.scene import START, Scene
+from deslo_plugin.simulation.comparison import follow, read_contestants
+from deslo_plugin.simulation.settings import START, SimulationConfig
 
 HERE = Path(__file__).resolve().parent
 RESULTS, FIGURE = HERE / "results" / "toy.json", HERE.parent / "docs" / "figures" / "toy.png"
 REPLICAS, STEPS, LOOK, SEEDS = 256, 7680, 16, [0, 1, 2]
 PERIOD = 192
-ALGORITHMS = {"DES-LOC": "toy/des-loc", "Local Adam": "toy/local-adam", "FAVG+OPT": "toy/favg+opt", "FAVG-OPT": "toy/favg-opt"}
+ALGORITHMS = {
+    "DES-LOC": "toy/des-loc",
+    "Local Adam": "toy/local-adam",
+    "FAVG+OPT": "toy/favg+opt",
+    "FAVG-OPT": "toy/favg-opt",
+}
 SCENES = {  # -> rate, and how replicas' noise differs
     "rate 0.03, noise of deviation 1.5": (0.03, 0.0),
     "rate 0.01, noise of deviation 1.5": (0.01, 0.0),
@@ -43,7 +48,7 @@ def curve(scene: str, name: str, seed: int, *, steps: int = STEPS) -> list[float
     """f at the mean of the replicas' parameters, every 16 steps."""
     lr, noniid = SCENES[scene]
     (contestant,) = read_contestants([str(HERE.parent / "configs" / f"{ALGORITHMS[name]}.json")], lr=lr)
-    objective = Scene(replicas=REPLICAS, steps=steps, noniid=noniid).build(seed)
+    objective = SimulationConfig(replicas=REPLICAS, steps=steps, noniid=noniid).build(seed)
     moments = simulate(objective, contestant.config, replicas=REPLICAS, steps=steps)
     return follow(objective, moments, every=LOOK, seed=seed).losses
 
@@ -55,8 +60,10 @@ def table(scene: str, algorithms: dict[str, list[list[float]]]) -> str:
         thirds = [each[-len(each) // 3 :] for each in curves]
         medians = [statistics.median(third) for third in thirds]
         highest = statistics.geometric_mean(map(max, thirds))
-        lines.append(f"| {name} | {statistics.geometric_mean(medians):.1e} | {min(medians):.1e} to {max(medians):.1e} "
-                     f"| {highest:.1e} |")
+        lines.append(
+            f"| {name} | {statistics.geometric_mean(medians):.1e} | {min(medians):.1e} to {max(medians):.1e} "
+            f"| {highest:.1e} |"
+        )
     return "\n".join(lines)
 
 
@@ -66,14 +73,22 @@ def draw(results: dict[str, Any]) -> None:
     for axes, (scene, algorithms) in zip(panels, results.items()):
         for name, curves in algorithms.items():
             smooth = torch.tensor(curves).log().mean(0).unfold(0, PERIOD // LOOK, 1).mean(1).exp()
-            axes.semilogy(range(PERIOD, STEPS + 1, LOOK), smooth, color=COLOURS[name], label=name, linewidth=1.4,
-                          linestyle="--" if name == "Local Adam" else "-")
+            axes.semilogy(
+                range(PERIOD, STEPS + 1, LOOK),
+                smooth,
+                color=COLOURS[name],
+                label=name,
+                linewidth=1.4,
+                linestyle="--" if name == "Local Adam" else "-",
+            )
         axes.set_title(scene, fontsize="medium")
         axes.set_xlabel("steps")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("f at the mean of 256 replicas")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small"
+    )
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE, dpi=110)
 
@@ -84,8 +99,16 @@ def main() -> None:
     runs = [(scene, name, seed) for scene in SCENES for name in ALGORITHMS for seed in SEEDS]
     for scene, name, seed in track(runs, console=Console(stderr=True)):
         results[scene][name].append([float(f"{value:.3g}") for value in curve(scene, name, seed)])
-    head = {"command": "python benchmarks/toy.py", "torch": torch.__version__, "machine": platform.machine(),
-            "replicas": REPLICAS, "start": START, "algorithms": ALGORITHMS, "scenes": SCENES, "every": LOOK}
+    head = {
+        "command": "python benchmarks/toy.py",
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "replicas": REPLICAS,
+        "start": START,
+        "algorithms": ALGORITHMS,
+        "scenes": SCENES,
+        "every": LOOK,
+    }
     RESULTS.write_text(json.dumps(head | {"f": results}) + "\n")
     draw(results)
     for scene, algorithms in results.items():

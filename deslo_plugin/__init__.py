@@ -6,28 +6,47 @@ Importing this package is all that a DeepSpeed script needs: from then on a Deep
 
 from typing import Any
 
-from deslo_plugin.versions import expect
+from deslo_plugin.frameworks.versions import expect
 
 expect("torch")  # before what an older one lacks is asked for
 
-from deslo_plugin.collectives import AverageError
-from deslo_plugin.config import load_config
+from deslo_plugin.checkpoint.averaged_weights import averaged_weights
+from deslo_plugin.checkpoint.export import averaged_state_dict
+from deslo_plugin.checkpoint.load_averaged import load_averaged_state_dict
+from deslo_plugin.checkpoint.manifest import latest_checkpoint
+from deslo_plugin.checkpoint.preemption import Preemption
+from deslo_plugin.checkpoint.save_load import load, save
+from deslo_plugin.checkpoint.state_dict_guard import local_state_dict
+from deslo_plugin.checkpoint.sync_replicas import sync_replicas
+from deslo_plugin.comm.transport import SingleReplica
+from deslo_plugin.config.load import load_config
+from deslo_plugin.errors import AverageError, ConfigError, NonFiniteError
 from deslo_plugin.frameworks.attach import attach
-from deslo_plugin.frameworks.averaged_weights import averaged_weights
-from deslo_plugin.frameworks.checkpoint import load, meet, save, saved_state_dict
-from deslo_plugin.frameworks.export import averaged_state_dict
-from deslo_plugin.frameworks.on_import import on_import
-from deslo_plugin.frameworks.one_model import one_replica
-from deslo_plugin.frameworks.preemption import Preemption
-from deslo_plugin.frameworks.proof import latest
-from deslo_plugin.optimizer import DesLoc
-from deslo_plugin.strict import ConfigError
-from deslo_plugin.sync import NonFiniteError
+from deslo_plugin.frameworks.import_hooks import on_import
+from deslo_plugin.optim.desloc import DesLoc
+from deslo_plugin.renamed import FUNCTIONS, explain, explain_moved_modules
 from deslo_plugin.version import __version__
 
 __all__ = [
-    "AverageError", "ConfigError", "DesLoc", "NonFiniteError", "Preemption", "__version__", "attach", "attach_accelerator",
-    "averaged_state_dict", "averaged_weights", "latest", "load", "load_config", "meet", "one_replica", "save", "saved_state_dict",
+    "AverageBeforeSave",
+    "AverageError",
+    "ConfigError",
+    "DesLoc",
+    "NonFiniteError",
+    "Preemption",
+    "SingleReplica",
+    "__version__",
+    "attach",
+    "attach_accelerator",
+    "averaged_state_dict",
+    "averaged_weights",
+    "latest_checkpoint",
+    "load",
+    "load_averaged_state_dict",
+    "load_config",
+    "local_state_dict",
+    "save",
+    "sync_replicas",
 ]
 
 
@@ -50,5 +69,14 @@ def _teach_accelerate() -> None:
     install()
 
 
+def __getattr__(name: str) -> Any:
+    if name == "AverageBeforeSave":  # needs transformers, which few have
+        from deslo_plugin.frameworks.hf_trainer import AverageBeforeSave
+
+        return AverageBeforeSave
+    raise explain("deslo_plugin", name, FUNCTIONS)
+
+
+explain_moved_modules()
 on_import("deepspeed", _teach_deepspeed)
 on_import("accelerate", _teach_accelerate)

@@ -9,7 +9,7 @@ logger = logging.getLogger("deslo_plugin")
 _rank = 0  # of this process, as long as it is known: the last messages come after the process group is gone
 
 
-def say(message: str, level: int = logging.INFO, *, anywhere: bool = False) -> None:
+def log_rank0(message: str, level: int = logging.INFO, *, anywhere: bool = False) -> None:
     """Logs on rank 0, or ``anywhere``. Without any logging set-up, to stderr; no logger is changed."""
     global _rank
     _rank = dist.get_rank() if dist.is_initialized() else _rank
@@ -24,6 +24,6 @@ def say(message: str, level: int = logging.INFO, *, anywhere: bool = False) -> N
 def announce(message: str) -> None:
     """Says ``message``, or its first line where a script's logging shows warnings alone: that it works must be seen."""
     if logger.isEnabledFor(logging.INFO) or not logger.hasHandlers():
-        say(message)
+        log_rank0(message)
     else:
-        say(message.splitlines()[0], logging.WARNING)
+        log_rank0(message.splitlines()[0], logging.WARNING)

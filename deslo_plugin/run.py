@@ -1,7 +1,7 @@
 """Runs a training script that cannot be edited, with DesLoc known to DeepSpeed.
 
-    deepspeed --module deslo_plugin.run train.py --its --own arguments
-    torchrun --nproc_per_node 4 -m deslo_plugin.run train.py --its --own arguments
+deepspeed --module deslo_plugin.run train.py --its --own arguments
+torchrun --nproc_per_node 4 -m deslo_plugin.run train.py --its --own arguments
 """
 
 import os
@@ -10,11 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import deslo_plugin  # noqa: F401  (teaches DeepSpeed our optimizer)
-from deslo_plugin.agreement import first_to_say
-from deslo_plugin.frameworks.on_import import on_import
-from deslo_plugin.strict import ConfigError
-from deslo_plugin.sync import NonFiniteError
+import deslo_plugin  # noqa: F401  (its hooks)
+from deslo_plugin.comm.consistency import first_to_say
+from deslo_plugin.errors import ConfigError, NonFiniteError
+from deslo_plugin.frameworks.import_hooks import on_import
 
 HEARD_S = 2.0  # in which one process of a node says what is wrong, before the launcher ends it as another has ended
 
@@ -28,8 +27,10 @@ def main() -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # a script may be missing on one node
             time.sleep(HEARD_S)
             sys.exit(1)
-        sys.exit(f"deslo_plugin.run: expected the path of a training script, got {script!r}; "
-                 "write: deepspeed --module deslo_plugin.run train.py ...")
+        sys.exit(
+            f"deslo_plugin.run: expected the path of a training script, got {script!r}; "
+            "write: deepspeed --module deslo_plugin.run train.py ..."
+        )
     sys.argv = [script, *launcher, *arguments]
     sys.path[0] = str(Path(script).resolve().parent)
     on_import("deepspeed", _expect_us)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -86,8 +86,9 @@ def display(steps: int) -> Iterator[Callable[[Status], None]]:
         yield redraw
 
 
-def table(results: Sequence[Result]) -> Group:
-    """One column per run, one row per quantity, and below it what the numbers do and do not say."""
+def table(results: Sequence[Result], planned: Mapping[str, Sequence[str]] | None = None) -> Group:
+    """One column per run, one row per quantity, and below it what the numbers do and do not say. ``planned``: label ->
+    what each run would take, of other links."""
     states = dict.fromkeys(state for result in results for state in result.bytes)  # a set that keeps the order
 
     def row(cell: Callable[[Result], str]) -> list[str]:
@@ -105,10 +106,11 @@ def table(results: Sequence[Result]) -> Group:
     grid.add_row("bytes in total", *row(lambda r: human(sum(r.bytes.values()))))
     grid.add_row("times less than synchronous", *row(times_less), end_section=True)
     grid.add_row(
-        "seconds waited for averages",
-        *row(lambda r: "-" if r.seconds_exposed is None else f"{r.seconds_exposed:.2f}"),
+        "seconds waited for averages", *row(lambda r: "-" if r.seconds_exposed is None else f"{r.seconds_exposed:.2f}")
     )
-    grid.add_row("seconds of training", *row(lambda r: f"{r.seconds:.1f}"))
+    grid.add_row("seconds of training", *row(lambda r: f"{r.seconds:.1f}"), end_section=True)
+    for label, cells in (planned or {}).items():
+        grid.add_row(label, *cells)
     return Group(grid, Text(notes(results), style="dim"))
 
 
@@ -121,14 +123,17 @@ def times_less(result: Result) -> str:
 def notes(results: Sequence[Result]) -> str:
     """The small print: whose bytes these are, which of them were computed, and which model was validated."""
     share = results[0].replica_size
-    return "\n".join((
-        "Loss: of the mean of all replicas, in fp32, on held-out bytes.",
-        "Bytes: what one rank hands to the averages across replicas.",
-        *(
-            f"{result.name}: bytes are computed, one {result.gradient_dtype} gradient per step"
-            + (f", 1/{share} of it per rank." if share > 1 else ".")
-            for result in results
-            if result.seconds_exposed is None
-        ),
-        "Seconds: here, where no link may be slow; the bytes are what a slow one would carry.",
-    ))
+    return "\n".join(
+        (
+            "Loss: of the mean of all replicas, in fp32, on held-out bytes.",
+            "Bytes: what one rank hands to the averages across replicas.",
+            *(
+                f"{result.name}: bytes are computed, one {result.gradient_dtype} gradient per step"
+                + (f", 1/{share} of it per rank." if share > 1 else ".")
+                for result in results
+                if result.seconds_exposed is None
+            ),
+            "Seconds: here, where no link may be slow. Planned ones are arithmetic, a node to a replica, from those",
+            "bytes and the time that a step computes here, with gradients under the backward as far as they fit.",
+        )
+    )

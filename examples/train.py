@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
-from rich.console import Console
-
 from report import Result, table
+from rich.console import Console
 
 ADAMW = {  # the baseline's optimizer: what one would use at this size without the package
     "type": "AdamW",
@@ -50,7 +49,10 @@ def arguments(given: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps (%(default)s)")
     parser.add_argument("--processes", type=int, default=4, help="ranks on this machine (%(default)s)")
     parser.add_argument(
-        "--framework", choices=FRAMEWORKS, default="deepspeed", help="%(choices)s; torch is no wrapper, each rank a replica"
+        "--framework",
+        choices=FRAMEWORKS,
+        default="deepspeed",
+        help="%(choices)s; torch is no wrapper, each rank a replica",
     )
     parser.add_argument(
         "--replica-size", type=size, help='ranks per replica, in place of the JSON\'s; "auto" is the ranks of a node'
@@ -140,7 +142,9 @@ def compare(args: Namespace) -> None:
             console.rule(baseline.stem, align="left")
             size = str(results[0].replica_size)
             results.append(run(baseline, [*sys.argv[1:], "--replica-size", size], args.processes, folder))
-    console.print(table(results))
+    from links import on_links  # imports torch, which no other part of this process needs
+
+    console.print(table(results, on_links(results, config, args.steps)))
     if args.result:
         save(results, args.result)
 

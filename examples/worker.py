@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, Subset
-
 from corpus import Windows, load_bytes, split
 from frameworks import start
 from frameworks.blocks import refuse_unread
 from frameworks.job import Batch, local_ranks
 from gpt import GPT, GPTConfig
 from report import Result, Status, display
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 VALIDATION_FRACTION = 0.05
 VALIDATION_WINDOWS = 2048  # at most: enough for the third digit of the loss, a few seconds on two cores
@@ -44,7 +43,7 @@ def train(args: Namespace) -> Result:
         """Bytes so far by state and what moves next; a synchronous run's are computed, as no one counts them there."""
         if job.deslo is None:
             return {"gradients": step * gradient_bytes}, (1, ("gradients",))
-        return dict(job.deslo.meter.bytes), job.deslo.plan.next_sync(step)
+        return dict(job.deslo.stats.bytes), job.deslo.plan.next_sync(step)
 
     data = batches(Windows(corpus, shape.context, args.seed), micro, job.device)
     step_tokens = micro * accumulation * dist.get_world_size() * shape.context
@@ -63,7 +62,7 @@ def train(args: Namespace) -> Result:
     dist.barrier()
     seconds = time.perf_counter() - begin
     if job.deslo:
-        job.deslo.end()
+        job.deslo.close()
 
     moved, _ = traffic(args.steps)
     return Result(
@@ -76,7 +75,7 @@ def train(args: Namespace) -> Result:
         bytes=moved,
         synchronous_bytes=args.steps * gradient_bytes,
         gradient_dtype=str(job.gradient_dtype).removeprefix("torch."),
-        seconds_exposed=job.deslo.meter.seconds_exposed if job.deslo else None,
+        seconds_exposed=job.deslo.stats.seconds_exposed if job.deslo else None,
         seconds=seconds,
     )
 
@@ -88,7 +87,9 @@ def load_config(args: Namespace) -> dict[str, Any]:
     """
     config = json.loads(args.config.read_text())
     if "train_micro_batch_size_per_gpu" not in config:
-        raise ValueError(f"{args.config}: expected train_micro_batch_size_per_gpu, which every framework needs; write one")
+        raise ValueError(
+            f"{args.config}: expected train_micro_batch_size_per_gpu, which every framework needs; write one"
+        )
     if args.framework != "deepspeed":
         refuse_unread(config)
     if "deslo" in config:

@@ -39,9 +39,7 @@ def accelerator_for(kind: str, ds: dict | None = None, **options: Any) -> Any:
         fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="NO_WRAP", state_dict_type="SHARDED_STATE_DICT"
     )
     mesh = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
-    return Accelerator(
-        fsdp_plugin=plugin, parallelism_config=mesh, gradient_accumulation_steps=ACCUMULATION, **options
-    )
+    return Accelerator(fsdp_plugin=plugin, parallelism_config=mesh, gradient_accumulation_steps=ACCUMULATION, **options)
 
 
 def optimizer_for(kind: str, model: Any, blocks: dict) -> Any:
@@ -56,7 +54,9 @@ def optimizer_for(kind: str, model: Any, blocks: dict) -> Any:
     return DummyOptim(two_groups(model), lr=1e-2)
 
 
-def prepared(kind: str, side: str, optimizer: str, blocks: dict, ds: dict | None = None, loader: Any = None, **options: Any):
+def prepared(
+    kind: str, side: str, optimizer: str, blocks: dict, ds: dict | None = None, loader: Any = None, **options: Any
+):
     """(accelerator, model, optimizer) with our one line before or after prepare."""
     import deslo_plugin
 
@@ -95,8 +95,11 @@ def params_of(accelerator: Any, model: Any) -> dict[str, Tensor]:
 def run(kind: str, side: str, optimizer: str, blocks: dict, count: int, ds: dict | None = None) -> dict:
     accelerator, model, made = prepared(kind, side, optimizer, blocks, ds)
     steps(accelerator, model, made, range(count))
-    return {"states": {"params": params_of(accelerator, model)}, "bytes": dict(accelerator.deslo.meter.bytes),
-            "replicas": accelerator.deslo.topology.replicas}
+    return {
+        "states": {"params": params_of(accelerator, model)},
+        "bytes": dict(accelerator.deslo.stats.bytes),
+        "replicas": accelerator.deslo.topology.replicas,
+    }
 
 
 def resumed(kind: str, optimizer: str, blocks: dict, folder: str) -> dict:
@@ -124,7 +127,7 @@ def state_dict_of(kind: str, optimizer: str, blocks: dict | None, ds: dict | Non
         given = {name: tensor.clone() for name, tensor in accelerator.get_state_dict(model).items()}
     except ValueError as error:
         given = str(error)
-    with deslo_plugin.one_replica():
+    with deslo_plugin.local_state_dict():
         own = {name: tensor.clone() for name, tensor in accelerator.unwrap_model(model).state_dict().items()}
         own = {name: whole(tensor) for name, tensor in own.items()}
     return given, deslo_plugin.averaged_state_dict(model), own

@@ -3,11 +3,12 @@
 import torch.distributed as dist
 from checkpoint_jobs import Job
 
-from deslo_plugin.telemetry import SyncEvent
+from deslo_plugin.averaging.metrics import SyncEvent
 
 
 def run(kind: str, config: dict, steps: int, folder: str = "") -> dict:
-    """Trains, saves an average in ``folder``, and returns what the rank has sent when, by which periods, and its states."""
+    """Trains, saves an average in ``folder``, and returns what the rank has sent when, by which periods, and its
+    states."""
     import deslo_plugin
 
     job = Job(kind, config)
@@ -17,7 +18,7 @@ def run(kind: str, config: dict, steps: int, folder: str = "") -> dict:
     for step in range(steps):
         job.train(range(step, step + 1))
         periods.append(job.attachment.periods)
-    plan, meter = job.attachment.plan, job.attachment.meter
+    plan, meter = job.attachment.plan, job.attachment.stats
     result = {
         "states": job.states(),
         "periods": periods,
@@ -27,9 +28,9 @@ def run(kind: str, config: dict, steps: int, folder: str = "") -> dict:
         "each": [dict(group.bytes_per_event) for group in plan.groups],
         "planned": {state: sum(plan.bytes_at(t).get(state, 0) for t in range(1, steps)) for state in meter.bytes},
     }
-    job.attachment.end()
+    job.attachment.close()
     if folder:
-        deslo_plugin.save(folder, job.model, mode="average")
+        deslo_plugin.save(folder, job.model, mode="averaged")
     job.close()
     return result
 
@@ -49,7 +50,7 @@ def periods_after_load(kind: str, config: dict, folder: str, steps: int) -> list
 
 def refused_on_other_kernels(config: dict) -> str:
     """What is said where rank 3 measures with other kernels than the rest."""
-    from deslo_plugin.frameworks import equality
+    from deslo_plugin.checks import replica_checks as equality
 
     own = equality.native
     if dist.get_rank() == 3:

@@ -16,11 +16,11 @@ from torch_jobs import attached, states_of
 
 
 class Job:
-    """One job under any framework: ``kind`` is a wrap of torch_jobs ("fsdp 1x4" on a mesh of that shape), or "zero <stage>" with
-    a whole DeepSpeed config."""
+    """One job under any framework: ``kind`` is a wrap of torch_jobs ("fsdp 1x4" on a mesh of that shape), or "zero
+    <stage>" with a whole DeepSpeed config."""
 
     def __init__(self, kind: str, config: dict, seed: int = 7, optimizer: Any = None):
-        import deslo_plugin  # noqa: F401
+        import deslo_plugin  # noqa: F401  (its hooks)
 
         self.kind = kind
         if kind.startswith("zero"):
@@ -67,7 +67,13 @@ def resumed(kind: str, config: dict, folder: str, mode: str, before: int, after:
     losses_again = job.train(range(before, before + after))
     loaded = job.states()
     job.close()
-    return {"straight": straight, "loaded": loaded, "extra": extra, "losses": losses == losses_again, "random": drawn == again}
+    return {
+        "straight": straight,
+        "loaded": loaded,
+        "extra": extra,
+        "losses": losses == losses_again,
+        "random": drawn == again,
+    }
 
 
 def saved(kind: str, config: dict, folder: str, mode: str, steps: int, more: int = 0, optimizer: Any = None) -> dict:
@@ -81,7 +87,7 @@ def saved(kind: str, config: dict, folder: str, mode: str, steps: int, more: int
     at_save = job.states()
     job.train(range(steps, steps + more))
     later = job.states()
-    sent = dict(job.attachment.meter.bytes)
+    sent = dict(job.attachment.stats.bytes)
     job.close()
     return {"before": before, "at save": at_save, "later": later, "bytes": sent}
 
@@ -99,7 +105,10 @@ def loaded(kind: str, config: dict, folder: str, optimizer: Any = None) -> dict:
 
     job = Job(kind, config, seed=7, optimizer=optimizer)
     extra = deslo_plugin.load(folder, job.model)
-    states, steps = job.states(), job.attachment.averaging.steps if not kind.startswith("zero") else job.model.global_steps
+    states, steps = (
+        job.states(),
+        job.attachment.averaging.steps if not kind.startswith("zero") else job.model.global_steps,
+    )
     job.train(range(steps, steps + 1))  # it trains
     job.close()
     return {"states": states, "steps": steps, "extra": extra}
@@ -129,8 +138,10 @@ def refused_by_torch(kind: str, config: dict) -> dict[str, str]:
     job = Job(kind, config)
     inner = getattr(job.model, "module", job.model)
     ways = {
-        "state_dict": lambda: inner.state_dict(), "optimizer": lambda: job.optimizer.state_dict(),
-        "dcp model": lambda: get_model_state_dict(job.model), "dcp optimizer": lambda: get_optimizer_state_dict(job.model, job.optimizer),
+        "state_dict": lambda: inner.state_dict(),
+        "optimizer": lambda: job.optimizer.state_dict(),
+        "dcp model": lambda: get_model_state_dict(job.model),
+        "dcp optimizer": lambda: get_optimizer_state_dict(job.model, job.optimizer),
         "dcp save": lambda: dcp.save({"model": job.model}, checkpoint_id="/nonexistent/never written", no_dist=True),
     }
     before = inner.state_dict()  # replicas are equal at first
@@ -143,10 +154,11 @@ def refused_by_torch(kind: str, config: dict) -> dict[str, str]:
         except Exception as error:  # torch.distributed.checkpoint wraps what it is told
             said[way] = str(error)
     copy = deepcopy(inner) if kind != "hsdp" else None
-    with deslo_plugin.one_replica():
+    with deslo_plugin.local_state_dict():
         own = inner.state_dict()
-    assert own.keys() == before.keys() and (copy is None or copy.state_dict().keys() == before.keys())  # a copy is no replica
-    deslo_plugin.meet(job.model)
+    # a copy is no replica
+    assert own.keys() == before.keys() and (copy is None or copy.state_dict().keys() == before.keys())
+    deslo_plugin.sync_replicas(job.model)
     inner.state_dict(), job.optimizer.state_dict()
     job.close()
     return said
@@ -158,13 +170,13 @@ def resumed_with_samples(config: dict, folder: str) -> tuple[dict, dict]:
 
     def train(job: Job, steps: range) -> dict:
         for step in steps:
-            job.attachment.saw(1 + dist.get_rank() + step % 3)
+            job.attachment.record_samples(1 + dist.get_rank() + step % 3)
             job.train(range(step, step + 1))
         return job.states()
 
     job = Job("plain", config)
     train(job, range(4))
-    deslo_plugin.save(folder, job.model, mode="exact")
+    deslo_plugin.save(folder, job.model, mode="per_replica")
     straight = train(job, range(4, 10))
     job = Job("plain", config)
     deslo_plugin.load(folder, job.model)
@@ -193,7 +205,7 @@ def two_optimizers(folder: str) -> dict:
 
     model, optimizers = made(7)
     train(model, optimizers, range(3))
-    deslo_plugin.save(folder, model, mode="exact")
+    deslo_plugin.save(folder, model, mode="per_replica")
     straight = train(model, optimizers, range(3, 9))
     model, optimizers = made(7)
     deslo_plugin.load(folder, model)
@@ -211,14 +223,15 @@ def killed_in_a_save(config: dict, folder: str) -> str:
     if dist.get_rank() == 2:
         torch.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     try:
-        deslo_plugin.save(folder, job.model, mode="exact")
+        deslo_plugin.save(folder, job.model, mode="per_replica")
     except Exception as error:
         return str(error)
     return "no error"
 
 
 def loaded_by_three(config: dict, folder: str) -> dict | None:
-    """The states that ranks 0 to 2, three replicas of one rank, have loaded; and how far apart they are three steps later."""
+    """The states that ranks 0 to 2, three replicas of one rank, have loaded; and how far apart they are three steps
+    later."""
     import deslo_plugin
 
     three = dist.new_group([0, 1, 2])
@@ -230,7 +243,7 @@ def loaded_by_three(config: dict, folder: str) -> dict | None:
     deslo_plugin.load(folder, model)
     states = states_of(model, optimizer, ["exp_avg", "exp_avg_2", "exp_avg_sq"])
     torch_jobs.train(model, optimizer, range(attachment.averaging.steps, 9))
-    deslo_plugin.meet(model)
+    deslo_plugin.sync_replicas(model)
     return {"states": states, "together": states_of(model, optimizer, [])}
 
 

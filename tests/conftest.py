@@ -6,10 +6,11 @@ import pytest
 import torch
 from worlds import Processes
 
-from deslo_plugin import ops
+from deslo_plugin.kernels import update as ops
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(1)  # replicas share the cores, and threads that wait for each other there cost more than they bring
+# replicas share the cores, and threads that wait for each other there cost more than they bring
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -46,13 +47,28 @@ def emulated(kernels, tmp_path_factory):
 
     built = tmp_path_factory.mktemp("emulated") / "operators.so"
     subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-         f"-I{ROOT}/tests/emulation", *(f"-I{path}" for path in include_paths()), f"{ROOT}/tests/emulation/operators.cpp",
-         "-o", built, *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu"],
+        [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-fPIC",
+            "-shared",
+            "-w",
+            "-ffp-contract=off",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            f"-I{ROOT}/tests/emulation",
+            *(f"-I{path}" for path in include_paths()),
+            f"{ROOT}/tests/emulation/operators.cpp",
+            "-o",
+            built,
+            *(f"-L{path}" for path in library_paths()),
+            "-ltorch",
+            "-ltorch_cpu",
+        ],
         check=True,
     )
     library = torch.library.Library("deslo_emulated", "DEF")
-    for name in [*(f"{rule}_" for rule in ops.RULES), "drift", "land_"]:
+    for name in [*(f"{rule}_" for rule in ops.OPERATORS), "drift", "land_"]:
         library.define(str(getattr(torch.ops.deslo, name).default._schema).removeprefix("deslo::"))
     torch.ops.load_library(built)
     yield torch.ops.deslo_emulated
@@ -61,7 +77,8 @@ def emulated(kernels, tmp_path_factory):
 
 @pytest.fixture
 def everywhere(kernels):
-    """Goes through the instruction sets of this machine and some counts of threads; what was set before is set again."""
+    """Goes through the instruction sets of this machine and some counts of threads; what was set before is set
+    again."""
     threads, widest = torch.get_num_threads(), kernels.isa()
 
     def settings(counts=(1, 2, 5)):

@@ -20,7 +20,7 @@ import deslo_plugin
 STEPS, SAVE_EVERY = 14, 5
 CONFIG = {
     "optimizer": {"params": {"lr": 1e-2, "sync_every": {"params": 2, "exp_avg": 4, "exp_avg_sq": 6}}},
-    "deslo": {"timeout_s": 20, "checkpoint": "exact"},
+    "deslo": {"timeout_s": 20, "checkpoint_mode": "per_replica"},
 }
 
 
@@ -31,7 +31,7 @@ def main(folder: Path, victim: int | None = None, at: int | None = None) -> None
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
     optimizer = deslo_plugin.DesLoc(model.parameters(), CONFIG)
     deslo_plugin.attach(model, optimizer)
-    newest = deslo_plugin.latest(folder)
+    newest = deslo_plugin.latest_checkpoint(folder)
     start = deslo_plugin.load(newest, model)["step"] if newest else 0
     for step in range(start, STEPS):
         generator = torch.Generator().manual_seed(1000 * rank + step)
@@ -43,7 +43,7 @@ def main(folder: Path, victim: int | None = None, at: int | None = None) -> None
         optimizer.zero_grad()
         if (step + 1) % SAVE_EVERY == 0:
             deslo_plugin.save(folder / str(step + 1), model, extra={"step": step + 1})
-    deslo_plugin.meet(model)
+    deslo_plugin.sync_replicas(model)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     sys.stdout.write(f"trained from {start} to {STEPS}: {digest}\n")
     sys.stdout.flush()

@@ -1,4 +1,5 @@
-"""A real job of one param group, and what its collectives were handed: counted at ``all_reduce`` itself, and by the meter."""
+"""A real job of one param group, and what its collectives were handed: counted at ``all_reduce`` itself, and by the
+meter."""
 
 from collections import Counter
 from typing import Any
@@ -12,9 +13,10 @@ FEATURES, ROWS = next(iter(net().parameters())).shape[1], 4
 
 
 def counted(wrap: str, blocks: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Bytes of this rank by state, forecast and from its meter, and all that it handed to reductions between replicas."""
+    """Bytes of this rank by state, forecast and from its meter, and all that it handed to reductions between
+    replicas."""
     import deslo_plugin
-    from deslo_plugin.forecast import Link, forecast
+    from deslo_plugin.planning.forecast import Link, forecast
 
     model, where = torch_jobs.WRAPS[wrap](net())
     optimizer = deslo_plugin.DesLoc(model.parameters(), blocks)
@@ -29,8 +31,8 @@ def counted(wrap: str, blocks: dict[str, Any], steps: int) -> dict[str, Any]:
     dist.all_reduce = counting
     try:
         for step in range(steps):
-            if attachment.config.deslo.weights == "samples":
-                attachment.saw(ROWS)
+            if attachment.config.deslo.replica_weights == "samples":
+                attachment.record_samples(ROWS)
             torch.manual_seed(10 * step + dist.get_rank())
             model(torch.randn(ROWS, FEATURES)).square().mean().backward()
             optimizer.step()
@@ -38,5 +40,9 @@ def counted(wrap: str, blocks: dict[str, Any], steps: int) -> dict[str, Any]:
     finally:
         dist.all_reduce = reduce
     planned = forecast(attachment.plan, Link(1), 1.0, steps).bytes
-    return {"planned": planned, "meter": dict(attachment.meter.bytes), "handed": handed[True],
-            "numel": sum(p.numel() for p in net().parameters())}
+    return {
+        "planned": planned,
+        "meter": dict(attachment.stats.bytes),
+        "handed": handed[True],
+        "numel": sum(p.numel() for p in net().parameters()),
+    }

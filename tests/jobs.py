@@ -20,10 +20,13 @@ def net(seed: int = 7) -> nn.Sequential:
 
 
 def batch(rank: int, step: int, micro: int) -> tuple[Tensor, Tensor]:
-    """float32 data that differs by rank, step and micro-batch. Ranks 2 and 3 never see the first input, whose weights have no
-    gradient there: a replica that others bring a momentum of what it knows nothing of."""
+    """float32 data that differs by rank, step and micro-batch. Ranks 2 and 3 never see the first input, whose weights
+    have no gradient there: a replica that others bring a momentum of what it knows nothing of."""
     generator = torch.Generator().manual_seed(10_000 * rank + 100 * step + micro)
-    inputs, targets = torch.randn(MICRO_BATCH, INPUTS, generator=generator), torch.randn(MICRO_BATCH, OUTPUTS, generator=generator)
+    inputs, targets = (
+        torch.randn(MICRO_BATCH, INPUTS, generator=generator),
+        torch.randn(MICRO_BATCH, OUTPUTS, generator=generator),
+    )
     inputs[:, 0] *= rank % 4 < 2
     return inputs, targets
 
@@ -46,7 +49,7 @@ def engine_for(ds: dict, model: nn.Module | None = None, groups: Any = None, **o
     """A quiet DeepSpeed engine of our net, destroyed at the end."""
     import deepspeed
 
-    import deslo_plugin  # noqa: F401
+    import deslo_plugin  # noqa: F401  (its hooks)
 
     # an op for inference only, which would be compiled at first, and whose lock outlives a killed process
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -64,8 +67,9 @@ def engine_for(ds: dict, model: nn.Module | None = None, groups: Any = None, **o
 
 
 def train(engine: Any, steps: range, broken: tuple[int, int] | None = None) -> list[float]:
-    """Steps ``engine``; ``broken`` = (replica, step) puts a NaN into that replica's loss. Returns the losses. Every forward
-    must use the masters: an oracle that looks at masters alone would not see a model that computes with others."""
+    """Steps ``engine``; ``broken`` = (replica, step) puts a NaN into that replica's loss. Returns the losses. Every
+    forward must use the masters: an oracle that looks at masters alone would not see a model that computes with
+    others."""
     rank, losses = dist.get_rank(), []
     for step in steps:
         for micro in range(engine.gradient_accumulation_steps()):
@@ -86,9 +90,13 @@ def forward_uses_the_masters(engine: Any, when: str) -> Iterator[None]:
 
     used: dict[str, Tensor] = {}
     hooks = [  # after DeepSpeed's own, which gather
-        module.register_forward_pre_hook(lambda module, *_, at=at: used.update(
-            {f"{at}.{name}": p.detach().clone() for name, p in module.named_parameters(recurse=False)}))
-        for at, module in engine.module.named_modules() if isinstance(module, nn.Linear)
+        module.register_forward_pre_hook(
+            lambda module, *_, at=at: used.update(
+                {f"{at}.{name}": p.detach().clone() for name, p in module.named_parameters(recurse=False)}
+            )
+        )
+        for at, module in engine.module.named_modules()
+        if isinstance(module, nn.Linear)
     ]
     try:
         yield
@@ -100,7 +108,9 @@ def forward_uses_the_masters(engine: Any, when: str) -> Iterator[None]:
         master = masters.get(name, weight).to(weight.dtype).view(weight.shape)
         # a NaN that nothing stopped is the same NaN
         apart = ((weight - master).abs() > 0) | (weight.isnan() != master.isnan())
-        assert not apart.any(), f"{when}: the forward used a {name} that is {(weight - master).abs().max():.3g} off its master"
+        assert not apart.any(), (
+            f"{when}: the forward used a {name} that is {(weight - master).abs().max():.3g} off its master"
+        )
 
 
 def replica_state(engine: Any, moments: Sequence[str] | None = None) -> dict[str, dict[str, Tensor]]:
@@ -131,7 +141,7 @@ def run(ds: dict, steps: int, broken: tuple[int, int] | None = None) -> dict:
     """Trains and returns this replica's states, the meter, and the plan's figures."""
     with engine_for(ds) as engine:
         losses = train(engine, range(steps), broken)
-        meter, plan = engine.deslo.meter, engine.deslo.plan
+        meter, plan = engine.deslo.stats, engine.deslo.plan
         return {
             "states": replica_state(engine),
             "losses": losses,
@@ -160,7 +170,7 @@ def run_stock(ds: dict, steps: int, broken: tuple[int, int] | None = None) -> di
     """``run`` of the JSON's own optimizer."""
     with stock_engine(ds) as engine:
         train(engine, range(steps), broken)
-        meter, plan = engine.deslo.meter, engine.deslo.plan
+        meter, plan = engine.deslo.stats, engine.deslo.plan
         planned = {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes}
         return stock_params(engine) | {"bytes": dict(meter.bytes), "planned": planned, "skipped": meter.skipped_steps}
 
@@ -197,8 +207,17 @@ def traffic(ds: dict, steps: int) -> list[tuple[int, str, list[int], int]]:
     """Every collective of ``torch.distributed``: (step, name, ranks, bytes of its largest tensor)."""
     calls: list[tuple[int, str, list[int], int]] = []
     clock = [-1]
-    names = ["all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter",
-             "reduce_scatter_tensor", "all_to_all_single", "all_gather_object"]
+    names = [
+        "all_reduce",
+        "broadcast",
+        "reduce",
+        "all_gather",
+        "all_gather_into_tensor",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "all_to_all_single",
+        "all_gather_object",
+    ]
     originals = {name: getattr(dist, name) for name in names}
 
     def recorded(name: str) -> Any:
@@ -255,7 +274,7 @@ def given_optimizer(how: str, ds: dict, block: dict, steps: int) -> dict:
     params = block["optimizer"]["params"]
     model = net()
     groups = two_groups(model)
-    make = lambda given: DesLoc(given, **params)  # noqa: E731
+    make = lambda given: DesLoc(given, **params)
     optimizer = make(groups) if how == "object" else make
     options = {"groups": None if how == "object" else groups, "optimizer": optimizer}
     with engine_for({**ds, "deslo": block["deslo"]}, model, **options) as engine:
@@ -302,7 +321,7 @@ def sharded_from_birth(ds: dict, steps: int, with_config: bool = True) -> dict |
     """The job with its model built under ``zero.Init``."""
     import deepspeed
 
-    import deslo_plugin  # noqa: F401
+    import deslo_plugin  # noqa: F401  (its hooks)
 
     base = {"train_micro_batch_size_per_gpu": MICRO_BATCH} | ds
     torch.manual_seed(7)
@@ -436,9 +455,9 @@ def weighted(ds: dict, steps: int) -> dict:
     """Bytes counted and planned, and what leaving a step out says, of an engine whose ranks tell what they saw."""
     with engine_for(ds) as engine:
         for step in range(steps):
-            engine.deslo.saw(1 + dist.get_rank())
+            engine.deslo.record_samples(1 + dist.get_rank())
             train(engine, range(step, step + 1))
-        meter, plan = engine.deslo.meter, engine.deslo.plan
+        meter, plan = engine.deslo.stats, engine.deslo.plan
         planned = {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes}
         try:
             engine.deslo.skip_step()

@@ -1,10 +1,11 @@
-"""``make matrix``: every row of docs/versions.md in an environment of its own, with one wheel of ours, against the float64 oracle.
+"""``make matrix``: every row of docs/versions.md in an environment of its own, with one wheel of ours, against the
+float64 oracle.
 
     make matrix FOLDER=/some/folder ARGS="--row 'torch 2.10.0'"
 
-An environment is made with pip as it is configured on this machine (where CPU builds of torch come from is for you to say, as in
-PIP_EXTRA_INDEX_URL; the CUDA builds do, and take 8 GB each), and removed after its row. The script calls itself inside each of
-them. A row that pip cannot install ends the run and leaves the table as it was.
+An environment is made with pip as it is configured on this machine (where CPU builds of torch come from is for you to
+say, as in PIP_EXTRA_INDEX_URL; the CUDA builds do, and take 8 GB each), and removed after its row. The script calls
+itself inside each of them. A row that pip cannot install ends the run and leaves the table as it was.
 """
 
 import argparse
@@ -22,12 +23,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, BEGIN, END = ROOT / "docs" / "versions.md", "<!-- make matrix -->\n", "<!-- end -->\n"
 CASES = {
-    "kernels": "kernels", "plain": "plain", "ddp": "DDP", "fsdp": "FSDP2", "hsdp": "HSDP", "zero-2": "ZeRO-2", "zero-3": "ZeRO-3",
-    "fsdp resumed": "FSDP2 resumed", "zero-2 resumed": "ZeRO-2 resumed", "accelerate ddp": "Accelerate DDP",
-    "accelerate fsdp": "Accelerate FSDP2", "accelerate deepspeed": "Accelerate ZeRO-2", "trainer": "Trainer DDP",
+    "kernels": "kernels",
+    "plain": "plain",
+    "ddp": "DDP",
+    "fsdp": "FSDP2",
+    "hsdp": "HSDP",
+    "zero-2": "ZeRO-2",
+    "zero-3": "ZeRO-3",
+    "fsdp resumed": "FSDP2 resumed",
+    "zero-2 resumed": "ZeRO-2 resumed",
+    "accelerate ddp": "Accelerate DDP",
+    "accelerate fsdp": "Accelerate FSDP2",
+    "accelerate deepspeed": "Accelerate ZeRO-2",
+    "trainer": "Trainer DDP",
     "trainer --deepspeed": "Trainer ZeRO-2",
 }
-TORCH, DEEPSPEED = ("2.15.0", "2.14.1", "2.13.0", "2.12.1", "2.11.0", "2.10.0", "2.9.1"), ("0.19.0", "0.18.3", "0.18.0", "0.17.6", "0.16.0")
+TORCH, DEEPSPEED = (
+    ("2.15.0", "2.14.1", "2.13.0", "2.12.1", "2.11.0", "2.10.0", "2.9.1"),
+    ("0.19.0", "0.18.3", "0.18.0", "0.17.6", "0.16.0"),
+)
 REFERENCE = {"torch": "2.13.0", "deepspeed": "0.19.8", "accelerate": "1.15.0", "transformers": "5.23.0"}
 ROWS = {
     **{f"torch {version}": {"torch": version} for version in TORCH},
@@ -43,14 +57,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where environments are made, one after the other")
     parser.add_argument("--row", action="append", choices=ROWS, help="only these")
     parser.add_argument("--case", action="append", choices=CASES, help="only these")
-    parser.add_argument("--inside", action="store_true", help="run the cases of the row in this environment and print JSON")
+    parser.add_argument(
+        "--inside", action="store_true", help="run the cases of the row in this environment and print JSON"
+    )
     given = parser.parse_args()
     cases = given.case or list(CASES)
     if given.inside:
         print(json.dumps(inside(given.row[0], cases)))
         return
     given.folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", given.folder, ROOT], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", given.folder, ROOT],
+        check=True,
+    )
     wheel = max(given.folder.glob("*.whl"), key=lambda path: path.stat().st_mtime)
     for row in given.row or ROWS:
         write(row, run(row, given.folder / "environment", wheel, cases))
@@ -63,8 +82,11 @@ def run(row: str, folder: Path, wheel: Path, cases: list[str]) -> dict[str, str]
     python, pip = folder / "bin" / "python", [folder / "bin" / "pip", "-qq", "install"]
     others = [f"{name}=={version}" for name, version in pins.items() if name != "torch"]
     try:
-        for wanted in ([f"torch=={pins['torch']}", "numpy", "setuptools", "wheel", "pyyaml", "pytest", "hypothesis", "psutil"],
-                       ["--no-build-isolation", *others], ["--no-deps", wheel]):
+        for wanted in (
+            [f"torch=={pins['torch']}", "numpy", "setuptools", "wheel", "pyyaml", "pytest", "hypothesis", "psutil"],
+            ["--no-build-isolation", *others],
+            ["--no-deps", wheel],
+        ):
             subprocess.run([*pip, *wanted], check=True)
         asked = [python, __file__, "--inside", "--row", row, *(word for case in cases for word in ("--case", case))]
         temporary = folder / "tmp"  # killed ranks leave things in it
@@ -80,12 +102,14 @@ def run(row: str, folder: Path, wheel: Path, cases: list[str]) -> dict[str, str]
 
 
 def inside(row: str, cases: list[str]) -> dict[str, str]:
-    """Four ranks, as the tests have them; the largest distance of any state from what it should be after ``STEPS`` steps."""
+    """Four ranks, as the tests have them; the largest distance of any state from what it should be after ``STEPS``
+    steps."""
     for name, pin in (REFERENCE | ROWS[row]).items():
         installed = version(name).partition("+")[0]
         assert installed == pin, f"{name}: expected {pin}, got {installed}; another package of this row wants that one"
-    import deslo_plugin
     from worlds import Processes
+
+    import deslo_plugin
 
     assert Path(deslo_plugin.__file__).is_relative_to(sys.prefix), deslo_plugin.__file__
     found = {}
@@ -104,7 +128,8 @@ def inside(row: str, cases: list[str]) -> dict[str, str]:
             except Exception as error:
                 print(f"{case}: {error}", file=sys.stderr)
                 lines = str(error).strip().splitlines()
-                named = [line for line in lines if re.search(r"(?<!ChildFailed)(Error|Exception): ", line)]  # not torchrun's own
+                # torchrun adds a frame of its own
+                named = [line for line in lines if re.search(r"(?<!ChildFailed)(Error|Exception): ", line)]
                 found[case] = (named or lines)[-1][:160]
             finally:
                 if world is not None:
@@ -124,11 +149,21 @@ def resumed(world, case: str, folder: str) -> float:
     import checkpoint_jobs
 
     kind = case.removesuffix(" resumed")
-    results = world.run(checkpoint_jobs.resumed, kind.replace("-", " "), config_of(kind), f"{folder}/saved", "exact", SAVED_AT,
-                        STEPS - SAVED_AT, timeout=600)
+    results = world.run(
+        checkpoint_jobs.resumed,
+        kind.replace("-", " "),
+        config_of(kind),
+        f"{folder}/saved",
+        "per_replica",
+        SAVED_AT,
+        STEPS - SAVED_AT,
+        timeout=600,
+    )
     return max(
         float((result["loaded"][state][name] - expected).abs().max())
-        for result in results for state, tensors in result["straight"].items() for name, expected in tensors.items()
+        for result in results
+        for state, tensors in result["straight"].items()
+        for name, expected in tensors.items()
     )
 
 
@@ -138,8 +173,11 @@ def config_of(case: str) -> dict:
 
     s = RULES["des-loc-adam"]
     if case.startswith("zero"):
-        return blocks(s, replica_size=2) | {"zero_optimization": {"stage": int(case[-1])}, "gradient_clipping": CLIP,
-                                            "gradient_accumulation_steps": ACCUMULATION}
+        return blocks(s, replica_size=2) | {
+            "zero_optimization": {"stage": int(case[-1])},
+            "gradient_clipping": CLIP,
+            "gradient_accumulation_steps": ACCUMULATION,
+        }
     return blocks(s, replica_size={"fsdp": "auto", "hsdp": "auto", "plain": "auto"}.get(case, 2))
 
 
@@ -165,7 +203,8 @@ def distance(world, case: str) -> float:
     return max(
         float((result["states"][state][name].double() - expected).abs().max())
         for rank, result in enumerate(results)
-        for state, tensors in theory[rank * len(theory) // len(results)].items() if state in result["states"]
+        for state, tensors in theory[rank * len(theory) // len(results)].items()
+        if state in result["states"]
         for name, expected in tensors.items()
     )
 

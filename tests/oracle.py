@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 Gradient = Callable[[int, int, list[Tensor]], list[Tensor] | None]
-Mean = Callable[[str, int, Callable[["Group"], Tensor]], Tensor]  # of a state over replicas, by what they saw up to a step
+# of a state over replicas, by what they saw up to a step
+Mean = Callable[[str, int, Callable[["Group"], Tensor]], Tensor]
 
 
 @dataclass
@@ -31,7 +32,8 @@ class Setting:
     after_update: bool = False
     reset: bool = False
     outer: tuple[float, float] | None = None  # (outer lr, momentum)
-    adaptive: dict[str, tuple[int, float]] = field(default_factory=dict)  # "u1" -> (longest period, drift); ``periods``: shortest
+    # "u1" -> (longest period, drift); ``periods``: shortest
+    adaptive: dict[str, tuple[int, float]] = field(default_factory=dict)
     delay: int = 1  # steps from the launch of an average to the one at whose start it lands, counting that one
 
 
@@ -60,8 +62,14 @@ class Launched:
 
 
 def train(
-    settings: list[Setting], starts: list[Tensor], replicas: int, steps: int, gradient: Gradient,
-    norm_clip: float | None = None, synchronous_steps: int = 0, samples: Callable[[int, int], float] | None = None,
+    settings: list[Setting],
+    starts: list[Tensor],
+    replicas: int,
+    steps: int,
+    gradient: Gradient,
+    norm_clip: float | None = None,
+    synchronous_steps: int = 0,
+    samples: Callable[[int, int], float] | None = None,
 ) -> list[list[Group]]:
     """Runs Algorithm 1; returns world[replica][group]. A gradient of None is a step that this replica skips.
 
@@ -81,7 +89,9 @@ def train(
             column = [groups[index] for groups in world]
             averages = t > synchronous_steps
 
-            def mean(key: str, now: int, of: Callable[[Group], Tensor], groups: list[Group] = column, s: Setting = s) -> Tensor:
+            def mean(
+                key: str, now: int, of: Callable[[Group], Tensor], groups: list[Group] = column, s: Setting = s
+            ) -> Tensor:
                 since = range(now - s.periods[key], now)
                 seen = [sum(samples(m, i) for i in since) if samples else 1.0 for m in range(replicas)]
                 return sum(w * of(group) for w, group in zip(seen, groups)) / sum(seen)
@@ -136,7 +146,9 @@ def _average(column: list[Group], s: Setting, t: int, mean: Mean) -> None:
     def due(key: str) -> bool:
         return t > 0 and s.periods.get(key) is not None and t % s.periods[key] == 0
 
-    means = {key: mean(key, t, lambda group: _state(group, key)) for key in s.periods if due(key) and _has(column[0], key)}
+    means = {
+        key: mean(key, t, lambda group: _state(group, key)) for key in s.periods if due(key) and _has(column[0], key)
+    }
     for group in column:
         if due("v"):
             group.v = means["v"].clone()
@@ -150,7 +162,8 @@ def _average(column: list[Group], s: Setting, t: int, mean: Mean) -> None:
 
 
 def _hold(group: Group, s: Setting, landed: set[str], t: int) -> None:
-    """No momentum beyond what Adam could have beside its own v, by Cauchy-Schwarz, once either has landed after t steps (ours)."""
+    """No momentum beyond what Adam could have beside its own v, by Cauchy-Schwarz, once either has landed after t steps
+    (ours)."""
     for j, beta in enumerate(s.betas if s.rule == "adam" else []):
         if {f"u{j + 1}", "v"} & landed:
             ratio = beta * beta / s.beta2
@@ -177,7 +190,8 @@ def _launch(column: list[Group], s: Setting, t: int, mean: Mean) -> None:
 
 
 def _land(group: Group, s: Setting, t: int) -> None:
-    """Adds to each state what would be there if the mean had been there when it was launched, with the same gradients since."""
+    """Adds to each state what would be there if the mean had been there when it was launched, with the same gradients
+    since."""
     landing = [each for each in group.launched if each.t == t - s.delay + 1]
     for flight in landing:
         group.launched.remove(flight)
@@ -234,6 +248,7 @@ def _update(group: Group, s: Setting, g: Tensor) -> None:
 
 def blocks(s: Setting, **deslo: object) -> dict:
     """The two config blocks that mean ``s``, with ``deslo`` as given."""
+
     def every(key: str) -> object:
         if key not in s.adaptive:
             return s.periods[key]
@@ -251,15 +266,15 @@ def blocks(s: Setting, **deslo: object) -> dict:
     if s.rule == "adam":
         params["bias_correction"] = s.bias_correction
     if s.value_clip is not None:
-        params["clip"] = {"value": s.value_clip}
+        params["clip_value"] = s.value_clip
     if s.reset:
         params["reset_momenta"] = True
     if s.outer is not None:
-        params["outer"] = {"lr": s.outer[0], "momentum": s.outer[1]}
+        params["outer_optimizer"] = {"lr": s.outer[0], "momentum": s.outer[1]}
     if s.delay > 1:
-        deslo["delay"] = s.delay
-    when = "after_update" if s.after_update else "before_update"
-    return {"optimizer": {"type": "DesLoc", "params": params}, "deslo": {"when": when, **deslo}}
+        deslo["sync_delay"] = s.delay
+    when = "after_step" if s.after_update else "before_step"
+    return {"optimizer": {"type": "DesLoc", "params": params}, "deslo": {"average_at": when, **deslo}}
 
 
 def states(s: Setting, group: Group) -> dict[str, Tensor]:

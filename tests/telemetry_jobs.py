@@ -11,11 +11,15 @@ from jobs import engine_for
 from jobs import train as train_engine
 from torch_jobs import attached, train
 
+
 def sums(attachment: Any, steps: int) -> dict:
     """What the meter and the plan say of a run of ``steps``."""
-    meter, plan = attachment.meter, attachment.plan
+    meter, plan = attachment.stats, attachment.plan
     return {
-        "bytes": dict(meter.bytes), "events": dict(meter.events), "exposed": meter.seconds_exposed, "taken": meter.steps,
+        "bytes": dict(meter.bytes),
+        "events": dict(meter.events),
+        "exposed": meter.seconds_exposed,
+        "taken": meter.steps,
         "planned": {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes},
         "drift": {state: (drift.distance, drift.cosine) for state, drift in meter.drift.items()},
     }
@@ -27,7 +31,7 @@ def recorded(wrap: str, blocks: dict, steps: int) -> dict:
     for step in range(steps):
         losses = train(model, optimizer, range(step, step + 1))
         attachment.log(loss=losses[-1], tokens=7)
-    attachment.end()
+    attachment.close()
     return sums(attachment, steps) | {"summary": attachment.summary()}
 
 
@@ -38,7 +42,7 @@ def resumed(blocks: dict, before: int, after: int) -> None:
         for param in model.parameters():
             optimizer.state[param]["step"].fill_(first)
         train(model, optimizer, range(first, last))
-        attachment.end()
+        attachment.close()
 
 
 def killed(blocks: dict, folder: str, rank: int) -> None:
@@ -58,7 +62,7 @@ def killed(blocks: dict, folder: str, rank: int) -> None:
 def engine_recorded(ds: dict, steps: int) -> dict:
     with engine_for(ds) as engine:
         train_engine(engine, range(steps))
-        engine.deslo.end()
+        engine.deslo.close()
         return sums(engine.deslo, steps) | {"samples": engine.train_batch_size()}
 
 
@@ -84,7 +88,7 @@ def tracked(blocks: dict, steps: int) -> list[tuple[dict, int]]:
     accelerator, model, optimizer = accelerate_jobs.prepared("ddp", "before", "DesLoc", blocks, log_with=Tracker())
     accelerator.init_trackers("run")
     accelerate_jobs.steps(accelerator, model, optimizer, range(steps))
-    accelerator.deslo.end()
+    accelerator.deslo.close()
     return told
 
 

@@ -50,20 +50,20 @@ def test_our_blocks_can_be_given_beside_a_deepspeed_json(four):
 
 def saving(optimizer, mode):
     config = blocks(S, replica_size=2) if optimizer == "DesLoc" else STOCK
-    return config | {"deslo": config["deslo"] | {"checkpoint": mode}}
+    return config | {"deslo": config["deslo"] | {"checkpoint_mode": mode}}
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("optimizer", ["DesLoc", "AdamW"])
 def test_training_repeats_from_an_exact_save_state(four, tmp_path, kind, optimizer):
-    for result in four().run(jobs.resumed, kind, optimizer, saving(optimizer, "exact"), str(tmp_path)):
+    for result in four().run(jobs.resumed, kind, optimizer, saving(optimizer, "per_replica"), str(tmp_path)):
         for name, saved in result["saved"].items():
             assert torch.equal(saved, result["back"][name]) and torch.equal(result["once"][name], result["again"][name])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_save_state_saves_the_average(four, tmp_path, kind):
-    results = four().run(jobs.resumed, kind, "DesLoc", saving("DesLoc", "average"), str(tmp_path))
+    results = four().run(jobs.resumed, kind, "DesLoc", saving("DesLoc", "averaged"), str(tmp_path))
     assert any(not torch.equal(results[0]["saved"][name], results[2]["saved"][name]) for name in results[0]["saved"])
     for result in results:
         for name, back in result["back"].items():
@@ -75,10 +75,10 @@ def test_save_state_saves_the_average(four, tmp_path, kind):
 def test_get_state_dict_gives_the_average_or_refuses(four, kind):
     """Under DDP one rank alone may ask: an average would wait for the others there."""
     ds = ds_config(S, 2, train_micro_batch_size_per_gpu=2, steps_per_print=10**9) if kind == "deepspeed" else None
-    config, optimizer = (None, "DummyOptim") if ds else (saving("DesLoc", "average"), "DesLoc")
+    config, optimizer = (None, "DummyOptim") if ds else (saving("DesLoc", "averaged"), "DesLoc")
     for given, mean, own in four().run(jobs.state_dict_of, kind, optimizer, config, ds):
         if kind == "ddp":
-            assert "one of 2 replicas" in given and "deslo_plugin.meet(model) before this" in given
+            assert "one of 2 replicas" in given and "deslo_plugin.sync_replicas(model) before this" in given
         else:
             assert given.keys() == mean.keys() and all(torch.equal(given[name], mean[name]) for name in mean)
         assert all(tensor.isfinite().all() for tensor in own.values())

@@ -1,4 +1,5 @@
-"""Periods that follow drift: the rule, the float64 oracle, one decision on all ranks of every framework, resumes, the plan."""
+"""Periods that follow drift: the rule, the float64 oracle, one decision on all ranks of every framework, resumes, the
+plan."""
 
 import logging
 
@@ -14,14 +15,16 @@ from theory import assert_oracle, oracle_states
 from worlds import threads
 
 from deslo_plugin import ConfigError, DesLoc, load_config
-from deslo_plugin.adaptive import Adaptive
-from deslo_plugin.plan import make_plan
-from deslo_plugin.report.page import rows
-from deslo_plugin.report.run import Run
+from deslo_plugin.algorithm.adaptive_periods import Adaptive
+from deslo_plugin.comm.topology import contiguous
+from deslo_plugin.planning.plan import make_plan
 from deslo_plugin.simulation import Replicas
-from deslo_plugin.topology import contiguous
+from deslo_plugin.telemetry.report.page import rows
+from deslo_plugin.telemetry.report.run import Run
 
-S = Setting("adam", {"x": 3, "u1": 6, "v": 6}, [0.9], [1.0], eps=1e-3, lr=3e-2, adaptive={"u1": (12, 1.4), "v": (24, 0.32)})
+S = Setting(
+    "adam", {"x": 3, "u1": 6, "v": 6}, [0.9], [1.0], eps=1e-3, lr=3e-2, adaptive={"u1": (12, 1.4), "v": (24, 0.32)}
+)
 STEPS = 61
 KINDS = ["plain", "ddp", "fsdp", "hsdp", "zero 0", "zero 1", "zero 2", "zero 3"]
 
@@ -34,7 +37,14 @@ def config_for(kind: str, s: Setting = S, **deslo) -> dict:
 
 def test_a_period_halves_when_late_and_doubles_when_early_within_its_bounds():
     bounds = Adaptive(min=8, max=32, drift=0.5)
-    assert [bounds.after(32, 16, drift) for drift in (0.0, 0.24, 0.25, 0.5, 0.51, float("inf"))] == [32, 32, 16, 16, 8, 8]
+    assert [bounds.after(32, 16, drift) for drift in (0.0, 0.24, 0.25, 0.5, 0.51, float("inf"))] == [
+        32,
+        32,
+        16,
+        16,
+        8,
+        8,
+    ]
     assert bounds.after(16, 16, 0.1) == 16  # 32 are not complete: the next average is after 16 more in any case
     assert bounds.after(64, 32, 0.1) == 32 and bounds.after(8, 8, 9.0) == 8
     assert [bounds.allowed(period) for period in (0, 8, 20, 32, 999)] == [8, 8, 16, 32, 32]
@@ -42,13 +52,21 @@ def test_a_period_halves_when_late_and_doubles_when_early_within_its_bounds():
 
 def test_it_goes_by_the_drift_over_all_replicas():
     """Momenta of 1 and 3 are half their mean away from it: right for a drift of 0.6, early for 1.5, late for 0.4."""
+
     def steps_of_averages(average, drift):
         found = []
         momentum = {"min": 1, "max": 4, "drift": drift}
-        config = {"optimizer": {"params": {"rule": "sgdm", "sync_every": {"params": 1, "exp_avg": {"adaptive": momentum}}}},
-                  "deslo": {"when": "after_update"}}
+        config = {
+            "optimizer": {"params": {"rule": "sgdm", "sync_every": {"params": 1, "exp_avg": {"adaptive": momentum}}}},
+            "deslo": {"average_at": "after_step"},
+        }
         weight = torch.nn.Parameter(torch.zeros(7))
-        optimizer = DesLoc([weight], config, average=average, emit=lambda event: found.extend([event.steps] * ("exp_avg" in event.drift)))
+        optimizer = DesLoc(
+            [weight],
+            config,
+            average=average,
+            on_average=lambda event: found.extend([event.steps] * ("exp_avg" in event.drift)),
+        )
         for _ in range(16):
             optimizer.state[weight]["exp_avg"].fill_(1.0 + 2 * average.rank)
             optimizer.skip_step()
@@ -58,15 +76,36 @@ def test_it_goes_by_the_drift_over_all_replicas():
         assert threads(2, lambda average: steps_of_averages(average, drift)) == [steps, steps]
 
 
-@pytest.mark.parametrize("change", [
-    {}, {"after_update": True}, {"delay": 2}, {"rule": "adopt", "lr": 1e-3},
-    {"betas": [0.9, 0.99], "weights": [0.5, 0.3], "periods": {"x": 2, "u1": None, "u2": 2, "v": 4}, "adaptive": {"u2": (16, 0.6)}},
-    {"betas": [0.5], "adaptive": {"u1": (32, 2.5)}},
-], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"after_update": True},
+        {"delay": 2},
+        {"rule": "adopt", "lr": 1e-3},
+        {
+            "betas": [0.9, 0.99],
+            "weights": [0.5, 0.3],
+            "periods": {"x": 2, "u1": None, "u2": 2, "v": 4},
+            "adaptive": {"u2": (16, 0.6)},
+        },
+        {"betas": [0.5], "adaptive": {"u1": (32, 2.5)}},
+    ],
+    ids=str,
+)
 def test_training_is_the_oracles(change):
     adaptive = {"u1": (16, 1.0), "v": (32, 0.4)}
-    s = Setting(**{"rule": "adam", "periods": {"x": 2, "u1": 2, "v": 4}, "betas": [0.9], "weights": [1.0], "eps": 1e-3,
-                   "adaptive": adaptive} | change)
+    s = Setting(
+        **{
+            "rule": "adam",
+            "periods": {"x": 2, "u1": 2, "v": 4},
+            "betas": [0.9],
+            "weights": [1.0],
+            "eps": 1e-3,
+            "adaptive": adaptive,
+        }
+        | change
+    )
     fixed = Setting(**vars(s) | {"adaptive": {}})
     assert_equal(run_ours(s, steps=90), expected(s, steps=90), 1e-11)
     assert (run_ours(fixed, steps=90)[0]["params"] - run_ours(s, steps=90)[0]["params"]).abs().max() > 1e-6
@@ -74,8 +113,10 @@ def test_training_is_the_oracles(change):
 
 def test_simulated_replicas_decide_as_separate_ones_and_keep_their_periods_when_one_leaves():
     adaptive = {"adaptive": {"min": 2, "max": 16, "drift": 0.9}}
-    config = {"optimizer": {"params": {"sync_every": {"params": 2, "exp_avg": adaptive, "exp_avg_sq": adaptive}}},
-              "deslo": {"wire_dtype": "float64"}}
+    config = {
+        "optimizer": {"params": {"sync_every": {"params": 2, "exp_avg": adaptive, "exp_avg_sq": adaptive}}},
+        "deslo": {"wire_dtype": "float64"},
+    }
     generator = torch.Generator().manual_seed(0)
     gradients = torch.randn(40, 3, 9, generator=generator, dtype=torch.float64) + 1.0
 
@@ -102,8 +143,14 @@ def test_simulated_replicas_decide_as_separate_ones_and_keep_their_periods_when_
 def test_all_ranks_of_every_framework_decide_alike_and_train_as_the_oracle(four, kind):
     results = four().run(adaptive_jobs.run, kind, config_for(kind), STEPS)
     assert_oracle(results, oracle_states(S, STEPS, replicas=4 if kind == "plain" else 2))
-    assert all(result["schedule"] == results[0]["schedule"] and result["periods"] == results[0]["periods"] for result in results)
-    periods = {state: [[now[group][state] for now in results[0]["periods"]] for group in (0, 1)] for state in ("exp_avg", "exp_avg_sq")}
+    assert all(
+        result["schedule"] == results[0]["schedule"] and result["periods"] == results[0]["periods"]
+        for result in results
+    )
+    periods = {
+        state: [[now[group][state] for now in results[0]["periods"]] for group in (0, 1)]
+        for state in ("exp_avg", "exp_avg_sq")
+    }
     assert all(each == sorted(each) and each[0] < each[-1] for each in periods["exp_avg_sq"])
     assert kind == "plain" or any(each != sorted(each) for each in periods["exp_avg"])  # up, and back again
 
@@ -119,7 +166,9 @@ def test_in_other_orders_too(four, kind, change):
 
 @pytest.mark.parametrize("kind", ["ddp", "hsdp", "zero 2"])
 def test_overlap_changes_no_bit(four, kind):
-    there, not_there = (four().run(adaptive_jobs.run, kind, config_for(kind, overlap=on), STEPS) for on in (True, False))
+    there, not_there = (
+        four().run(adaptive_jobs.run, kind, config_for(kind, overlap_comm=on), STEPS) for on in (True, False)
+    )
     for a, b in zip(there, not_there):
         same(a["states"], b["states"])
 
@@ -136,17 +185,25 @@ def test_bytes_are_those_of_the_plan(four, kind):
         assert result["bytes"]["params"] == result["planned"]["params"]
 
 
-@pytest.mark.parametrize("kind, before", [*((kind, 29) for kind in KINDS), ("plain", 24), ("plain", 30), ("zero 3", 30)])
+@pytest.mark.parametrize(
+    "kind, before", [*((kind, 29) for kind in KINDS), ("plain", 24), ("plain", 30), ("zero 3", 30)]
+)
 def test_an_exact_resume_changes_no_bit(four, tmp_path, kind, before):
     fixed = Setting(**vars(S) | {"adaptive": {}})
-    results = four().run(checkpoint_jobs.resumed, kind, config_for(kind), str(tmp_path / "c"), "exact", before, 31)
+    results = four().run(
+        checkpoint_jobs.resumed, kind, config_for(kind), str(tmp_path / "c"), "per_replica", before, 31
+    )
     others = four().run(checkpoint_jobs.unsaved, kind, config_for(kind, fixed), before + 31)
     for result, other in zip(results, others):
         same(result["straight"], result["loaded"])
-        assert any(not torch.equal(mine, other["exp_avg_sq"][name]) for name, mine in result["straight"]["exp_avg_sq"].items())
+        assert any(
+            not torch.equal(mine, other["exp_avg_sq"][name]) for name, mine in result["straight"]["exp_avg_sq"].items()
+        )
 
 
-@pytest.mark.parametrize("saver, loader", [("hsdp", "plain"), ("ddp", "zero 2"), ("zero 3", "fsdp 1x4"), ("fsdp", "zero 1")])
+@pytest.mark.parametrize(
+    "saver, loader", [("hsdp", "plain"), ("ddp", "zero 2"), ("zero 3", "fsdp 1x4"), ("fsdp", "zero 1")]
+)
 def test_an_average_goes_on_with_the_periods_that_it_was_saved_with(four, tmp_path, saver, loader):
     saved = four().run(adaptive_jobs.run, saver, config_for(saver), STEPS, str(tmp_path / "c"))
     for periods in four().run(adaptive_jobs.periods_after_load, loader, config_for(loader), str(tmp_path / "c"), 1):
@@ -155,7 +212,9 @@ def test_an_average_goes_on_with_the_periods_that_it_was_saved_with(four, tmp_pa
 
 def test_kernels_that_may_round_otherwise_are_refused(four):
     for error in four().run(adaptive_jobs.refused_on_other_kernels, config_for("plain")):
-        assert "kernels, which measure what adaptive periods go by," in error and "another on cpu on rank(s) [3]" in error
+        assert (
+            "kernels, which measure what adaptive periods go by," in error and "another on cpu on rank(s) [3]" in error
+        )
 
 
 def test_a_change_is_logged(caplog):
@@ -171,13 +230,19 @@ def test_a_change_is_logged(caplog):
 
 def test_the_banner_says_the_bounds():
     adaptive = {"adaptive": {"max": 64, "drift": 0.3}}
-    config = load_config({"optimizer": {"params": {"sync_every": {"params": 8, "exp_avg": adaptive, "exp_avg_sq": "adaptive"}}},
-                          "deslo": {"replica_size": 2}})
+    config = load_config(
+        {
+            "optimizer": {"params": {"sync_every": {"params": 8, "exp_avg": adaptive, "exp_avg_sq": "adaptive"}}},
+            "deslo": {"replica_size": 2},
+        }
+    )
     plan = make_plan(config, [1000], [config.optimizer.periods], contiguous(4, 0, 2))
     text = plan.describe()
-    for words in ("exp_avg: adaptive, every 8 to 64 steps for drift 0.3 (given), 4,008 bytes",
-                  "exp_avg_sq: adaptive, every 8 to 128 steps for drift 0.5 (given), 4,008 bytes",
-                  "0.1484 to 0.375 parameter vectors per step between replicas: 2.7 to 6.7 times fewer than synchronous"):
+    for words in (
+        "exp_avg: adaptive, every 8 to 64 steps for drift 0.3 (given), 4,008 bytes",
+        "exp_avg_sq: adaptive, every 8 to 128 steps for drift 0.5 (given), 4,008 bytes",
+        "0.1484 to 0.375 parameter vectors per step between replicas: 2.7 to 6.7 times fewer than synchronous",
+    ):
         assert words in text, text
     assert plan.bytes_at(8) == {"params": 4004, "exp_avg": 4008, "exp_avg_sq": 4008} and plan.bytes_at(12) == {}
 
@@ -199,19 +264,51 @@ def test_param_groups_have_bounds_of_their_own():
     assert optimizer.param_groups[1]["sync_every"]["exp_avg"] == Adaptive(6, 12, 0.2)
 
 
-@pytest.mark.parametrize("every, deslo, complaint", [
-    ({"exp_avg": "adaptiv"}, {}, "sync_every.exp_avg: expected a whole number >= 1, 'half_life', null, got 'adaptiv'"),
-    ({"params": "adaptive"}, {}, "sync_every.params: expected a whole number >= 1, got 'adaptive' (str); give steps: adaptive"),
-    ({"exp_avg": {"adaptiv": {}}}, {}, "sync_every.exp_avg.adaptiv: expected a known key (adaptive)"),
-    ({"exp_avg": {"adaptive": {"maximum": 64}}}, {}, "exp_avg.adaptive.maximum: expected a known key (drift, max, min)"),
-    ({"exp_avg": {"adaptive": {"min": 12}}}, {}, "exp_avg.adaptive.min: expected a multiple of 8, the period of params, got 12"),
-    ({"exp_avg": {"adaptive": {"max": 48}}}, {}, "exp_avg.adaptive.max: expected 8 (min) times 2, 4, 8, ..., got 48"),
-    ({"exp_avg": {"adaptive": {"max": 8}}}, {}, "exp_avg.adaptive.max: expected 8 (min) times 2, 4, 8, ..., got 8"),
-    ({"exp_avg": {"adaptive": {"drift": 0}}}, {}, "exp_avg.adaptive.drift: expected a number > 0, got 0"),
-    ({"exp_avg": {"adaptive": {"drift": "low"}}}, {}, "exp_avg.adaptive.drift: expected a number >= 0, got 'low' (str)"),
-    ({"exp_avg_sq": "adaptive"}, {"weights": "samples"}, 'deslo.weights: expected "equal" with an adaptive period of exp_avg_sq'),
-    ({"exp_avg": "adaptive"}, {"delay": 9}, "deslo.delay: expected at most 8, the period of params"),
-], ids=str)
+@pytest.mark.parametrize(
+    "every, deslo, complaint",
+    [
+        (
+            {"exp_avg": "adaptiv"},
+            {},
+            "sync_every.exp_avg: expected a whole number >= 1, 'half_life', null, got 'adaptiv'",
+        ),
+        (
+            {"params": "adaptive"},
+            {},
+            "sync_every.params: expected a whole number >= 1, got 'adaptive' (str); give steps: adaptive",
+        ),
+        ({"exp_avg": {"adaptiv": {}}}, {}, "sync_every.exp_avg.adaptiv: expected a known key (adaptive)"),
+        (
+            {"exp_avg": {"adaptive": {"maximum": 64}}},
+            {},
+            "exp_avg.adaptive.maximum: expected a known key (drift, max, min)",
+        ),
+        (
+            {"exp_avg": {"adaptive": {"min": 12}}},
+            {},
+            "exp_avg.adaptive.min: expected a multiple of 8, the period of params, got 12",
+        ),
+        (
+            {"exp_avg": {"adaptive": {"max": 48}}},
+            {},
+            "exp_avg.adaptive.max: expected 8 (min) times 2, 4, 8, ..., got 48",
+        ),
+        ({"exp_avg": {"adaptive": {"max": 8}}}, {}, "exp_avg.adaptive.max: expected 8 (min) times 2, 4, 8, ..., got 8"),
+        ({"exp_avg": {"adaptive": {"drift": 0}}}, {}, "exp_avg.adaptive.drift: expected a number > 0, got 0"),
+        (
+            {"exp_avg": {"adaptive": {"drift": "low"}}},
+            {},
+            "exp_avg.adaptive.drift: expected a number >= 0, got 'low' (str)",
+        ),
+        (
+            {"exp_avg_sq": "adaptive"},
+            {"replica_weights": "samples"},
+            'deslo.replica_weights: expected "uniform" with an adaptive period of exp_avg_sq',
+        ),
+        ({"exp_avg": "adaptive"}, {"delay": 9}, "deslo.sync_delay: expected at most 8, the period of params"),
+    ],
+    ids=str,
+)
 def test_mistakes_say_what_to_do(every, deslo, complaint):
     with pytest.raises(ConfigError) as error:
         load_config({"optimizer": {"params": {"sync_every": {"params": 8} | every}}, "deslo": deslo})
@@ -220,10 +317,14 @@ def test_mistakes_say_what_to_do(every, deslo, complaint):
 
 def test_a_group_that_meets_otherwise_needs_a_period_of_its_own():
     weight = torch.nn.Parameter(torch.ones(2))
-    with pytest.raises(ConfigError, match="param group 0.sync_every.exp_avg: expected a multiple of 3, this group's period of params"):
+    with pytest.raises(
+        ConfigError, match="param group 0.sync_every.exp_avg: expected a multiple of 3, this group's period of params"
+    ):
         DesLoc([{"params": [weight], "sync_every": {"params": 3}}], sync_every={"params": 8, "exp_avg": "adaptive"})
 
 
 def test_a_stock_optimizer_has_fixed_periods():
-    with pytest.raises(ConfigError, match="deslo.sync_every.exp_avg: .*got 'adaptive' .*periods adapt with DesLoc only"):
+    with pytest.raises(
+        ConfigError, match="deslo.sync_every.exp_avg: .*got 'adaptive' .*periods adapt with DesLoc only"
+    ):
         load_config({"deslo": {"sync_every": {"params": 2, "exp_avg": "adaptive"}}})

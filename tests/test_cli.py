@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import deslo_plugin
 from deslo_plugin import cli
 from deslo_plugin.cli.app import app
-from deslo_plugin.cli.model import parse_count
+from deslo_plugin.cli.model_size import parse_count
 
 ROOT = Path(__file__).resolve().parent.parent
 DES_LOC = str(ROOT / "configs" / "des-loc-adam.json")  # 2 ranks per replica, 32 / 96 / 192
@@ -35,7 +35,8 @@ def test_plan_prints_hand_computed_figures():
     plan = answer(*PLAN, "--params", "1B", "--step-ms", "1000", "--steps", "193")
     own, in_turn, synchronous, *_ = plan["methods"]
     assert plan["parameters"] == 10**9 and plan["replica_size"] == 2
-    # and a word with what is due; 193 steps: params after 32, 64, ..., 192, exp_avg after 96 and 192, exp_avg_sq after 192; 2 GB from each of 2 ranks
+    # and a word with what is due; 193 steps: params after 32, 64, ..., 192, exp_avg after 96 and 192, exp_avg_sq after
+    # 192; 2 GB from each of 2 ranks
     assert own["bytes_per_rank_by_state"] == {"params": 12e9 + 6 * 4, "exp_avg": 4e9, "exp_avg_sq": 2e9}
     assert synchronous["bytes_per_rank"] == 193 * 2 * 10**9
     vector = 2 * 4e9 * 8 / 1e10 * (1 - 1 / 4) + 0.001 * 30  # 2 GB are 30 buckets of 64 MiB
@@ -59,8 +60,18 @@ def test_plan_works_the_time_of_a_step_out_of_tokens_and_mfu():
 def test_plan_prints_periods_rules_and_every_assumption():
     text = run(*PLAN, "--params", "350M", "--step-ms", "200").stdout
     text = " ".join(text.split())
-    for words in ("half-life rule", "13.5", "Local Adam", "params only (DiLoCo)", "Gbit/s", "2 b/B (1 - 1/M) + l, M = 4",
-                  "float32", "headers and protocol are not counted", "What this assumes:", '"delay":'):
+    for words in (
+        "half-life rule",
+        "13.5",
+        "Local Adam",
+        "params only (DiLoCo)",
+        "Gbit/s",
+        "2 b/B (1 - 1/M) + l, M = 4",
+        "float32",
+        "headers and protocol are not counted",
+        "What this assumes:",
+        '"sync_delay":',
+    ):
         assert words in text, words
 
 
@@ -81,7 +92,9 @@ def test_plan_counts_the_parameters_of_a_hugging_face_config(tmp_path):
 
 
 def test_plan_counts_the_parameters_of_a_function(tmp_path, monkeypatch):
-    (tmp_path / "shop.py").write_text("import torch\nbuild = lambda: torch.nn.Linear(10**6, 10**6)\nthing = lambda: 3\n")
+    (tmp_path / "shop.py").write_text(
+        "import torch\nbuild = lambda: torch.nn.Linear(10**6, 10**6)\nthing = lambda: 3\n"
+    )
     monkeypatch.chdir(tmp_path)
     assert answer(*PLAN, "--model", "shop:build", "--step-ms", "1")["parameters"] == 10**12 + 10**6
     assert "has no attribute 'absent'" in run(*PLAN, "--model", "shop:absent", "--step-ms", "1", status=2).stderr
@@ -90,12 +103,14 @@ def test_plan_counts_the_parameters_of_a_function(tmp_path, monkeypatch):
     sys.modules.pop("shop")
 
 
-@pytest.mark.parametrize("text, count", [("124439808", 124439808), ("1.3B", 13 * 10**8), ("350m", 35 * 10**7), ("2K", 2000)])
+@pytest.mark.parametrize(
+    "text, count", [("124439808", 124439808), ("1.3B", 13 * 10**8), ("350m", 35 * 10**7), ("2K", 2000)]
+)
 def test_counts_have_units(text, count):
     assert parse_count(text) == count
 
 
-@pytest.mark.parametrize("order", [{"overlap": False}, {"when": "after_update"}], ids=str)
+@pytest.mark.parametrize("order", [{"overlap_comm": False}, {"average_at": "after_step"}], ids=str)
 def test_plan_of_a_config_without_overlap_has_no_second_row_for_it(tmp_path, order):
     path = tmp_path / "two.json"
     path.write_text(json.dumps({"deslo": {"replica_size": 1, **order}}))
@@ -120,7 +135,9 @@ def test_plan_says_what_of_a_config_only_a_job_can_fill_in(tmp_path):
     path = tmp_path / "hf.json"
     params = {"lr": "auto", "sync_every": {"params": 10}}
     path.write_text(json.dumps({"optimizer": {"params": params}, "deslo": {"replica_size": "auto"}}))
-    plan = answer("plan", "--config", str(path), "--params", "1M", "--gbps", "1", "--step-ms", "10", "--replica-size", "8")
+    plan = answer(
+        "plan", "--config", str(path), "--params", "1M", "--gbps", "1", "--step-ms", "10", "--replica-size", "8"
+    )
     assert any(each.startswith("optimizer.params.lr has its default") for each in plan["assumptions"])
     assert plan["replica_size"] == 8 and plan["states"][0]["period"] == 10
 
@@ -129,7 +146,9 @@ def test_plan_refuses_a_file_that_no_job_of_ours_reads(tmp_path):
     path = tmp_path / "accelerate.yaml"
     path.write_text("distributed_type: FSDP\n")
     words = 'expected a file with an "optimizer" or a "deslo" block'
-    assert words in run("plan", "--config", str(path), "--params", "1M", "--gbps", "1", "--step-ms", "10", status=2).stderr
+    assert (
+        words in run("plan", "--config", str(path), "--params", "1M", "--gbps", "1", "--step-ms", "10", status=2).stderr
+    )
 
 
 MISTAKES = {
@@ -138,13 +157,18 @@ MISTAKES = {
     "no time": (["--params", "1B"], "--step-ms: expected the measured time of a step"),
     "half an estimate": (["--params", "1B", "--mfu", "0.4"], "got only --mfu"),
     "two times": (["--params", "1B", "--mfu", "0.4", "--step-ms", "1"], "keep the measured one"),
-    "mfu in percent": (["--params", "1B", "--mfu", "40", "--tokens-per-step", "1", "--peak-tflops", "1"],
-                       "--mfu: expected a number in (0, 1]"),
+    "mfu in percent": (
+        ["--params", "1B", "--mfu", "40", "--tokens-per-step", "1", "--peak-tflops", "1"],
+        "--mfu: expected a number in (0, 1]",
+    ),
     "time of 0": (["--params", "1B", "--step-ms", "0"], "--step-ms: expected a number > 0"),
     "replica size": (["--params", "1B", "--step-ms", "1", "--replica-size", "8"], "expected 2, as deslo.replica_size"),
     "count": (["--params", "many", "--step-ms", "1"], "a number like 124439808, 350M or 1.3B"),
     "dtype": (["--params", "1B", "--step-ms", "1", "--gradient-dtype", "int8"], "one of float32, bfloat16, float16"),
-    "two links": (["--params", "1B", "--step-ms", "1", "--link", DES_LOC], "--gbps, --link: expected one of them, got both"),
+    "two links": (
+        ["--params", "1B", "--step-ms", "1", "--link", DES_LOC],
+        "--gbps, --link: expected one of them, got both",
+    ),
     "plot": (["--params", "1B", "--step-ms", "1", "--plot", "x.doc"], "ends in one of .png, .svg, .pdf"),
     "model": (["--model", "nowhere", "--step-ms", "1"], "package.module:function"),
 }
@@ -180,11 +204,14 @@ def test_doctor_alone_steps_the_config_and_says_what_it_could_not_see(tmp_path, 
     assert "GB/s" in checks["kernels"]["found"]
 
 
-@pytest.mark.parametrize("check, blocks, words", [
-    ("config", {"deslo": {"replica_size": 1, "overlapp": True}}, "did you mean 'overlap'?"),
-    ("config", {"model": "gpt"}, "neither in"),
-    ("steps", {"deslo": {"sync_every": {"params": 3, "heat": 6}}}, "expected states of torch's AdamW or SGD"),
-])
+@pytest.mark.parametrize(
+    "check, blocks, words",
+    [
+        ("config", {"deslo": {"replica_size": 1, "overlapp": True}}, "did you mean 'overlap'?"),
+        ("config", {"model": "gpt"}, "neither in"),
+        ("steps", {"deslo": {"sync_every": {"params": 3, "heat": 6}}}, "expected states of torch's AdamW or SGD"),
+    ],
+)
 def test_doctor_ends_in_1_with_what_a_script_would_have_been_told(tmp_path, monkeypatch, check, blocks, words):
     monkeypatch.delenv("RANK", raising=False)
     path = tmp_path / "two.json"
@@ -208,8 +235,12 @@ def test_a_launched_doctor_counts_what_it_planned_with_deepspeed():
     checks = {each["name"]: each for each in json.loads(launched.stdout)["checks"]}
     assert checks["replicas"]["found"].startswith("2 replica(s) of 2 rank(s) on 1 node(s), gloo")
     assert "2 with DeepSpeed" in checks["steps"]["found"]
-    assert checks["bytes"] == {"name": "bytes", "status": "ok", "do": "",
-                               "found": "counted as planned: params 16,644, exp_avg 16,640, exp_avg_sq 16,640"}
+    assert checks["bytes"] == {
+        "name": "bytes",
+        "status": "ok",
+        "do": "",
+        "found": "counted as planned: params 16,644, exp_avg 16,640, exp_avg_sq 16,640",
+    }
     assert "Gbit/s" in checks["link"]["found"]
 
 
@@ -248,7 +279,7 @@ def checkpoint(tmp_path):
 def test_inspect_says_what_a_checkpoint_holds(checkpoint, of):
     found = answer("ckpt", "inspect", str(checkpoint if of == "checkpoint" else checkpoint.parent))
     assert found["whole"] and found["path"] == str(checkpoint)
-    assert (found["mode"], found["steps"], found["replicas"], found["replica_size"]) == ("average", 3, 1, 1)
+    assert (found["mode"], found["steps"], found["replicas"], found["replica_size"]) == ("averaged", 3, 1, 1)
     assert found["parameters"] == 4 * 3 + 3 + 3 + 3 and found["param_groups"] == [{"lr": 0.01}]
     assert found["states"]["params"] == {"tensors": 4, "elements": 21, "bytes": 84, "dtypes": ["float32"]}
     assert found["states"]["exp_avg_sq"] == {"tensors": 4, "elements": 21, "bytes": 42, "dtypes": ["bfloat16"]}

@@ -6,15 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import example_jobs  # noqa: F401  (finds examples/)
+import example_jobs  # noqa: F401  (finds the examples)
 import pytest
 from train import arguments
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path for path in (ROOT / "examples" / "launch").iterdir() if path.name not in ("hostfile", "torchft.sh"))
+SCRIPTS = sorted(
+    path for path in (ROOT / "examples" / "launch").iterdir() if path.name not in ("hostfile", "torchft.sh")
+)
 NODE = {"HEAD": "127.0.0.1", "NODE": "1", "RANKS": "8"}
 SLURM = {
-    "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_CPUS_PER_TASK": "64", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_JOB_NODELIST": "node-[0-1]",
+    "SLURM_CPUS_PER_TASK": "64",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_GPUS_ON_NODE": "8",
     "SLURM_JOB_ID": "42",
 }
 STAND_INS = {
@@ -57,7 +62,13 @@ def test_what_a_script_starts_exists_and_understands_its_options(script, tmp_pat
         (tmp_path / name).chmod(0o755)
     environment = os.environ | NODE | SLURM | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", script, "--steps", "7"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        ["bash", script, "--steps", "7"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     launcher, *given = done.stdout.rstrip("\0").split("\0")
     program, options, ranks = LAUNCHERS[launcher](given)
@@ -68,7 +79,9 @@ def test_what_a_script_starts_exists_and_understands_its_options(script, tmp_pat
 
 
 def test_a_replica_is_started_until_it_ends_well(tmp_path):
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$TORCHFT_LIGHTHOUSE $@"\nmkdir "$0.again" 2>/dev/null && exit 1\nexit 0\n')
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\necho "$TORCHFT_LIGHTHOUSE $@"\nmkdir "$0.again" 2>/dev/null && exit 1\nexit 0\n'
+    )
     (tmp_path / "sleep").write_text("#!/bin/sh\n")
     for name in ("python", "sleep"):
         (tmp_path / name).chmod(0o755)
@@ -87,13 +100,22 @@ def test_two_nodes_are_two_replicas(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = os.environ | {
-        "HEAD": "localhost", "PORT": str(port), "RANKS": "2", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HEAD": "localhost",
+        "PORT": str(port),
+        "RANKS": "2",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "CUDA_VISIBLE_DEVICES": "",
     }
     nodes = [
-        subprocess.Popen(["bash", ROOT / "examples/launch/torchrun.sh", *options], env=environment, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            ["bash", ROOT / "examples/launch/torchrun.sh", *options],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         for _ in range(2)
     ]
     try:

@@ -8,13 +8,20 @@ import pytest
 import torch
 
 from deslo_plugin import DesLoc, load_config
-from deslo_plugin.plan import make_plan
-from deslo_plugin.topology import contiguous
+from deslo_plugin.comm.topology import contiguous
+from deslo_plugin.planning.plan import make_plan
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
 NAMED = {
-    "local-adam", "favg+opt", "favg-opt", "diloco",
-    "des-loc-sgdm", "des-loc-adam", "des-loc-adam-qh", "des-loc-adopt", "des-loc-nesterov",
+    "local-adam",
+    "favg+opt",
+    "favg-opt",
+    "diloco",
+    "des-loc-sgdm",
+    "des-loc-adam",
+    "des-loc-adam-qh",
+    "des-loc-adopt",
+    "des-loc-nesterov",
     *(f"mt-dao-{rule}-{kind}" for rule in ("sgdm", "adam", "adopt") for kind in ("qh", "n2")),
 }
 

@@ -11,11 +11,15 @@ SHARDS, STEPS = 2, 42
 
 def ds_config(s: Setting, stage: int, **more) -> dict:
     deslo = {"replica_size": SHARDS} | more.pop("deslo", {})
-    return blocks(s, **deslo) | {
-        "zero_optimization": {"stage": stage},
-        "gradient_accumulation_steps": ACCUMULATION,
-        "gradient_clipping": CLIP,
-    } | more
+    return (
+        blocks(s, **deslo)
+        | {
+            "zero_optimization": {"stage": stage},
+            "gradient_accumulation_steps": ACCUMULATION,
+            "gradient_clipping": CLIP,
+        }
+        | more
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -70,8 +74,8 @@ def test_cpu_parameter_offload_trains_as_the_oracle(four):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_overlap_changes_no_bit(four, stage):
     s = RULES["mt-dao-adam-n2"]
-    on = four().run(jobs.run, ds_config(s, stage, deslo={"overlap": True}), 14)
-    off = four().run(jobs.run, ds_config(s, stage, deslo={"overlap": False}), 14)
+    on = four().run(jobs.run, ds_config(s, stage, deslo={"overlap_comm": True}), 14)
+    off = four().run(jobs.run, ds_config(s, stage, deslo={"overlap_comm": False}), 14)
     assert_same_states(on, off, tolerance=0)
 
 
@@ -96,19 +100,23 @@ def test_bytes_are_shard_bytes_times_events(four, stage):
     if stage == 3:  # ZeRO-3 pads each parameter to a multiple of the shards
         shard["biases"] = 4 * (jobs.HIDDEN // SHARDS + -(-jobs.OUTPUTS // SHARDS))
     for result in results:
-        assert result["bytes"] == result["planned"] == {
-            "params": (shard["matrices"] + 4) * 8 + (shard["biases"] + 4) * 12,  # every 3 and every 2 of 24 steps
-            "exp_avg": sum(shard.values()) * 4,
-            "exp_avg_2": sum(shard.values()) * 6 + 4 * 4,  # four times without params of the matrices
-            "exp_avg_sq": sum(shard.values()) * 2,
-        }
+        assert (
+            result["bytes"]
+            == result["planned"]
+            == {
+                "params": (shard["matrices"] + 4) * 8 + (shard["biases"] + 4) * 12,  # every 3 and every 2 of 24 steps
+                "exp_avg": sum(shard.values()) * 4,
+                "exp_avg_2": sum(shard.values()) * 6 + 4 * 4,  # four times without params of the matrices
+                "exp_avg_sq": sum(shard.values()) * 2,
+            }
+        )
         assert result["events"] == {"params": 16, "exp_avg": 4, "exp_avg_2": 6, "exp_avg_sq": 2}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_nothing_crosses_replicas_between_averages(four, stage):
     s = Setting(**vars(RULES["des-loc-adam"]) | {"periods": {"x": 6, "u1": 6, "v": 6}})
-    ds = ds_config(s, stage, deslo={"overlap": False})
+    ds = ds_config(s, stage, deslo={"overlap_comm": False})
     ds["optimizer"]["params"]["sync_every"] = {"params": 6}
     for rank, calls in enumerate(four().run(jobs.traffic, ds, 14)):
         crossing = [
@@ -144,8 +152,10 @@ def test_on_nonfinite_skip_leaves_out_the_step_where_deepspeed_looks_at_nothing(
 
 
 def test_lr_schedulers_stay_equal_when_one_replica_skips(four):
-    schedule = {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.01, "warmup_num_steps": 30,
-                                               "warmup_type": "linear"}}
+    schedule = {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.01, "warmup_num_steps": 30, "warmup_type": "linear"},
+    }
     results = four().run(jobs.run, ds_config(RULES["des-loc-adam"], 2, scheduler=schedule), 10, (0, 4))
     assert len({tuple(result["lr"]) for result in results}) == 1
     assert 0 < results[0]["lr"][0] < 0.01

@@ -24,7 +24,11 @@ def changed(path: str, value) -> dict:
     ("path", "value", "message"),
     [
         ("deslo.replica_sise", 2, "deslo.replica_sise: expected a known key"),
-        ("deslo.replica_size", 3, "deslo.replica_size: expected a divisor of the world size 4, got 3; use one of 1, 2, 4"),
+        (
+            "deslo.replica_size",
+            3,
+            "deslo.replica_size: expected a divisor of the world size 4, got 3; use one of 1, 2, 4",
+        ),
         ("deslo.replica_size", "auto", "expected a number of ranks when all ranks are on one node"),
         ("optimizer.params.sync_evry", {}, "did you mean 'sync_every'?"),
         ("optimizer.params.lr", -1, "optimizer.params.lr: expected a number >= 0, got -1"),
@@ -53,14 +57,15 @@ def test_fp16_without_zero_is_refused_with_the_reason(four):
 
 
 def test_skip_needs_deepspeeds_own_check_in_bf16(four):
-    ds = ds_config(RULES["des-loc-adam"], 2, bf16={"enabled": True, "check_grad_overflow": False},
-                   deslo={"on_nonfinite": "skip"})
+    ds = ds_config(
+        RULES["des-loc-adam"], 2, bf16={"enabled": True, "check_grad_overflow": False}, deslo={"on_nonfinite": "skip"}
+    )
     for error in four().run(jobs.raises, ds):
         assert "check_grad_overflow" in error
 
 
 def test_configs_that_differ_between_ranks_are_named(four):
-    for key, value in (("optimizer.params.lr", 0.5), ("deslo.when", "after_update"), ("gradient_clipping", 9.0)):
+    for key, value in (("optimizer.params.lr", 0.5), ("deslo.average_at", "after_step"), ("gradient_clipping", 9.0)):
         each = [GOOD, GOOD, GOOD, changed(key, value)]
         for error in four().run(jobs.raises, each):
             assert f"the DeepSpeed config's {key}: expected" in error
@@ -120,16 +125,19 @@ def test_nan_that_bf16_zero_does_not_look_for_stops_every_rank(four):
     assert [finite for _, finite in results] == [False, False, True, True]
 
 
-@pytest.mark.parametrize(("overlap", "fate", "last"), [
-    (True, "late", "its last average was after step 2"), (False, "dead", "no average yet"),
-])
+@pytest.mark.parametrize(
+    ("overlap", "fate", "last"),
+    [(True, "late", "its last average was after step 2"), (False, "dead", "no average yet")],
+)
 def test_an_average_that_a_rank_misses_names_this_rank(tmp_path, overlap, fate, last):
     world = Processes(4, tmp_path)
     try:
-        ds = ds_config(RULES["des-loc-adam"], 0, deslo={"timeout_s": 4, "overlap": overlap, "replica_size": 1})
+        ds = ds_config(RULES["des-loc-adam"], 0, deslo={"timeout_s": 4, "overlap_comm": overlap, "replica_size": 1})
         errors = world.outcomes(jobs.missed_average, ds, fate)
         for error in errors[:3]:
-            assert error.startswith("AverageError: average over replicas: expected ranks [0, 1, 2, 3] to answer within 4 s")
+            assert error.startswith(
+                "AverageError: average over replicas: expected ranks [0, 1, 2, 3] to answer within 4 s"
+            )
             assert f"; rank 3 has not come to it ({last}" in error and "rank 2 " not in error
     finally:
         world.close()

@@ -19,14 +19,14 @@ def test_an_optimizer_made_by_the_script_is_the_json_entry(four, stage, how):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("before", [5, 6])
 def test_resume_in_the_middle_of_a_period_changes_no_bit(four, tmp_path, stage, before):
-    ds = ds_config(N2, stage, deslo={"checkpoint": "exact"})
+    ds = ds_config(N2, stage, deslo={"checkpoint_mode": "per_replica"})
     for straight, again in four().run(jobs.resumed, ds, str(tmp_path), before, 9):
         assert_same_states([straight], [again], tolerance=0)
 
 
 def test_resume_in_bf16_changes_no_bit(four, tmp_path):
     for stage in (0, 2):
-        ds = ds_config(N2, stage, deslo={"checkpoint": "exact"}, bf16={"enabled": True})
+        ds = ds_config(N2, stage, deslo={"checkpoint_mode": "per_replica"}, bf16={"enabled": True})
         for straight, again in four().run(jobs.resumed, ds, str(tmp_path / str(stage)), 5, 6):
             assert_same_states([straight], [again], tolerance=0)
 
@@ -35,13 +35,13 @@ def test_what_is_not_there_is_not_loaded_and_deepspeeds_own_tools_find_no_replic
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     assert four().run(jobs.load_only, ds_config(N2, 2), str(tmp_path)) == ["(None, None)"] * 4
-    four().run(jobs.resumed, ds_config(N2, 2, deslo={"checkpoint": "exact"}), str(tmp_path), 2, 1)
+    four().run(jobs.resumed, ds_config(N2, 2, deslo={"checkpoint_mode": "per_replica"}), str(tmp_path), 2, 1)
     with pytest.raises(Exception, match="global_step2"):
         get_fp32_state_dict_from_zero_checkpoint(tmp_path)
 
 
 def test_resume_on_another_number_of_replicas_is_refused(four, tmp_path):
-    four().run(jobs.resumed, ds_config(N2, 2, deslo={"checkpoint": "exact"}), str(tmp_path), 2, 1)
+    four().run(jobs.resumed, ds_config(N2, 2, deslo={"checkpoint_mode": "per_replica"}), str(tmp_path), 2, 1)
     for message in four().run(jobs.load_only, ds_config(N2, 2, deslo={"replica_size": 4}), str(tmp_path)):
         assert "expected the 2 replica(s) of 2 rank(s) that saved it, got 1 of 4" in message
 

@@ -62,7 +62,9 @@ def torchrun(words):
 
 def deslo(words):
     command = [BIN / "deslo", *words[: 2 if words[0] == "ckpt" else 1], "--help"]
-    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, env={"COLUMNS": "200"}).stdout
+    said = subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=120, env={"COLUMNS": "200"}
+    ).stdout
     for option in (word.split("=")[0] for word in words if word.startswith("--")):
         assert option in said, option
 
@@ -71,8 +73,16 @@ def installed(words):
     pass
 
 
-PROGRAMS = {"make": make, "python": python, "torchrun": torchrun, "deslo": deslo, "deepspeed": installed, "accelerate": installed,
-            "torchft_lighthouse": installed, "pip": installed}
+PROGRAMS = {
+    "make": make,
+    "python": python,
+    "torchrun": torchrun,
+    "deslo": deslo,
+    "deepspeed": installed,
+    "accelerate": installed,
+    "torchft_lighthouse": installed,
+    "pip": installed,
+}
 
 
 @pytest.mark.parametrize("command", commands())
@@ -96,7 +106,8 @@ import json, os, sys, logging
 import torch, torch.distributed as dist
 from torch import nn
 dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/rendezvous", rank=0, world_size=1)
-os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 import deepspeed, deslo_plugin
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 ds_config = json.load(open("ds.json")) | {"optimizer": None}
@@ -121,15 +132,34 @@ optimizer = deslo_plugin.DesLoc(model.parameters(), "deslo.yaml")
 """
 
 
-def test_the_python_of_the_readme_runs(tmp_path):
-    """In one process, which is one replica; each block begins with what its text says is there."""
-    initialize, given, attach, accelerate, evaluate, save, preemption = blocks(ROOT / "README.md", "python")
+def test_the_python_of_the_readme_and_the_framework_pages_runs(tmp_path):
+    """And of the pages that it leads to, in one process, which is one replica; each block begins with what its
+    text says is there."""
+    attach, evaluate = blocks(ROOT / "README.md", "python")
+    initialize, given = blocks(ROOT / "docs" / "deepspeed.md", "python")
+    attach_alone, accelerate = blocks(ROOT / "docs" / "pytorch.md", "python")
+    save, preemption = blocks(ROOT / "docs" / "checkpoints.md", "python")[:2]
     before, after = accelerate.strip().splitlines()
     script = [
-        README_SETUP, initialize, given, "model = nn.Linear(4, 2)", attach, TRAINING,
-        "rank, evaluate = 0, lambda model: None", evaluate, save, TRAINING, preemption,
-        ACCELERATOR, before, "model, optimizer = accelerator.prepare(model, optimizer)",
-        ACCELERATOR, "model, optimizer = accelerator.prepare(model, optimizer)", after,
+        README_SETUP,
+        initialize,
+        given,
+        "model = nn.Linear(4, 2)",
+        attach_alone,
+        "model, batches = nn.Linear(4, 2), torch.randn(3, 8, 4)",
+        attach,
+        TRAINING,
+        "rank, evaluate = 0, lambda model: None",
+        evaluate,
+        save,
+        TRAINING,
+        preemption,
+        ACCELERATOR,
+        before,
+        "model, optimizer = accelerator.prepare(model, optimizer)",
+        ACCELERATOR,
+        "model, optimizer = accelerator.prepare(model, optimizer)",
+        after,
         "print('all ran', sorted(weights)); sys.stdout.flush(); os._exit(0)",
     ]
     config = json.loads(blocks(ROOT / "README.md", "json")[0])
@@ -137,8 +167,14 @@ def test_the_python_of_the_readme_runs(tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(config))
     (tmp_path / "deslo.yaml").write_text("optimizer: {params: {lr: 0.001}}\ndeslo: {replica_size: 1}\n")
     (tmp_path / "script.py").write_text("\n".join(script))
-    run = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240,
-                         env={"PATH": f"{BIN}:/usr/bin:/bin", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HOME": str(Path.home())})
+    run = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={"PATH": f"{BIN}:/usr/bin:/bin", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HOME": str(Path.home())},
+    )
     assert "all ran ['bias', 'weight']" in run.stdout, run.stderr[-3000:]
 
 

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import threads
 
-from deslo_plugin import DesLoc, NonFiniteError, drift
-from deslo_plugin.collectives import Alone
-from deslo_plugin.drift import Drift, drift_of, measure
-from deslo_plugin.sync import Synchronizer
+from deslo_plugin import DesLoc, NonFiniteError
+from deslo_plugin.averaging.synchronizer import Synchronizer
+from deslo_plugin.comm.transport import SingleReplica
+from deslo_plugin.kernels import drift
+from deslo_plugin.kernels.drift import Drift, drift_of, measure
 
 LOCAL = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WIRE = [torch.float32, torch.float64]
@@ -41,9 +42,13 @@ def assert_sums(got, local, mean):
 @st.composite
 def cases(draw):
     sizes = draw(st.lists(st.sampled_from(SIZES), min_size=1, max_size=5))
-    types = draw(st.lists(st.tuples(st.sampled_from(LOCAL), st.sampled_from(WIRE)), min_size=len(sizes), max_size=len(sizes)))
+    types = draw(
+        st.lists(st.tuples(st.sampled_from(LOCAL), st.sampled_from(WIRE)), min_size=len(sizes), max_size=len(sizes))
+    )
     offset, seed = draw(st.integers(0, 3)), draw(st.integers(0, 9))
-    return tuple([randn(n, kind[k], seed + 50 * k + i, offset) for i, (n, kind) in enumerate(zip(sizes, types))] for k in (0, 1))
+    return tuple(
+        [randn(n, kind[k], seed + 50 * k + i, offset) for i, (n, kind) in enumerate(zip(sizes, types))] for k in (0, 1)
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -131,16 +136,22 @@ def test_bad_input_names_the_argument(kernels, message):
 EVERY_STEP = {"params": 1, "exp_avg": 1, "exp_avg_sq": 1}
 
 
-def optimizer_of(*weights, average, sync_every, emit=None, **deslo):
-    settings = {"optimizer": {"params": {"lr": 1e-2, "sync_every": sync_every}}, "deslo": {"when": "after_update", **deslo}}
-    return DesLoc([torch.nn.Parameter(weight) for weight in weights], settings, average=average, emit=emit)
+def optimizer_of(*weights, average, sync_every, on_average=None, **deslo):
+    settings = {
+        "optimizer": {"params": {"lr": 1e-2, "sync_every": sync_every}},
+        "deslo": {"average_at": "after_step", **deslo},
+    }
+    return DesLoc([torch.nn.Parameter(weight) for weight in weights], settings, average=average, on_average=on_average)
 
 
 def drifts(average, steps=1):
-    """What the events of ``steps`` steps without updates say, two parameters starting at 1 + 2 rank; and the optimizer."""
+    """What the events of ``steps`` steps without updates say, two parameters starting at 1 + 2 rank; and the
+    optimizer."""
     weights = (torch.full((5, 3), 1.0 + 2 * average.rank), torch.full((7,), 1.0 + 2 * average.rank))
     found = []
-    optimizer = optimizer_of(*weights, average=average, sync_every={"params": 1}, emit=lambda event: found.append(event.drift))
+    optimizer = optimizer_of(
+        *weights, average=average, sync_every={"params": 1}, on_average=lambda event: found.append(event.drift)
+    )
     for _ in range(steps):
         optimizer.skip_step()
     return found, optimizer
@@ -148,13 +159,13 @@ def drifts(average, steps=1):
 
 def test_replicas_that_hold_1_and_3_are_half_their_mean_away_from_it():
     for found, optimizer in threads(2, drifts):
-        assert found == [{"params": Drift(0.5, pytest.approx(1.0))}] and optimizer.meter.drift == found[0]
+        assert found == [{"params": Drift(0.5, pytest.approx(1.0))}] and optimizer.stats.drift == found[0]
         assert all((weight == 2).all() for weight in optimizer.param_groups[0]["params"])
 
 
 def test_the_meter_keeps_the_latest_drift():
     for found, optimizer in threads(2, lambda average: drifts(average, steps=2)):
-        assert found[1] == optimizer.meter.drift == {"params": Drift(0.0, 1.0)}
+        assert found[1] == optimizer.stats.drift == {"params": Drift(0.0, 1.0)}
 
 
 def test_a_single_replica_does_not_drift():
@@ -163,7 +174,7 @@ def test_a_single_replica_does_not_drift():
     for _ in range(8):
         weights.grad = torch.randn(7)
         optimizer.step()
-    assert optimizer.meter.drift == dict.fromkeys(EVERY_STEP, Drift(0.0, 1.0))
+    assert optimizer.stats.drift == dict.fromkeys(EVERY_STEP, Drift(0.0, 1.0))
 
 
 def test_finite_means_whose_squares_overflow_are_no_error():
@@ -183,16 +194,18 @@ def test_a_broken_state_is_named_and_nothing_is_written(value):
         optimizer = optimizer_of(*weights, average=average, sync_every=EVERY_STEP)
         if average.rank == 1:
             optimizer.state[optimizer.param_groups[0]["params"][1]]["exp_avg"][2] = value
-        with pytest.raises(NonFiniteError, match=r"average of exp_avg after step 1: .* from rank\(s\) \[1\]; nothing was"):
+        with pytest.raises(
+            NonFiniteError, match=r"average of exp_avg after step 1: .* from rank\(s\) \[1\]; nothing was"
+        ):
             optimizer.skip_step()
-        return [weight[0].item() for weight in weights], optimizer.meter.drift
+        return [weight[0].item() for weight in weights], optimizer.stats.drift
 
     assert threads(2, replica) == [([1.0, 1.0], {}), ([2.0, 2.0], {})]
 
 
 def test_a_broken_mean_that_lands_later_is_seen_at_once():
     good, broken = torch.ones(3), torch.tensor([math.nan])
-    sync = Synchronizer(Alone(), wire_dtype=torch.float32, bucket_bytes=1 << 20, emit=lambda event: None)
+    sync = Synchronizer(SingleReplica(), wire_dtype=torch.float32, bucket_bytes=1 << 20, on_average=lambda event: None)
     sync.launch(1, [good, broken], {"params": [good, broken]})
     with pytest.raises(NonFiniteError, match="average of params"):
         sync.land(1, [good], {"params": [good]})

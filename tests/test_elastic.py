@@ -13,9 +13,25 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "
 LAUNCHES = {
     "torchrun": [*TORCHRUN, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"],
     "accelerate launch": [
-        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "3",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--max_restarts", "1",
-        "--rdzv_backend", "c10d", "--main_process_port", "0",
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "3",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--max_restarts",
+        "1",
+        "--rdzv_backend",
+        "c10d",
+        "--main_process_port",
+        "0",
     ],
 }
 
@@ -23,7 +39,11 @@ LAUNCHES = {
 def trained(launch: list[str], folder: Path, *death: int) -> tuple[int, str]:
     """(the step that training went on with last, the digest of the model that all ranks came to)."""
     folder.mkdir()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     script = [str(ROOT / "tests" / "elastic_job.py"), str(folder), *map(str, death)]
     run = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=180, cwd=folder, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -14,7 +14,7 @@ from gpt import GPT, GPTConfig
 from train import arguments, synchronous
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = "--steps 12 --dim 32 --layers 2 --heads 1 --context 32".split()
+TINY = ["--steps", "12", "--dim", "32", "--layers", "2", "--heads", "1", "--context", "32"]
 
 
 def test_the_model_does_not_look_ahead():
@@ -51,14 +51,39 @@ def test_a_missing_text_is_a_sentence(tmp_path):
 
 def test_the_command_trains_both_ways_and_prints_the_table(tmp_path):
     (tmp_path / "text.txt").write_bytes(Path(torch.__file__).read_bytes()[:60_000] * 8)
-    tiny = "--steps 6 --processes 2 --replica-size 1 --dim 32 --layers 1 --heads 1 --context 32".split()
+    tiny = [
+        "--steps",
+        "6",
+        "--processes",
+        "2",
+        "--replica-size",
+        "1",
+        "--dim",
+        "32",
+        "--layers",
+        "1",
+        "--heads",
+        "1",
+        "--context",
+        "32",
+    ]
     config = ROOT / "configs" / "des-loc-adam.json"
     done = subprocess.run(
         [sys.executable, ROOT / "examples/train.py", "--config", config, "--data", tmp_path / "text.txt", *tiny],
-        capture_output=True, text=True, timeout=280, cwd=tmp_path, env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=tmp_path,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    for words in ("des-loc-adam", "synchronous-adamw", "validation loss", "times less than synchronous", "2 replicas of 1 rank"):
+    for words in (
+        "des-loc-adam",
+        "synchronous-adamw",
+        "validation loss",
+        "times less than synchronous",
+        "2 replicas of 1 rank",
+    ):
         assert words in done.stdout, done.stdout[-2000:]
 
 
@@ -106,11 +131,15 @@ def test_every_framework_trains_synchronously_without_the_block(four, job):
     assert max(losses.values()) - min(losses.values()) < 1e-5, losses
 
 
-@pytest.mark.parametrize("params", [
-    {"total_num_steps": 30, "warmup_num_steps": 7, "warmup_type": "linear", "cos_min_ratio": 0.1},
-    {"total_num_steps": 25, "warmup_num_steps": 1, "warmup_min_ratio": 0.2},
-    {"total_num_steps": 40, "warmup_num_steps": 12},
-], ids=str)
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"total_num_steps": 30, "warmup_num_steps": 7, "warmup_type": "linear", "cos_min_ratio": 0.1},
+        {"total_num_steps": 25, "warmup_num_steps": 1, "warmup_min_ratio": 0.2},
+        {"total_num_steps": 40, "warmup_num_steps": 12},
+    ],
+    ids=str,
+)
 def test_the_lr_is_deepspeeds_to_the_bit(four, params):
     ours, theirs = four().run(jobs.learning_rates, 45, params)[0]
     assert ours == theirs
@@ -125,11 +154,14 @@ def test_a_key_that_only_deepspeed_has_is_refused_elsewhere(job, tmp_path):
         load_config(arguments(["--config", str(tmp_path / "bf16.json"), "--framework", "ddp"]))
 
 
-@pytest.mark.parametrize("options, sentence", [
-    ("--framework torch --replica-size 2", "--replica-size: expected 1"),
-    ("--framework ddp --zero-stage 3", "--zero-stage: expected --framework deepspeed"),
-    ("--framework jax", "invalid choice"),
-])
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ("--framework torch --replica-size 2", "--replica-size: expected 1"),
+        ("--framework ddp --zero-stage 3", "--zero-stage: expected --framework deepspeed"),
+        ("--framework jax", "invalid choice"),
+    ],
+)
 def test_options_that_do_not_go_together_are_sentences(options, sentence, capsys):
     with pytest.raises(SystemExit):
         arguments(["--config", str(ROOT / "configs" / "des-loc-adam.json"), *options.split()])

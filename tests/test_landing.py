@@ -6,11 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_drift import SIZES, randn
 
-from deslo_plugin import landing
+from deslo_plugin.kernels import delayed_update as landing
 
 # largest error, relative to the size of x, local and mean: one rounding of x, and of float32 arithmetic
 BOUND = {torch.float64: 1e-15, torch.float32: 4e-7, torch.bfloat16: 2**-8 + 4e-7, torch.float16: 2**-11 + 4e-7}
-TYPES = [(x, mean) for x in BOUND for mean in (torch.float32, torch.float64) if (x, mean) != (torch.float64, torch.float32)]
+TYPES = [
+    (x, mean) for x in BOUND for mean in (torch.float32, torch.float64) if (x, mean) != (torch.float64, torch.float32)
+]
 
 
 def tensors(sizes, types, seed=0, offset=0):
@@ -23,8 +25,12 @@ def tensors(sizes, types, seed=0, offset=0):
 
 def landed(compute, x, local, mean, factor):
     """x after ``compute`` on copies that lie in memory as ``x`` does."""
-    copies = [torch.empty(0, dtype=p.dtype).set_(p.untyped_storage().clone()).as_strided(p.shape, p.stride(), p.storage_offset())
-              for p in x]
+    copies = [
+        torch.empty(0, dtype=p.dtype)
+        .set_(p.untyped_storage().clone())
+        .as_strided(p.shape, p.stride(), p.storage_offset())
+        for p in x
+    ]
     compute(copies, local, mean, factor)
     return copies
 
@@ -104,7 +110,11 @@ BAD = {
     r"mean\[0\]: expected shape \[4\] of x\[0\], got \[2, 2\]": ([tensor()], [tensor()], [tensor(shape=(2, 2))]),
     r"mean\[0\]: expected float32 or float64, got bfloat16": ([tensor()], [tensor()], [tensor(torch.bfloat16)]),
     r"local\[0\]: expected float64 as mean\[0\] is, got float32": ([tensor()], [tensor()], [tensor(torch.float64)]),
-    r"x\[0\]: expected float32, bfloat16 or float16 with a float32 mean": ([tensor(torch.float64)], [tensor()], [tensor()]),
+    r"x\[0\]: expected float32, bfloat16 or float16 with a float32 mean": (
+        [tensor(torch.float64)],
+        [tensor()],
+        [tensor()],
+    ),
     r"x\[0\]: expected float32, .* got another dtype": ([tensor(torch.int32)], [tensor()], [tensor()]),
     r"x\[0\]: expected a contiguous tensor": ([torch.zeros(8)[::2]], [tensor()], [tensor()]),
     r"(x|mean)\[0\]: expected memory of its own, but it overlaps (mean|x)\[0\]": ([ONE], [tensor()], [ONE]),

@@ -11,14 +11,14 @@ from test_oracle import MOMENTA, SIZE, STEPS, assert_equal, expected, noisy_quad
 from worlds import threads
 
 from deslo_plugin import ConfigError, DesLoc, NonFiniteError, load_config
-from deslo_plugin.drift import Drift
+from deslo_plugin.kernels.drift import Drift
 
 EVERY = {"x": 4, "u1": 3, "u2": 5, "u3": None, "v": 7}
 
 
 def settings(delay=3, rule="adam", lr=1e-2, sync_every=None, **deslo):
     block = {"rule": rule, "lr": lr, "sync_every": sync_every or {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}}
-    return {"optimizer": {"params": block}, "deslo": {"delay": delay, **deslo}}
+    return {"optimizer": {"params": block}, "deslo": {"sync_delay": delay, **deslo}}
 
 
 def give_gradients(params, step, rank=0):
@@ -50,9 +50,9 @@ def of_step(replica, step, x):
 @pytest.mark.parametrize("delay", [2, 4])
 @pytest.mark.parametrize("rule", ["sgdm", "adam", "adopt"])
 def test_with_given_gradients_a_late_average_is_as_good_as_a_prompt_one(rule, delay):
-    """Momenta land exactly. Parameters too if no momentum is averaged, along which they would have gone meanwhile; and ADOPT's
-    momenta, whose gradients v divides, if v is not. Replicas are so alike, and beta2 so near to 1, that Adam's momenta land as
-    they are: to hold them to v when they land late is not what it is to hold them at once."""
+    """Momenta land exactly. Parameters too if no momentum is averaged, along which they would have gone meanwhile; and
+    ADOPT's momenta, whose gradients v divides, if v is not. Replicas are so alike, and beta2 so near to 1, that Adam's
+    momenta land as they are: to hold them to v when they land late is not what it is to hold them at once."""
     never = {"u1": None, "u2": None, "v": None}
     for periods in ({"x": 4, "u1": 4, "u2": 8, "v": 4}, {"x": 4, **never}, {"x": 4, "u1": 8, "u2": 4, "v": None}):
         late = Setting(rule, periods, [0.9, 0.99], [0.5, 0.3], beta2=0.999, weight_decay=0.1, delay=delay)
@@ -62,7 +62,7 @@ def test_with_given_gradients_a_late_average_is_as_good_as_a_prompt_one(rule, de
         exact = ["exp_avg_sq"] if rule != "sgdm" else []
         exact += ["exp_avg", "exp_avg_2"] if rule != "adopt" or periods["v"] is None else []
         exact += ["params"] if periods["u1"] is None else []
-        pick = lambda world: [{name: states[name] for name in exact} for states in world]  # noqa: E731
+        pick = lambda world: [{name: states[name] for name in exact} for states in world]
         assert_equal(pick(ours), pick(prompt), 1e-12)
 
 
@@ -81,7 +81,7 @@ def test_only_updates_count_not_the_steps_that_a_replica_skips(rule):
     """The first of ADOPT's updates may fall between launch and landing: it sets v, of which nothing is left."""
     s = Setting(rule, EVERY, [0.9, 0.99], [0.5, 0.3], weight_decay=0.1, delay=3)
     start = torch.linspace(-1, 1, SIZE, dtype=torch.float64)
-    of = lambda m, t, x: None if (m, t) in SKIPS else [noisy_quadratic(m, t, x[0])]  # noqa: E731
+    of = lambda m, t, x: None if (m, t) in SKIPS else [noisy_quadratic(m, t, x[0])]
     world = train([s], [start], 3, STEPS, of)
 
     def replica(average):
@@ -99,7 +99,8 @@ def test_only_updates_count_not_the_steps_that_a_replica_skips(rule):
 
 
 def trained(average, one_by_one, steps=14):
-    """Two groups with periods of their own, stepped at once or, as ZeRO does, one after the other; one joins after step 2."""
+    """Two groups with periods of their own, stepped at once or, as ZeRO does, one after the other; one joins after step
+    2."""
     weights, bias, late = (torch.nn.Parameter(torch.ones(n, dtype=torch.float64)) for n in (5, 3, 2))
     groups = [{"params": [weights]}, {"params": [bias], "weight_decay": 0.1, "sync_every": {"params": 6}}]
     optimizer = DesLoc(groups, settings(wire_dtype="float64"), average=average)
@@ -129,7 +130,9 @@ def test_groups_cohorts_and_parameters_without_gradient():
 def test_drift_is_between_what_was_launched_and_its_mean():
     def replica(average):
         p, found = torch.nn.Parameter(torch.full((5,), 1.0 + 2 * average.rank)), []
-        optimizer = DesLoc([p], settings(lr=0.0), average=average, emit=lambda event: found.append((event.steps, event.drift)))
+        optimizer = DesLoc(
+            [p], settings(lr=0.0), average=average, on_average=lambda event: found.append((event.steps, event.drift))
+        )
         for step in range(7):
             give_gradients([p], step, average.rank)
             optimizer.step()
@@ -171,7 +174,9 @@ def test_nan_stops_every_replica_and_is_not_written():
 
     results = threads(3, replica)
     assert [step for step, _, _ in results] == [6] * 3 and [finite for _, _, finite in results] == [True, False, True]
-    assert all("after step 4: expected finite values, got NaN or inf from rank(s) [1]" in message for _, message, _ in results)
+    assert all(
+        "after step 4: expected finite values, got NaN or inf from rank(s) [1]" in message for _, message, _ in results
+    )
 
 
 def test_after_a_load_what_flew_is_averaged_as_it_is_when_it_should_land():
@@ -196,13 +201,29 @@ def test_after_a_load_what_flew_is_averaged_as_it_is_when_it_should_land():
 @pytest.mark.parametrize(
     ("deslo", "params", "expected"),
     [
-        ({"delay": 0}, {}, "deslo.delay: expected a whole number >= 1, got 0 (int)"),
-        ({"delay": 2, "overlap": False}, {}, "deslo.delay: expected 1 without overlap, got 2; remove it, or take when"),
-        ({"delay": 2, "when": "after_update"}, {}, "deslo.delay: expected 1 without overlap, got 2"),
-        ({"delay": 5}, {"sync_every": {"params": 4}}, "deslo.delay: expected at most 4, the period of params, got 5; lower it"),
-        ({"delay": 5}, {"sync_every": {"exp_avg": 3}}, "expected at most 3, the period of exp_avg, got 5"),
-        ({"delay": 2}, {"outer": {}}, "deslo.delay: expected 1 with outer, got 2; remove one"),
-        ({"delay": 2}, {"reset_momenta": True, "sync_every": {"exp_avg": None, "exp_avg_sq": None}}, "1 with reset_momenta"),
+        ({"sync_delay": 0}, {}, "deslo.sync_delay: expected a whole number >= 1, got 0 (int)"),
+        (
+            {"sync_delay": 2, "overlap_comm": False},
+            {},
+            "deslo.sync_delay: expected 1 without overlap_comm, got 2; remove it, or take average_at",
+        ),
+        ({"sync_delay": 2, "average_at": "after_step"}, {}, "deslo.sync_delay: expected 1 without overlap_comm, got 2"),
+        (
+            {"sync_delay": 5},
+            {"sync_every": {"params": 4}},
+            "deslo.sync_delay: expected at most 4, the period of params, got 5; lower it",
+        ),
+        ({"sync_delay": 5}, {"sync_every": {"exp_avg": 3}}, "expected at most 3, the period of exp_avg, got 5"),
+        (
+            {"sync_delay": 2},
+            {"outer_optimizer": {}},
+            "deslo.sync_delay: expected 1 with outer_optimizer, got 2; remove one",
+        ),
+        (
+            {"sync_delay": 2},
+            {"reset_momenta": True, "sync_every": {"exp_avg": None, "exp_avg_sq": None}},
+            "1 with reset_momenta",
+        ),
     ],
 )
 def test_what_cannot_land_late_is_refused(deslo, params, expected):
@@ -212,7 +233,9 @@ def test_what_cannot_land_late_is_refused(deslo, params, expected):
 
 
 def test_a_group_with_a_shorter_period_and_a_stock_optimizer_are_refused():
-    with pytest.raises(ConfigError, match="deslo.delay: expected at most 2, the period of params of param group 0, got 3"):
+    with pytest.raises(
+        ConfigError, match="deslo.sync_delay: expected at most 2, the period of params of param group 0, got 3"
+    ):
         DesLoc([{"params": [torch.nn.Parameter(torch.ones(1))], "sync_every": {"params": 2}}], settings())
-    with pytest.raises(ConfigError, match="deslo.delay: expected 1 with a stock optimizer, got 3"):
-        load_config({"deslo": {"sync_every": {"params": 8}, "delay": 3}})
+    with pytest.raises(ConfigError, match="deslo.sync_delay: expected 1 with a stock optimizer, got 3"):
+        load_config({"deslo": {"sync_every": {"params": 8}, "sync_delay": 3}})

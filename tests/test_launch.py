@@ -12,11 +12,28 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-EXAMPLE = [str(ROOT / "examples" / "hf_trainer.py"), "--config", str(ROOT / "configs" / "des-loc-adam.json"), "--steps", "40"]
+EXAMPLE = [
+    str(ROOT / "examples" / "hf_trainer.py"),
+    "--config",
+    str(ROOT / "configs" / "des-loc-adam.json"),
+    "--steps",
+    "40",
+]
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "4"]
 LAUNCHES = {
-    "DDP, accelerate launch": [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "4", "--num_machines", "1",
-                               "--mixed_precision", "no", "--dynamo_backend", "no"],  # the script itself says CPU
+    "DDP, accelerate launch": [
+        str(BIN / "accelerate"),
+        "launch",
+        "--multi_gpu",
+        "--num_processes",
+        "4",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ],  # the script itself says CPU
     "FSDP2, torchrun": [*TORCHRUN, str(ROOT / "tests" / "fsdp_on_cpu.py")],
     "DeepSpeed, torchrun": TORCHRUN,
 }
@@ -30,7 +47,8 @@ def losses():
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_the_trainer_learns_and_sends_what_was_planned(losses, name):
     result = run_example(LAUNCHES[name], ["--deepspeed"] if "DeepSpeed" in name else [])
-    assert result["loss"] < 3 and list(result["bytes"]) == ["params"]  # ln 64 = 4.2 at the start; one average in 40 steps
+    # ln 64 = 4.2 at the start; one average in 40 steps
+    assert result["loss"] < 3 and list(result["bytes"]) == ["params"]
     losses[name] = result["loss"]
     if "FSDP2" in name and "DDP, accelerate launch" in losses:
         assert result["loss"] == pytest.approx(losses["DDP, accelerate launch"], abs=1e-3)  # one job, two frameworks
@@ -48,12 +66,16 @@ def test_what_the_trainer_saves_is_one_model_for_plain_transformers_and_resumes(
         loss = model(input_ids=tokens, labels=tokens).loss.item()
         assert loss < (4.0 if saved == "checkpoint-20" else 3.0)
     shutil.rmtree(tmp_path / "checkpoint-40")
-    assert run_example(launch, [*more, "--save", str(tmp_path), "--resume", str(tmp_path / "checkpoint-20")])["loss"] < 3
+    assert (
+        run_example(launch, [*more, "--save", str(tmp_path), "--resume", str(tmp_path / "checkpoint-20")])["loss"] < 3
+    )
 
 
 def run_example(launch, options):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    run = subprocess.run([*launch, *EXAMPLE, *options], capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
+    run = subprocess.run(
+        [*launch, *EXAMPLE, *options], capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment
+    )
     assert run.returncode == 0, run.stderr[-20_000:]
     return json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"loss"')))
 

@@ -1,4 +1,5 @@
-"""The arithmetic of benchmarks/link.py, on laps that are made up: what is exposed, what the link leaves, what is planned."""
+"""The arithmetic of benchmarks/link.py, on laps that are made up: what is exposed, what the link leaves, what is
+planned."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The native kernels against the Python reference, on every path: dtypes, sizes, layouts, instruction sets, threads, CUDA."""
+"""The native kernels against the Python reference, on every path: dtypes, sizes, layouts, instruction sets, threads,
+CUDA."""
 
 import subprocess
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deslo_plugin import ops
+from deslo_plugin.kernels import update as ops
 
 ROOT = Path(__file__).resolve().parent.parent
 HALF = [torch.bfloat16, torch.float16]
@@ -30,14 +31,20 @@ class Case:
     def __init__(self, rule, momenta, shapes, types, *, t=5, seed=0, offset=0, **options):
         generator = torch.Generator().manual_seed(seed)
         shapes = [torch.Size(shape) for shape in shapes]
-        make = lambda index: [randn(s, k[index], generator, offset) for s, k in zip(shapes, types)]  # noqa: E731
+        make = lambda index: [randn(s, k[index], generator, offset) for s, k in zip(shapes, types)]
         self.rule, self.momenta = rule, momenta
         self.x, self.g = make(0), make(1)
         self.u = [tensor for _ in range(momenta) for tensor in make(2)]
         self.v = [] if rule == "sgdm" else [[tensor.square() for tensor in make(2)]]
         self.copy = make(3) if types[0][3] else []
         betas = [1 - 0.5 / (j + 1) ** 2 for j in range(momenta)]
-        self.numbers = {"t": t, "lr": 0.01, "weight_decay": 0.1, "betas": betas, "weights": [0.9 / momenta] * momenta} | options
+        self.numbers = {
+            "t": t,
+            "lr": 0.01,
+            "weight_decay": 0.1,
+            "betas": betas,
+            "weights": [0.9 / momenta] * momenta,
+        } | options
         if rule != "sgdm":
             self.numbers |= {"beta2": 0.97, "eps": 1e-6}
         if rule == "adam":
@@ -45,7 +52,7 @@ class Case:
 
     def run(self, update):
         """x, u, v and copy after ``update`` of copies that lie in memory as these do."""
-        clone = lambda tensors: [self._like(tensor) for tensor in tensors]  # noqa: E731
+        clone = lambda tensors: [self._like(tensor) for tensor in tensors]
         x, u, copy = clone(self.x), clone(self.u), clone(self.copy)
         v = [clone(tensors) for tensors in self.v]
         update(x, self.g, u, *v, copy, **self.numbers)
@@ -74,24 +81,41 @@ def assert_same_bits(ours, theirs):
     assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
 
 
-SINGLE = st.tuples(st.sampled_from([torch.float32, *HALF]), st.sampled_from([torch.float32, *HALF]),
-                   st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from(HALF))
+SINGLE = st.tuples(
+    st.sampled_from([torch.float32, *HALF]),
+    st.sampled_from([torch.float32, *HALF]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(HALF),
+)
 DOUBLE = st.just((torch.float64,) * 4)
 
 
 @st.composite
 def cases(draw):
     count, copied = draw(st.integers(1, 5)), draw(st.booleans())
-    types = [kind if copied else (*kind[:3], None) for kind in draw(st.lists(SINGLE | DOUBLE, min_size=count, max_size=count))]
-    shapes = draw(st.lists(st.sampled_from(SIZES).map(lambda n: (n,)) | st.just((3, 5, 7)), min_size=count, max_size=count))
-    rule = draw(st.sampled_from(list(ops.RULES)))
+    types = [
+        kind if copied else (*kind[:3], None)
+        for kind in draw(st.lists(SINGLE | DOUBLE, min_size=count, max_size=count))
+    ]
+    shapes = draw(
+        st.lists(st.sampled_from(SIZES).map(lambda n: (n,)) | st.just((3, 5, 7)), min_size=count, max_size=count)
+    )
+    rule = draw(st.sampled_from(list(ops.OPERATORS)))
     options = {"clip_value": draw(st.none() | st.just(0.3)), "weight_decay": draw(st.sampled_from([0.0, 0.1]))}
     if rule == "adam":
         options["bias_correction"] = draw(st.booleans())
     if draw(st.booleans()):
         options["grad_scale"] = torch.tensor(0.125)
-    return Case(rule, draw(st.integers(1, 6)), shapes, types, t=draw(st.sampled_from([0, 1, 1000])),
-                seed=draw(st.integers(0, 99)), offset=draw(st.integers(0, 3)), **options)
+    return Case(
+        rule,
+        draw(st.integers(1, 6)),
+        shapes,
+        types,
+        t=draw(st.sampled_from([0, 1, 1000])),
+        seed=draw(st.integers(0, 99)),
+        offset=draw(st.integers(0, 3)),
+        **options,
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -104,13 +128,13 @@ FLOAT32 = (torch.float32, torch.float32, torch.float32, None)
 
 
 @pytest.mark.parametrize("momenta", [1, 2, 3, 4, 5, ops.MAX_MOMENTA])
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 def test_every_rule_and_number_of_momenta(kernels, rule, momenta):
     case = Case(rule, momenta, [(n,) for n in SIZES], [FLOAT32] * len(SIZES))
     assert_close(case.native(), case.reference())
 
 
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 def test_a_large_tensor(kernels, rule):
     case = Case(rule, 2, [(10_000_019,)], [FLOAT32])
     assert_close(case.native(), case.reference())
@@ -118,14 +142,18 @@ def test_a_large_tensor(kernels, rule):
 
 def test_a_permuted_layout_is_updated_in_place(kernels):
     case = Case("adam", 2, [(2, 3, 4, 5)], [FLOAT32])
-    permute = lambda tensors: [t.contiguous(memory_format=torch.channels_last) for t in tensors]  # noqa: E731
+    permute = lambda tensors: [t.contiguous(memory_format=torch.channels_last) for t in tensors]
     plain = case.native()
     case.x, case.g, case.u, case.v = permute(case.x), permute(case.g), permute(case.u), [permute(case.v[0])]
     assert_same_bits(case.native(), plain)
 
 
 MIXED = [(n,) for n in [*SIZES, 300_001]]
-TYPES = [FLOAT32, (torch.bfloat16, torch.bfloat16, torch.float32, None), (torch.float16, torch.float32, torch.float32, None)] * 3
+TYPES = [
+    FLOAT32,
+    (torch.bfloat16, torch.bfloat16, torch.float32, None),
+    (torch.float16, torch.float32, torch.float32, None),
+] * 3
 TYPES += [(torch.float64,) * 3 + (None,)]
 BRIEF = [(x, g, torch.bfloat16, None) for x in (torch.float32, *HALF) for g in (torch.float32, *HALF)] + [TYPES[-1]]
 of_states = pytest.mark.parametrize("types", [TYPES, BRIEF], ids=["float32", "bfloat16"])
@@ -133,7 +161,7 @@ of_states = pytest.mark.parametrize("types", [TYPES, BRIEF], ids=["float32", "bf
 
 @of_states
 @pytest.mark.parametrize("momenta", [1, 3, 7])
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 def test_the_number_of_threads_changes_no_bit(kernels, rule, momenta, types):
     case, before = Case(rule, momenta, MIXED, types), torch.get_num_threads()
     try:
@@ -149,7 +177,7 @@ def test_the_number_of_threads_changes_no_bit(kernels, rule, momenta, types):
 
 @of_states
 @pytest.mark.parametrize("momenta", [1, 3, 7])
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 def test_the_instruction_set_changes_no_bit(everywhere, rule, momenta, types):
     case = Case(rule, momenta, MIXED, types, clip_value=0.7)
     expected = case.native()
@@ -160,7 +188,7 @@ def test_the_instruction_set_changes_no_bit(everywhere, rule, momenta, types):
 @of_states
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("momenta", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 def test_the_cuda_kernels_give_the_bits_of_the_cpu(emulated, rule, momenta, offset, types):
     copied = [(*kind[:3], kind[0]) for kind in types]
     for options in ({}, {"clip_value": 0.7, "grad_scale": torch.tensor(0.3)}, {"t": 0}):
@@ -176,8 +204,23 @@ def test_the_cuda_kernels_take_more_tensors_than_one_launch_holds(emulated):
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(kernels, tmp_path):
     built, sources = tmp_path / "sanitized", [ROOT / "tests/emulation/sanitized.cpp", *ROOT.glob("csrc/cpu*.cpp")]
     subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-g", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off",
-         "-fopenmp-simd", "-DDESLO_ISA=baseline", f"-I{ROOT}/tests/emulation", *sources, "-o", built], check=True,
+        [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-w",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=all",
+            "-ffp-contract=off",
+            "-fopenmp-simd",
+            "-DDESLO_ISA=baseline",
+            f"-I{ROOT}/tests/emulation",
+            *sources,
+            "-o",
+            built,
+        ],
+        check=True,
     )
     subprocess.run([built], check=True, timeout=300)
 
@@ -204,9 +247,11 @@ def test_subnormal_momenta_fade_to_zero(kernels):
 
 def spoil(**changes):
     """A way to make a good case bad: attribute -> function of its value."""
+
     def apply(case):
         for name, change in changes.items():
             setattr(case, name, change(getattr(case, name)))
+
     return apply
 
 
@@ -237,10 +282,14 @@ BAD = {
     r"u\[0\]: expected shape \[4\]": spoil(u=put(torch.zeros(5))),
     r"x\[0\]: expected a contiguous": spoil(x=put(torch.zeros(8)[::2])),
     r"g\[0\]: expected a contiguous": spoil(g=put(torch.zeros(1).expand(4))),
-    r"g\[0\]: expected float32, bfloat16 or float16 with float32 momenta, got float64": spoil(g=put(torch.zeros(4).double())),
+    r"g\[0\]: expected float32, bfloat16 or float16 with float32 momenta, got float64": spoil(
+        g=put(torch.zeros(4).double())
+    ),
     r"x\[0\]: expected float64 with float64 momenta": spoil(u=put(torch.zeros(4).double())),
     r"u\[1\]: expected float32, float64 or bfloat16, got float16; squares": spoil(u=put(torch.zeros(4).half(), 1)),
-    r"x\[0\]: expected .* with bfloat16 momenta, got float64": spoil(x=put(torch.zeros(4).double()), u=put(torch.zeros(4).bfloat16())),
+    r"x\[0\]: expected .* with bfloat16 momenta, got float64": spoil(
+        x=put(torch.zeros(4).double()), u=put(torch.zeros(4).bfloat16())
+    ),
     r"v\[0\]: expected float32 as u\[0\] is, got bfloat16": spoil(v=lambda v: [put(torch.zeros(4).bfloat16())(v[0])]),
     r"g\[0\]: expected float32, .*got": spoil(g=put(torch.zeros(4, dtype=torch.int32))),
     r"(u\[0\]|x\[0\]): expected memory of its own, but it overlaps (u\[0\]|x\[0\])": overlap,

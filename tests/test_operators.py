@@ -1,10 +1,12 @@
-"""What torch asks of the operators: opcheck, one graph under torch.compile, version counters, step and rate as tensors."""
+"""What torch asks of the operators: opcheck, one graph under torch.compile, version counters, step and rate as
+tensors."""
 
 import pytest
 import torch
 from test_native import BRIEF, FLOAT32, MIXED, Case, assert_same_bits
 
-from deslo_plugin import DesLoc, ops
+from deslo_plugin import DesLoc
+from deslo_plugin.kernels import update as ops
 
 
 def in_tensors(case, *names):
@@ -34,7 +36,7 @@ def test_a_compiled_step_is_one_graph(kernels):
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     eager, traced = ([t.clone() for t in case.x] for _ in range(2))
-    clones = lambda: ([t.clone() for t in case.g], [t.clone() for t in case.u], [t.clone() for t in case.v[0]])  # noqa: E731
+    clones = lambda: ([t.clone() for t in case.g], [t.clone() for t in case.u], [t.clone() for t in case.v[0]])
     assert torch.equal(step(eager, *clones()), compiled(traced, *clones()))
     assert torch.equal(eager[0], traced[0])
 
@@ -49,10 +51,14 @@ def test_backward_notices_that_params_have_moved():
 
 @pytest.mark.parametrize("names", [("t",), ("lr",), ("t", "lr")], ids="+".join)
 @pytest.mark.parametrize("t", [0, 1, 1000])
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 def test_step_and_rate_may_be_tensors(kernels, emulated, rule, t, names):
     types = [FLOAT32, *BRIEF][: len(MIXED)]
-    for options in ({}, {"found_inf": torch.tensor(0.0), "grad_scale": torch.tensor(0.5)}, {"found_inf": torch.tensor(1.0)}):
+    for options in (
+        {},
+        {"found_inf": torch.tensor(0.0), "grad_scale": torch.tensor(0.5)},
+        {"found_inf": torch.tensor(1.0)},
+    ):
         by_value = Case(rule, 2, MIXED, types, t=t, **options)
         by_tensor = in_tensors(Case(rule, 2, MIXED, types, t=t, **options), *names)
         assert_same_bits(by_tensor.native(), by_value.native())

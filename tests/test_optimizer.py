@@ -54,8 +54,12 @@ def test_a_group_has_its_own_rate_decay_and_periods():
         weights, bias = params_of((3,), (2,))
         groups = [{"params": [weights]}, {"params": [bias], "lr": 0.0, "sync_every": {"params": 2, "exp_avg_sq": None}}]
         landed = []
-        optimizer = DesLoc(groups, config(lr=1e-2, sync_every={"params": 3}), average=average,
-                           emit=lambda event: landed.append((event.steps, event.bytes)))
+        optimizer = DesLoc(
+            groups,
+            config(lr=1e-2, sync_every={"params": 3}),
+            average=average,
+            on_average=lambda event: landed.append((event.steps, event.bytes)),
+        )
         for step in range(7):
             give_gradients([weights, bias], step, average.rank)
             optimizer.step()
@@ -64,8 +68,13 @@ def test_a_group_has_its_own_rate_decay_and_periods():
 
     for landed in threads(2, replica):
         # 2 or 3 numbers, and the word by which replicas learn that none has written into them
-        assert landed == [(2, {"params": 12}), (3, {"params": 16}), (4, {"params": 12}), (6, {"params": 16}),
-                          (6, {"params": 12})]
+        assert landed == [
+            (2, {"params": 12}),
+            (3, {"params": 16}),
+            (4, {"params": 12}),
+            (6, {"params": 16}),
+            (6, {"params": 12}),
+        ]
 
 
 def test_a_misspelt_state_of_a_group_is_refused():
@@ -121,7 +130,9 @@ def test_float64_parameters_need_a_float64_wire():
 
 
 def test_state_dict_round_trip_changes_no_bit_and_keeps_the_configs_periods():
-    settings = config(lr=1e-2, sync_every={"params": 2}, momenta=[{"beta": 0.9, "weight": 0.5}, {"beta": 0.99, "weight": 0.5}])
+    settings = config(
+        lr=1e-2, sync_every={"params": 2}, momenta=[{"beta": 0.9, "weight": 0.5}, {"beta": 0.99, "weight": 0.5}]
+    )
     straight = params_of((4,), dtype=torch.bfloat16)
     one = DesLoc(straight, settings)
     for step in range(5):
@@ -177,7 +188,7 @@ def test_a_closure_is_evaluated_with_gradients():
 
 def test_value_clipping_bounds_each_coordinate_and_does_not_hide_infinity():
     (weights,) = params_of((3,))
-    optimizer = DesLoc([weights], rule="sgdm", lr=1.0, betas=[0.0], clip={"value": 0.5})
+    optimizer = DesLoc([weights], rule="sgdm", lr=1.0, betas=[0.0], clip_value=0.5)
     before = weights.detach().clone()
     weights.grad = torch.tensor([0.2, -7.0, 7.0])
     optimizer.step()
@@ -190,7 +201,7 @@ def test_value_clipping_bounds_each_coordinate_and_does_not_hide_infinity():
 def broken_at(policy, when):
     def replica(average):
         params = params_of((3,))
-        settings = config({"deslo": {"on_nonfinite": policy, "when": when}}, lr=1e-2, sync_every={"params": 4})
+        settings = config({"deslo": {"on_nonfinite": policy, "average_at": when}}, lr=1e-2, sync_every={"params": 4})
         optimizer = DesLoc(params, settings, average=average)
         for step in range(6):
             give_gradients(params, step, average.rank)
@@ -200,12 +211,12 @@ def broken_at(policy, when):
                 optimizer.step()
             except NonFiniteError as error:
                 return step, str(error), params[0].isfinite().all().item()
-        return None, optimizer.meter.skipped_steps, params[0].isfinite().all().item()
+        return None, optimizer.stats.skipped_steps, params[0].isfinite().all().item()
 
     return threads(3, replica)
 
 
-@pytest.mark.parametrize(("when", "step"), [("before_update", 4), ("after_update", 3)])
+@pytest.mark.parametrize(("when", "step"), [("before_step", 4), ("after_step", 3)])
 def test_nan_stops_every_replica_at_the_same_average_and_is_not_written(when, step):
     results = broken_at("stop", when)
     assert [at for at, _, _ in results] == [step] * 3
@@ -214,7 +225,7 @@ def test_nan_stops_every_replica_at_the_same_average_and_is_not_written(when, st
 
 
 def test_nan_is_skipped_where_asked():
-    assert broken_at("skip", "before_update") == [(None, 0, True), (None, 1, True), (None, 0, True)]
+    assert broken_at("skip", "before_step") == [(None, 0, True), (None, 1, True), (None, 0, True)]
 
 
 def test_adopt_that_skips_its_first_step_still_sets_its_second_moment_from_a_gradient():
@@ -237,12 +248,13 @@ def test_adopt_that_skips_its_first_step_still_sets_its_second_moment_from_a_gra
 def test_k_256_768_1536_moves_170_times_less_than_synchronous():
     def replica(average):
         params = params_of((4096,))
-        optimizer = DesLoc(params, config(lr=1e-3, sync_every={"params": 256, "exp_avg": 768, "exp_avg_sq": 1536}),
-                           average=average)
+        optimizer = DesLoc(
+            params, config(lr=1e-3, sync_every={"params": 256, "exp_avg": 768, "exp_avg_sq": 1536}), average=average
+        )
         for step in range(1537):
             params[0].grad = torch.ones(4096)
             optimizer.step()
-        return sum(average.sent), sum(optimizer.meter.bytes.values())
+        return sum(average.sent), sum(optimizer.stats.bytes.values())
 
     for sent, counted in threads(2, replica):
         synchronous = 1536 * 4096 * 4

@@ -28,14 +28,17 @@ def noisy_quadratic(replica: int, step: int, x: torch.Tensor) -> torch.Tensor:
 
 
 def rare(replica: int, step: int, x: torch.Tensor) -> torch.Tensor:
-    """As ``noisy_quadratic``, but every coordinate has its gradient in a fourth of the steps, and on one replica never."""
+    """As ``noisy_quadratic``, but every coordinate has its gradient in a fourth of the steps, and on one replica
+    never."""
     coordinate = torch.arange(x.numel())
     return noisy_quadratic(replica, step, x) * ((coordinate + step) % 4 == 0) * (coordinate % REPLICAS != replica)
 
 
 def run_ours(s, *, replicas=REPLICAS, steps=STEPS, dtype=torch.float64, overlap=True, gradient=noisy_quadratic):
     """The states of every replica after ``steps`` steps of ``DesLoc`` on a vector split over two parameters."""
-    config = blocks(s, overlap=overlap and not s.after_update, wire_dtype=str(dtype).removeprefix("torch."), bucket_mb=1)
+    config = blocks(
+        s, overlap_comm=overlap and not s.after_update, wire_dtype=str(dtype).removeprefix("torch."), bucket_cap_mb=1
+    )
 
     def replica(average):
         start = torch.linspace(-1, 1, SIZE, dtype=torch.float64).to(dtype)
@@ -68,7 +71,7 @@ def assert_equal(ours, theirs, relative):
             assert error <= relative * theory[name].abs().max().clamp(min=1.0), f"{name}: {error:.3g}"
 
 
-@pytest.mark.parametrize("after_update", [False, True], ids=["before_update", "after_update"])
+@pytest.mark.parametrize("after_update", [False, True], ids=["before_step", "after_step"])
 @pytest.mark.parametrize("momenta", MOMENTA)
 @pytest.mark.parametrize("rule", ["sgdm", "adam", "adopt"])
 def test_every_rule_and_order_is_the_oracle_in_float64(rule, momenta, after_update):
@@ -77,7 +80,7 @@ def test_every_rule_and_order_is_the_oracle_in_float64(rule, momenta, after_upda
     assert_equal(run_ours(s), expected(s), 1e-12)
 
 
-@pytest.mark.parametrize("after_update", [False, True], ids=["before_update", "after_update"])
+@pytest.mark.parametrize("after_update", [False, True], ids=["before_step", "after_step"])
 @pytest.mark.parametrize("momenta", MOMENTA)
 @pytest.mark.parametrize("rule", ["sgdm", "adam", "adopt"])
 def test_rare_gradients_are_those_of_the_oracle(rule, momenta, after_update):
@@ -86,7 +89,7 @@ def test_rare_gradients_are_those_of_the_oracle(rule, momenta, after_update):
     assert_equal(run_ours(s, gradient=rare), expected(s, gradient=rare), 1e-12)
 
 
-@pytest.mark.parametrize("after_update", [False, True], ids=["before_update", "after_update"])
+@pytest.mark.parametrize("after_update", [False, True], ids=["before_step", "after_step"])
 @pytest.mark.parametrize("momenta", ["one", "two and a rest", "three"])
 @pytest.mark.parametrize("rule", ["sgdm", "adam", "adopt"])
 def test_every_rule_and_order_is_the_oracle_in_float32(rule, momenta, after_update):
@@ -125,10 +128,10 @@ def test_overlap_changes_no_bit(rule):
         assert all(torch.equal(with_overlap[name], without[name]) for name in without)
 
 
-@pytest.mark.parametrize("after_update", [False, True], ids=["before_update", "after_update"])
+@pytest.mark.parametrize("after_update", [False, True], ids=["before_step", "after_step"])
 def test_identical_replicas_with_identical_data_are_one_replica(after_update):
     s = Setting("adam", PERIODS, [0.9, 0.99], [0.5, 0.3], after_update=after_update)
-    same = lambda replica, step, x: noisy_quadratic(0, step, x)  # noqa: E731
+    same = lambda replica, step, x: noisy_quadratic(0, step, x)
     alone = run_ours(s, replicas=1, gradient=same)[0]
     for replica in run_ours(s, replicas=2, gradient=same):
         assert all(torch.equal(replica[name], alone[name]) for name in alone)
@@ -137,7 +140,7 @@ def test_identical_replicas_with_identical_data_are_one_replica(after_update):
 def test_sgdm_averaged_every_step_after_the_update_is_synchronous_training():
     s = Setting("sgdm", {"x": 1, "u1": 1}, [0.9], [1.0], after_update=True)
     synchronous = Setting("sgdm", {"x": None, "u1": None}, [0.9], [1.0])
-    mean = lambda _, step, x: sum(noisy_quadratic(m, step, x) for m in range(REPLICAS)) / REPLICAS  # noqa: E731
+    mean = lambda _, step, x: sum(noisy_quadratic(m, step, x) for m in range(REPLICAS)) / REPLICAS
     one = expected(synchronous, replicas=1, gradient=mean)
     assert_equal(run_ours(s), one * REPLICAS, 1e-12)
 
@@ -145,6 +148,6 @@ def test_sgdm_averaged_every_step_after_the_update_is_synchronous_training():
 def test_adam_averaged_every_step_is_not_synchronous_training():
     s = Setting("adam", {"x": 1, "u1": 1, "v": 1}, [0.9], [1.0], after_update=True)
     synchronous = Setting("adam", {"x": None, "u1": None, "v": None}, [0.9], [1.0])
-    mean = lambda _, step, x: sum(noisy_quadratic(m, step, x) for m in range(REPLICAS)) / REPLICAS  # noqa: E731
+    mean = lambda _, step, x: sum(noisy_quadratic(m, step, x) for m in range(REPLICAS)) / REPLICAS
     one = expected(synchronous, replicas=1, gradient=mean)[0]
     assert (run_ours(s)[0]["exp_avg_sq"] - one["exp_avg_sq"]).abs().max() > 1e-3

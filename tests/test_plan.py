@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from deslo_plugin import ConfigError, load_config
-from deslo_plugin.buckets import pack
-from deslo_plugin.plan import make_plan
-from deslo_plugin.schedule import due, half_life, vectors_per_step
-from deslo_plugin.topology import contiguous, make_topology, spread
+from deslo_plugin.algorithm.schedule import due, half_life, vectors_per_step
+from deslo_plugin.comm.buckets import pack
+from deslo_plugin.comm.topology import contiguous, make_topology, spread
+from deslo_plugin.planning.plan import make_plan
 
 
 def plan(params=None, numel=1000, replica_size=2, world=4, divisor=1):
@@ -34,7 +34,13 @@ def test_published_traffic():
 def test_nothing_is_due_before_the_first_step_and_null_is_never():
     periods = {"params": 2, "exp_avg": None, "exp_avg_sq": 3}
     assert [due(periods, t) for t in range(7)] == [
-        (), (), ("params",), ("exp_avg_sq",), ("params",), (), ("params", "exp_avg_sq")
+        (),
+        (),
+        ("params",),
+        ("exp_avg_sq",),
+        ("params",),
+        (),
+        ("params", "exp_avg_sq"),
     ]
 
 
@@ -44,11 +50,16 @@ def test_ranks_fall_into_replicas_and_columns():
     assert [t.replica_group for t in worlds] == [[0, 2, 4], [1, 3, 5]] * 3
 
 
-@pytest.mark.parametrize("replica_size, hosts, complaint", [
-    (2, "aabb", None), (4, "aabb", None), (1, "abab", None),
-    (2, "abab", "replica 0 .ranks .0, 1.. lies on 2 nodes .a, b. where 1 would do"),
-    (2, "aaabbb", "replica 1 .ranks .2, 3.. lies on 2 nodes"),
-])
+@pytest.mark.parametrize(
+    "replica_size, hosts, complaint",
+    [
+        (2, "aabb", None),
+        (4, "aabb", None),
+        (1, "abab", None),
+        (2, "abab", "replica 0 .ranks .0, 1.. lies on 2 nodes .a, b. where 1 would do"),
+        (2, "aaabbb", "replica 1 .ranks .2, 3.. lies on 2 nodes"),
+    ],
+)
 def test_a_replica_that_lies_on_more_nodes_than_it_needs_is_said(replica_size, hosts, complaint):
     found = spread(contiguous(len(hosts), 0, replica_size), list(hosts))
     assert re.search(complaint, found) if complaint else found is None
@@ -68,19 +79,36 @@ def test_planned_bytes_and_next_average():
     assert plan(numel=1001, divisor=2).bytes_at(32) == {"params": 501 * 4 + 4}
 
 
-@pytest.mark.parametrize("rule, betas, warned", [
-    ("adam", [0.9, 0.95], False), ("adam", [0.99, 0.95], True), ("adam", [0.99, 0.999], False), ("adopt", [0.99, 0.95], False),
-])
+@pytest.mark.parametrize(
+    "rule, betas, warned",
+    [
+        ("adam", [0.9, 0.95], False),
+        ("adam", [0.99, 0.95], True),
+        ("adam", [0.99, 0.999], False),
+        ("adopt", [0.99, 0.95], False),
+    ],
+)
 def test_banner_warns_of_a_momentum_that_outlives_adams_second_moment(rule, betas, warned):
     text = plan({"rule": rule, "betas": betas}).describe()
-    assert ("beware: beta 0.99 outlives beta2 0.95, with which Adam can diverge; take beta2 above 0.9801" in text) == warned
+    assert (
+        "beware: beta 0.99 outlives beta2 0.95, with which Adam can diverge; take beta2 above 0.9801" in text
+    ) == warned
 
 
 def test_banner_says_every_period_and_where_it_comes_from():
-    text = plan({"sync_every": {"params": 4, "exp_avg": "half_life", "exp_avg_sq": None}, "outer": {}}).describe()
-    for words in ("2 replica(s) of 2 rank(s)", "params: every 4 steps (given), 4,000 bytes", "half-life of 0.9",
-                  "exp_avg_sq: never averaged", "outer Nesterov", "times fewer than synchronous",
-                  "up to 8,000 bytes on each rank while averages fly", "not averaged: gradients, exp_avg_sq, buffers"):
+    text = plan(
+        {"sync_every": {"params": 4, "exp_avg": "half_life", "exp_avg_sq": None}, "outer_optimizer": {}}
+    ).describe()
+    for words in (
+        "2 replica(s) of 2 rank(s)",
+        "params: every 4 steps (given), 4,000 bytes",
+        "half-life of 0.9",
+        "exp_avg_sq: never averaged",
+        "outer Nesterov",
+        "times fewer than synchronous",
+        "up to 8,000 bytes on each rank while averages fly",
+        "not averaged: gradients, exp_avg_sq, buffers",
+    ):
         assert words in text
     assert "nothing to average" in plan(replica_size=4).describe()
 

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from deslo_plugin.last_step import LastStep
+from deslo_plugin.comm.common_last_step import LastStep
 
 RANKS, PERIOD = 4, 5
 
@@ -31,9 +31,9 @@ def test_ranks_at_different_steps_stop_after_the_same_one(seed):
             time.sleep(delays.random() * 0.003)
             ended[rank] = step
             if rank == asks and step == when:
-                last.ask()
-            asked = asked or last.asked()
-            if asked and last.after(step):
+                last.request_stop()
+            asked = asked or last.stop_requested()
+            if asked and last.is_last_step(step):
                 return
 
     threads = [threading.Thread(target=train, args=(rank,), daemon=True) for rank in range(RANKS)]
@@ -55,10 +55,10 @@ dist.init_process_group("gloo")
 torch.manual_seed(0)
 model = torch.nn.Linear(4, 2)
 optimizer = deslo_plugin.DesLoc(model.parameters(), {"optimizer": {"params": {"lr": 0.01, "sync_every": {"params": 7}}},
-                                                     "deslo": {"checkpoint": "exact", "timeout_s": 60}})
+                                                     "deslo": {"checkpoint_mode": "per_replica", "timeout_s": 60}})
 attachment = deslo_plugin.attach(model, optimizer)
 preemption = deslo_plugin.Preemption(model)
-newest = deslo_plugin.latest(folder)
+newest = deslo_plugin.latest_checkpoint(folder)
 first = deslo_plugin.load(newest, model)["step"] if newest else 0
 for step in range(first, steps):
     generator = torch.Generator().manual_seed(1000 * dist.get_rank() + step)
@@ -69,8 +69,8 @@ for step in range(first, steps):
         open(f"{folder}/started", "w").write(str(os.getpid()))
     if not newest and steps > 100:
         time.sleep(0.002 * (1 + dist.get_rank()))
-    if preemption.due():
-        preemption.exit(f"{folder}/last", extra={"step": step + 1})
+    if preemption.should_stop():
+        preemption.save_and_exit(f"{folder}/last", extra={"step": step + 1})
 json.dump([first, step + 1, float(model.weight.sum())], open(f"{folder}/rank{dist.get_rank()}.json", "w"))
 dist.barrier()
 os._exit(0)
@@ -79,8 +79,20 @@ os._exit(0)
 
 def launch(folder, steps):
     (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", folder / "script.py", folder, str(steps)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "3",
+        folder / "script.py",
+        folder,
+        str(steps),
+    ]
+    return subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def finish(job, timeout=90):

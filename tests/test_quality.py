@@ -1,4 +1,5 @@
-"""The study of docs/results.md: every method trains, finished runs are not repeated, and the document shows what came out."""
+"""The study of docs/results.md: every method trains, finished runs are not repeated, and the document shows what came
+out."""
 
 import json
 import sys
@@ -10,21 +11,28 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "quality")]
 
-import clock  # noqa: E402
-import extrapolate  # noqa: E402
-import plots  # noqa: E402
-import study  # noqa: E402
-from findings import tables  # noqa: E402
-from ledger import Ledger  # noqa: E402
-from methods import LOCAL, METHODS, PRESETS, run, tuning  # noqa: E402
-from small_gpt import GPTConfig, small_gpt  # noqa: E402
-from trial import train  # noqa: E402
+import clock
+import extrapolate
+import plots
+import study
+from findings import tables
+from ledger import Ledger
+from methods import LOCAL, METHODS, PRESETS, run, tuning
+from small_gpt import GPTConfig, small_gpt
+from trial import train
 
 GUESS = 5.545  # nats: one of 256 bytes
 SHORT = PRESETS["short"]
 STUDIES = ("short", "long")
-TINY = {"shape": GPTConfig(dim=16, layers=1, heads=2, context=16), "sequences": 2, "steps": 32, "warm_up": 8, "look": 16,
-        "period": 4, "held_out": 1}
+TINY = {
+    "shape": GPTConfig(dim=16, layers=1, heads=2, context=16),
+    "sequences": 2,
+    "steps": 32,
+    "warm_up": 8,
+    "look": 16,
+    "period": 4,
+    "held_out": 1,
+}
 SMALL = replace(SHORT, **TINY)
 TEXT = (ROOT / "docs" / "results.md").read_text()
 
@@ -52,8 +60,10 @@ def test_the_gpu_preset_computes_in_bfloat16_and_learns_as_in_float32():
 
 
 def test_late_averages_without_compensation_are_another_run():
-    late = [run(SMALL, "DES-LOC", rate=6e-3, seed=0, warm_up=False, deslo={"delay": 4}, compensated=each)
-            for each in (True, False)]
+    late = [
+        run(SMALL, "DES-LOC", rate=6e-3, seed=0, warm_up=False, deslo={"sync_delay": 4}, compensated=each)
+        for each in (True, False)
+    ]
     with_it, without = (train(each, SMALL)["validation"] for each in late)
     assert with_it != without and max(with_it + without) < GUESS
 
@@ -74,7 +84,9 @@ def test_finished_runs_are_not_repeated(tmp_path):
 
 
 def test_runs_of_another_size_have_another_file(tmp_path):
-    Ledger(tmp_path / "runs.json", SMALL).write(run(SMALL, "DES-LOC", rate=1e-3, seed=0, warm_up=False), {"validation": [1.0]})
+    Ledger(tmp_path / "runs.json", SMALL).write(
+        run(SMALL, "DES-LOC", rate=1e-3, seed=0, warm_up=False), {"validation": [1.0]}
+    )
     with pytest.raises(ValueError, match="expected runs of the same steps, got others"):
         Ledger(tmp_path / "runs.json", replace(SMALL, steps=64))
 
@@ -88,7 +100,9 @@ def test_every_method_has_the_same_grid_of_rates_and_a_start_of_each_kind():
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_document_is_of_the_whole_study(name):
     finished = Ledger(study.results(name), PRESETS[name])
-    missing = [each for part in study.PARTS for each in study.wanted(part, PRESETS[name], finished) if each not in finished]
+    missing = [
+        each for part in study.PARTS for each in study.wanted(part, PRESETS[name], finished) if each not in finished
+    ]
     assert not missing
 
 
@@ -117,10 +131,10 @@ def test_a_target_is_reached_between_looks_or_never():
 def test_processes_on_two_nodes_train_as_the_simulated_replicas():
     """The same data, start and rates: what is left between them is how float32 sums are ordered, over 3,072 steps."""
     rates, finished = json.loads(clock.RESULTS.read_text())["rates"], Ledger(study.results("long"), PRESETS["long"])
-    for title, (how, run) in clock.entrants(PRESETS["long"], finished).items():
+    for title, (how, trained) in clock.entrants(PRESETS["long"], finished).items():
         if title in LOCAL or how == "ddp":
             ends = [curves[title]["losses"][-1] for curves in rates.values()]
-            assert ends == pytest.approx([finished.final(run)] * len(ends), abs=0.02), title
+            assert ends == pytest.approx([finished.final(trained)] * len(ends), abs=0.02), title
 
 
 def test_the_document_shows_the_clock_and_the_planners_hours():

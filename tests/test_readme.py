@@ -4,8 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import yaml
+
 from deslo_plugin import load_config
-from deslo_plugin.config import DesloConfig
+from deslo_plugin.config.schema import DesloConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -16,7 +18,8 @@ def code(language: str) -> list[str]:
 
 
 def test_the_json_is_a_config():
-    block, stock = code("json")
+    (block,), page = code("json"), (ROOT / "docs" / "pytorch.md").read_text()
+    (stock,) = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
     config = load_config(json.loads(block))
     assert config.optimizer.periods == {"params": 32, "exp_avg": 96, "exp_avg_sq": 192}
     assert config.deslo.replica_size == load_config(json.loads(stock)).deslo.replica_size == 8
@@ -33,12 +36,25 @@ def test_the_make_targets_and_named_files_exist():
 
 def test_every_key_is_in_the_tables_and_defaults_are_as_written():
     for name in DesloConfig.__dataclass_fields__:
-        assert f"`{name}`" in TEXT, name
+        assert f"`{name}`" in (ROOT / "docs" / "configuration.md").read_text(), name
     defaults = load_config({})
     assert defaults.optimizer.periods == {"params": 32, "exp_avg": 96, "exp_avg_sq": 192}
     assert (defaults.optimizer.lr, defaults.optimizer.eps, defaults.optimizer.weight_decay) == (1e-3, 1e-8, 0.0)
     assert (defaults.optimizer.betas, defaults.optimizer.beta2) == ((0.9,), 0.95)
-    assert (defaults.deslo.timeout_s, defaults.deslo.bucket_mb, defaults.deslo.when) == (600, 64, "before_update")
+    assert (defaults.deslo.timeout_s, defaults.deslo.bucket_cap_mb, defaults.deslo.average_at) == (
+        600,
+        64,
+        "before_step",
+    )
+
+
+def test_the_readme_is_read_to_the_end():
+    assert len(TEXT.splitlines()) <= 140
+
+
+def test_the_yaml_is_a_config():
+    (block,) = code("yaml")
+    assert load_config(yaml.safe_load(block)).optimizer.periods == {"params": 32, "exp_avg": 96, "exp_avg_sq": 192}
 
 
 def test_the_python_is_valid():

@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-import curves  # noqa: E402
-import robustness  # noqa: E402
-import toy  # noqa: E402
+import curves
+import robustness
+import toy
 
 TEXT = (ROOT / "docs" / "robustness.md").read_text()
 EXPERIMENTS = json.loads(robustness.RESULTS.read_text())["experiments"]
@@ -21,7 +21,10 @@ SCENES = json.loads(toy.RESULTS.read_text())["f"]
 @pytest.mark.parametrize("title", EXPERIMENTS)
 def test_an_experiment_is_shown_as_it_came_out(title):
     assert robustness.table(title, EXPERIMENTS[title]) in TEXT
-    assert f"](figures/{curves.file_name(title)})" in TEXT and (ROOT / "docs" / "figures" / curves.file_name(title)).is_file()
+    assert (
+        f"](figures/{curves.file_name(title)})" in TEXT
+        and (ROOT / "docs" / "figures" / curves.file_name(title)).is_file()
+    )
 
 
 @pytest.mark.parametrize("scene", SCENES)

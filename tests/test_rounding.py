@@ -1,4 +1,5 @@
-"""bfloat16 momenta: rounded at random so that slow averages do not stand still, and alike wherever they are computed."""
+"""bfloat16 momenta: rounded at random so that slow averages do not stand still, and alike wherever they are
+computed."""
 
 import copy
 
@@ -7,7 +8,9 @@ import torch
 from test_native import FLOAT32, Case, assert_close, assert_same_bits
 from worlds import threads
 
-from deslo_plugin import ConfigError, DesLoc, ops, rounding
+from deslo_plugin import ConfigError, DesLoc
+from deslo_plugin.algorithm import stochastic_rounding as rounding
+from deslo_plugin.kernels import update as ops
 
 BRIEF = (torch.float32, torch.float32, torch.bfloat16, None)
 NATIVE = [True, False]
@@ -20,14 +23,28 @@ def update_of(rule, native):
 
 @pytest.mark.parametrize("native", NATIVE, ids=["native", "reference"])
 def test_slow_moments_do_not_stall(kernels, native):
-    """v at beta2 = 0.999 and u at beta = 0.9999, mean of many elements, against float64: rounding to nearest is 30% off."""
+    """v at beta2 = 0.999 and u at beta = 0.9999, mean of many elements, against float64: rounding to nearest is 30%
+    off."""
     generator, adam = torch.Generator().manual_seed(0), update_of("adam", native)
     x, u, v = torch.zeros(ELEMENTS), torch.full((ELEMENTS,), 0.5).bfloat16(), torch.zeros(ELEMENTS).bfloat16()
     true_u, true_v = u.double(), v.double()
     for t in range(STEPS):
         g = 1 + 0.1 * torch.randn(ELEMENTS, generator=generator)
-        adam([x], [g], [u], [v], [], t=t, lr=0.0, weight_decay=0.0, betas=[0.9999], weights=[1.0], beta2=0.999, eps=1e-8,
-             bias_correction=True)
+        adam(
+            [x],
+            [g],
+            [u],
+            [v],
+            [],
+            t=t,
+            lr=0.0,
+            weight_decay=0.0,
+            betas=[0.9999],
+            weights=[1.0],
+            beta2=0.999,
+            eps=1e-8,
+            bias_correction=True,
+        )
         true_u.lerp_(g.double(), 1e-4)
         true_v.lerp_(g.double().square(), 1e-3)
     for ours, theirs in ((u, true_u), (v, true_v)):
@@ -65,19 +82,20 @@ def test_draws_are_uniform_and_unrelated(over):
         assert abs((bits >> bit & 1).double().mean() - 0.5) < 4 * deviation / 2
 
 
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("rule", ops.OPERATORS)
 @pytest.mark.parametrize("t", [0, 1, 2**40])
 def test_kernels_and_reference_differ_in_few_roundings(kernels, rule, t):
     case = Case(rule, 2, [(100_003,), (64,)], [BRIEF] * 2, t=t)
     native, reference = case.native(), case.reference()
     assert_close(native, reference)
-    for ours, theirs in zip(native[2:], reference[2:]):  # the draws are equal: only the last bits of float32 can change them
+    # the draws are equal: only the last bits of float32 can change them
+    for ours, theirs in zip(native[2:], reference[2:]):
         assert (ours != theirs).double().mean() < 1e-3
 
 
 def test_a_permuted_state_is_rounded_in_the_order_of_memory(kernels):
     case = Case("adam", 2, [(2, 3, 4, 5)], [BRIEF])
-    permute = lambda tensors: [t.contiguous(memory_format=torch.channels_last) for t in tensors]  # noqa: E731
+    permute = lambda tensors: [t.contiguous(memory_format=torch.channels_last) for t in tensors]
     case.x, case.g, case.u, case.v = permute(case.x), permute(case.g), permute(case.u), [permute(case.v[0])]
     native, reference = case.native(), case.reference()
     assert_close(native, reference)
@@ -103,8 +121,12 @@ def give_gradients(params, step, rank=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_optimizer_keeps_its_moments_in_bfloat16(dtype):
-    settings = {"lr": 1e-2, "state_dtype": "bfloat16", "outer": {"lr": 0.7},
-                "sync_every": {"params": 3, "exp_avg": 2, "exp_avg_sq": 4}}
+    settings = {
+        "lr": 1e-2,
+        "state_dtype": "bfloat16",
+        "outer_optimizer": {"lr": 0.7},
+        "sync_every": {"params": 3, "exp_avg": 2, "exp_avg_sq": 4},
+    }
 
     def replica(average):
         params = [torch.nn.Parameter(torch.ones(70, dtype=dtype)), torch.nn.Parameter(torch.ones(3, 5, dtype=dtype))]
@@ -118,17 +140,20 @@ def test_the_optimizer_keeps_its_moments_in_bfloat16(dtype):
         for p in params:
             dtypes = {name: state.dtype for name, state in optimizer.state[p].items()}
             assert dtypes.pop("exp_avg") == dtypes.pop("exp_avg_sq") == torch.bfloat16
-            assert set(dtypes.values()) == {torch.float32} and p.dtype == dtype
-        assert optimizer.meter.bytes["exp_avg"] == 4 * 4 * 85  # the wire stays float32
+            assert dtypes.pop("step") == torch.int64
+            assert dtypes.pop("origin") == torch.int64 and set(dtypes.values()) == {torch.float32} and p.dtype == dtype
+        # the wire stays float32; a word asks after steps 2, 4, 8
+        assert optimizer.stats.bytes["exp_avg"] == 4 * 4 * 85 + 3 * 4
 
 
 def test_a_mean_lands_rounded_to_nearest():
     def replica(average):
         p = torch.nn.Parameter(torch.zeros(1000))
         params = {"state_dtype": "bfloat16", "sync_every": {"params": 1, "exp_avg": 1}}
-        settings = {"optimizer": {"params": params}, "deslo": {"when": "after_update"}}
+        settings = {"optimizer": {"params": params}, "deslo": {"average_at": "after_step"}}
         optimizer = DesLoc([p], settings, average=average)
         optimizer.state[p]["exp_avg"].fill_(1 if average.rank == 0 else 1 + 2**-7)
+        optimizer.state[p]["exp_avg_sq"].fill_(1)  # such a momentum is held to nothing less
         optimizer.skip_step()
         return optimizer.state[p]["exp_avg"]
 
@@ -161,5 +186,7 @@ def test_equal_replicas_stay_equal_and_a_resumed_run_is_the_straight_one():
 
 def test_bfloat16_momenta_of_float64_parameters_are_refused():
     settings = {"optimizer": {"params": {"state_dtype": "bfloat16"}}, "deslo": {"wire_dtype": "float64"}}
-    with pytest.raises(ConfigError, match="params.state_dtype: expected 'float32' with float64 parameters, got 'bfloat16'"):
+    with pytest.raises(
+        ConfigError, match="params.state_dtype: expected 'float32' with float64 parameters, got 'bfloat16'"
+    ):
         DesLoc([torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))], settings)

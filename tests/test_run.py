@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = '''
+SCRIPT = """
 import os, sys, torch, deepspeed
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at first, for inference only
 model = torch.nn.Linear(4, 1)
@@ -19,17 +19,19 @@ engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters
 for step in range(5):
     engine.backward(engine(torch.full((2, 4), float(torch.distributed.get_rank() + step))).mean())
     engine.step()
-sys.stdout.write(f"sent {dict(engine.deslo.meter.bytes)}\\n")
+sys.stdout.write(f"sent {dict(engine.deslo.stats.bytes)}\\n")
 sys.stdout.flush()
 torch.distributed.barrier()
 os._exit(0)  # the libraries' own threads abort now and then as they end
-'''
+"""
 
 
 def launched(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
     config = {
-        "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 2},
-        "optimizer": {"type": "DesLoc", "params": {"lr": 0.01, "sync_every": {"params": 2}}}, "deslo": {"replica_size": 1},
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "DesLoc", "params": {"lr": 0.01, "sync_every": {"params": 2}}},
+        "deslo": {"replica_size": 1},
     }
     (tmp_path / "ds.json").write_text(json.dumps(config))
     (tmp_path / "train.py").write_text(SCRIPT)
@@ -37,14 +39,27 @@ def launched(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess:
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
         [*command, str(tmp_path / "train.py"), str(tmp_path / "ds.json")],
-        capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        cwd=tmp_path,
     )
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "deslo_plugin.run"],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "-m",
+            "deslo_plugin.run",
+        ],
         ["deepspeed", "--num_gpus", "2", "--module", "deslo_plugin.run"],
     ],
     ids=["torchrun", "deepspeed"],
@@ -57,5 +72,7 @@ def test_a_script_that_knows_nothing_of_us_trains_with_desloc(command, tmp_path)
 
 
 def test_a_missing_script_is_a_sentence(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "deslo_plugin.run"], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "deslo_plugin.run"], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
     assert done.returncode == 1 and "expected the path of a training script" in done.stderr

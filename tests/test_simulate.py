@@ -12,9 +12,9 @@ from deslo_plugin import ConfigError, load_config
 from deslo_plugin.cli.app import app
 from deslo_plugin.simulation import Failures, Growth, Replicas
 from deslo_plugin.simulation import simulate as moments_of
-from deslo_plugin.simulation.contest import read_contestants
-from deslo_plugin.simulation.language import language, read_text, standard_library
-from deslo_plugin.simulation.scene import OPTIONS, Scene, read_spectrum
+from deslo_plugin.simulation.byte_lm import language, read_text, standard_library
+from deslo_plugin.simulation.comparison import read_contestants
+from deslo_plugin.simulation.settings import OPTIONS, SimulationConfig, read_spectrum
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = [str(ROOT / "configs" / "toy" / f"{name}.json") for name in ("des-loc", "local-adam", "favg+opt", "favg-opt")]
@@ -48,7 +48,9 @@ def test_every_objective_is_learned_by_every_default_algorithm(objective):
 
 
 def test_the_same_seed_gives_the_same_curves_and_another_others():
-    first, again, other = (losses(answer(*SMALL, "--seed", seed, "--config", TOY[0]), "des-loc") for seed in ("3", "3", "4"))
+    first, again, other = (
+        losses(answer(*SMALL, "--seed", seed, "--config", TOY[0]), "des-loc") for seed in ("3", "3", "4")
+    )
     assert first == again != other
 
 
@@ -63,18 +65,35 @@ def test_the_toy_figure_of_des_loc():
 
 def test_results_are_told_drawn_and_written(tmp_path):
     plot, content = tmp_path / "losses.png", tmp_path / "losses.json"
-    out = run(*SMALL, "--config", TOY[0], "--synchronous", "--seed", "0", "--seed", "1", "--double-at", "20",
-              "--plot", str(plot), "--json", str(content)).stdout
+    out = run(
+        *SMALL,
+        "--config",
+        TOY[0],
+        "--synchronous",
+        "--seed",
+        "0",
+        "--seed",
+        "1",
+        "--double-at",
+        "20",
+        "--plot",
+        str(plot),
+        "--json",
+        str(content),
+    ).stdout
     for told in ("des-loc", "synchronous", "half-life", "exp_avg_sq", "over seeds"):
         assert told in out
     assert plot.read_bytes()[:4] == b"\x89PNG"
     found = json.loads(content.read_text())
-    assert found["scene"]["double_at"] == 20 and found["algorithms"]["des-loc"]["optimizer"]["periods"]["exp_avg_sq"] == 692
+    assert (
+        found["scene"]["double_at"] == 20
+        and found["algorithms"]["des-loc"]["optimizer"]["periods"]["exp_avg_sq"] == 692
+    )
     for each in found["algorithms"].values():
         assert [curve["seed"] for curve in each["curves"]] == [0, 1]
-        assert {(step > 20, count) for curve in each["curves"] for step, count in zip(curve["steps"], curve["replicas"])} == {
-            (False, 4), (True, 8)
-        }
+        assert {
+            (step > 20, count) for curve in each["curves"] for step, count in zip(curve["steps"], curve["replicas"])
+        } == {(False, 4), (True, 8)}
     assert {name: len(each["memory"]) for name, each in found["algorithms"].items()} == {"des-loc": 2, "synchronous": 0}
     sent = {name: each["curves"][0]["bytes"] for name, each in found["algorithms"].items()}
     assert sent == {"des-loc": 0, "synchronous": 40 * 2 * 4}  # no period has passed; two float32 gradients at each step
@@ -83,14 +102,29 @@ def test_results_are_told_drawn_and_written(tmp_path):
 def test_one_that_diverges_is_named_and_the_others_go_on(tmp_path):
     wild = tmp_path / "wild.json"
     wild.write_text(json.dumps({"optimizer": {"params": {"rule": "sgdm", "lr": 1e3, "sync_every": {"params": 4}}}}))
-    options = [*SMALL, "--objective", "quadratic", "--config", str(wild), "--config", TOY[0], "--plot", str(tmp_path / "p.svg")]
+    options = [
+        *SMALL,
+        "--objective",
+        "quadratic",
+        "--config",
+        str(wild),
+        "--config",
+        TOY[0],
+        "--plot",
+        str(tmp_path / "p.svg"),
+    ]
     found = answer(*options)
-    assert found["algorithms"]["wild"]["curves"][0]["diverged"] and not found["algorithms"]["des-loc"]["curves"][0]["diverged"]
+    assert (
+        found["algorithms"]["wild"]["curves"][0]["diverged"]
+        and not found["algorithms"]["des-loc"]["curves"][0]["diverged"]
+    )
     assert "diverged" in run(*options).stdout and "wild (diverged)" in (tmp_path / "p.svg").read_text()
 
 
 def test_sgdm_is_told_what_is_proven_of_it():
-    out = run(*SMALL, "--objective", "quadratic", "--lr", "0.1", "--config", str(ROOT / "configs" / "des-loc-sgdm.json")).stdout
+    out = run(
+        *SMALL, "--objective", "quadratic", "--lr", "0.1", "--config", str(ROOT / "configs" / "des-loc-sgdm.json")
+    ).stdout
     assert "des-loc-sgdm: psi" in out and "/ L" in out
 
 
@@ -99,41 +133,59 @@ def test_gradient_clipping_of_the_file_bounds_each_replica(tmp_path):
     ends = []
     for name, extra in (("free", {}), ("clipped", {"gradient_clipping": 0.001})):
         (tmp_path / f"{name}.json").write_text(json.dumps(blocks | extra))
-        found = answer("--replicas", "1", "--steps", "1", "--objective", "quadratic", "--sigma", "0", "--spectrum", "1",
-                       "--config", str(tmp_path / f"{name}.json"))
+        found = answer(
+            "--replicas",
+            "1",
+            "--steps",
+            "1",
+            "--objective",
+            "quadratic",
+            "--sigma",
+            "0",
+            "--spectrum",
+            "1",
+            "--config",
+            str(tmp_path / f"{name}.json"),
+        )
         ends.append(losses(found, name)[0][-1])
     assert ends == pytest.approx([0.0, 0.5 * 0.999**2], abs=1e-5)  # a step of 1, and one of 0.001, from 1
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--fail-every", "0"], "--fail-every: expected a whole number >= 1, got 0"),
-    (["--fail-every", "5", "--fail-share", "1"], "--fail-share: expected a number between 0 and 1, got 1"),
-    (["--fail-every", "5", "--fail-absent", "0"], "--fail-absent: expected a whole number >= 1, got 0"),
-    (["--fail-every", "5", "--replicas", "1"], "--fail-every: expected two replicas or more, got 1"),
-    (["--fail-share", "0.1"], "--fail-share: expected --fail-every beside it, got none"),
-    (["--double-at", "0"], "--double-at: expected a whole number >= 1, got 0"),
-    (["--double-at", "1000"], "--double-at: expected fewer than the 1000 steps, got 1000"),
-    (["--replicas", "0"], "--replicas: expected a whole number >= 1, got 0"),
-    (["--steps", "0"], "--steps: expected a whole number >= 1, got 0"),
-    (["--objective", "rosenbrok"], "did you mean 'rosenbrock'?"),
-    (["--sigma", "-1"], "--sigma: expected a number >= 0, got -1"),
-    (["--sigma", "nan"], "--sigma: expected a number >= 0, got nan"),
-    (["--objective", "bytes", "--sigma", "1"], "--sigma: expected none: it belongs to rosenbrock and quadratic, got 1.0"),
-    (["--spectrum", "1"], "--spectrum: expected none: it belongs to quadratic and logistic, got 1"),
-    (["--data", "x"], "--data: expected none: it belongs to bytes, got x"),
-    (["--sigma", "1", "--noniid", "3"], "--sigma: expected none beside --noniid"),
-    (["--objective", "bytes", "--noniid", "1.5"], "--noniid: expected a share in [0, 1]"),
-    (["--objective", "bytes", "--data", "nowhere.txt"], "--data: expected a file of text"),
-    (["--objective", "quadratic", "--spectrum", "1:x"], "--spectrum: expected numbers > 0"),
-    (["--objective", "quadratic", "--spectrum", "0,1"], "--spectrum: expected numbers > 0"),
-    (["--config", "des-loc-adm"], "did you mean 'des-loc-adam'?"),
-    (["--config", TOY[0], "--config", TOY[0]], "configs of different names, got des-loc twice"),
-    (["--lr", "-1"], "--lr: expected a number >= 0, got -1"),
-    (["--seed", "1", "--seed", "1"], "--seed: expected different whole numbers"),
-    (["--plot", "losses.txt"], "--plot: expected a file that ends in one of .png"),
-    (["--plot", "nowhere/losses.png"], "--plot: expected an existing folder"),
-    (["--device", "abacus"], "--device: expected one of this machine"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--fail-every", "0"], "--fail-every: expected a whole number >= 1, got 0"),
+        (["--fail-every", "5", "--fail-share", "1"], "--fail-share: expected a number between 0 and 1, got 1"),
+        (["--fail-every", "5", "--fail-absent", "0"], "--fail-absent: expected a whole number >= 1, got 0"),
+        (["--fail-every", "5", "--replicas", "1"], "--fail-every: expected two replicas or more, got 1"),
+        (["--fail-share", "0.1"], "--fail-share: expected --fail-every beside it, got none"),
+        (["--double-at", "0"], "--double-at: expected a whole number >= 1, got 0"),
+        (["--double-at", "1000"], "--double-at: expected fewer than the 1000 steps, got 1000"),
+        (["--replicas", "0"], "--replicas: expected a whole number >= 1, got 0"),
+        (["--steps", "0"], "--steps: expected a whole number >= 1, got 0"),
+        (["--objective", "rosenbrok"], "did you mean 'rosenbrock'?"),
+        (["--sigma", "-1"], "--sigma: expected a number >= 0, got -1"),
+        (["--sigma", "nan"], "--sigma: expected a number >= 0, got nan"),
+        (
+            ["--objective", "bytes", "--sigma", "1"],
+            "--sigma: expected none: it belongs to rosenbrock and quadratic, got 1.0",
+        ),
+        (["--spectrum", "1"], "--spectrum: expected none: it belongs to quadratic and logistic, got 1"),
+        (["--data", "x"], "--data: expected none: it belongs to bytes, got x"),
+        (["--sigma", "1", "--noniid", "3"], "--sigma: expected none beside --noniid"),
+        (["--objective", "bytes", "--noniid", "1.5"], "--noniid: expected a share in [0, 1]"),
+        (["--objective", "bytes", "--data", "nowhere.txt"], "--data: expected a file of text"),
+        (["--objective", "quadratic", "--spectrum", "1:x"], "--spectrum: expected numbers > 0"),
+        (["--objective", "quadratic", "--spectrum", "0,1"], "--spectrum: expected numbers > 0"),
+        (["--config", "des-loc-adm"], "did you mean 'des-loc-adam'?"),
+        (["--config", TOY[0], "--config", TOY[0]], "configs of different names, got des-loc twice"),
+        (["--lr", "-1"], "--lr: expected a number >= 0, got -1"),
+        (["--seed", "1", "--seed", "1"], "--seed: expected different whole numbers"),
+        (["--plot", "losses.txt"], "--plot: expected a file that ends in one of .png"),
+        (["--plot", "nowhere/losses.png"], "--plot: expected an existing folder"),
+        (["--device", "abacus"], "--device: expected one of this machine"),
+    ],
+)
 def test_what_cannot_be_meant_is_one_sentence_and_status_2(arguments, message):
     assert message in run(*arguments, status=2).stderr
 
@@ -143,33 +195,42 @@ def test_a_config_that_cannot_be_simulated_is_refused(tmp_path):
     for blocks, message in (
         ({"deslo": {"sync_every": {"params": 4}}}, "a stock optimizer"),
         ({"optimizer": {"params": {}}, "gradient_clipping": "auto"}, "gradient_clipping"),
-        ({"optimizer": {"params": {}}, "deslo": {"weights": "samples"}}, "deslo.weights"),
+        ({"optimizer": {"params": {}}, "deslo": {"replica_weights": "samples"}}, "deslo.replica_weights"),
     ):
         path.write_text(json.dumps(blocks))
         assert message in run(*SMALL, "--config", str(path), status=2).stderr
 
 
 def test_failures_and_growth_refuse_what_has_no_meaning():
-    for wrong in (lambda: Failures(every=0, share=0.1, absent=1), lambda: Failures(every=1, share=0.0, absent=1),
-                  lambda: Failures(every=1, share=1.0, absent=1), lambda: Failures(every=1, share=0.1, absent=0),
-                  lambda: Growth(at=0, count=1), lambda: Growth(at=1, count=0)):
+    for wrong in (
+        lambda: Failures(every=0, share=0.1, absent=1),
+        lambda: Failures(every=1, share=0.0, absent=1),
+        lambda: Failures(every=1, share=1.0, absent=1),
+        lambda: Failures(every=1, share=0.1, absent=0),
+        lambda: Growth(at=0, count=1),
+        lambda: Growth(at=1, count=0),
+    ):
         with pytest.raises(ConfigError, match="expected"):
             wrong()
 
 
-def populations(scene: Scene, config=ADAM) -> list[set[int]]:
+def populations(scene: SimulationConfig, config=ADAM) -> list[set[int]]:
     goal = scene.build(0)
-    return [set(moment.replicas.ids) for moment in moments_of(
-        goal, config, replicas=scene.replicas, steps=scene.steps, membership=scene.membership(config, 0))]
+    return [
+        set(moment.replicas.ids)
+        for moment in moments_of(
+            goal, config, replicas=scene.replicas, steps=scene.steps, membership=scene.membership(config, 0)
+        )
+    ]
 
 
 def test_somebody_always_stays():
-    there = populations(Scene(replicas=3, steps=40, fail_every=2, fail_share=0.9, fail_absent=30))
+    there = populations(SimulationConfig(replicas=3, steps=40, fail_every=2, fail_share=0.9, fail_absent=30))
     assert min(map(len, there)) == 1
 
 
 def test_replicas_double_and_fail_in_one_run():
-    there = populations(Scene(replicas=4, steps=40, double_at=10, fail_every=16, fail_share=0.25))
+    there = populations(SimulationConfig(replicas=4, steps=40, double_at=10, fail_every=16, fail_share=0.25))
     assert [len(there[steps - 1]) for steps in (10, 11, 17, 32, 33)] == [4, 8, 6, 6, 6]
     assert set().union(*there) == set(range(8))
 
@@ -178,7 +239,7 @@ def test_replicas_double_and_fail_in_one_run():
 def test_who_joins_receives_momenta_where_they_are_ever_averaged(config, momenta):
     world = Replicas(torch.zeros(3), config, 2)
     world.step(torch.ones(2, 3))
-    Scene(replicas=2, steps=5, double_at=1).membership(config, 0)(1, world)
+    SimulationConfig(replicas=2, steps=5, double_at=1).membership(config, 0)(1, world)
     assert len(world.ids) == 4 and bool(world.state("exp_avg")[-1].any()) == momenta
 
 
@@ -188,9 +249,9 @@ def test_a_spectrum_is_a_list_or_a_logarithmic_range():
 
 
 def test_replicas_that_differ():
-    alike, apart = (Scene(objective="quadratic", noniid=noniid, sigma=0.0).build(0) for noniid in (0.0, 2.0))
+    alike, apart = (SimulationConfig(objective="quadratic", noniid=noniid, sigma=0.0).build(0) for noniid in (0.0, 2.0))
     assert not alike.centres.any() and apart.centres.std() == pytest.approx(2.0, rel=0.1)
-    deviations = Scene(replicas=4000, noniid=3.0).build(0).sigma
+    deviations = SimulationConfig(replicas=4000, noniid=3.0).build(0).sigma
     assert deviations.min() >= 0 and deviations.square().mean().sqrt() == pytest.approx(3.0, rel=0.05)
 
 

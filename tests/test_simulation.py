@@ -59,8 +59,15 @@ def test_every_rule_and_variant_is_the_oracle_in_float64(name, synchronous_steps
     s = VARIANTS[name]
     config = blocks(s, wire_dtype="float64", synchronous_steps=synchronous_steps)
     replicas = last(Bowls(gradient), config, replicas=REPLICAS, steps=STEPS, norm_clip=CLIP).replicas
-    theory = train([s], [START], REPLICAS, STEPS, lambda m, t, x: [gradient(m, t, x[0])], norm_clip=CLIP,
-                   synchronous_steps=synchronous_steps)
+    theory = train(
+        [s],
+        [START],
+        REPLICAS,
+        STEPS,
+        lambda m, t, x: [gradient(m, t, x[0])],
+        norm_clip=CLIP,
+        synchronous_steps=synchronous_steps,
+    )
     for m, groups in enumerate(theory):
         for state, expected in states(s, groups[0]).items():
             error = (replicas.state(state)[m] - expected).abs().max()
@@ -70,7 +77,7 @@ def test_every_rule_and_variant_is_the_oracle_in_float64(name, synchronous_steps
 def test_bytes_are_one_replicas():
     world = last(Bowls(), double(ADAM), replicas=3, steps=13, membership=Growth(at=9, count=2)).replicas
     each, word = 8 * SIZE, 8  # the word by which replicas ask each other whether an average may land
-    assert world.optimizer.meter.bytes == {"params": 3 * (each + word), "exp_avg": each, "exp_avg_sq": each}
+    assert world.optimizer.stats.bytes == {"params": 3 * (each + word), "exp_avg": each, "exp_avg_sq": each}
 
 
 @pytest.mark.parametrize("momenta", [True, False])
@@ -90,8 +97,10 @@ def test_who_joins_gets_the_mean_and_changes_no_mean(momenta):
 
 @pytest.mark.parametrize("rule", ["adam", "adopt"])
 def test_a_joiner_without_momenta_steps_as_a_new_replica_does(rule):
-    config = {"optimizer": {"params": {"rule": rule, "sync_every": {"params": 1000}}},
-              "deslo": {"wire_dtype": "float64"}}
+    config = {
+        "optimizer": {"params": {"rule": rule, "sync_every": {"params": 1000}}},
+        "deslo": {"wire_dtype": "float64"},
+    }
     world = last(Bowls(), config, replicas=3, steps=10).replicas
     world.join([3], momenta=False)
     fresh = Replicas(world.state("params")[3], config, 1)
@@ -134,19 +143,21 @@ def test_everyone_keeps_their_own_row_however_they_came():
         counts.append(len(world.ids))
         now = rows()
         for name, owned in now.items():
-            assert all(torch.equal(row, before[name][replica]) for replica, row in owned.items() if replica in before[name])
+            assert all(
+                torch.equal(row, before[name][replica]) for replica, row in owned.items() if replica in before[name]
+            )
         before = now
     assert counts == [4, 5, 3] and sorted(world.ids) == [1, 2, 4] and world.away == {0: 10, 3: 10}
 
 
-@pytest.mark.parametrize("when", ["before_update", "after_update"])
+@pytest.mark.parametrize("when", ["before_step", "after_step"])
 def test_averages_are_over_those_that_are_there(when):
     # two that train on after a third has left are two that never knew it, once they have met the same start
-    gone = lambda steps, replicas: steps == 10 and replicas.leave([1])  # noqa: E731
-    config = double(ADAM | {"deslo": {"when": when}})
+    gone = lambda steps, replicas: steps == 10 and replicas.leave([1])
+    config = double(ADAM | {"deslo": {"average_at": when}})
     left = last(Bowls(), config, replicas=3, steps=10).replicas
     rows, moments = left.state("params"), {name: left.state(name) for name in ("exp_avg", "exp_avg_sq")}
-    went_on = last(Bowls(), config, replicas=3, steps=12 + (when == "before_update"), membership=gone).replicas
+    went_on = last(Bowls(), config, replicas=3, steps=12 + (when == "before_step"), membership=gone).replicas
     assert went_on.ids == [0, 2] and went_on.away == {1: 10}
     x, u, v = ([each[0], each[2]] for each in (rows, moments["exp_avg"], moments["exp_avg_sq"]))
     for t in (10, 11):
@@ -154,12 +165,14 @@ def test_averages_are_over_those_that_are_there(when):
             g = noisy_quadratic(m, t, x[i])
             u[i], v[i] = 0.9 * u[i] + 0.1 * g, 0.95 * v[i] + 0.05 * g * g
             x[i] = x[i] - 0.01 * u[i] / (1 - 0.9 ** (t + 1)) / ((v[i] / (1 - 0.95 ** (t + 1))).sqrt() + 1e-8)
-    if when == "after_update":
+    if when == "after_step":
         assert torch.allclose(went_on.state("params"), torch.stack(x).mean(0).expand(2, -1), rtol=0, atol=1e-12)
     else:  # step 12 averages v and params first, then moves
         for i, m in enumerate((0, 2)):
             g = noisy_quadratic(m, 12, x[i])
-            assert torch.allclose(went_on.state("exp_avg_sq")[i], 0.95 * (v[0] + v[1]) / 2 + 0.05 * g * g, rtol=0, atol=1e-12)
+            assert torch.allclose(
+                went_on.state("exp_avg_sq")[i], 0.95 * (v[0] + v[1]) / 2 + 0.05 * g * g, rtol=0, atol=1e-12
+            )
 
 
 def test_failures_take_a_share_and_heal_at_an_average_of_params():
@@ -176,15 +189,20 @@ def test_failures_are_alike_for_every_algorithm_and_heal_to_the_mean_of_the_surv
     populations = []
     for momenta in (True, False):
         ids = []
-        for moment in simulate(Bowls(), double(ADAM), replicas=6, steps=30,
-                               membership=Failures(every=7, share=0.3, absent=1, momenta=momenta)):
+        for moment in simulate(
+            Bowls(),
+            double(ADAM),
+            replicas=6,
+            steps=30,
+            membership=Failures(every=7, share=0.3, absent=1, momenta=momenta),
+        ):
             ids.append(sorted(moment.replicas.ids))
         populations.append(ids)
     assert populations[0] == populations[1]
 
 
 def test_membership_in_the_middle_of_a_flight_changes_nothing_but_who_is_there():
-    come_and_go = lambda steps, replicas: (replicas.join([9]), replicas.leave([9])) if steps == 12 else None  # noqa: E731
+    come_and_go = lambda steps, replicas: (replicas.join([9]), replicas.leave([9])) if steps == 12 else None
     for s in (RULES["mt-dao-adam-n2"], VARIANTS["after_update"]):
         undisturbed, disturbed = (
             last(Bowls(), blocks(s, wire_dtype="float64"), replicas=3, steps=STEPS, membership=each).replicas
@@ -211,7 +229,9 @@ def test_what_cannot_be_meant_is_refused():
 def test_nan_on_one_replica_stops_the_average():
     class Broken(Bowls):
         def losses(self, x, replicas, step):
-            return super().losses(x, replicas, step) * torch.tensor([1.0] * (len(x) - 1) + [float("nan")], dtype=x.dtype)
+            return super().losses(x, replicas, step) * torch.tensor(
+                [1.0] * (len(x) - 1) + [float("nan")], dtype=x.dtype
+            )
 
     with pytest.raises(NonFiniteError):
         last(Broken(), double(ADAM), replicas=3, steps=6)
@@ -219,10 +239,12 @@ def test_nan_on_one_replica_stops_the_average():
 
 def test_noise_is_the_replicas_own_whoever_else_is_there():
     objectives = [
-        Rosenbrock(torch.zeros(2), replicas=5), Quadratic(torch.zeros(20), torch.ones(20), replicas=5, apart=1.0),
+        Rosenbrock(torch.zeros(2), replicas=5),
+        Quadratic(torch.zeros(20), torch.ones(20), replicas=5, apart=1.0),
         Logistic(torch.ones(6), batch=8, replicas=5, apart=1.0),
     ]
     for objective in objectives:
+
         def gradients(replicas, step):
             x = objective.start.expand(len(replicas), -1).clone().requires_grad_()
             return torch.autograd.grad(objective.losses(x, replicas, step).sum(), x)[0]
@@ -241,7 +263,9 @@ def test_noise_has_the_deviation_asked_for_and_no_bias():
 
 
 def test_bowls_that_lie_apart_have_their_common_minimum_at_zero():
-    objective = Quadratic(torch.zeros(3, dtype=torch.float64), torch.tensor([0.1, 1.0, 10.0]), 0.0, replicas=4, apart=2.0)
+    objective = Quadratic(
+        torch.zeros(3, dtype=torch.float64), torch.tensor([0.1, 1.0, 10.0]), 0.0, replicas=4, apart=2.0
+    )
     x = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
     (slopes,) = torch.autograd.grad(objective.losses(x, range(4), 0).sum(), x)
     assert slopes.abs().min() > 1e-3 and slopes.sum(0).abs().max() < 1e-12

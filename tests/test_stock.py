@@ -2,16 +2,17 @@
 
 import re
 
+import jobs as deepspeed_jobs
 import pytest
 import torch
 import torch_jobs as jobs
 from test_deepspeed import ds_config
 from theory import RULES, assert_oracle, oracle_states
 
-import jobs as deepspeed_jobs
 from deslo_plugin import ConfigError, load_config
-from deslo_plugin.collectives import Alone
-from deslo_plugin.stock import StockAveraging, schedule
+from deslo_plugin.comm.transport import SingleReplica
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
+from deslo_plugin.optim.any_optimizer_step import schedule
 
 SYNC_EVERY = {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}
 ADAMW = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.0}
@@ -47,24 +48,31 @@ def test_adamw_trains_as_the_oracle(four, wrap, optimizer):
     assert all(result["bytes"] == result["planned"] for result in results)
 
 
-@pytest.mark.parametrize("more", [{"when": "after_update"}, {"synchronous_steps": 9}], ids=str)
+@pytest.mark.parametrize("more", [{"average_at": "after_step"}, {"synchronous_steps": 9}], ids=str)
 @pytest.mark.parametrize("wrap", WORLDS)
 def test_order_and_warm_up_are_those_of_the_oracle(four, wrap, more):
-    s = type(RULES["des-loc-adam"])(**vars(RULES["des-loc-adam"]) | {"after_update": "when" in more})
+    s = type(RULES["des-loc-adam"])(**vars(RULES["des-loc-adam"]) | {"after_update": "average_at" in more})
     results = four().run(jobs.run, wrap, deslo(wrap, **more), 20, None, adamw)
-    assert_oracle(results, oracle_states(s, 20, replicas=WORLDS[wrap][0], own_period=False,
-                                         synchronous_steps=more.get("synchronous_steps", 0)))
+    assert_oracle(
+        results,
+        oracle_states(
+            s, 20, replicas=WORLDS[wrap][0], own_period=False, synchronous_steps=more.get("synchronous_steps", 0)
+        ),
+    )
 
 
 def stock_ds(stage: int, **more) -> dict:
     ds = ds_config(RULES["des-loc-adam"], stage) | more
     ds["optimizer"] = {"type": "AdamW", "params": ADAMW | {"torch_adam": True}}
-    ds["deslo"] = {"replica_size": 2, "sync_every": SYNC_EVERY, "checkpoint": "exact"}
+    ds["deslo"] = {"replica_size": 2, "sync_every": SYNC_EVERY, "checkpoint_mode": "per_replica"}
     return ds
 
 
 def params_of_theory(steps, broken=None):
-    return [{"params": replica["params"]} for replica in oracle_states(RULES["des-loc-adam"], steps, broken, own_period=False)]
+    return [
+        {"params": replica["params"]}
+        for replica in oracle_states(RULES["des-loc-adam"], steps, broken, own_period=False)
+    ]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -78,7 +86,7 @@ def test_a_skip_that_nobody_would_take_is_refused(four):
     ds = stock_ds(0)
     ds["deslo"]["on_nonfinite"] = "skip"
     for error in four().run(deepspeed_jobs.raises, ds):
-        assert "deslo.on_nonfinite: expected \"stop\"" in error
+        assert 'deslo.on_nonfinite: expected "stop"' in error
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -98,7 +106,7 @@ def test_a_deepspeed_resume_in_the_middle_of_a_period_changes_no_bit(four, tmp_p
 @pytest.mark.parametrize("optimizer, states", [(sgd, ["momentum_buffer"]), (muon, ["momentum_buffer"])])
 def test_whatever_states_an_optimizer_has_are_averaged(four, optimizer, states):
     """After an average that is taken after the update replicas are equal in all that was averaged."""
-    config = {"deslo": {"when": "after_update", "sync_every": {"params": 2} | dict.fromkeys(states, 4)}}
+    config = {"deslo": {"average_at": "after_step", "sync_every": {"params": 2} | dict.fromkeys(states, 4)}}
     at_4, at_6 = (four().run(jobs.raw_states, "plain", config, steps, optimizer) for steps in (4, 6))
     for state in ("params", *states):
         assert all(torch.equal(mine, first) for one in at_4 for mine, first in zip(one[state], at_4[0][state]))
@@ -109,7 +117,9 @@ def test_whatever_states_an_optimizer_has_are_averaged(four, optimizer, states):
 def test_torchs_lr_schedulers_are_built_before_or_after(first):
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
-    averaging = StockAveraging(optimizer, load_config({"deslo": {"sync_every": SYNC_EVERY}}).deslo, Alone())
+    averaging = AnyOptimizerAverager(
+        optimizer, load_config({"deslo": {"sync_every": SYNC_EVERY}}).deslo, SingleReplica()
+    )
     if first == "ours":
         schedule(averaging)
     halved = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
@@ -127,10 +137,16 @@ def test_two_optimizers_of_one_model_have_their_own_periods(four):
     assert equal == [{"params": True, "momentum_buffer": True, "exp_avg": False, "exp_avg_sq": True}] * 4
 
 
-@pytest.mark.parametrize("sync_every, message", [
-    ({"params": 3, "exp_avg": 6}, "a period for every state of AdamW .exp_avg, exp_avg_sq., got none for exp_avg_sq"),
-    (SYNC_EVERY | {"exp_avg_square": 3}, "sync_every.exp_avg_square: .*did you mean 'exp_avg_sq'"),
-])
+@pytest.mark.parametrize(
+    "sync_every, message",
+    [
+        (
+            {"params": 3, "exp_avg": 6},
+            "a period for every state of AdamW .exp_avg, exp_avg_sq., got none for exp_avg_sq",
+        ),
+        (SYNC_EVERY | {"exp_avg_square": 3}, "sync_every.exp_avg_square: .*did you mean 'exp_avg_sq'"),
+    ],
+)
 def test_states_that_do_not_fit_the_schedule_are_named_after_the_first_step(four, sync_every, message):
     for error in four().run(jobs.raises, "plain", {"deslo": {"sync_every": sync_every}}, 2, None, adamw):
         assert re.search(message, error)
@@ -143,11 +159,20 @@ def test_a_state_that_has_no_mean_is_refused_unless_it_stays_local(four):
             assert expected in error
 
 
-@pytest.mark.parametrize("blocks, message", [
-    ({"deslo": {"sync_every": {"exp_avg": 3}}}, "deslo.sync_every.params: expected a whole number >= 1"),
-    ({"optimizer": {"type": "DesLoc"}, "deslo": {"sync_every": {"params": 3}}}, "move it to optimizer.params.sync_every"),
-    ({"deslo": {"sync_every": {"params": 3, "exp_avg": "half_life"}}}, "sync_every.exp_avg: expected a whole number >= 1, null"),
-])
+@pytest.mark.parametrize(
+    "blocks, message",
+    [
+        ({"deslo": {"sync_every": {"exp_avg": 3}}}, "deslo.sync_every.params: expected a whole number >= 1"),
+        (
+            {"optimizer": {"type": "DesLoc"}, "deslo": {"sync_every": {"params": 3}}},
+            "move it to optimizer.params.sync_every",
+        ),
+        (
+            {"deslo": {"sync_every": {"params": 3, "exp_avg": "half_life"}}},
+            "sync_every.exp_avg: expected a whole number >= 1, null",
+        ),
+    ],
+)
 def test_a_schedule_that_cannot_be_meant_is_refused(blocks, message):
     with pytest.raises(ConfigError, match=message):
         load_config(blocks)

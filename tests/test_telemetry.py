@@ -1,4 +1,5 @@
-"""What a run writes down: every average and every total, on whatever it is tracked with, and never at training's expense."""
+"""What a run writes down: every average and every total, on whatever it is tracked with, and never at training's
+expense."""
 
 import csv
 import json
@@ -17,11 +18,11 @@ from theory import RULES
 
 import deslo_plugin
 from deslo_plugin import ConfigError, load_config
-from deslo_plugin.drift import Drift
-from deslo_plugin.journal import Journal, read
-from deslo_plugin.recorder import Recorder
-from deslo_plugin.report.run import Run
-from deslo_plugin.telemetry import SyncEvent
+from deslo_plugin.averaging.metrics import SyncEvent
+from deslo_plugin.kernels.drift import Drift
+from deslo_plugin.telemetry.jsonl_writer import JsonlWriter, read
+from deslo_plugin.telemetry.recorder import Recorder
+from deslo_plugin.telemetry.report.run import Run
 
 S = RULES["mt-dao-adam-n2"]
 STEPS = 26
@@ -47,13 +48,16 @@ def test_lines_are_what_the_meter_counted_and_the_plan_foretold(four, tmp_path, 
     config = blocks(S, replica_size="auto" if wrap == "fsdp" else 1, telemetry={"path": str(tmp_path)})
     results = four().run(jobs.recorded, wrap, config, STEPS)
     ranks = [0, 2] if wrap == "fsdp" else [0, 1, 2, 3]  # the first of each replica
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"replica-{replica}.jsonl" for replica in range(len(ranks))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"replica-{replica}.jsonl" for replica in range(len(ranks))
+    ]
     for replica, rank in enumerate(ranks):
         result, path = results[rank], tmp_path / f"replica-{replica}.jsonl"
         (start,), (end,), averages = lines(path, "start"), lines(path, "end"), lines(path, "average")
         assert total(path) == result["bytes"] == result["planned"] == end["bytes"]
         assert end["exposed_s"] == result["exposed"]
-        assert sum(each["exposed_s"] for each in averages) == pytest.approx(result["exposed"], abs=0.05)  # and calls beside
+        # and calls beside
+        assert sum(each["exposed_s"] for each in averages) == pytest.approx(result["exposed"], abs=0.05)
         assert (start["replica"], start["replicas"], start["shard"]) == (replica, len(ranks), 0)
         assert start["groups"][1]["periods"] == {"params": 2, "exp_avg": 6, "exp_avg_2": 4, "exp_avg_sq": 12}
         assert (end["events"], end["taken"], end["skipped_steps"]) == (result["events"], STEPS, 0)
@@ -65,7 +69,12 @@ def test_lines_are_what_the_meter_counted_and_the_plan_foretold(four, tmp_path, 
         state = next(iter(last["distance"]))
         assert (last["distance"][state], last["cosine"][state]) == result["drift"][state]
     run = Run(tmp_path)
-    assert run.ended and run.bytes == results[0]["bytes"] and run.tokens == 7 * STEPS * 4 and run.steps == run.taken == STEPS
+    assert (
+        run.ended
+        and run.bytes == results[0]["bytes"]
+        and run.tokens == 7 * STEPS * 4
+        and run.steps == run.taken == STEPS
+    )
     assert f"{STEPS} steps" in results[0]["summary"] and f"{run.reduction:.1f} times fewer" in results[0]["summary"]
     assert lines(tmp_path / "replica-0.jsonl", "end")[0]["reduction"] == pytest.approx(run.reduction)
 
@@ -79,14 +88,16 @@ def test_the_pseudo_gradient_of_equal_steps_has_cosine_1_and_of_opposite_steps_m
     """Two replicas from x = 1: by hand, Delta = (0.5, 0.5), then (0.25, -0.75), whose mean points down."""
     from worlds import threads
 
-    from deslo_plugin.pseudo_gradient import NAME, PseudoGradient
+    from deslo_plugin.averaging.pseudo_gradient import NAME, PseudoGradient
 
     def one(average):
         x = torch.nn.Parameter(torch.ones(3))
         found = []
         params = {"rule": "sgdm", "lr": 1.0, "betas": [0.0], "sync_every": {"params": 1, "exp_avg": None}}
-        config = {"optimizer": {"params": params}, "deslo": {"when": "after_update"}}
-        optimizer = deslo_plugin.DesLoc([x], config, average=average, emit=lambda event: found.append(event.drift.get(NAME)))
+        config = {"optimizer": {"params": params}, "deslo": {"average_at": "after_step"}}
+        optimizer = deslo_plugin.DesLoc(
+            [x], config, average=average, on_average=lambda event: found.append(event.drift.get(NAME))
+        )
         optimizer.averaging.receive = PseudoGradient(optimizer.averaging.receive, optimizer.averaging.record)
         for gradients in ((-0.5, -0.5), (-0.5, -0.5), (-0.25, 0.75)):
             x.grad = torch.full((3,), gradients[average.rank])
@@ -100,8 +111,10 @@ def test_the_pseudo_gradient_of_equal_steps_has_cosine_1_and_of_opposite_steps_m
 
 
 def test_the_pseudo_gradient_is_in_the_lines_and_costs_no_bytes(four, tmp_path):
-    plain, more = (four().run(jobs.recorded, "plain", local(tmp_path / str(flag), pseudo_gradient=flag), STEPS)[0]
-                   for flag in (False, True))
+    plain, more = (
+        four().run(jobs.recorded, "plain", local(tmp_path / str(flag), pseudo_gradient=flag), STEPS)[0]
+        for flag in (False, True)
+    )
     assert plain["bytes"] == more["bytes"]
     seen = Run(tmp_path / "True").drift
     assert "pseudo_gradient" not in Run(tmp_path / "False").drift
@@ -116,7 +129,8 @@ def test_a_run_that_goes_on_writes_what_it_does_over_again_once(four, tmp_path):
     run = Run(tmp_path)
     assert run.processes == 2 and run.steps == 20
     flown = [(flight.state, flight.steps) for flight in run.flights]
-    assert [steps for state, steps in flown if state == "exp_avg_2"] == [4, 4, 8, 8, 12, 12, 16, 16]  # of 2 param groups
+    # of 2 param groups
+    assert [steps for state, steps in flown if state == "exp_avg_2"] == [4, 4, 8, 8, 12, 12, 16, 16]
     lands = [flight.land for flight in run.flights]
     assert lands == sorted(lands)
 
@@ -141,7 +155,7 @@ def test_a_torn_last_line_is_left_out_and_cut_off(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"kind":"start","steps":1}\n{"kind":"lo')
     assert [record["steps"] for record in read(path)] == [1]
-    journal = Journal(path)
+    journal = JsonlWriter(path)
     journal.put({"kind": "log", "steps": 2, "loss": float("nan"), "on": lambda: 1.5})
     journal.close()
     _, last = (json.loads(line) for line in path.read_text().splitlines())
@@ -151,7 +165,7 @@ def test_a_torn_last_line_is_left_out_and_cut_off(tmp_path):
 def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path):
     code = """
 import resource, signal, sys, time, pathlib
-import deslo_plugin.journal as journal
+import deslo_plugin.telemetry.jsonl_writer as journal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 journal.EVERY = 0.01
 mine = journal.Journal(pathlib.Path(sys.argv[1]))
@@ -161,8 +175,13 @@ for steps in range(1, 40):
     mine.put({"steps": steps}); time.sleep(0.01)
 mine.close(); print("trained")
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.jsonl")], capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"PYTHONPATH": str(Path(deslo_plugin.__file__).parent.parent)})
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.jsonl")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(deslo_plugin.__file__).parent.parent)},
+    )
     assert done.stdout == "trained\n" and done.stderr.count("telemetry stops and training goes on") == 1, done.stderr
     steps = [json.loads(line)["steps"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert steps == list(range(len(steps))) and 1 <= len(steps) < 5
@@ -178,8 +197,14 @@ attachment = deslo_plugin.attach(model, optimizer)
 for _ in range(5):
     model(torch.ones(2)).sum().backward(); optimizer.step(); attachment.log(loss=torch.tensor(1.0))
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"PYTHONPATH": str(Path(deslo_plugin.__file__).parent.parent)}, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(deslo_plugin.__file__).parent.parent)},
+        check=True,
+    )
     assert "deslo: 5 steps" in done.stderr and "  params: 2 times" in done.stderr
     assert [record["kind"] for record in read(tmp_path / "run" / "replica-0.jsonl")][-1] == "end"
     assert len(lines(tmp_path / "run" / "replica-0.jsonl", "log")) == 5
@@ -191,8 +216,11 @@ def test_deepspeeds_monitor_gets_one_row_for_each_average(four, tmp_path, stage,
     ds = ds_config(S, stage, csv_monitor=monitor, deslo={"telemetry": {"path": str(tmp_path / "run")}})
     if optimizer == "AdamW":
         ds["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}
-        ds["deslo"] = {"replica_size": 2, "telemetry": {"path": str(tmp_path / "run")},
-                       "sync_every": {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}}
+        ds["deslo"] = {
+            "replica_size": 2,
+            "telemetry": {"path": str(tmp_path / "run")},
+            "sync_every": {"params": 3, "exp_avg": 6, "exp_avg_sq": 12},
+        }
     first, *_ = four().run(jobs.engine_recorded, ds, STEPS)
     table = defaultdict(list)
     for path in (tmp_path / "job").glob("deslo_*.csv"):
@@ -213,19 +241,21 @@ def test_accelerates_trackers_get_the_scalars_of_the_first_rank(four, tmp_path):
     assert all(other == [] for other in others)
     assert [steps for _, steps in told] == [t for t in range(2, STEPS) if any(t % period == 0 for period in (2, 3))]
     assert told[-1][0]["deslo_bytes/params"] == total(tmp_path / "replica-0.jsonl")["params"]
-    assert all(0 < values["deslo_distance/params"] and abs(values["deslo_cosine/params"]) <= 1 for values, _ in told)
+    assert all(values["deslo_distance/params"] > 0 and abs(values["deslo_cosine/params"]) <= 1 for values, _ in told)
 
 
 def test_a_tracker_that_raises_is_dropped_and_the_others_go_on(caplog):
     class Averaging:
-        listeners, meter, steps = [], deslo_plugin.optimizer.Meter(), 0
+        listeners, meter, steps = [], deslo_plugin.optim.desloc.Meter(), 0
 
     seen, recorder = [], Recorder(Averaging)
     recorder.add(lambda scalars, steps: 1 / 0)
     recorder.add(lambda scalars, steps: seen.append((steps, scalars["deslo_cosine/params"])))
     for steps, cosines in ((2, (0.5, 0.25)), (4, (0.75,))):
         for cosine in cosines:  # of two param groups, the worst
-            Averaging.listeners[0](SyncEvent(steps, {"params": 4}, 0.1, {"params": Drift(0.1, cosine)}, {"params": 0.2}))
+            Averaging.listeners[0](
+                SyncEvent(steps, {"params": 4}, 0.1, {"params": Drift(0.1, cosine)}, {"params": 0.2})
+            )
     recorder.step_ended()
     assert seen == [(2, 0.25), (4, 0.75)]
     assert caplog.text.count("no more scalars") == 1
@@ -249,13 +279,16 @@ def test_two_attachments_do_not_write_one_file(tmp_path):
     make()[1].end()
 
 
-@pytest.mark.parametrize("block, expected", [
-    ({}, "deslo.telemetry.path: expected the folder of this run, got None"),
-    ({"path": 3}, "deslo.telemetry.path: expected the folder of this run, got 3 (int)"),
-    ({"path": "a", "pth": 1}, "deslo.telemetry.pth: expected a known key"),
-    ({"path": "a", "tensorboard": "yes"}, "deslo.telemetry.tensorboard: expected true or false"),
-    ("runs", "deslo.telemetry: expected a mapping"),
-])
+@pytest.mark.parametrize(
+    "block, expected",
+    [
+        ({}, "deslo.telemetry.path: expected the folder of this run, got None"),
+        ({"path": 3}, "deslo.telemetry.path: expected the folder of this run, got 3 (int)"),
+        ({"path": "a", "pth": 1}, "deslo.telemetry.pth: expected a known key"),
+        ({"path": "a", "tensorboard": "yes"}, "deslo.telemetry.tensorboard: expected true or false"),
+        ("runs", "deslo.telemetry: expected a mapping"),
+    ],
+)
 def test_mistakes_in_the_block_are_errors(block, expected):
     with pytest.raises(ConfigError) as error:
         load_config({"deslo": {"telemetry": block}})
@@ -264,19 +297,21 @@ def test_mistakes_in_the_block_are_errors(block, expected):
 
 def test_settings_that_do_not_go_together_are_refused():
     with pytest.raises(ConfigError, match="deslo.telemetry.pseudo_gradient: expected false with a delay above 1"):
-        load_config({"deslo": {"delay": 2, "telemetry": {"path": "a", "pseudo_gradient": True}}})
+        load_config({"deslo": {"sync_delay": 2, "telemetry": {"path": "a", "pseudo_gradient": True}}})
 
 
 def test_what_is_no_number_is_refused_by_name(tmp_path):
     model = torch.nn.Linear(2, 1)
     attachment = deslo_plugin.attach(model, deslo_plugin.DesLoc(model.parameters(), local(tmp_path)))
-    for values, expected in (({"loss": "low"}, "log(loss=...): expected a number, or a tensor with one, got 'low' (str)"),
-                             ({"steps": 3}, "log(steps=...): expected another name"),
-                             ({"loss": torch.ones(2)}, "log(loss=...): expected a number, or a tensor with one")):
+    for values, expected in (
+        ({"loss": "low"}, "log(loss=...): expected a number, or a tensor with one, got 'low' (str)"),
+        ({"steps": 3}, "log(steps=...): expected another name"),
+        ({"loss": torch.ones(2)}, "log(loss=...): expected a number, or a tensor with one"),
+    ):
         with pytest.raises(ConfigError) as error:
             attachment.log(**values)
         assert expected in str(error.value)
-    attachment.end()
+    attachment.close()
 
 
 def test_tensorboard_is_asked_for_by_name_and_written(tmp_path, monkeypatch):
@@ -284,11 +319,13 @@ def test_tensorboard_is_asked_for_by_name_and_written(tmp_path, monkeypatch):
 
     def attach(path):
         model = torch.nn.Linear(2, 1)
-        config = {"optimizer": {"params": {"sync_every": {"params": 2}}},
-                  "deslo": {"telemetry": {"path": str(path), "tensorboard": True}}}
+        config = {
+            "optimizer": {"params": {"sync_every": {"params": 2}}},
+            "deslo": {"telemetry": {"path": str(path), "tensorboard": True}},
+        }
         return model, deslo_plugin.attach(model, deslo_plugin.DesLoc(model.parameters(), config))
 
-    import deslo_plugin.frameworks.telemetry as wiring
+    import deslo_plugin.frameworks.telemetry_sinks as wiring
 
     monkeypatch.setattr(wiring, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="deslo.telemetry.tensorboard: expected the package tensorboard, got none"):
@@ -311,7 +348,7 @@ def test_tensorboard_is_asked_for_by_name_and_written(tmp_path, monkeypatch):
     for _ in range(5):
         model(torch.ones(2)).sum().backward()
         attachment.optimizer.step()
-    attachment.end()
+    attachment.close()
     assert [(value, steps) for name, value, steps in rows if name == "deslo_bytes/params"] == [(16, 2), (32, 4)]
 
 

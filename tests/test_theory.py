@@ -8,9 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deslo_plugin import load_config
-from deslo_plugin.simulation import Quadratic, Replicas, simulate
-from deslo_plugin.simulation.memory import memory, proven
-from deslo_plugin.theory import (
+from deslo_plugin.algorithm.theory import (
     first_momentum_drift,
     local_variance,
     mutual_information,
@@ -19,19 +17,25 @@ from deslo_plugin.theory import (
     second_momentum_drift,
     shared_variance,
 )
+from deslo_plugin.simulation import Quadratic, Replicas, simulate
+from deslo_plugin.simulation.momentum_memory import memory, proven
 
 BETAS = st.floats(0.05, 0.999)
 
 
 def config(rule: str, every: dict[str, int], **params):
     params = {"rule": rule, "lr": 0.0, "sync_every": every} | params
-    return {"optimizer": {"params": params}, "deslo": {"when": "after_update", "wire_dtype": "float64"}}
+    return {"optimizer": {"params": params}, "deslo": {"average_at": "after_step", "wire_dtype": "float64"}}
 
 
 def pure_noise(beta: float, every: int, *, replicas: int, size: int, sigma: float, rounds: int, past: int) -> tuple:
-    """(the average, (size,); every replica's momentum ``past`` steps after it, (replicas, size)), long after the start."""
-    world = Replicas(torch.zeros(size, dtype=torch.float64),
-                     config("sgdm", {"params": every, "exp_avg": every}, betas=[beta]), replicas)
+    """(the average, (size,); every replica's momentum ``past`` steps after it, (replicas, size)), long after the
+    start."""
+    world = Replicas(
+        torch.zeros(size, dtype=torch.float64),
+        config("sgdm", {"params": every, "exp_avg": every}, betas=[beta]),
+        replicas,
+    )
     generator = torch.Generator().manual_seed(0)
     average = None
     for step in range(1, rounds * every + past + 1):
@@ -78,10 +82,14 @@ def test_mutual_information_of_coordinates_that_depend_on_each_other():
 
 
 def drifts(beta: float, beta2: float, rho: float, gradients: torch.Tensor, every: int) -> list[tuple[str, int, float]]:
-    """(state, local steps, greatest change of a coordinate since the last average) after every step but those of averages."""
+    """(state, local steps, greatest change of a coordinate since the last average) after every step but those of
+    averages."""
     both = {"params": every, "exp_avg": every, "exp_avg_sq": every}
-    world = Replicas(torch.zeros(gradients.shape[2], dtype=torch.float64),
-                     config("adam", both, betas=[beta, beta2], clip={"value": rho}), gradients.shape[1])
+    world = Replicas(
+        torch.zeros(gradients.shape[2], dtype=torch.float64),
+        config("adam", both, betas=[beta, beta2], clip_value=rho),
+        gradients.shape[1],
+    )
     found, shared = [], {}
     for step, rows in enumerate(gradients, 1):
         world.step(rows.clone())
@@ -96,7 +104,9 @@ def drifts(beta: float, beta2: float, rho: float, gradients: torch.Tensor, every
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(BETAS, BETAS, st.floats(1e-3, 10.0), st.integers(2, 9), st.integers(0, 2**20))
 def test_no_momentum_ever_drifts_beyond_the_bound(beta, beta2, rho, every, seed):
-    gradients = 3 * rho * torch.randn(4 * every, 3, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gradients = (
+        3 * rho * torch.randn(4 * every, 3, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    )
     for state, past, drift in drifts(beta, beta2, rho, gradients, every):
         bound = first_momentum_drift(beta, past, rho) if state == "exp_avg" else second_momentum_drift(beta2, past, rho)
         assert drift <= bound * (1 + 1e-9)
@@ -149,8 +159,11 @@ def test_the_proven_rate_by_hand():
 
 
 def test_what_a_config_remembers():
-    params = {"sync_every": {"params": 32}, "momenta": [{"beta": 0.999, "weight": 0.9, "sync_every": 32}],
-              "second_moment": {"beta": 0.99, "sync_every": None}}
+    params = {
+        "sync_every": {"params": 32},
+        "momenta": [{"beta": 0.999, "weight": 0.9, "sync_every": 32}],
+        "second_moment": {"beta": 0.99, "sync_every": None},
+    }
     slow, second = memory(load_config({"optimizer": {"params": params}}).optimizer, replicas=4)
     assert slow.kept == pytest.approx(0.9685, abs=1e-4) and slow.noise == pytest.approx(0.0005 * 0.062, rel=0.02)
     assert slow.information == pytest.approx(0.5 * math.log1p(0.999**64 / (4 * (1 - 0.999**64))))
@@ -161,15 +174,21 @@ def test_what_a_config_remembers():
 
 
 def test_a_momentum_that_is_reset_is_local_since_then():
-    params = {"sync_every": {"params": 8, "exp_avg": None, "exp_avg_sq": None}, "reset_momenta": True, "betas": [0.9, 0.99]}
+    params = {
+        "sync_every": {"params": 8, "exp_avg": None, "exp_avg_sq": None},
+        "reset_momenta": True,
+        "betas": [0.9, 0.99],
+    }
     first, second = memory(load_config({"optimizer": {"params": params}}).optimizer, replicas=4)
     assert first.kept == first.information == 0 and first.noise == pytest.approx(local_variance(0.9, 8))
     assert second.drift == pytest.approx(second_momentum_drift(0.99, 8))
 
 
 def test_what_is_proven_of_a_config():
-    des_loc, mt_dao = (load_config({"optimizer": {"params": {"rule": "sgdm", "sync_every": {"params": 32}} | params}}).optimizer
-                       for params in ({"betas": [0.9]}, {"momenta": [{"beta": 0.9, "weight": 0.5}]}))
+    des_loc, mt_dao = (
+        load_config({"optimizer": {"params": {"rule": "sgdm", "sync_every": {"params": 32}} | params}}).optimizer
+        for params in ({"betas": [0.9]}, {"momenta": [{"beta": 0.9, "weight": 0.5}]})
+    )
     found = proven(des_loc)
     assert found.psi == pytest.approx(psi(32, [0.9], [1.0], [96])) and found.rate == proven_rate(0.9, found.psi)
     assert proven(mt_dao) == (pytest.approx(found.psi / 2), None)

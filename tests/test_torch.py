@@ -9,7 +9,11 @@ from worlds import Processes
 
 STEPS = 42
 WORLDS = {  # wrap -> replicas, replica_size as written
-    "plain": (4, "auto"), "ddp": (2, 2), "fsdp": (2, "auto"), "hsdp": (2, "auto"), "hsdp inside": (2, "auto"),
+    "plain": (4, "auto"),
+    "ddp": (2, 2),
+    "fsdp": (2, "auto"),
+    "hsdp": (2, "auto"),
+    "hsdp inside": (2, "auto"),
 }
 
 
@@ -47,15 +51,23 @@ def test_after_update_trains_as_the_oracle(four, wrap):
 @pytest.mark.parametrize("wrap", WORLDS)
 def test_overlap_changes_no_bit(four, wrap):
     s = RULES["mt-dao-adam-n2"]
-    there, not_there = (four().run(jobs.run, wrap, blocks_for(s, wrap, overlap=on), 14) for on in (True, False))
+    there, not_there = (four().run(jobs.run, wrap, blocks_for(s, wrap, overlap_comm=on), 14) for on in (True, False))
     for a, b in zip(there, not_there):
         assert all(torch.equal(a["states"][k][n], b["states"][k][n]) for k in a["states"] for n in a["states"][k])
 
 
-@pytest.mark.parametrize("wrap, options", [
-    ("plain", {}), ("ddp", {}), ("ddp", {"find_unused_parameters": True}), ("ddp", {"static_graph": True}), ("fsdp", {}),
-    ("hsdp", {}),
-], ids=str)
+@pytest.mark.parametrize(
+    "wrap, options",
+    [
+        ("plain", {}),
+        ("ddp", {}),
+        ("ddp", {"find_unused_parameters": True}),
+        ("ddp", {"static_graph": True}),
+        ("fsdp", {}),
+        ("hsdp", {}),
+    ],
+    ids=str,
+)
 def test_nothing_crosses_replicas_between_averages(four, tmp_path, wrap, options):
     s = Setting(**vars(RULES["des-loc-adam"]) | {"periods": {"x": 3, "u1": 3, "v": 3}})
     config = blocks(s, **({"replica_size": 1} if wrap == "ddp" else {}))
@@ -78,7 +90,13 @@ def test_eight_ranks_in_three_dimensions_train_as_the_oracle(tmp_path):
 @pytest.mark.parametrize("wrap", ["plain", "ddp", "hsdp"])
 def test_a_parameter_that_one_replica_does_not_use_is_averaged_in_the_warm_up_too(four, wrap):
     """Replica 0 never uses the last layer: its gradient counts as zero, the last layer stays equal everywhere."""
-    results = four().run(jobs.unused, wrap, {"optimizer": {"params": {"lr": 1e-2}}, "deslo": {"synchronous_steps": 9} | (
-        {"replica_size": 1} if wrap == "ddp" else {})})
+    results = four().run(
+        jobs.unused,
+        wrap,
+        {
+            "optimizer": {"params": {"lr": 1e-2}},
+            "deslo": {"synchronous_steps": 9} | ({"replica_size": 1} if wrap == "ddp" else {}),
+        },
+    )
     for moved, params in results:
         assert moved and all(torch.equal(p, q) for p, q in zip(params, results[0][1]))

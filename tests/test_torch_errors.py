@@ -10,16 +10,34 @@ from theory import RULES
 S = RULES["des-loc-adam"]
 
 
-@pytest.mark.parametrize("wrap, deslo, options, message", [
-    ("fsdp of the world", {}, {}, "sharded over all 4 ranks; shard it on one dimension of a 2-D mesh"),
-    ("fsdp", {}, {"names": ("nodes", "shard")}, "expected a dimension named replicate or dp_replicate, got .*nodes"),
-    ("fsdp", {"replica_size": 4}, {}, "deslo.replica_size: expected 2, as the model and its mesh have it, got 4"),
-    ("plain", {"replica_size": 2}, {}, "expected 1, as the model and its mesh have it, got 2; remove it, or wrap the model"),
-    ("ddp", {"replica_size": 3}, {}, "expected a divisor of the world size 4, got 3; use one of 1, 2, 4"),
-    ("ddp", {}, {}, "expected a number of ranks when all ranks are on one node"),
-    ("ddp", {"replica_size": 2}, {"find_unused_parameters": True}, "DDP over the ranks of one replica.*new_subgroups"),
-    ("ddp with a hook", {"replica_size": 1}, {}, "a DDP model without a communication hook.*attach once"),
-])
+@pytest.mark.parametrize(
+    "wrap, deslo, options, message",
+    [
+        ("fsdp of the world", {}, {}, "sharded over all 4 ranks; shard it on one dimension of a 2-D mesh"),
+        (
+            "fsdp",
+            {},
+            {"names": ("nodes", "shard")},
+            "expected a dimension named replicate or dp_replicate, got .*nodes",
+        ),
+        ("fsdp", {"replica_size": 4}, {}, "deslo.replica_size: expected 2, as the model and its mesh have it, got 4"),
+        (
+            "plain",
+            {"replica_size": 2},
+            {},
+            "expected 1, as the model and its mesh have it, got 2; remove it, or wrap the model",
+        ),
+        ("ddp", {"replica_size": 3}, {}, "expected a divisor of the world size 4, got 3; use one of 1, 2, 4"),
+        ("ddp", {}, {}, "expected a number of ranks when all ranks are on one node"),
+        (
+            "ddp",
+            {"replica_size": 2},
+            {"find_unused_parameters": True},
+            "DDP over the ranks of one replica.*new_subgroups",
+        ),
+        ("ddp with a hook", {"replica_size": 1}, {}, "a DDP model without a communication hook.*attach once"),
+    ],
+)
 def test_what_cannot_work_is_refused_on_every_rank(four, wrap, deslo, options, message):
     for error in four().run(jobs.raises, wrap, blocks(S, **deslo), 0, options):
         assert re.search(f"ConfigError: .*{message}", error)
@@ -30,17 +48,26 @@ def test_torch_that_moved_its_internals_is_named(four):
         assert "expected FSDP2 as in torch 2.13" in error and 'fully_shard(model, mesh=mesh["shard"])' in error
 
 
-@pytest.mark.parametrize("mistake, message", [
-    ("attached twice", "one call for each optimizer"),
-    ("not attached", "attach.model, optimizer. before the first step"),
-    ("config twice", "none beside a DesLoc, which has its own"),
-    ("no schedule", "a config with deslo.sync_every for AdamW"),
-    ("DesLoc config", "build DesLoc.params, config."),
-    ("different config", "attach's deslo.when: expected before_update on every rank.*got after_update on rank.s. .3."),
-    ("config of one rank", "attach's error: expected .* on every rank, as on rank 0.*none beside a DesLoc.*on rank.s. .3."),
-    ("different lr", "optimizer param group 0.lr: expected 0.01 on every rank.*got 0.02 on rank.s. .3."),
-    ("different model", "model parameter 2.weight: expected .3, 8."),
-])
+@pytest.mark.parametrize(
+    "mistake, message",
+    [
+        ("attached twice", "one call for each optimizer"),
+        ("not attached", "attach.model, optimizer. before the first step"),
+        ("config twice", "none beside a DesLoc, which has its own"),
+        ("no schedule", "a config with deslo.sync_every for AdamW"),
+        ("DesLoc config", "build DesLoc.params, config."),
+        (
+            "different config",
+            "attach's deslo.average_at: expected before_update on every rank.*got after_update on rank.s. .3.",
+        ),
+        (
+            "config of one rank",
+            "attach's error: expected .* on every rank, as on rank 0.*none beside a DesLoc.*on rank.s. .3.",
+        ),
+        ("different lr", "optimizer param group 0.lr: expected 0.01 on every rank.*got 0.02 on rank.s. .3."),
+        ("different model", "model parameter 2.weight: expected .3, 8."),
+    ],
+)
 def test_mistakes_in_calling_attach_are_named_on_every_rank(four, mistake, message):
     for error in four().run(jobs.misused, mistake, blocks(S)):
         assert re.search(f"ConfigError: .*{message}", error), error
@@ -52,7 +79,9 @@ def test_a_rank_that_takes_fewer_steps_is_named_by_the_ranks_that_wait_for_it(fo
     outcomes = four().outcomes(jobs.fewer_steps, config)
     assert outcomes[3] == "left"
     for error in outcomes[:3]:
-        assert re.search(r"AverageError: .*expected ranks \[0, 1, 2, 3\] to answer within 2 s.*; rank 3 has not come to it", error)
+        assert re.search(
+            r"AverageError: .*expected ranks \[0, 1, 2, 3\] to answer within 2 s.*; rank 3 has not come to it", error
+        )
 
 
 def test_nan_of_one_replica_stops_every_replica_before_it_is_averaged(four):

@@ -33,10 +33,17 @@ def test_mixed_precision_keeps_float32_states(four, wrap):
     assert all(t.dtype == torch.float32 for r in results for tensors in r["states"].values() for t in tensors.values())
 
 
-@pytest.mark.parametrize("warm_up, options", [
-    (0, {"find_unused_parameters": True}), (0, {"static_graph": True}), (0, {"gradient_as_bucket_view": True}),
-    (5, {"find_unused_parameters": True}), (5, {"gradient_as_bucket_view": True}),
-], ids=str)  # static_graph cannot begin with no_sync while DDP reduces: torch's own limit
+@pytest.mark.parametrize(
+    "warm_up, options",
+    [
+        (0, {"find_unused_parameters": True}),
+        (0, {"static_graph": True}),
+        (0, {"gradient_as_bucket_view": True}),
+        (5, {"find_unused_parameters": True}),
+        (5, {"gradient_as_bucket_view": True}),
+    ],
+    ids=str,
+)  # static_graph cannot begin with no_sync while DDP reduces: torch's own limit
 def test_options_of_ddp_change_nothing(four, warm_up, options):
     config = blocks(S, replica_size=1, synchronous_steps=warm_up)
     results, plain = (four().run(jobs.run, "ddp", config, 14, None, None, each) for each in (options, {}))
@@ -49,7 +56,7 @@ def test_ddp_on_the_ranks_of_a_replica_is_the_hierarchical_form(four):
 
 
 def test_running_statistics_average_with_the_parameters(four):
-    for result in four().run(jobs.batch_norm, blocks(S, replica_size=1, when="after_update"), 2):
+    for result in four().run(jobs.batch_norm, blocks(S, replica_size=1, average_at="after_step"), 2):
         assert result["equal at 2"] and not result["equal at 1"]
         assert result["bytes"]["buffers"] == 2 * 4 * 4  # mean and variance of 4 features, once
         assert result["tracked"] == 2 * 2  # steps x micro-batches, counted by each replica itself
@@ -71,7 +78,9 @@ def test_the_exported_model_is_the_mean_of_the_replicas(four, wrap):
     states = [result["state"] for result in results]
     for name, mean in states[0].items():
         own = torch.stack([result["own"][name].double() for result in results]).mean(0)
-        assert torch.allclose(mean.double().flatten(), own, atol=1e-6) and all(torch.equal(s[name], mean) for s in states)
+        assert torch.allclose(mean.double().flatten(), own, atol=1e-6) and all(
+            torch.equal(s[name], mean) for s in states
+        )
 
 
 def test_a_model_can_still_be_copied_and_pickled(four):
@@ -87,11 +96,13 @@ def test_replicas_that_start_unequal_are_refused_or_made_equal(four):
 @pytest.mark.parametrize("stock", [False, True])
 def test_a_script_started_as_one_process_trains_as_the_plain_optimizer(stock):
     models = [jobs.net(), jobs.net()]
-    make = lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)  # noqa: E731
+    make = lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     plain, ours = make(models[0]), make(models[1])
     blocks = {"optimizer": {"params": {"lr": 1e-2}}}
     if stock:
-        attachment = deslo_plugin.attach(models[1], ours, {"deslo": {"sync_every": {"params": 2, "exp_avg": 2, "exp_avg_sq": 2}}})
+        attachment = deslo_plugin.attach(
+            models[1], ours, {"deslo": {"sync_every": {"params": 2, "exp_avg": 2, "exp_avg_sq": 2}}}
+        )
     else:
         ours = deslo_plugin.DesLoc(models[1].parameters(), blocks)
         attachment = deslo_plugin.attach(models[1], ours)

@@ -32,12 +32,16 @@ def job(tmp_path):
         each.close()
 
 
-def desloc(when="before_update", **params):
-    return {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY} | params}, "deslo": {"when": when, "timeout_s": 30}}
+def desloc(when="before_step", **params):
+    return {
+        "optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY} | params},
+        "deslo": {"average_at": when, "timeout_s": 30},
+    }
 
 
 def expect_equal_ends(job, never_left):
-    """All parameters, states, clocks, buffers and lr schedules; and no step of those that never left was lost or done twice."""
+    """All parameters, states, clocks, buffers and lr schedules; and no step of those that never left was lost or done
+    twice."""
     ends = job.finish()
     assert all(end and end == ends["a"] for end in ends.values())
     means = [mean for name in ends for line in job.trained(name) for mean in line["means"].items()]
@@ -52,8 +56,12 @@ CASES = {
     "adam": {"config": desloc()},
     "adaptive": {"config": desloc(sync_every=EVERY | {"exp_avg_sq": {"adaptive": {"min": 4, "max": 8, "drift": 1.0}}})},
     "adopt, after_update, outer": {
-        "config": desloc("after_update", rule="adopt", betas=[0.9, 0.99], outer={"lr": 0.9, "momentum": 0.5})},
-    "stock AdamW": {"config": {"deslo": {"sync_every": EVERY, "when": "after_update", "timeout_s": 30}}, "stock": True},
+        "config": desloc("after_step", rule="adopt", betas=[0.9, 0.99], outer_optimizer={"lr": 0.9, "momentum": 0.5})
+    },
+    "stock AdamW": {
+        "config": {"deslo": {"sync_every": EVERY, "average_at": "after_step", "timeout_s": 30}},
+        "stock": True,
+    },
 }
 
 
@@ -111,12 +119,15 @@ def test_a_latecomer_of_another_config_is_refused_and_the_others_go_on(job):
     expect_equal_ends(job, never_left="ab")
 
 
-@pytest.mark.parametrize("own, message", [
-    ({"seed": 3}, "initial values of the parameters: expected the same on every replica, got another on replica"),
-    ({"config": desloc(weight_decay=0.1)}, "config and param groups: expected the same on every replica"),
-])
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        ({"seed": 3}, "initial values of the parameters: expected the same on every replica, got another on replica"),
+        ({"config": desloc(weight_decay=0.1)}, "config and param groups: expected the same on every replica"),
+    ],
+)
 def test_founders_that_differ_are_refused_everywhere(job, own, message):
-    job = job("a", together=2, **{"config": desloc()})
+    job = job("a", together=2, config=desloc())
     job.start("b", **own)
     job.wait(lambda: job.ended("a", "b"))
     for name, process in job.processes.items():
@@ -129,7 +140,9 @@ def test_nan_in_one_replica_stops_all_of_them(job):
     job.wait(lambda: job.ended("a", "b"))
     for name, process in job.processes.items():
         said = job.error(name)
-        assert process.exitcode == 4 and "after step 12: expected finite values, got NaN or inf from rank(s) [1]" in said
+        assert (
+            process.exitcode == 4 and "after step 12: expected finite values, got NaN or inf from rank(s) [1]" in said
+        )
         assert job.clock(name) == 12
 
 
@@ -138,8 +151,13 @@ def test_the_example_trains(job, tmp_path):
     example = [sys.executable, str(ROOT / "examples" / "live.py"), "--sync-every", "32"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHFT_LIGHTHOUSE": job.address}
     replicas = [
-        subprocess.Popen([*example, "--replica", name, "--steps", "40", "--host", "localhost"], env=environment,
-                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        subprocess.Popen(
+            [*example, "--replica", name, "--steps", "40", "--host", "localhost"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         for name in "ab"
     ]
     try:
@@ -162,15 +180,22 @@ class Idle:
         pass
 
 
-@pytest.mark.parametrize("manager, deslo, message", [
-    ({"_use_async_quorum": True}, {}, "torchft.Manager(use_async_quorum=...): expected False, got True"),
-    ({"_init_sync": True}, {}, "torchft.Manager(init_sync=...): expected False, got True"),
-    ({"_group_world_size": 2}, {}, "torchft.Manager(world_size=...): expected 1, got 2"),
-    ({}, {"delay": 2}, "deslo.delay: expected 1 with a torchft manager, got 2"),
-    ({}, {"synchronous_steps": 5}, "deslo.synchronous_steps: expected 0 with a torchft manager, got 5"),
-    ({}, {"initial_params": "broadcast"}, "deslo.initial_params: expected check with a torchft manager, got broadcast"),
-    ({}, {"replica_size": 2}, "deslo.replica_size: expected 1 with a torchft manager, got 2"),
-])
+@pytest.mark.parametrize(
+    "manager, deslo, message",
+    [
+        ({"_use_async_quorum": True}, {}, "torchft.Manager(use_async_quorum=...): expected False, got True"),
+        ({"_init_sync": True}, {}, "torchft.Manager(init_sync=...): expected False, got True"),
+        ({"_group_world_size": 2}, {}, "torchft.Manager(world_size=...): expected 1, got 2"),
+        ({}, {"sync_delay": 2}, "deslo.sync_delay: expected 1 with a torchft manager, got 2"),
+        ({}, {"synchronous_steps": 5}, "deslo.synchronous_steps: expected 0 with a torchft manager, got 5"),
+        (
+            {},
+            {"initial_params": "broadcast"},
+            "deslo.initial_params: expected check with a torchft manager, got broadcast",
+        ),
+        ({}, {"replica_size": 2}, "deslo.replica_size: expected 1 with a torchft manager, got 2"),
+    ],
+)
 def test_what_does_not_go_with_live_membership_is_refused(manager, deslo, message):
     model = net(0)
     optimizer = deslo_plugin.DesLoc(model.parameters(), {"deslo": deslo})
@@ -182,5 +207,7 @@ def test_a_model_of_all_replicas_cannot_be_asked_for_at_will(tmp_path):
     model = net(0)
     deslo_plugin.attach(model, deslo_plugin.DesLoc(model.parameters()), manager=Idle())
     for ask in (deslo_plugin.averaged_state_dict, lambda model: deslo_plugin.save(tmp_path / "saved", model)):
-        with pytest.raises(deslo_plugin.ConfigError, match="replicas that are there from start to end, got those of a torchft"):
+        with pytest.raises(
+            deslo_plugin.ConfigError, match="replicas that are there from start to end, got those of a torchft"
+        ):
             ask(model)

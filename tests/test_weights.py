@@ -1,6 +1,6 @@
 """Averages in which a replica counts by what it has seen, against the float64 oracle, and what is told wrongly."""
 
-
+import jobs as deepspeed_jobs
 import pytest
 import torch
 import torch_jobs as jobs
@@ -10,7 +10,6 @@ from test_oracle import SIZE, assert_equal, noisy_quadratic
 from theory import RULES
 from worlds import threads
 
-import jobs as deepspeed_jobs
 from deslo_plugin import AverageError, ConfigError, DesLoc
 
 STEPS = 26
@@ -27,7 +26,7 @@ def gradient(replica: int, step: int, x: torch.Tensor) -> torch.Tensor | None:
 
 
 def run_ours(s: Setting, told=samples, steps: int = STEPS, reload_at: int | None = None, **deslo) -> list[dict]:
-    config = blocks(s, wire_dtype="float64", weights="samples", bucket_mb=1, **deslo)
+    config = blocks(s, wire_dtype="float64", replica_weights="samples", bucket_cap_mb=1, **deslo)
 
     def replica(average):
         params = [torch.nn.Parameter(torch.linspace(-1, 1, SIZE, dtype=torch.float64))]
@@ -38,9 +37,11 @@ def run_ours(s: Setting, told=samples, steps: int = STEPS, reload_at: int | None
             params[0].grad = gradient(average.rank, step, params[0].detach().clone())
             if told is not None and params[0].grad is not None:
                 for _ in range(2):  # two micro-batches
-                    optimizer.averaging.saw(told(average.rank, step) / 2)
+                    optimizer.averaging.record_samples(told(average.rank, step) / 2)
             optimizer.skip_step() if params[0].grad is None else optimizer.step()
-        return {"params": params[0].detach()} | {n: optimizer.state[params[0]][n] for n in optimizer.config.optimizer.moments}
+        return {"params": params[0].detach()} | {
+            n: optimizer.state[params[0]][n] for n in optimizer.config.optimizer.moments
+        }
 
     return threads(3, replica)
 
@@ -55,10 +56,18 @@ def expected(s: Setting, told=samples) -> list[dict]:
     return [states(s, groups[0]) for groups in train([s], [start], 3, STEPS, vectors, samples=told)]
 
 
-@pytest.mark.parametrize("change, deslo", [
-    ({}, {}), ({}, {"overlap": False}), ({"after_update": True}, {}), ({"delay": 2}, {}),
-    ({"rule": "sgdm", "periods": {"x": 3, "u1": 6}}, {}), ({"outer": (0.7, 0.9)}, {}),
-], ids=str)
+@pytest.mark.parametrize(
+    "change, deslo",
+    [
+        ({}, {}),
+        ({}, {"overlap_comm": False}),
+        ({"after_update": True}, {}),
+        ({"delay": 2}, {}),
+        ({"rule": "sgdm", "periods": {"x": 3, "u1": 6}}, {}),
+        ({"outer": (0.7, 0.9)}, {}),
+    ],
+    ids=str,
+)
 def test_every_order_is_the_oracle_in_float64(change, deslo):
     s = Setting(**vars(S) | change)
     assert_equal(run_ours(s, **deslo), expected(s), 1e-12)
@@ -67,7 +76,7 @@ def test_every_order_is_the_oracle_in_float64(change, deslo):
 def test_uneven_weights_make_a_difference_and_even_ones_weigh_by_steps_taken():
     weighted, alike = expected(S), expected(S, None)
     assert (weighted[0]["params"] - alike[0]["params"]).abs().max() > 1e-3
-    seven = lambda replica, step: 7.0 if samples(replica, step) else 0.0  # noqa: E731
+    seven = lambda replica, step: 7.0 if samples(replica, step) else 0.0
     assert_equal(run_ours(S, seven), expected(S, seven), 1e-12)
 
 
@@ -76,13 +85,19 @@ def test_a_replica_that_saw_nothing_takes_over_the_others():
     s = Setting(**vars(S) | {"after_update": True})
     ours = run_ours(s, lambda replica, step: float(replica != 2), steps=3)
     assert all(torch.equal(ours[2]["params"], other["params"]) for other in ours)
-    two = [states(s, groups[0])["params"] for groups in
-           train([s], [torch.linspace(-1, 1, SIZE, dtype=torch.float64)], 2, 3, lambda m, t, x: [noisy_quadratic(m, t, x[0])])]
+    two = [
+        states(s, groups[0])["params"]
+        for groups in train(
+            [s], [torch.linspace(-1, 1, SIZE, dtype=torch.float64)], 2, 3, lambda m, t, x: [noisy_quadratic(m, t, x[0])]
+        )
+    ]
     assert torch.allclose(ours[2]["params"], two[0], atol=1e-12)
 
 
 def test_nothing_told_is_an_error_at_the_first_average():
-    with pytest.raises(ConfigError, match=r"weights .samples.: expected every rank to call saw.* from rank\(s\) \[0, 1, 2\]"):
+    with pytest.raises(
+        ConfigError, match=r"weights .samples.: expected every rank to call record_samples.* from rank\(s\) \[0, 1, 2\]"
+    ):
         run_ours(S, None)
 
 
@@ -92,18 +107,18 @@ def test_one_that_tells_nothing_is_named_by_all():
 
 
 def test_no_samples_on_any_replica_is_an_error():
-    with pytest.raises(AverageError, match="expected samples .saw. on some replica since the last one"):
+    with pytest.raises(AverageError, match="expected samples .record_samples. on some replica since the last one"):
         run_ours(S, lambda replica, step: 0.0)
 
 
 def tells_unless(silent: int):
     def replica(average):
         param = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
-        optimizer = DesLoc([param], blocks(S, wire_dtype="float64", weights="samples"), average=average)
+        optimizer = DesLoc([param], blocks(S, wire_dtype="float64", replica_weights="samples"), average=average)
         for _ in range(5):
             param.grad = torch.ones_like(param)
             if average.rank != silent:
-                optimizer.averaging.saw(4)
+                optimizer.averaging.record_samples(4)
             optimizer.step()
 
     return replica
@@ -118,16 +133,16 @@ def test_after_a_load_averages_go_on_from_what_is_told_since(step):
 
 @pytest.mark.parametrize("told", [-1, float("nan"), "8", True])
 def test_what_is_no_count_is_refused(told):
-    optimizer = DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"weights": "samples"}})
-    with pytest.raises(ConfigError, match=r"saw\(samples\): expected a number >= 0"):
-        optimizer.averaging.saw(told)
+    optimizer = DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"replica_weights": "samples"}})
+    with pytest.raises(ConfigError, match=r"record_samples\(samples\): expected a number >= 0"):
+        optimizer.averaging.record_samples(told)
 
 
 def test_telling_where_nobody_asks_is_refused():
-    with pytest.raises(ConfigError, match="expected deslo.weights .samples., got .equal."):
-        DesLoc([torch.nn.Parameter(torch.ones(2))]).averaging.saw(8)
-    with pytest.raises(ConfigError, match="deslo.weights: expected one of equal, samples, got 'tokens'"):
-        DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"weights": "tokens"}})
+    with pytest.raises(ConfigError, match="expected deslo.replica_weights .samples., got .uniform."):
+        DesLoc([torch.nn.Parameter(torch.ones(2))]).averaging.record_samples(8)
+    with pytest.raises(ConfigError, match="deslo.replica_weights: expected one of uniform, samples, got 'tokens'"):
+        DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"replica_weights": "tokens"}})
 
 
 def adamw(model):
@@ -139,8 +154,10 @@ def theory_of(rank_of: list[list[int]], steps: int, rests: bool, own_period: boo
     model = jobs.net().double()
     groups = deepspeed_jobs.two_groups(model)
     base = dict(vars(RULES["des-loc-adam"]))
-    settings = [Setting(**base | {"weight_decay": 0.1}),
-                Setting(**base | {"lr": 5e-3, "periods": base["periods"] | ({"x": 2} if own_period else {})})]
+    settings = [
+        Setting(**base | {"weight_decay": 0.1}),
+        Setting(**base | {"lr": 5e-3, "periods": base["periods"] | ({"x": 2} if own_period else {})}),
+    ]
 
     def gradient(replica, step, vectors):
         for group, vector in zip(groups, vectors):
@@ -154,12 +171,17 @@ def theory_of(rank_of: list[list[int]], steps: int, rests: bool, own_period: boo
         return [torch.cat([p.grad.flatten() for p in group["params"]]) for group in groups]
 
     starts = [torch.cat([p.detach().flatten() for p in group["params"]]) for group in groups]
-    samples = lambda replica, step: sum(jobs.batch_of(rank, step, rests) for rank in rank_of[replica])  # noqa: E731
+    samples = lambda replica, step: sum(jobs.batch_of(rank, step, rests) for rank in rank_of[replica])
     names = {id(p): name for name, p in model.named_parameters()}
     out = []
     for replica in train(settings, starts, len(rank_of), steps, gradient, samples=samples):
-        out.append({names[id(p)]: part for group, of in zip(replica, groups)
-                    for p, part in zip(of["params"], group.x.split([p.numel() for p in of["params"]]))})
+        out.append(
+            {
+                names[id(p)]: part
+                for group, of in zip(replica, groups)
+                for p, part in zip(of["params"], group.x.split([p.numel() for p in of["params"]]))
+            }
+        )
     return out
 
 
@@ -173,7 +195,7 @@ def assert_trained(results: list[dict], theory: list[dict]) -> None:
 @pytest.mark.parametrize("optimizer", [None, adamw], ids=["DesLoc", "AdamW"])
 @pytest.mark.parametrize("wrap", ["plain", "ddp"])
 def test_real_replicas_weigh_what_they_saw_and_leave_steps_out(four, wrap, optimizer):
-    config = blocks(RULES["des-loc-adam"], weights="samples", **({"replica_size": 1} if wrap == "ddp" else {}))
+    config = blocks(RULES["des-loc-adam"], replica_weights="samples", **({"replica_size": 1} if wrap == "ddp" else {}))
     if optimizer:
         config = {"deslo": config["deslo"] | {"sync_every": {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}}}
     results = four().run(jobs.weighted, wrap, config, 14, True, optimizer)
@@ -182,21 +204,23 @@ def test_real_replicas_weigh_what_they_saw_and_leave_steps_out(four, wrap, optim
 
 
 def test_a_replica_of_several_ranks_counts_what_all_of_them_saw(four):
-    results = four().run(jobs.weighted, "fsdp", blocks(RULES["des-loc-adam"], weights="samples"), 14, False)
+    results = four().run(jobs.weighted, "fsdp", blocks(RULES["des-loc-adam"], replica_weights="samples"), 14, False)
     theory = theory_of([[0, 1], [2, 3]], 14, False)
     assert_trained(results, [theory[0], theory[0], theory[1], theory[1]])
 
 
 def test_running_statistics_have_the_weights_of_the_parameters(four):
-    config = blocks(RULES["des-loc-adam"], weights="samples", replica_size=1)
+    config = blocks(RULES["des-loc-adam"], replica_weights="samples", replica_size=1)
     results = four().run(jobs.weighted, "ddp", config, 8, True, None, True)
-    assert all(result["bytes"] == result["planned"] and result["bytes"]["buffers"] == 4 * 4 * (2 * 4 + 1) for result in results)
+    assert all(
+        result["bytes"] == result["planned"] and result["bytes"]["buffers"] == 4 * 4 * (2 * 4 + 1) for result in results
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_deepspeed_replicas_send_what_was_planned(four, stage):
     ds = ds_config(RULES["des-loc-adam"], stage)
-    ds["deslo"] |= {"weights": "samples"}
+    ds["deslo"] |= {"replica_weights": "samples"}
     for result in four().run(deepspeed_jobs.weighted, ds, 13):
         assert result["bytes"] == result["planned"]
         assert "skip_step(): expected engine.step() at every step under DeepSpeed" in result["skip"]

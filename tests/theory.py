@@ -15,10 +15,17 @@ RULES = {
 
 
 def oracle_states(
-    s: Setting, steps: int, broken: tuple[int, int] | None = None, *, replicas: int = 2, synchronous_steps: int = 0,
-    own_period: bool = True, ranks: int = 4,
+    s: Setting,
+    steps: int,
+    broken: tuple[int, int] | None = None,
+    *,
+    replicas: int = 2,
+    synchronous_steps: int = 0,
+    own_period: bool = True,
+    ranks: int = 4,
 ) -> list[dict]:
-    """replica -> state -> parameter name -> flat tensor. ``own_period``: the biases meet every 2 steps, as in jobs.py."""
+    """replica -> state -> parameter name -> flat tensor. ``own_period``: the biases meet every 2 steps, as in
+    jobs.py."""
     shards = ranks // replicas
     model = jobs.net().double()
     groups = jobs.two_groups(model)
@@ -41,8 +48,15 @@ def oracle_states(
         return [torch.cat([p.grad.flatten() for p in group["params"]]) for group in groups]
 
     starts = [torch.cat([p.detach().flatten() for p in group["params"]]) for group in groups]
-    world = train(settings, [x.clone() for x in starts], replicas, steps, gradient, norm_clip=CLIP,
-                  synchronous_steps=synchronous_steps)
+    world = train(
+        settings,
+        [x.clone() for x in starts],
+        replicas,
+        steps,
+        gradient,
+        norm_clip=CLIP,
+        synchronous_steps=synchronous_steps,
+    )
     out = []
     for replica in world:
         by_state: dict = {}

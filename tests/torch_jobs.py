@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from deslo_plugin.pace import Pace
+from deslo_plugin.comm.step_rate import StepRate
 
 Wrap = Callable[..., tuple[nn.Module, dict[str, Any]]]
 
@@ -40,7 +40,9 @@ def mesh_of(shape: tuple, names: tuple) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=names)
 
 
-def fsdp(model: nn.Module, shape: tuple = (2, 2), names: tuple = ("replicate", "shard"), on: Any = "shard", **options: Any):
+def fsdp(
+    model: nn.Module, shape: tuple = (2, 2), names: tuple = ("replicate", "shard"), on: Any = "shard", **options: Any
+):
     """Every layer and the whole sharded on dimension(s) ``on`` of a mesh of all ranks."""
     mesh = mesh_of(shape, names)
     for layer in model:
@@ -89,7 +91,9 @@ def train(model: nn.Module, optimizer: Any, steps: range, clip: float | None = C
             last = micro == ACCUMULATION - 1
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(last)
-            quiet = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
+            quiet = (
+                model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
+            )
             with quiet:
                 loss = loss_of(model, batch(dist.get_rank(), step, micro))
                 (loss / ACCUMULATION).backward()
@@ -115,11 +119,13 @@ def states_of(model: nn.Module, optimizer: Any, names: list[str]) -> dict[str, d
     return out
 
 
-def run(wrap: str, blocks: dict, steps: int, model: Any = None, optimizer: Any = None, options: dict | None = None) -> dict:
+def run(
+    wrap: str, blocks: dict, steps: int, model: Any = None, optimizer: Any = None, options: dict | None = None
+) -> dict:
     """Trains and returns this replica's states, the meter, and the plan's figures."""
     model, optimizer, attachment = attached(wrap, blocks, model and model(), optimizer, **(options or {}))
     losses = train(model, optimizer, range(steps))
-    meter, plan = attachment.meter, attachment.plan
+    meter, plan = attachment.stats, attachment.plan
     moments = [state for group in optimizer.param_groups for state in group["sync_every"] if state != "params"]
     return {
         "states": states_of(model, optimizer, list(dict.fromkeys(moments))),
@@ -198,7 +204,7 @@ def muon_and_adamw(steps: int) -> dict[str, bool]:
     model, _ = ddp(net())
     muon = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=1e-2)
     adamw = torch.optim.AdamW([p for p in model.parameters() if p.ndim < 2], lr=1e-2)
-    common = {"replica_size": 1, "when": "after_update"}
+    common = {"replica_size": 1, "average_at": "after_step"}
     deslo_plugin.attach(model, muon, {"deslo": common | {"sync_every": {"params": 2, "momentum_buffer": 3}}})
     deslo_plugin.attach(model, adamw, {"deslo": common | {"sync_every": {"params": 2, "exp_avg": 4, "exp_avg_sq": 6}}})
     for step in range(steps):
@@ -279,15 +285,23 @@ def batch_norm(blocks: dict, steps: int) -> dict:
     train(model, optimizer, range(steps - 1))
     before = equal()
     train(model, optimizer, range(steps - 1, steps))
-    return {f"equal at {steps - 1}": before, f"equal at {steps}": equal(), "bytes": dict(attachment.meter.bytes),
-            "tracked": int(model.module[1].num_batches_tracked)}
+    return {
+        f"equal at {steps - 1}": before,
+        f"equal at {steps}": equal(),
+        "bytes": dict(attachment.stats.bytes),
+        "tracked": int(model.module[1].num_batches_tracked),
+    }
 
 
 def scaled(wrap: str, stock: bool, steps: int) -> dict:
     """An fp16-style loop with a GradScaler; rank 1 overflows at step 2."""
     every = {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}
     deslo = {"replica_size": 1}
-    blocks = {"deslo": deslo | {"sync_every": every}} if stock else {"optimizer": {"params": {"sync_every": every}}, "deslo": deslo}
+    blocks = (
+        {"deslo": deslo | {"sync_every": every}}
+        if stock
+        else {"optimizer": {"params": {"sync_every": every}}, "deslo": deslo}
+    )
     make = (lambda model: torch.optim.AdamW(model.parameters(), foreach=True)) if stock else None
     model, optimizer, attachment = attached(wrap, blocks, None, make)
     scaler, moved = torch.amp.GradScaler("cpu", init_scale=8.0), None
@@ -302,8 +316,12 @@ def scaled(wrap: str, stock: bool, steps: int) -> dict:
         optimizer.zero_grad()
         if step == 2:
             moved = any(not torch.equal(p, q) for p, q in zip(model.parameters(), before) if p.ndim == 2)  # biases meet
-    return {"skipped": attachment.meter.skipped_steps, "steps": attachment.averaging.steps, "moved at 2": moved,
-            "bytes": dict(attachment.meter.bytes)}
+    return {
+        "skipped": attachment.stats.skipped_steps,
+        "steps": attachment.averaging.steps,
+        "moved at 2": moved,
+        "bytes": dict(attachment.stats.bytes),
+    }
 
 
 def exported(wrap: str, blocks: dict, steps: int) -> dict:
@@ -340,7 +358,7 @@ def unequal(initial: str) -> str:
 
 def moved_internals(blocks: dict) -> str:
     """attach of an HSDP model where torch's attribute is gone."""
-    import deslo_plugin.frameworks.fsdp as own
+    import deslo_plugin.frameworks.fsdp2 as own
 
     def gone(*_: Any) -> None:
         raise AttributeError("'FSDPParamGroup' object has no attribute 'mesh_info'")
@@ -360,10 +378,13 @@ def misused(mistake: str, blocks: dict) -> str:
         model[2] = nn.Linear(8, 4)
     lr = 2e-2 if mistake == "different lr" and rank == 3 else 1e-2
     if mistake == "different config" and rank == 3:
-        blocks = blocks | {"deslo": {"when": "after_update"}}
+        blocks = blocks | {"deslo": {"average_at": "after_step"}}
     stock = mistake in ("no schedule", "DesLoc config")
-    optimizer = torch.optim.AdamW(model.parameters()) if stock else deslo_plugin.DesLoc(
-        [{"params": list(model.parameters()), "lr": lr}], blocks)
+    optimizer = (
+        torch.optim.AdamW(model.parameters())
+        if stock
+        else deslo_plugin.DesLoc([{"params": list(model.parameters()), "lr": lr}], blocks)
+    )
     try:
         if mistake == "not attached":
             optimizer.step()
@@ -422,7 +443,8 @@ def unused(wrap: str, blocks: dict) -> tuple[bool, list[Tensor]]:
 
 
 def missing(blocks: dict, fate: str, culprit: int, step: int) -> str:
-    """What stops this rank when ``culprit`` does not come to ``step``, or dies there; other attachments are about too."""
+    """What stops this rank when ``culprit`` does not come to ``step``, or dies there; other attachments are about
+    too."""
     others = [attached("plain", blocks) for _ in range(2)]
     model, optimizer, _ = attached("plain", blocks)
     train(*others[0][:2], range(2))
@@ -453,11 +475,11 @@ def weighted(wrap: str, blocks: dict, steps: int, rests: bool, optimizer: Any = 
         if not (size := batch_of(rank, step, rests)):
             attachment.skip_step()
             continue
-        attachment.saw(size)
+        attachment.record_samples(size)
         loss_of(model, tuple(torch.cat([part] * (size // 2)) for part in batch(rank, step, 0))).backward()
         optimizer.step()
         optimizer.zero_grad()
-    meter, plan = attachment.meter, attachment.plan
+    meter, plan = attachment.stats, attachment.plan
     return {
         "states": states_of(model, optimizer, []),
         "bytes": dict(meter.bytes),
@@ -467,9 +489,10 @@ def weighted(wrap: str, blocks: dict, steps: int, rests: bool, optimizer: Any = 
 
 
 def stragglers(blocks: dict, slow: int) -> dict:
-    """Step rates by replica and the log of this rank, where each step takes 100 s by its clock and 300 s on rank ``slow``."""
+    """Step rates by replica and the log of this rank, where each step takes 100 s by its clock and 300 s on rank
+    ``slow``."""
     log, now = io.StringIO(), [0.0]
-    with mock.patch("deslo_plugin.progress.Pace", lambda: Pace(clock=lambda: now[0])):
+    with mock.patch("deslo_plugin.comm.progress.StepRate", lambda: StepRate(clock=lambda: now[0])):
         model, optimizer, attachment = attached("plain", blocks)
     logger, handler = logging.getLogger("deslo_plugin"), logging.StreamHandler(log)
     logger.addHandler(handler)

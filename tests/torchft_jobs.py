@@ -1,8 +1,8 @@
 """Jobs with live membership: ``Replicas`` starts, dooms and watches processes, each of which runs ``serve``.
 
 A replica trains until the clock that the file ``stop`` of its folder names, writes a line of JSON after each step to
-``<name>.log``, and ends with a line of digests. ``ready`` files hold the first replicas together, so that they start as one.
-"""
+``<name>.log``, and ends with a line of digests. ``ready`` files hold the first replicas together, so that they start as
+one."""
 
 import json
 import multiprocessing
@@ -21,24 +21,36 @@ from torch import nn
 from torch.distributed import TCPStore
 
 import deslo_plugin
-from deslo_plugin.agreement import digests
+from deslo_plugin.comm.consistency import digests
 
 os.environ.setdefault("RUST_LOG", "error")  # what the lighthouse writes; read when torchft is imported
-from torchft import Manager, ProcessGroupGloo  # noqa: E402
-from torchft._torchft import LighthouseServer  # noqa: E402
+from torchft import Manager, ProcessGroupGloo
+from torchft._torchft import LighthouseServer
 
 WARM_UP = 20
 LONGEST = 8  # no period is longer, and all divide it
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torchft", "deslo_plugin"])  # imported once: a replica starts, and starts again, in a moment
+# imported once: a replica starts, and starts again, in a moment
+PROCESSES.set_forkserver_preload(["torchft", "deslo_plugin"])
 
 
 def manager_of(job: dict[str, Any]) -> Manager:
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     manager = Manager(
-        ProcessGroupGloo(timeout=timedelta(seconds=job["timeout_s"])), None, None, min_replica_size=2, use_async_quorum=False,
-        init_sync=False, timeout=timedelta(seconds=10), rank=0, world_size=1, store_addr="localhost", store_port=store.port,
-        lighthouse_addr=job["lighthouse"], hostname="localhost", replica_id=job["name"],
+        ProcessGroupGloo(timeout=timedelta(seconds=job["timeout_s"])),
+        None,
+        None,
+        min_replica_size=2,
+        use_async_quorum=False,
+        init_sync=False,
+        timeout=timedelta(seconds=10),
+        rank=0,
+        world_size=1,
+        store_addr="localhost",
+        store_port=store.port,
+        lighthouse_addr=job["lighthouse"],
+        hostname="localhost",
+        replica_id=job["name"],
     )
     manager.own_store = store  # lives as long as it
     return manager
@@ -126,8 +138,14 @@ def train(job: dict[str, Any]) -> None:
         loss.backward()
         optimizer.step()
         scheduler.step()
-        say(steps=attachment.steps, loss=loss.item(), refused=attachment.meter.refused_averages,
-            replicas=attachment.topology.replicas, params=attachment.meter.events["params"], means=means_of)
+        say(
+            steps=attachment.steps,
+            loss=loss.item(),
+            refused=attachment.stats.refused_averages,
+            replicas=attachment.topology.replicas,
+            params=attachment.stats.events["params"],
+            means=means_of,
+        )
         means_of.clear()
         time.sleep(job["pace"])
 
@@ -139,7 +157,8 @@ def train(job: dict[str, Any]) -> None:
 
 
 def serve(job: dict[str, Any]) -> None:
-    """Trains; ends with 3 after a ``ConfigError``, 4 after a ``NonFiniteError``, 1 after any other, said in ``<name>.err``."""
+    """Trains; ends with 3 after a ``ConfigError``, 4 after a ``NonFiniteError``, 1 after any other, said in
+    ``<name>.err``."""
     os.dup2(os.open(Path(job["folder"]) / f"{job['name']}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     try:
         train(job)
@@ -156,7 +175,9 @@ class Replicas:
 
     def __init__(self, folder: Path, **common: Any) -> None:
         self.folder, self.common, self.processes = folder, common, {}
-        self.lighthouse = LighthouseServer(bind="[::]:0", min_replicas=2, join_timeout_ms=20_000, heartbeat_timeout_ms=1000)
+        self.lighthouse = LighthouseServer(
+            bind="[::]:0", min_replicas=2, join_timeout_ms=20_000, heartbeat_timeout_ms=1000
+        )
 
     def start(self, *names: str, **own: Any) -> None:
         for name in names:
@@ -188,7 +209,9 @@ class Replicas:
 
     def back(self, name: str, since: float) -> bool:
         """Whether ``name`` trains again beside two others and has landed an average."""
-        return any(line["time"] > since and line["params"] >= 1 and line["replicas"] == 3 for line in self.trained(name)[-1:])
+        return any(
+            line["time"] > since and line["params"] >= 1 and line["replicas"] == 3 for line in self.trained(name)[-1:]
+        )
 
     def doom(self, name: str) -> None:
         """``name`` will die inside its next average of several states."""

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin.collectives import Fixed
+from deslo_plugin.comm.transport import Fixed
 
 
 class ThreadAverage(Fixed):
-    """The ``Average`` of one replica of ``world``: means by barrier, over the replicas' threads."""
+    """The ``Transport`` of one replica of ``world``: means by barrier, over the replicas' threads."""
 
     divisor, progress = 1, None
 
@@ -88,8 +88,13 @@ def threads(replicas: int, run: Callable[[ThreadAverage], Any]) -> list[Any]:
     return [result for result, _ in results]
 
 
-BROKEN = ("no answer within", "the process died", "Connection closed by peer", "Application timeout caused pair closure",
-          "Connection reset by peer")
+BROKEN = (
+    "no answer within",
+    "the process died",
+    "Connection closed by peer",
+    "Application timeout caused pair closure",
+    "Connection reset by peer",
+)
 """What errors say of a world whose ranks cannot reach each other any more."""
 
 
@@ -102,8 +107,8 @@ class RankError(AssertionError):
 
 
 class Processes:
-    """``size`` real processes, one torch thread each, joined by gloo through a file or ``rendezvous``; killed when closed or when a
-    call times out."""
+    """``size`` real processes, one torch thread each, joined by gloo through a file or ``rendezvous``; killed when
+    closed or when a call times out."""
 
     def __init__(self, size: int, folder: Path, rendezvous: str | None = None):
         self.size, rendezvous = size, rendezvous or f"file://{folder / 'rendezvous'}"
@@ -162,8 +167,9 @@ def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size,
-                                         timeout=timedelta(seconds=100))
+    torch.distributed.init_process_group(
+        "gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=100)
+    )
     while True:
         try:
             function, args = pipe.recv()

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from ledger import Ledger
 from methods import Preset, Run, run, tuning
 
-
 Chosen = Mapping[tuple[str, bool], list[Run]]
 """(method, warm-up) -> its run for each seed."""
 
 
 def at_best_rate(preset: Preset, ledger: Ledger) -> Chosen:
     """Every method's runs at the rate with the lowest validation loss at the end on the first seed."""
+
     def loss(each: Run) -> float:
         end = ledger.final(each)
         return float("inf") if end is None else end

@@ -1,11 +1,12 @@
 """Time to a loss on a slow link: methods of the study, each at its best rate, as processes on two nodes.
 
-    python benchmarks/quality/clock.py [--rates 100 500]      # a quarter of an hour on two cores, which it wants for itself
+    python benchmarks/quality/clock.py [--rates 100 500]      # a quarter of an hour on two cores, which it wants for
+    itself
 
-Two network namespaces are the nodes, with two replicas each; a token bucket shapes the cable between them. Contestants take
-turns, look by look, and validation is off the clock. Looks are half a period away from averages, so that none travels while
-the clock stands. Needs Linux, root and iproute2. Writes benchmarks/results/clock.json and docs/figures/clock.png.
-"""
+Two network namespaces are the nodes, with two replicas each; a token bucket shapes the cable between them. Contestants
+take turns, look by look, and validation is off the clock. Looks are half a period away from averages, so that none
+travels while the clock stands. Needs Linux, root and iproute2. Writes benchmarks/results/clock.json and
+docs/figures/clock.png."""
 
 import json
 import os
@@ -26,18 +27,18 @@ QUALITY = Path(__file__).resolve().parent
 BENCHMARKS = QUALITY.parent
 sys.path.append(str(BENCHMARKS))
 
-import torch  # noqa: E402
-from choice import at_best_rate  # noqa: E402
-from findings import markdown  # noqa: E402
-from ledger import Ledger, commit  # noqa: E402
-from methods import PRESETS, SYNCHRONOUS, Preset, Run  # noqa: E402
-from network import Cable, NetworkError  # noqa: E402
-from others import Others  # noqa: E402
-from plots import clock_figure  # noqa: E402
-from ranks import RankError, World  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import Progress  # noqa: E402
-from study import FIGURES, results  # noqa: E402
+import torch
+from choice import at_best_rate
+from findings import markdown
+from ledger import Ledger, commit
+from methods import PRESETS, SYNCHRONOUS, Preset, Run
+from network import Cable, NetworkError
+from others import Others
+from plots import clock_figure
+from ranks import RankError, World
+from rich.console import Console
+from rich.progress import Progress
+from study import FIGURES, results
 
 RESULTS = BENCHMARKS / "results" / "clock.json"
 PER_NODE = 2
@@ -52,7 +53,8 @@ ENTRANTS = {  # title -> how it is built, and whose run it is in the study: the 
 }
 Entrants = Mapping[str, tuple[str, Run]]
 Curve = dict[str, list[float]]
-"""``steps``, ``seconds`` of training until then, ``waited`` of these by its own meter, ``losses`` there, nats per byte."""
+"""``steps``, ``seconds`` of training until then, ``waited`` of these by its own meter, ``losses`` there, nats per
+byte."""
 
 
 def entrants(preset: Preset, ledger: Ledger) -> Entrants:
@@ -72,7 +74,9 @@ def race(world: World, preset: Preset, running: Entrants, progress: Progress, ti
             times = world.ask("advance", name, look - done, timeout=600)
             curve = curves[name]
             curve["steps"].append(look)
-            for key, seconds in zip(("seconds", "waited"), (max(each[0] for each in times), statistics.mean(each[1] for each in times))):
+            for key, seconds in zip(
+                ("seconds", "waited"), (max(each[0] for each in times), statistics.mean(each[1] for each in times))
+            ):
                 curve[key].append(round(seconds + (curve[key] or [0.0])[-1], 3))
             curve["losses"].append(round(world.ask("loss", name)[0], 4))
             progress.advance(task, look - done)
@@ -138,15 +142,21 @@ def main() -> None:
             cable = stack.enter_context(Cable())
             for mbit in args.rates:
                 cable.shape(mbit)
-                with World(cable.nodes, PER_NODE, logs, lifetime_s=3600, script="quality/clock_rank.py") as world, \
-                        Progress(console=console, refresh_per_second=0.2) as progress:
+                with (
+                    World(cable.nodes, PER_NODE, logs, lifetime_s=3600, script="quality/clock_rank.py") as world,
+                    Progress(console=console, refresh_per_second=0.2) as progress,
+                ):
                     others = Others(world.pids, 0.0)
                     curves[f"{mbit:g} Mbit/s"] = race(world, preset, running, progress, f"{mbit:g} Mbit/s")
                     console.print(f"{mbit:g} Mbit/s: somebody else used {others.share():.0%} of the machine")
     except (NetworkError, RankError) as error:
         sys.exit(f"clock.py: {error}")
-    kept = {"command": shlex.join(["python", "benchmarks/quality/clock.py", *sys.argv[1:]]), "commit": commit(),
-            "machine": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}", "rates": curves}
+    kept = {
+        "command": shlex.join(["python", "benchmarks/quality/clock.py", *sys.argv[1:]]),
+        "commit": commit(),
+        "machine": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}",
+        "rates": curves,
+    }
     if not args.steps:
         lines = json.dumps(kept, indent=None).replace('}, "', '},\n"').replace('{"DDP"', '{\n"DDP"')
         RESULTS.write_text(f"{lines}\n")

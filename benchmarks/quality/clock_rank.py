@@ -1,4 +1,5 @@
-"""One rank of ``clock.py``: one replica of every contestant, on the data that the study's simulated replica of that number sees."""
+"""One rank of ``clock.py``: one replica of every contestant, on the data that the study's simulated replica of that
+number sees."""
 
 import sys
 import time
@@ -7,37 +8,45 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).resolve().parent.parent
 sys.path.append(str(BENCHMARKS))
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from contestants import NEVER, Running, Setting, accelerate_local_sgd, ddp, post_local_sgd, wrapped  # noqa: E402
-from methods import Preset, Run  # noqa: E402
-from rank import serve  # noqa: E402
-from small_gpt import drawn, initial, kept  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters  # noqa: E402
-from trial import SCHEDULES  # noqa: E402
+import torch
+import torch.distributed as dist
+from contestants import NEVER, Running, Setting, accelerate_local_sgd, ddp, post_local_sgd, wrapped
+from methods import Preset, Run
+from rank import serve
+from small_gpt import drawn, initial, kept
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from trial import SCHEDULES
 
-from deslo_plugin import DesLoc, attach  # noqa: E402
-from deslo_plugin.collectives import Alone  # noqa: E402
+from deslo_plugin import DesLoc, attach
+from deslo_plugin.comm.transport import SingleReplica
 
 PEERS = {"ddp": ddp, "accelerate": accelerate_local_sgd, "post-local-sgd": post_local_sgd}
 
 
 def build(how: str, run: Run, preset: Preset) -> Running:
     """A peer, or with ``how`` "ours" the run's own method; all from the run's start, with its update."""
+
     def local(model: nn.Module) -> DesLoc:
         params = run.blocks["optimizer"]["params"] | {"sync_every": {"params": NEVER}}
-        return DesLoc(model.parameters(), {"optimizer": {"params": params}}, average=Alone())
+        return DesLoc(model.parameters(), {"optimizer": {"params": params}}, average=SingleReplica())
 
     setting = Setting(preset.shape, preset.sequences, preset.period, preset.warm_up, local)
     torch.manual_seed(run.seed)
     if how != "ours":
         return PEERS[how](setting)
     model = wrapped(setting)
-    optimizer = DesLoc(model.parameters(), {"optimizer": run.blocks["optimizer"], "deslo": {**run.blocks["deslo"], "replica_size": 1}})
+    optimizer = DesLoc(
+        model.parameters(), {"optimizer": run.blocks["optimizer"], "deslo": {**run.blocks["deslo"], "replica_size": 1}}
+    )
     attachment = attach(model, optimizer)
-    meter = attachment.meter
-    return Running(model, optimizer, lambda steps: sum(attachment.plan.bytes_at(steps).values()), waited=lambda: meter.seconds_exposed)
+    meter = attachment.stats
+    return Running(
+        model,
+        optimizer,
+        lambda steps: sum(attachment.plan.bytes_at(steps).values()),
+        waited=lambda: meter.seconds_exposed,
+    )
 
 
 class Rank:

@@ -10,11 +10,20 @@ from methods import LOCAL, SYNCHRONOUS, Preset, Run, ablations, tuning
 
 STARTS = {True: "Local after the synchronous warm-up", False: "Local from the first step"}
 PAIRS = (  # what the papers compare
-    ("DES-LOC", "Local Adam"), ("FAVG+OPT", "DES-LOC"), ("FAVG-OPT", "DES-LOC"), ("DES-LOC-Nesterov", "DES-LOC"),
-    ("DES-LOC-QH", "DES-LOC"), ("DES-LOC-QH", "synchronous AdamW"),
-    ("MT-DAO", "synchronous QH"), ("MT-DAO", "synchronous AdamW"), ("MT-DAO", "Local Adam"),
-    ("MT-DAO, ADOPT", "synchronous QH, ADOPT"), ("MT-DAO, ADOPT", "synchronous ADOPT"), ("MT-DAO, ADOPT", "Local ADOPT"),
-    ("MT-DAO, two momenta", "MT-DAO"), ("MT-DAO, two momenta", "DES-LOC"),
+    ("DES-LOC", "Local Adam"),
+    ("FAVG+OPT", "DES-LOC"),
+    ("FAVG-OPT", "DES-LOC"),
+    ("DES-LOC-Nesterov", "DES-LOC"),
+    ("DES-LOC-QH", "DES-LOC"),
+    ("DES-LOC-QH", "synchronous AdamW"),
+    ("MT-DAO", "synchronous QH"),
+    ("MT-DAO", "synchronous AdamW"),
+    ("MT-DAO", "Local Adam"),
+    ("MT-DAO, ADOPT", "synchronous QH, ADOPT"),
+    ("MT-DAO, ADOPT", "synchronous ADOPT"),
+    ("MT-DAO, ADOPT", "Local ADOPT"),
+    ("MT-DAO, two momenta", "MT-DAO"),
+    ("MT-DAO, two momenta", "DES-LOC"),
 )
 
 
@@ -32,24 +41,53 @@ def tables(preset: Preset, ledger: Ledger) -> dict[str, str]:
 def methods_table(warm_up: bool, ledger: Ledger, chosen: Chosen) -> str:
     """Every method at its best rate, over all seeds; perplexities against synchronous AdamW's of the same seed."""
     first = chosen["synchronous AdamW", False]
-    columns = [STARTS[warm_up], "rate", "validation, nats", "lowest to highest", "perplexity, %", "MB sent", "times less",
-               "cosine of progress", "of momentum"]
+    columns = [
+        STARTS[warm_up],
+        "rate",
+        "validation, nats",
+        "lowest to highest",
+        "perplexity, %",
+        "MB sent",
+        "times less",
+        "cosine of progress",
+        "of momentum",
+    ]
     rows = []
     for name in (*SYNCHRONOUS, *LOCAL):
         runs = chosen[name, warm_up and name in LOCAL]
         ends = [ledger.final(each) for each in runs]
         sent, all_sent = (ledger[each[0]]["bytes"] for each in (runs, first))
-        rows.append([name, f"{runs[0].blocks['optimizer']['params']['lr']:g}", nats(ends), spread(ends),
-                     against(runs, first, ledger), f"{sent / 1e6:.1f}", f"{all_sent / sent:.1f}",
-                     cosine(runs, "progress", ledger), cosine(runs, "momentum", ledger)])
+        rows.append(
+            [
+                name,
+                f"{runs[0].blocks['optimizer']['params']['lr']:g}",
+                nats(ends),
+                spread(ends),
+                against(runs, first, ledger),
+                f"{sent / 1e6:.1f}",
+                f"{all_sent / sent:.1f}",
+                cosine(runs, "progress", ledger),
+                cosine(runs, "momentum", ledger),
+            ]
+        )
     return markdown(columns, rows)
 
 
 def pairs_table(preset: Preset, ledger: Ledger, chosen: Chosen) -> str:
     """Perplexities of one method against another's of the same seed, each at its best rate."""
-    rows = [[f"{name} against {other}", *(against(chosen[name, warm_up], chosen[other, warm_up and other in LOCAL], ledger)
-                                          for warm_up in preset.starts)] for name, other in PAIRS]
-    return markdown(["perplexity, %", *(STARTS[warm_up].replace("Local", "local", 1) for warm_up in preset.starts)], rows)
+    rows = [
+        [
+            f"{name} against {other}",
+            *(
+                against(chosen[name, warm_up], chosen[other, warm_up and other in LOCAL], ledger)
+                for warm_up in preset.starts
+            ),
+        ]
+        for name, other in PAIRS
+    ]
+    return markdown(
+        ["perplexity, %", *(STARTS[warm_up].replace("Local", "local", 1) for warm_up in preset.starts)], rows
+    )
 
 
 def warm_up_table(ledger: Ledger, chosen: Chosen) -> str:
@@ -61,9 +99,11 @@ def warm_up_table(ledger: Ledger, chosen: Chosen) -> str:
 def rates_table(preset: Preset, ledger: Ledger) -> str:
     """The grid of rates: validation at the end on the first seed."""
     columns = ["nats at the end, by rate", "warm-up", *(f"{rate:g}" for rate in preset.rates)]
-    started = lambda name, warm_up: "" if name in SYNCHRONOUS else "yes" if warm_up else "no"  # noqa: E731
-    rows = [[name, started(name, warm_up), *(nats([ledger.final(each)]) for each in grid.values())]
-            for (name, warm_up), grid in tuning(preset).items()]
+    started = lambda name, warm_up: "" if name in SYNCHRONOUS else "yes" if warm_up else "no"
+    rows = [
+        [name, started(name, warm_up), *(nats([ledger.final(each)]) for each in grid.values())]
+        for (name, warm_up), grid in tuning(preset).items()
+    ]
     return markdown(columns, rows)
 
 
@@ -72,9 +112,17 @@ def ablation_table(title: str, preset: Preset, ledger: Ledger) -> str:
     variants = ablations(preset)[title]
     first = next(iter(variants.values()))
     columns = [title, "validation, nats", "perplexity, %", "MB sent", "cosine of progress", "of momentum"]
-    rows = [[name, nats([ledger.final(each) for each in runs]), against(runs, first, ledger),
-             f"{ledger[runs[0]]['bytes'] / 1e6:.1f}", cosine(runs, "progress", ledger), cosine(runs, "momentum", ledger)]
-            for name, runs in variants.items()]
+    rows = [
+        [
+            name,
+            nats([ledger.final(each) for each in runs]),
+            against(runs, first, ledger),
+            f"{ledger[runs[0]]['bytes'] / 1e6:.1f}",
+            cosine(runs, "progress", ledger),
+            cosine(runs, "momentum", ledger),
+        ]
+        for name, runs in variants.items()
+    ]
     return markdown(columns, rows)
 
 
@@ -85,7 +133,9 @@ def against(runs: Sequence[Run], first: Sequence[Run], ledger: Ledger) -> str:
     if any(end is None for pair in pairs for end in pair):
         return "diverged"
     percent = [math.expm1(end - base) * 100 for end, base in pairs]
-    return f"{statistics.mean(percent):+.1f}" + (f" ({min(percent):+.1f} to {max(percent):+.1f})" if len(percent) > 1 else "")
+    return f"{statistics.mean(percent):+.1f}" + (
+        f" ({min(percent):+.1f} to {max(percent):+.1f})" if len(percent) > 1 else ""
+    )
 
 
 def nats(ends: Sequence[float | None]) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from methods import Preset, Run
 
-
-SIZE = ("shape", "sequences", "steps", "schedule", "look", "held_out", "device", "bfloat16")  # of a preset: what runs do not say
+# of a preset: what runs do not say
+SIZE = ("shape", "sequences", "steps", "schedule", "look", "held_out", "device", "bfloat16")
 
 
 class Ledger:
@@ -30,9 +30,12 @@ class Ledger:
         if changed := [name for name in SIZE if whole["preset"][name] != self._preset[name]]:
             raise ValueError(f"{path}: expected runs of the same {', '.join(changed)}, got others; give another --out")
         self.runs: dict[str, dict[str, Any]] = whole["runs"]
-        self._head = {"command": shlex.join(["python", "benchmarks/quality/study.py", *sys.argv[1:]]), "commit": commit(),
-                      "machine": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}",
-                      "preset": self._preset}
+        self._head = {
+            "command": shlex.join(["python", "benchmarks/quality/study.py", *sys.argv[1:]]),
+            "commit": commit(),
+            "machine": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}",
+            "preset": self._preset,
+        }
 
     def __contains__(self, run: Run) -> bool:
         return run.key in self.runs

@@ -1,8 +1,8 @@
 """What the study trains: sizes, methods, the grid of rates and the ablations, as one table that says all of it.
 
-Hyper-parameters are those of configs/. What a preset changes: periods (a multiple of those in configs/), and the long memories,
-which must be short against its run: the slow beta of MT-DAO, beta2 of ADOPT and, where that slow beta outlives it, of Adam.
-"""
+Hyper-parameters are those of configs/. What a preset changes: periods (a multiple of those in configs/), and the long
+memories, which must be short against its run: the slow beta of MT-DAO, beta2 of ADOPT and, where that slow beta
+outlives it, of Adam."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from typing import Any
 
 from small_gpt import GPTConfig
 
-from deslo_plugin.config_file import read_file
+from deslo_plugin.config.file import read_file
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 WRITTEN_FOR = 32  # sync_every.params in configs/
@@ -48,29 +48,63 @@ class Preset:
 
 PRESETS = {
     "short": Preset(
-        shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=384, period=8, warm_up=48,
-        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2), slow_beta=0.97, slow_weight=0.9,
+        shape=GPTConfig(dim=48, layers=2, heads=4, context=32),
+        sequences=4,
+        steps=384,
+        period=8,
+        warm_up=48,
+        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2, 4e-2),
+        slow_beta=0.97,
+        slow_weight=0.9,
         beta2={"adam": 0.95, "adopt": 0.999},
     ),
     "long": Preset(
-        shape=GPTConfig(dim=48, layers=2, heads=4, context=32), sequences=4, steps=3072, period=32, warm_up=192, starts=(True,),
-        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2), slow_beta=0.99, slow_weight=0.9, look=96, held_out=8,
+        shape=GPTConfig(dim=48, layers=2, heads=4, context=32),
+        sequences=4,
+        steps=3072,
+        period=32,
+        warm_up=192,
+        starts=(True,),
+        rates=(1e-3, 2.5e-3, 6e-3, 1.5e-2),
+        slow_beta=0.99,
+        slow_weight=0.9,
+        look=96,
+        held_out=8,
         beta2={"adam": 0.99, "adopt": 0.999},
-        ablated=("Period of the parameters, DES-LOC", "Period of the parameters, MT-DAO", "Slow momentum of MT-DAO",
-                 "The raw gradient beside a momentum of 0.9", "Second moment", "Fewer synchronous steps"),
+        ablated=(
+            "Period of the parameters, DES-LOC",
+            "Period of the parameters, MT-DAO",
+            "Slow momentum of MT-DAO",
+            "The raw gradient beside a momentum of 0.9",
+            "Second moment",
+            "Fewer synchronous steps",
+        ),
     ),
     # the recipe of MT-DAO's author at 16M, on bytes: their vocabulary would be 12.9M of the parameters
     "gpu": Preset(
-        shape=GPTConfig(dim=256, layers=4, heads=4, context=2048), sequences=16, steps=5120, period=32, warm_up=512,
-        rates=(2**-10, 2**-9, 2**-8, 2**-7), slow_beta=0.999, slow_weight=0.98,
-        beta2={"adam": 0.9999, "adopt": 0.9999}, schedule="hold", ablated=(), look=128, held_out=8, device="cuda", bfloat16=True,
+        shape=GPTConfig(dim=256, layers=4, heads=4, context=2048),
+        sequences=16,
+        steps=5120,
+        period=32,
+        warm_up=512,
+        rates=(2**-10, 2**-9, 2**-8, 2**-7),
+        slow_beta=0.999,
+        slow_weight=0.98,
+        beta2={"adam": 0.9999, "adopt": 0.9999},
+        schedule="hold",
+        ablated=(),
+        look=128,
+        held_out=8,
+        device="cuda",
+        bfloat16=True,
     ),
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """A file of configs/, with other ``params`` where it has no file of its own. ``synchronous``: gradients averaged always;
+    """A file of configs/, with other ``params`` where it has no file of its own. ``synchronous``: gradients averaged
+    always;
     ``slow``: its last momentum is scaled to the run."""
 
     config: str
@@ -112,7 +146,8 @@ class Run:
     shards: bool = False  # each replica reads a part of the corpus of its own
     sequences: int | None = None  # in place of the preset's
     steps: int | None = None  # in place of the preset's, with the schedule of the rate
-    compensated: bool = True  # late averages land as exactly as local steps allow; else as if no update had been in between
+    # late averages land as exactly as local steps allow; else as if no update had been in between
+    compensated: bool = True
 
     @property
     def key(self) -> str:
@@ -121,21 +156,32 @@ class Run:
 
 
 def run(
-    preset: Preset, name: str, *, rate: float, seed: int, warm_up: bool, period: int | None = None,
-    sync_every: Mapping[str, int | None] | None = None, slow: Mapping[str, float] | None = None,
-    weights: Sequence[float] = (), outer: Mapping[str, float] | None = None, beta2: float | None = None,
-    deslo: Mapping[str, Any] | None = None, replicas: int | None = None, **options: Any,
+    preset: Preset,
+    name: str,
+    *,
+    rate: float,
+    seed: int,
+    warm_up: bool,
+    period: int | None = None,
+    sync_every: Mapping[str, int | None] | None = None,
+    slow: Mapping[str, float] | None = None,
+    weights: Sequence[float] = (),
+    outer: Mapping[str, float] | None = None,
+    beta2: float | None = None,
+    deslo: Mapping[str, Any] | None = None,
+    replicas: int | None = None,
+    **options: Any,
 ) -> Run:
     """A run of method ``name``.
 
-    ``period`` replaces the preset's K_x, all others keep their ratio to it; ``sync_every`` replaces single periods after
-    that; ``slow`` replaces beta or weight of the slow momentum, ``weights`` those of all, ``outer`` the outer optimizer,
-    ``beta2`` the preset's; ``deslo`` adds keys there; ``options`` are fields of ``Run``.
+    ``period`` replaces the preset's K_x, all others keep their ratio to it; ``sync_every`` replaces single periods
+    after that; ``slow`` replaces beta or weight of the slow momentum, ``weights`` those of all, ``outer`` the outer
+    optimizer, ``beta2`` the preset's; ``deslo`` adds keys there; ``options`` are fields of ``Run``.
     """
     method, file = METHODS[name], read_file(CONFIGS / f"{METHODS[name].config}.json")
     period = preset.period if period is None or method.synchronous else period
     params = deepcopy(file["optimizer"]["params"] | method.params) | {"lr": rate}
-    scaled = lambda every: every and every * period // WRITTEN_FOR  # noqa: E731
+    scaled = lambda every: every and every * period // WRITTEN_FOR
     params["sync_every"] = {state: scaled(every) for state, every in params["sync_every"].items()}
     if "momenta" in params:
         for entry in (*params["momenta"], params["second_moment"]):
@@ -153,7 +199,7 @@ def run(
     else:
         params["betas"][1] = beta2
     if outer:
-        params["outer"] = dict(outer)
+        params["outer_optimizer"] = dict(outer)
     for state, every in (sync_every or {}).items():
         if "momenta" in params and state != "params":
             (params["second_moment"] if state == "exp_avg_sq" else params["momenta"][0])["sync_every"] = every
@@ -166,9 +212,14 @@ def run(
 
 def tuning(preset: Preset) -> dict[tuple[str, bool], dict[float, Run]]:
     """(method, warm-up) -> rate -> its run on the first seed; synchronous methods have no warm-up to tell apart."""
-    variants = [*((name, False) for name in SYNCHRONOUS), *((name, warm_up) for warm_up in preset.starts for name in LOCAL)]
+    variants = [
+        *((name, False) for name in SYNCHRONOUS),
+        *((name, warm_up) for warm_up in preset.starts for name in LOCAL),
+    ]
     return {
-        (name, warm_up): {rate: run(preset, name, rate=rate, seed=preset.seeds[0], warm_up=warm_up) for rate in preset.rates}
+        (name, warm_up): {
+            rate: run(preset, name, rate=rate, seed=preset.seeds[0], warm_up=warm_up) for rate in preset.rates
+        }
         for name, warm_up in variants
     }
 
@@ -189,31 +240,41 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
     for name in ("DES-LOC", "MT-DAO"):
         fixed = apart if name == "DES-LOC" else {"exp_avg": K, "exp_avg_sq": K}
         titled[f"Period of the parameters, {name}"] = {
-            f"K_x {every}, momenta {fixed['exp_avg']} / {fixed['exp_avg_sq']}":
-                variant(name, sync_every={"params": every, **fixed}) for every in (K, K // 4, 4 * K, 16 * K)
+            f"K_x {every}, momenta {fixed['exp_avg']} / {fixed['exp_avg_sq']}": variant(
+                name, sync_every={"params": every, **fixed}
+            )
+            for every in (K, K // 4, 4 * K, 16 * K)
         }
     slow, long = preset.slow_beta, 1 - (1 - preset.slow_beta) / 3
     titled["Periods of 32"] = {
         name: variant(name, period=4 * K)
         for name in ("synchronous AdamW", "Local Adam", "DES-LOC", "MT-DAO", "Local ADOPT", "MT-DAO, ADOPT")
-    } | {f"{name}, beta {long:.4g}": variant(name, period=4 * K, slow={"beta": round(long, 4)})
-         for name in ("MT-DAO", "MT-DAO, ADOPT")}
+    } | {
+        f"{name}, beta {long:.4g}": variant(name, period=4 * K, slow={"beta": round(long, 4)})
+        for name in ("MT-DAO", "MT-DAO, ADOPT")
+    }
     titled["Momenta at equal traffic"] = {
         f"K_u {u or 'never'}, K_v {v or 'never'}": variant("DES-LOC", sync_every={"exp_avg": u, "exp_avg_sq": v})
         for u, v in ((3 * K, 6 * K), (6 * K, 3 * K), (4 * K, 4 * K), (2 * K, None), (None, 2 * K))
     }
     titled["Slow momentum of MT-DAO"] = {
         f"beta {beta:.4g}, weight {weight}": variant("MT-DAO", slow={"beta": round(beta, 4), "weight": weight})
-        for beta in (slow, 1 - (1 - slow) * 3, long) for weight in (0.9, 0.8, 0.98)
+        for beta in (slow, 1 - (1 - slow) * 3, long)
+        for weight in (0.9, 0.8, 0.98)
     }
-    titled["The raw gradient beside a momentum of 0.9"] = {"weight 1: Local Adam": variant("Local Adam")} | {
-        f"weight {weight}": variant("MT-DAO", slow={"beta": 0.9, "weight": weight}) for weight in (0.9, 0.8, 0.6, 0.4)
-    } | {
-        "weight 1, 3x / 6x: DES-LOC": variant("DES-LOC"),
-        "weight 0.8, 3x / 6x: DES-LOC-QH": variant("DES-LOC-QH"),
-        "weight 1, synchronous": variant("synchronous AdamW"),
-        "weight 0.8, synchronous": variant("synchronous QH", slow={"beta": 0.9, "weight": 0.8}),
-    }
+    titled["The raw gradient beside a momentum of 0.9"] = (
+        {"weight 1: Local Adam": variant("Local Adam")}
+        | {
+            f"weight {weight}": variant("MT-DAO", slow={"beta": 0.9, "weight": weight})
+            for weight in (0.9, 0.8, 0.6, 0.4)
+        }
+        | {
+            "weight 1, 3x / 6x: DES-LOC": variant("DES-LOC"),
+            "weight 0.8, 3x / 6x: DES-LOC-QH": variant("DES-LOC-QH"),
+            "weight 1, synchronous": variant("synchronous AdamW"),
+            "weight 0.8, synchronous": variant("synchronous QH", slow={"beta": 0.9, "weight": 0.8}),
+        }
+    )
     titled["Two momenta, 0.9 and slow"] = {"DES-LOC, 0.9 alone": variant("DES-LOC")} | {
         f"weights {first} and {second}": variant("MT-DAO, two momenta", weights=(first, second))
         for first, second in ((0.5, 0.4), (0.8, 0.2), (0.7, 0.3), (0.5, 0.5), (0.3, 0.6))
@@ -227,22 +288,31 @@ def ablations(preset: Preset) -> dict[str, Ablation]:
         f"rate {rate:g}, momentum {momentum:g}": variant("DES-LOC", outer={"lr": rate, "momentum": momentum})
         for rate, momentum in ((1.0, 0.9), (0.7, 0.9), (0.3, 0.9), (0.1, 0.9), (1.0, 0.5), (0.7, 0.5), (1.0, 0.2))
     }
-    titled["Fewer synchronous steps"] = {f"{name}, {preset.steps} steps": variant(name) for name in ("DES-LOC", "DES-LOC-QH")} | {
-        f"synchronous AdamW, {steps} steps": variant("synchronous AdamW", steps=None if steps == preset.steps else steps)
+    titled["Fewer synchronous steps"] = {
+        f"{name}, {preset.steps} steps": variant(name) for name in ("DES-LOC", "DES-LOC-QH")
+    } | {
+        f"synchronous AdamW, {steps} steps": variant(
+            "synchronous AdamW", steps=None if steps == preset.steps else steps
+        )
         for steps in (preset.steps, 3 * preset.steps // 4, preset.steps // 2, 3 * preset.steps // 8)
     }
     titled["Where in the step"] = {
-        f"{name}, {when}": variant(name, deslo={} if when == "before_update" else {"when": when})
-        for name in ("DES-LOC", "MT-DAO") for when in ("before_update", "after_update")
+        f"{name}, {when}": variant(name, deslo={} if when == "before_step" else {"average_at": when})
+        for name in ("DES-LOC", "MT-DAO")
+        for when in ("before_step", "after_step")
     }
     compared = ("synchronous AdamW", "Local Adam", "DES-LOC", "FAVG+OPT", "MT-DAO")
     titled["Another part of the corpus for each replica"] = {
-        f"{name}{', own part' if shards else ''}": variant(name, shards=shards) for shards in (False, True) for name in compared
+        f"{name}{', own part' if shards else ''}": variant(name, shards=shards)
+        for shards in (False, True)
+        for name in compared
     }
     titled["Delay"] = {"1": variant("DES-LOC")} | {
-        f"{delay}{'' if compensated else ', without beta^d'}":
-            variant("DES-LOC", deslo={"delay": delay}, compensated=compensated)
-        for delay in (2, 4, 8) for compensated in (True, False)
+        f"{delay}{'' if compensated else ', without beta^d'}": variant(
+            "DES-LOC", deslo={"sync_delay": delay}, compensated=compensated
+        )
+        for delay in (2, 4, 8)
+        for compensated in (True, False)
     }
     compared = ("synchronous AdamW", "Local Adam", "DES-LOC", "MT-DAO")
     for count, windows in ((4, 4), (4, 16), (4, 64), (8, 4), (16, 4)):

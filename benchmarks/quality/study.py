@@ -1,11 +1,12 @@
-"""Does it train as well as synchronous training? Methods at equal tokens and equally tuned, and the ablations behind defaults.
+"""Does it train as well as synchronous training? Methods at equal tokens and equally tuned, and the ablations behind
+defaults.
 
     python benchmarks/quality/study.py                  # long runs of every method: an hour on two cores
     python benchmarks/quality/study.py --preset short   # short runs, from two starts, and the ablations: half an hour
     python benchmarks/quality/study.py --preset gpu     # hours on a GPU
 
-Everything is simulated: M replicas are M rows of one matrix in one process, stepped by the same ``DesLoc`` that trains across
-nodes. Finished runs are kept: stopped and started again, it goes on where it was.
+Everything is simulated: M replicas are M rows of one matrix in one process, stepped by the same ``DesLoc`` that trains
+across nodes. Finished runs are kept: stopped and started again, it goes on where it was.
 """
 
 import os
@@ -19,26 +20,30 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).resolve().parent.parent
 sys.path.append(str(BENCHMARKS))
 
-import torch  # noqa: E402
-from choice import at_best_rate  # noqa: E402
-from findings import tables  # noqa: E402
-from ledger import Ledger  # noqa: E402
-from methods import PRESETS, Preset, Run, ablations, tuning  # noqa: E402
-from plots import draw  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import track  # noqa: E402
-from trial import train  # noqa: E402
+import torch
+from choice import at_best_rate
+from findings import tables
+from ledger import Ledger
+from methods import PRESETS, Preset, Run, ablations, tuning
+from plots import draw
+from rich.console import Console
+from rich.progress import track
+from trial import train
 
 FIGURES = BENCHMARKS.parent / "docs" / "figures"
 PARTS = ("tuning", "seeds", "ablations")
 
 
 def wanted(part: str, preset: Preset, ledger: Ledger) -> list[Run]:
-    """The runs of a part of the study, the first seed's first; those of ``seeds`` are known once ``tuning`` has finished."""
+    """The runs of a part of the study, the first seed's first; those of ``seeds`` are known once ``tuning`` has
+    finished."""
     if part == "tuning":
         return [each for grid in tuning(preset).values() for each in grid.values()]
-    chosen = at_best_rate(preset, ledger).values() if part == "seeds" else (
-        seeds for variants in ablations(preset).values() for seeds in variants.values())
+    chosen = (
+        at_best_rate(preset, ledger).values()
+        if part == "seeds"
+        else (seeds for variants in ablations(preset).values() for seeds in variants.values())
+    )
     return sorted((each for seeds in chosen for each in seeds), key=lambda each: each.seed)
 
 
@@ -48,7 +53,8 @@ def results(preset: str) -> Path:
 
 
 def finish(runs: Iterable[Run], preset: Preset, ledger: Ledger, title: str = "runs", jobs: int = 1) -> int:
-    """Trains those of ``runs`` that the ledger lacks, ``jobs`` at a time, each in a process of one thread; returns how many."""
+    """Trains those of ``runs`` that the ledger lacks, ``jobs`` at a time, each in a process of one thread; returns how
+    many."""
     missing = list({each.key: each for each in runs if each not in ledger}.values())
     if missing:
         with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:

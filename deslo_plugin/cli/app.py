@@ -31,4 +31,5 @@ Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=
 
 @app.callback()
 def deslo(version: Version = False) -> None:
-    """DES-LOC and MT-DAO, planned and proved: parameters and momenta averaged between replicas on periods of their own."""
+    """DES-LOC and MT-DAO, planned and proved: parameters and momenta averaged between replicas on periods of their
+    own."""

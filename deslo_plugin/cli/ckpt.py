@@ -7,29 +7,45 @@ from typing import Annotated, Any
 
 import typer
 
-from deslo_plugin.cli.printing import FAILED, Json, bytes_of, command, show, show_json, table
-from deslo_plugin.frameworks.foreign import what_is_there
-from deslo_plugin.frameworks.index import INDEX, read_index, tensors_of
-from deslo_plugin.frameworks.proof import NAME, OLD, PART, Proof, complete, damaged, latest, read_proof
-from deslo_plugin.names import PARAMS
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.algorithm.state_names import PARAMS
+from deslo_plugin.checkpoint.foreign import what_is_there
+from deslo_plugin.checkpoint.index import INDEX, read_index, tensors_of
+from deslo_plugin.checkpoint.manifest import (
+    NAME,
+    OLD,
+    PART,
+    Manifest,
+    complete,
+    corrupted_files,
+    latest_checkpoint,
+    read_manifest,
+)
+from deslo_plugin.cli.output import FAILED, Json, bytes_of, command, show, show_json, table
+from deslo_plugin.errors import ConfigError
 
 
 @command
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint of deslo_plugin.save, or a folder of them: then the latest.")],
+    path: Annotated[
+        Path, typer.Argument(help="A checkpoint of deslo_plugin.save, or a folder of them: then the latest.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Mode, replicas and shards, steps, parameters and states of a checkpoint; every file is read and its checksum compared.
+    """Mode, replicas and shards, steps, parameters and states of a checkpoint; every file is read and its checksum
+    compared.
 
     Status 1 if it is torn. Nothing in a checkpoint runs: what is inspected is data.
     """
-    folder = path if (path / NAME).exists() else latest(path) if path.is_dir() else None
+    folder = path if (path / NAME).exists() else latest_checkpoint(path) if path.is_dir() else None
     if folder is None:
         kind, do = what_is_there(path)
-        raise ConfigError(f"deslo ckpt inspect {path}", f"a folder with {NAME}, or folders of such in it", kind + _hint(path), do)
-    proof = read_proof(folder)
-    content = _content(folder, proof, damaged(folder, proof, None)) | {"of": len(complete(path)) if folder != path else 1}
+        raise ConfigError(
+            f"deslo ckpt inspect {path}", f"a folder with {NAME}, or folders of such in it", kind + _hint(path), do
+        )
+    proof = read_manifest(folder)
+    content = _content(folder, proof, corrupted_files(folder, proof, None)) | {
+        "of": len(complete(path)) if folder != path else 1
+    }
     if as_json:
         show_json(content)
     else:
@@ -37,23 +53,32 @@ def inspect(
     raise typer.Exit(FAILED if content["damaged"] else 0)
 
 
-def _content(folder: Path, proof: Proof, problems: dict[str, str]) -> dict[str, Any]:
+def _content(folder: Path, proof: Manifest, problems: dict[str, str]) -> dict[str, Any]:
     states, indices = _states(folder, proof, problems)
     params = [states[PARAMS] for states in proof.states.values()]
     return {
-        "path": str(folder), "mode": proof.mode, "steps": proof.steps,
-        "replicas": len(proof.rows), "replica_size": len(proof.rows[0]),
-        "parameters": sum(prod(shape) for shape in params), "parameter_tensors": len(params),
+        "path": str(folder),
+        "mode": proof.mode,
+        "steps": proof.steps,
+        "replicas": len(proof.rows),
+        "replica_size": len(proof.rows[0]),
+        "parameters": sum(prod(shape) for shape in params),
+        "parameter_tensors": len(params),
         "param_groups": [dict(group) for group in proof.groups],
-        "copies_of_the_state": indices, "states": states,
-        "files": len(proof.files), "bytes": sum(size for size, *_ in proof.files.values()),
-        "digest": "sha256" if proof.strong else "crc32", "sha256": proof.digest,
-        "whole": not problems, "damaged": problems,
+        "copies_of_the_state": indices,
+        "states": states,
+        "files": len(proof.files),
+        "bytes": sum(size for size, *_ in proof.files.values()),
+        "digest": "sha256" if proof.strong else "crc32",
+        "sha256": proof.digest,
+        "whole": not problems,
+        "damaged": problems,
     }
 
 
-def _states(folder: Path, proof: Proof, problems: dict[str, str]) -> tuple[dict[str, Any], int]:
-    """(state -> tensors, elements, bytes and dtypes of one copy, how many copies), from the first index that is whole."""
+def _states(folder: Path, proof: Manifest, problems: dict[str, str]) -> tuple[dict[str, Any], int]:
+    """(state -> tensors, elements, bytes and dtypes of one copy, how many copies), from the first index that is
+    whole."""
     indices = [name for name in sorted(proof.files) if Path(name).name == INDEX]
     found: dict[str, Any] = defaultdict(lambda: {"tensors": 0, "elements": 0, "bytes": 0, "dtypes": []})
     for name in [name for name in indices if name not in problems][:1]:
@@ -67,22 +92,40 @@ def _states(folder: Path, proof: Proof, problems: dict[str, str]) -> tuple[dict[
 
 
 def _shown(content: dict[str, Any]) -> list[Any]:
-    kind = {"average": "one model, the mean of all replicas", "sync": "one model, on which all replicas met",
-            "exact": "every replica's own state"}[content["mode"]]
+    kind = {
+        "averaged": "one model, the mean of all replicas",
+        "synchronized": "one model, on which all replicas met",
+        "per_replica": "every replica's own state",
+    }[content["mode"]]
     name = content["path"] + (f" (the latest of {content['of']})" if content["of"] > 1 else "")
     lines = [
         f"{name}: mode {content['mode']}, {kind}, after {content['steps']:,} steps of "
         f"{content['replicas']} replica(s) of {content['replica_size']} rank(s)",
         f"{content['parameters']:,} parameters in {content['parameter_tensors']} tensors; learning rates "
-        + ", ".join(f"{group['lr']:g}" for group in content["param_groups"] if "lr" in group) + "\n",
+        + ", ".join(f"{group['lr']:g}" for group in content["param_groups"] if "lr" in group)
+        + "\n",
     ]
     copies = f", each of {content['copies_of_the_state']} copies" if content["copies_of_the_state"] > 1 else ""
-    states = table(f"States{copies}", ("state", "dtypes", "tensors", "elements", "bytes"), [
-        (_printable(name), ", ".join(each["dtypes"]), f"{each['tensors']:,}", f"{each['elements']:,}", bytes_of(each["bytes"]))
-        for name, each in content["states"].items()
-    ], words=2)
-    proved = ("every SHA-256 as it was saved; that of deslo.json, to be compared with the one you kept: " + content["sha256"]
-              if content["digest"] == "sha256" else "every checksum (CRC-32, against accidents) as it was saved")
+    states = table(
+        f"States{copies}",
+        ("state", "dtypes", "tensors", "elements", "bytes"),
+        [
+            (
+                _printable(name),
+                ", ".join(each["dtypes"]),
+                f"{each['tensors']:,}",
+                f"{each['elements']:,}",
+                bytes_of(each["bytes"]),
+            )
+            for name, each in content["states"].items()
+        ],
+        words=2,
+    )
+    proved = (
+        "every SHA-256 as it was saved; that of deslo.json, to be compared with the one you kept: " + content["sha256"]
+        if content["digest"] == "sha256"
+        else "every checksum (CRC-32, against accidents) as it was saved"
+    )
     whole = f"whole: {content['files']} files, {bytes_of(content['bytes'])}, {proved}"
     torn = [f"TORN: {_printable(name)}: {_printable(problem)}" for name, problem in content["damaged"].items()]
     return [*lines, states, *(torn or [whole])]

@@ -13,24 +13,27 @@ import torch.distributed as dist
 import typer
 from rich.markup import escape
 
-from deslo_plugin.cli import checks
-from deslo_plugin.cli.checks import OK, WARNING, WRONG, Check
-from deslo_plugin.cli.given import given
-from deslo_plugin.cli.printing import FAILED, Json, command, show, show_json, table
-from deslo_plugin.cli.world import groups_of, leave, world
-from deslo_plugin.collectives import gathered
-from deslo_plugin.config import Config
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.cli import doctor_checks as checks
+from deslo_plugin.cli.config_file import given
+from deslo_plugin.cli.doctor_checks import OK, WARNING, WRONG, Check
+from deslo_plugin.cli.launcher import groups_of, leave, world
+from deslo_plugin.cli.output import FAILED, Json, command, show, show_json, table
+from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
 
 COLOURS = {OK: "green", WARNING: "yellow", WRONG: "bold red"}
 
 
 @command
 def doctor(
-    config: Annotated[Path | None, typer.Option(help="The job's JSON or YAML: two steps of it are taken on fake data.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The job's JSON or YAML: two steps of it are taken on fake data.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Versions, kernels, replicas, the link and two real steps of a config. Start it alone, or with torchrun like the job.
+    """Versions, kernels, replicas, the link and two real steps of a config. Start it alone, or with torchrun like the
+    job.
 
     Status 1 if anything is wrong on any rank.
     """
@@ -39,12 +42,25 @@ def doctor(
         found += _tried("config", lambda: _with_config(config, device))
     everywhere = _merged(found)
     if as_json:
-        show_json({"ok": all(each.status != WRONG for each in everywhere), "checks": [asdict(each) for each in everywhere]})
+        show_json(
+            {"ok": all(each.status != WRONG for each in everywhere), "checks": [asdict(each) for each in everywhere]}
+        )
     else:
-        show(table("deslo doctor", ("what", "", "found"), [
-            (each.name, f"[{COLOURS[each.status]}]{each.status}[/]", escape("; ".join(filter(None, (each.found, each.do)))))
-            for each in everywhere
-        ], words=3))
+        show(
+            table(
+                "deslo doctor",
+                ("what", "", "found"),
+                [
+                    (
+                        each.name,
+                        f"[{COLOURS[each.status]}]{each.status}[/]",
+                        escape("; ".join(filter(None, (each.found, each.do)))),
+                    )
+                    for each in everywhere
+                ],
+                words=3,
+            )
+        )
     leave(FAILED if any(each.status == WRONG for each in everywhere) else 0)
 
 
@@ -75,7 +91,7 @@ def _merged(found: list[Check]) -> list[Check]:
     if not dist.is_initialized():
         return found
     known, merged = {each.name for each in found if each.status == WRONG}, list(found)
-    for rank, theirs in sorted(gathered([asdict(each) for each in found]).items()):
+    for rank, theirs in sorted(all_gather_by_rank([asdict(each) for each in found]).items()):
         worse = [each for each in (Check(**each) for each in theirs) if each.status == WRONG and each.name not in known]
         merged += [replace(each, name=f"{each.name}, rank {rank}") for each in worse]
     return merged

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.errors import ConfigError
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -15,4 +15,6 @@ def expect_drawable(path: Path) -> None:
     if not path.parent.is_dir():
         raise ConfigError("--plot", "an existing folder", repr(str(path.parent)), "make it first")
     if find_spec("matplotlib") is None:
-        raise ConfigError("--plot", "matplotlib installed", "none", "pip install 'deslo-plugin[plot]', or leave --plot out")
+        raise ConfigError(
+            "--plot", "matplotlib installed", "none", "pip install 'deslo-plugin[plot]', or leave --plot out"
+        )

@@ -7,33 +7,47 @@ from typing import Annotated, Any
 
 import typer
 
-from deslo_plugin.cli.given import given
-from deslo_plugin.cli.model import count_parameters, parse_count
-from deslo_plugin.cli.outlook import Outlook
-from deslo_plugin.cli.printing import Json, command, show, show_json
-from deslo_plugin.config import Config
-from deslo_plugin.forecast import Link, compute_seconds
-from deslo_plugin.methods import GRADIENT_BYTES, Job
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.cli.config_file import given
+from deslo_plugin.cli.model_size import count_parameters, parse_count
+from deslo_plugin.cli.output import Json, command, show, show_json
+from deslo_plugin.cli.plan_report import PlanReport
+from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.planning.comparison import GRADIENT_BYTES, Job
+from deslo_plugin.planning.forecast import Link, compute_seconds
 
 
 @command
 def plan(
     config: Annotated[Path | None, typer.Option(help="JSON or YAML; without it the papers' default.")] = None,
     params: Annotated[str | None, typer.Option(help="Parameters of the model: 350M, 1.3B, 124439808.")] = None,
-    model: Annotated[str | None, typer.Option(help="In place of it: an HF config.json, or package.module:function.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="In place of it: an HF config.json, or package.module:function.")
+    ] = None,
     replicas: Annotated[int, typer.Option(min=2, help="Replicas that average: usually nodes.")] = 2,
-    replica_size: Annotated[int | None, typer.Option(min=1, help="Ranks of one replica, if the config does not say.")] = None,
-    gbps: Annotated[float | None, typer.Option(help="Gbit/s from one replica to the others, all its ranks together.")] = None,
-    latency_ms: Annotated[float | None, typer.Option(help="Of one all-reduce of next to nothing; 0 by default.")] = None,
+    replica_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of one replica, if the config does not say.")
+    ] = None,
+    gbps: Annotated[
+        float | None, typer.Option(help="Gbit/s from one replica to the others, all its ranks together.")
+    ] = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Of one all-reduce of next to nothing; 0 by default.")
+    ] = None,
     link: Annotated[Path | None, typer.Option(help="In place of both: what deslo probe --json printed.")] = None,
-    step_ms: Annotated[float | None, typer.Option(help="Of one optimizer step without communication between replicas.")] = None,
-    tokens_per_step: Annotated[float | None, typer.Option(help="In place of it: tokens of a step, of all replicas,")] = None,
+    step_ms: Annotated[
+        float | None, typer.Option(help="Of one optimizer step without communication between replicas.")
+    ] = None,
+    tokens_per_step: Annotated[
+        float | None, typer.Option(help="In place of it: tokens of a step, of all replicas,")
+    ] = None,
     peak_tflops: Annotated[float | None, typer.Option(help="with the peak of one rank,")] = None,
     mfu: Annotated[float | None, typer.Option(help="and the share of it that training reaches, such as 0.4.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of the whole run.")] = 100_000,
     gradient_dtype: Annotated[str | None, typer.Option(help="In which synchronous training sends gradients.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw hours over bandwidth into this file: .png, .svg or .pdf.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw hours over bandwidth into this file: .png, .svg or .pdf.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Bytes, waits, hours and memory of a config on a link, beside synchronous training and other periods."""
@@ -43,7 +57,7 @@ def plan(
     dtype, why = _gradient_dtype(gradient_dtype, file.blocks)
     job = Job(file.config, numel, replicas, size, step_s, steps, dtype)
     name = "the papers' default" if config is None else str(config)
-    outlook = Outlook(job, _link(gbps, latency_ms, link), name, {"step": computed, "gradients": why}, file.left_out)
+    outlook = PlanReport(job, _link(gbps, latency_ms, link), name, {"step": computed, "gradients": why}, file.left_out)
     if plot is not None:
         from deslo_plugin.cli.plot import draw
 
@@ -58,8 +72,12 @@ def _replica_size(config: Config, wanted: int | None) -> int:
     size = config.deslo.replica_size
     if size == "auto":
         if wanted is None:
-            raise ConfigError("--replica-size", "the ranks of one replica, which the config leaves to the job", "none",
-                              "give it: usually the GPUs of a node")
+            raise ConfigError(
+                "--replica-size",
+                "the ranks of one replica, which the config leaves to the job",
+                "none",
+                "give it: usually the GPUs of a node",
+            )
         return wanted
     if wanted not in (None, size):
         raise ConfigError("--replica-size", f"{size}, as deslo.replica_size", str(wanted), "remove one of them")
@@ -68,7 +86,9 @@ def _replica_size(config: Config, wanted: int | None) -> int:
 
 def _numel(params: str | None, model: str | None) -> int:
     if (params is None) == (model is None):
-        raise ConfigError("--params, --model", "one of them", "none" if params is None else "both", "say what is trained")
+        raise ConfigError(
+            "--params, --model", "one of them", "none" if params is None else "both", "say what is trained"
+        )
     return parse_count(params) if model is None else count_parameters(model)
 
 
@@ -81,11 +101,17 @@ def _step_seconds(
     if step_ms is not None and known:
         raise ConfigError("--step-ms", f"it or {', '.join(estimate)}", "both", "keep the measured one")
     if step_ms is None and len(known) < len(estimate):
-        raise ConfigError("--step-ms", "the measured time of a step, or all of " + ", ".join(estimate),
-                          f"only {', '.join(known)}" if known else "none", "measure a step on one replica, without its peers")
+        raise ConfigError(
+            "--step-ms",
+            "the measured time of a step, or all of " + ", ".join(estimate),
+            f"only {', '.join(known)}" if known else "none",
+            "measure a step on one replica, without its peers",
+        )
     for name, value in ({"--step-ms": step_ms} if step_ms is not None else estimate).items():
-        if not 0 < value < float("inf") or name == "--mfu" and value > 1:
-            raise ConfigError(name, "a number in (0, 1]" if name == "--mfu" else "a number > 0", f"{value:g}", "correct it")
+        if not 0 < value < float("inf") or (name == "--mfu" and value > 1):
+            raise ConfigError(
+                name, "a number in (0, 1]" if name == "--mfu" else "a number > 0", f"{value:g}", "correct it"
+            )
     if step_ms is not None:
         return step_ms / 1e3, "as given"
     seconds = compute_seconds(numel, tokens, peak_tflops * 1e12 * ranks, mfu)
@@ -106,8 +132,12 @@ def _gradient_dtype(wanted: str | None, blocks: Mapping[str, Any]) -> tuple[str,
 
 def _link(gbps: float | None, latency_ms: float | None, path: Path | None) -> Link:
     if (gbps is None) == (path is None):
-        raise ConfigError("--gbps, --link", "one of them", "none" if gbps is None else "both",
-                          "give Gbit/s, or measure: torchrun ... -m deslo_plugin.cli probe --json > link.json")
+        raise ConfigError(
+            "--gbps, --link",
+            "one of them",
+            "none" if gbps is None else "both",
+            "give Gbit/s, or measure: torchrun ... -m deslo_plugin.cli probe --json > link.json",
+        )
     if path is not None:
         if latency_ms is not None:
             raise ConfigError("--latency-ms", "none beside --link, which has it", f"{latency_ms:g}", "remove it")
@@ -125,4 +155,6 @@ def _measured(path: Path) -> tuple[float, float]:
         measured: Any = json.loads(path.read_text())
         return float(measured["gbit_per_s"]), float(measured["latency_ms"])
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError("--link", "what deslo probe --json printed", f"{str(path)!r} ({error!r})", "measure again") from error
+        raise ConfigError(
+            "--link", "what deslo probe --json printed", f"{str(path)!r} ({error!r})", "measure again"
+        ) from error

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from deslo_plugin.cli.figures import expect_drawable
-from deslo_plugin.cli.outlook import SWEEP, Outlook
-from deslo_plugin.methods import IN_TURN
+from deslo_plugin.cli.plan_report import SWEEP, PlanReport
+from deslo_plugin.planning.comparison import IN_TURN
 
 POINTS = 61
 
 
-def draw(outlook: Outlook, path: Path) -> None:
+def draw(outlook: PlanReport, path: Path) -> None:
     """Writes the figure. Raises ``ConfigError`` where it cannot be written."""
     expect_drawable(path)
     from matplotlib.figure import Figure
@@ -20,9 +20,16 @@ def draw(outlook: Outlook, path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for name in (each for each in hours[0] if each != IN_TURN):
-        axes.plot(rates, [each[name] for each in hours], label=name, linestyle="--" if name.startswith("synchronous") else "-")
+        axes.plot(
+            rates, [each[name] for each in hours], label=name, linestyle="--" if name.startswith("synchronous") else "-"
+        )
     axes.axvline(outlook.link.gbit_per_s, color="grey", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="Gbit/s between replicas", ylabel=f"hours for {job.steps:,} steps",
-             title=f"{job.numel:.3g} parameters, {job.replicas} replicas, {job.step_s * 1e3:.4g} ms a step")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="Gbit/s between replicas",
+        ylabel=f"hours for {job.steps:,} steps",
+        title=f"{job.numel:.3g} parameters, {job.replicas} replicas, {job.step_s * 1e3:.4g} ms a step",
+    )
     axes.legend(fontsize="small")
     figure.savefig(path)

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from deslo_plugin.cli.printing import Json, command, show_json
-from deslo_plugin.report.charts import png, svgs
-from deslo_plugin.report.page import html, markdown
-from deslo_plugin.report.run import Run
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.cli.output import Json, command, show_json
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.telemetry.report.charts import png, svgs
+from deslo_plugin.telemetry.report.page import html, markdown
+from deslo_plugin.telemetry.report.run import Run
 
 
 @command
@@ -20,7 +20,8 @@ def report(
     text: Annotated[Path | None, typer.Option("--markdown", help="Also write the table as Markdown.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Loss by step, token and wall clock, bytes by state, waits, drift and a timeline of averages, runs side by side."""
+    """Loss by step, token and wall clock, bytes by state, waits, drift and a timeline of averages, runs side by
+    side."""
     read = [Run(path) for path in runs]
     _expect_names(read)
     if as_json:

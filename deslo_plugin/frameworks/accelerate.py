@@ -11,27 +11,30 @@ from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import DistributedType
 from torch import nn
 
-from deslo_plugin.config_file import read_file
-from deslo_plugin.frameworks.all_or_none import all_or_none
+from deslo_plugin.attachment import attached
+from deslo_plugin.averaging.metrics import SyncEvent
+from deslo_plugin.checkpoint.export import averaged_state_dict
+from deslo_plugin.checkpoint.save_load import load, save
+from deslo_plugin.checks.module_wrappers import bare
+from deslo_plugin.comm.all_or_none import all_or_none
+from deslo_plugin.config.file import read_file
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks.attach import attach
-from deslo_plugin.frameworks.attachment import attached
-from deslo_plugin.frameworks.checkpoint import load, save
-from deslo_plugin.frameworks.export import averaged_state_dict
-from deslo_plugin.frameworks.telemetry import add_scalars
-from deslo_plugin.frameworks.wrappers import bare
-from deslo_plugin.log import say
-from deslo_plugin.optimizer import DesLoc
-from deslo_plugin.strict import ConfigError
-from deslo_plugin.telemetry import SyncEvent
-from deslo_plugin.versions import expect
+from deslo_plugin.frameworks.telemetry_sinks import add_scalars
+from deslo_plugin.frameworks.versions import expect
+from deslo_plugin.log import log_rank0
+from deslo_plugin.optim.desloc import DesLoc
 
 FOLDER = "deslo"  # in the folder of save_state
 Source = Mapping[str, Any] | str | Path
 
 
 def attach_accelerator(
-    accelerator: Accelerator, config: Source | None = None, *, model: nn.Module | None = None,
-    emit: Callable[[SyncEvent], object] | None = None,
+    accelerator: Accelerator,
+    config: Source | None = None,
+    *,
+    model: nn.Module | None = None,
+    on_average: Callable[[SyncEvent], object] | None = None,
 ) -> None:
     """Connects what ``accelerator.prepare`` has prepared, or will prepare, to its replicas: ``attach`` for Accelerate.
 
@@ -42,7 +45,8 @@ def attach_accelerator(
         accelerator: before or after ``prepare`` of one model and one optimizer.
         config: as for ``attach``; not needed for a ``DesLoc``, which has its own.
         model: after ``prepare``, the model that it returned.
-        emit: called with a ``SyncEvent`` after every average; under DeepSpeed there is ``accelerator.deslo.meter``.
+        on_average: called with a ``SyncEvent`` after every average; under DeepSpeed there is
+        ``accelerator.deslo.stats``.
 
     Raises ``ConfigError`` for what would send something over the slow link at every step, or could not be told apart.
     """
@@ -52,15 +56,19 @@ def attach_accelerator(
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _into_deepspeed(accelerator, config)
     if model is not None:
-        _connect(accelerator, model, config, emit)
+        _connect(accelerator, model, config, on_average)
     elif accelerator._models:
-        raise ConfigError("attach_accelerator(model=...)", "the model that prepare returned, since it was called", "none",
-                          "pass it, or call attach_accelerator before prepare")
+        raise ConfigError(
+            "attach_accelerator(model=...)",
+            "the model that prepare returned, since it was called",
+            "none",
+            "pass it, or call attach_accelerator before prepare",
+        )
     else:
-        accelerator.prepare = _preparing(accelerator, config, emit)
+        accelerator.prepare = _preparing(accelerator, config, on_average)
 
 
-def _preparing(accelerator: Accelerator, config: Source | None, emit: Any) -> Callable[..., Any]:
+def _preparing(accelerator: Accelerator, config: Source | None, on_average: Any) -> Callable[..., Any]:
     prepare = accelerator.prepare
 
     @functools.wraps(prepare)
@@ -70,27 +78,35 @@ def _preparing(accelerator: Accelerator, config: Source | None, emit: Any) -> Ca
         models = [each for each in several if isinstance(each, nn.Module)]
         if models:
             accelerator.prepare = prepare
-            _connect(accelerator, models[0], config, emit)
+            _connect(accelerator, models[0], config, on_average)
         return prepared
 
     return prepare_and_attach
 
 
-def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, emit: Any) -> None:
+def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, on_average: Any) -> None:
     if any(isinstance(loader, DataLoaderDispatcher) for loader in accelerator._dataloaders):
         raise _dispatches("its default for an IterableDataset")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if not hasattr(model, "deslo"):
-            raise ConfigError("attach_accelerator", 'a DeepSpeed JSON with a "deslo" block', "none", "pass config=, or add it")
+            raise ConfigError(
+                "attach_accelerator", 'a DeepSpeed JSON with a "deslo" block', "none", "pass config=, or add it"
+            )
         accelerator.deslo = model.deslo
         _agree_on_states(accelerator)
         return _track(accelerator)
     for kind, found in (("model", accelerator._models), ("optimizer", accelerator._optimizers)):
         if len(found) != 1:
-            raise ConfigError("attach_accelerator", f"one prepared {kind}", str(len(found)),
-                              "prepare model and optimizer in one call; for several, call deslo_plugin.attach for each pair")
+            raise ConfigError(
+                "attach_accelerator",
+                f"one prepared {kind}",
+                str(len(found)),
+                "prepare model and optimizer in one call; for several, call deslo_plugin.attach for each pair",
+            )
     optimizer = accelerator._optimizers[0]
-    accelerator.deslo = attach(model, optimizer, None if isinstance(optimizer.optimizer, DesLoc) else config, emit=emit)
+    accelerator.deslo = attach(
+        model, optimizer, None if isinstance(optimizer.optimizer, DesLoc) else config, on_average=on_average
+    )
     _save_the_truth(accelerator, model)
     _track(accelerator)
 
@@ -102,7 +118,8 @@ def _track(accelerator: Accelerator) -> None:
 
 
 def _save_the_truth(accelerator: Accelerator, model: nn.Module) -> None:
-    """``save_state`` and ``load_state`` leave model and optimizer to ``deslo_plugin.save`` and ``load``, by ``deslo.checkpoint``."""
+    """``save_state`` and ``load_state`` leave model and optimizer to ``deslo_plugin.save`` and ``load``, by
+    ``deslo.checkpoint_mode``."""
     save_state, load_state, world = accelerator.save_state, accelerator.load_state, accelerator.deslo.groups.world
     loaded_from: list[str] = []
     accelerator.register_load_state_pre_hook(lambda models, folder: loaded_from.append(folder))
@@ -127,9 +144,11 @@ def _agree_on_states(accelerator: Accelerator) -> None:
     """Under DeepSpeed: what one rank's own files fail at, all ranks hear of."""
     save_state, load_state, world = accelerator.save_state, accelerator.load_state, accelerator.deslo.groups.world
     accelerator.save_state = functools.wraps(save_state)(
-        lambda *args, **kwargs: all_or_none(lambda: save_state(*args, **kwargs), world))
+        lambda *args, **kwargs: all_or_none(lambda: save_state(*args, **kwargs), world)
+    )
     accelerator.load_state = functools.wraps(load_state)(
-        lambda *args, **kwargs: all_or_none(lambda: load_state(*args, **kwargs), world, "see and read"))
+        lambda *args, **kwargs: all_or_none(lambda: load_state(*args, **kwargs), world, "see and read")
+    )
 
 
 @contextmanager
@@ -150,9 +169,13 @@ def install() -> None:
     def averaged(self: Accelerator, model: nn.Module, unwrap: bool = True) -> Any:
         attachment = getattr(model, "deslo", None) or next(iter(attached.get(bare(model), [])), None)
         collective = self.distributed_type == DistributedType.DEEPSPEED or self.is_fsdp2
-        if attachment is None or not collective or not (attachment.topology.replicas > 1 and attachment.averaging.diverged):
+        if (
+            attachment is None
+            or not collective
+            or not (attachment.topology.replicas > 1 and attachment.averaging.diverged)
+        ):
             return get_state_dict(self, model, unwrap)
-        say("deslo: get_state_dict gives the average of all replicas")
+        log_rank0("deslo: get_state_dict gives the average of all replicas")
         return averaged_state_dict(model, as_trained=True)
 
     Accelerator.get_state_dict = averaged
@@ -172,7 +195,10 @@ def _into_deepspeed(accelerator: Accelerator, config: Source | None) -> None:
 
 def _dispatches(got: str) -> ConfigError:
     return ConfigError(
-        "Accelerator(dataloader_config.dispatch_batches)", "False", got,
-        "pass DataLoaderConfiguration(dispatch_batches=False): a batch read on one rank and sent to all crosses the slow "
+        "Accelerator(dataloader_config.dispatch_batches)",
+        "False",
+        got,
+        "pass DataLoaderConfiguration(dispatch_batches=False): a batch read on one rank and sent to all crosses the "
+        "slow "
         "link at every step",
     )

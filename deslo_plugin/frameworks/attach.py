@@ -1,4 +1,5 @@
-"""``attach``: one call that connects any torch optimizer to its replicas, under DDP, under FSDP2, or without a wrapper."""
+"""``attach``: one call that connects any torch optimizer to its replicas, under DDP, under FSDP2, or without a
+wrapper."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,28 +14,44 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from deslo_plugin.averaging import Averaging
-from deslo_plugin.collectives import Alone, Average, Groups, ReplicaAverage, gathered, make_groups
-from deslo_plugin.config import Config
-from deslo_plugin.frameworks import ddp, fsdp, torchft, wrappers
-from deslo_plugin.frameworks.asked import agreed, checked, refuse_together
-from deslo_plugin.frameworks.attachment import Attachment, attached
-from deslo_plugin.frameworks.equality import (
-    agree_on_model, agree_on_optimizer, equal_replicas, listed, refuse_parts, say_placement,
+from deslo_plugin.attachment import Attachment, attached
+from deslo_plugin.averaging.metrics import SyncEvent
+from deslo_plugin.averaging.state_averager import StateAverager
+from deslo_plugin.checkpoint.state_dict_guard import refuse_one_replica
+from deslo_plugin.checks import module_wrappers as wrappers
+from deslo_plugin.checks.replica_checks import (
+    agree_on_model,
+    agree_on_optimizer,
+    broadcast_or_check_params,
+    listed,
+    refuse_parts,
+    say_placement,
 )
-from deslo_plugin.frameworks.kinds import refuse_kinds
-from deslo_plugin.frameworks.one_model import refuse_one_replica
-from deslo_plugin.frameworks.telemetry import start_telemetry
-from deslo_plugin.frameworks.warmup import GradientAveraging
-from deslo_plugin.frameworks.watch import Watch
-from deslo_plugin.log import announce, say
-from deslo_plugin.optimizer import DesLoc
-from deslo_plugin.plan import BYTES
-from deslo_plugin.shards import local
-from deslo_plugin.stock import Everyone, StockAveraging, schedule
-from deslo_plugin.strict import ConfigError
-from deslo_plugin.telemetry import SyncEvent
-from deslo_plugin.topology import Topology, contiguous
+from deslo_plugin.checks.replica_watch import Watch
+from deslo_plugin.comm.topology import contiguous
+from deslo_plugin.comm.transport import (
+    Groups,
+    ReplicaTransport,
+    SingleReplica,
+    Transport,
+    all_gather_by_rank,
+    make_groups,
+)
+from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.frameworks import ddp, torchft
+from deslo_plugin.frameworks import fsdp2 as fsdp
+from deslo_plugin.frameworks.gradient_warmup import GradientAveraging
+from deslo_plugin.frameworks.parameter_kinds import refuse_kinds, refuse_nonfinite
+from deslo_plugin.frameworks.requested import agreed, checked, refuse_together
+from deslo_plugin.frameworks.telemetry_sinks import start_telemetry
+from deslo_plugin.frameworks.which_replica import refuse_across_replicas, topology_of
+from deslo_plugin.kernels.local_tensors import local
+from deslo_plugin.log import announce, log_rank0
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager, Everyone
+from deslo_plugin.optim.any_optimizer_step import schedule
+from deslo_plugin.optim.desloc import DesLoc
+from deslo_plugin.planning.plan import BYTES
 
 
 def attach(
@@ -46,42 +63,45 @@ def attach(
     replicate: str | None = None,
     process_group: dist.ProcessGroup | None = None,
     manager: Any = None,
-    emit: Callable[[SyncEvent], object] | None = None,
+    on_average: Callable[[SyncEvent], object] | None = None,
 ) -> Attachment:
     """Makes ``optimizer.step()`` a step of DES-LOC or MT-DAO, and gradients stay inside a replica from now on.
 
     Call it on every rank, once model and optimizer are as they will train: after ``DDP(model)``, ``fully_shard(model)``
-    or ``accelerator.prepare(...)``, before the first step. Where several optimizers step one model, once for each of them.
+    or ``accelerator.prepare(...)``, before the first step. Where several optimizers step one model, once for each of
+    them.
 
     Args:
         model: a ``DistributedDataParallel``, a model sharded by ``fully_shard``, or any other module, of which every
             rank then is one replica; compiled or not, with DDP around it or among its modules.
         optimizer: a ``DesLoc``, or any other optimizer whose states ``config`` schedules by ``deslo.sync_every``.
-        config: both blocks as a dict or the path of a JSON or YAML file. For a DesLoc only where it has none of its own.
+        config: both blocks as a dict or the path of a JSON or YAML file. For a DesLoc only where it has none of its
+        own.
         mesh: the device mesh of all ranks, of which one dimension runs across replicas.
         replicate: the name of that dimension; "replicate" or "dp_replicate" by default.
         process_group: without ``mesh``, the ranks that average, each a replica of one rank; by default the world.
-        manager: a ``torchft.Manager``, for replicas that may die and come back: every process that has one is a replica,
+        manager: a ``torchft.Manager``, for replicas that may die and come back: every process that has one is a
+        replica,
             and nothing else joins them. See ``frameworks.torchft``.
-        emit: called with a ``SyncEvent`` after every average.
+        on_average: called with a ``SyncEvent`` after every average.
 
-    Replicas that start unequal start from replica 0, which is said (``deslo.initial_params``). Raises ``ConfigError`` for a
-    setting that cannot work, and for what shards or communicates by itself, on every rank and before anything is changed.
-    """
+    Replicas that start unequal start from replica 0, which is said (``deslo.initial_params``). Raises ``ConfigError``
+    for a setting that cannot work, and for what shards or communicates by itself, on every rank and before anything is
+    changed."""
     if manager is not None:
         inner, config = checked(model, optimizer, config)
-        return _live(model, inner, config, manager, (mesh, replicate, process_group), emit)
+        return _live(model, inner, config, manager, (mesh, replicate, process_group), on_average)
     if not dist.is_initialized():
         optimizer, config = checked(model, optimizer, config)
         refuse_kinds(model, optimizer)
-        return _alone(model, optimizer, config, emit)
+        return _alone(model, optimizer, config, on_average)
     optimizer, config = agreed(model, optimizer, config, mesh, process_group)
     around, model = model, wrappers.bare(model)
     ddps = wrappers.reducers(around)
     sharded = fsdp.is_sharded(model)
-    topology = _topology_of(model, ddps, config, mesh, replicate, process_group)
+    topology = topology_of(model, ddps, config, mesh, replicate, process_group)
     groups = make_groups(topology, config.deslo.timeout_s)
-    refuse_together(lambda: _expect_inside(around, ddps, topology, config, replicate), groups.world)
+    refuse_together(lambda: refuse_across_replicas(around, ddps, topology, config, replicate), groups.world)
     agree_on_model(model, lambda p: p.shape, groups.world)
     refuse_kinds(model, optimizer)
     fsdp.reshard(model)
@@ -91,15 +111,21 @@ def attach(
     if not ddps and config.deslo.initial_params != "broadcast":
         refuse_parts(plain, groups, fsdp.forgotten(model) if sharded else ())
     whole = plain | wrappers.saved_buffers(model)
-    equal_replicas(whole, dict(zip(pieces, local(list(pieces.values())))), config.deslo.initial_params, groups, _reachable)
+    broadcast_or_check_params(
+        whole, dict(zip(pieces, local(list(pieces.values())))), config.deslo.initial_params, groups, _reachable
+    )
 
+    trained = {name: param for name, param in named.items() if param.requires_grad}
+    refuse_together(lambda: refuse_nonfinite(trained), groups.world)
     first = model not in attached
     buffers = [buffer for buffer in _floating_buffers(model) if not any(buffer is each for each in _averaged_buffers())]
     if sharded:
         fsdp.keep_inside_replicas(model, replicate)
     copies = groups.shard if ddps else fsdp.copies_of(model) if sharded else None
-    average = ReplicaAverage(groups, timeout_s=config.deslo.timeout_s, copies=copies)
-    averaging = _averaging_of(optimizer, config, average, lambda value: list(gathered(value, groups.world).values()), emit)
+    average = ReplicaTransport(groups, timeout_s=config.deslo.timeout_s, copies=copies)
+    averaging = _averaging_of(
+        optimizer, config, average, lambda value: list(all_gather_by_rank(value, groups.world).values()), on_average
+    )
     agree_on_optimizer(averaging, config, groups.world)
     for each in ddps:
         ddp.refuse_join(each)
@@ -108,7 +134,9 @@ def attach(
     fsdp.reshard_at_steps(model, averaging)
     params = [local(group["params"]) for group in optimizer.param_groups]
     attachment = Attachment(
-        averaging, groups, config,
+        averaging,
+        groups,
+        config,
         gradient_bytes=[_gradient_bytes(ddps, each, config, average.divisor) for each in params],
         buffer_bytes=sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype],
         watch=Watch(averaging, groups, named, plain, names_left_out=first),
@@ -120,18 +148,24 @@ def attach(
     attachment.announce()
     say_placement(topology, groups.world)
     if sharded and topology.replica_size > 1 and (beside := fsdp.not_sharded(model)):
-        say(f"deslo: {listed(beside)} are trained and not sharded: nothing reduces their gradients inside a replica, whose ranks "
-            "go apart; call fully_shard on the whole model too, or reduce those gradients yourself", logging.WARNING)
+        log_rank0(
+            f"deslo: {listed(beside)} are trained and not sharded: nothing reduces their gradients inside a replica, "
+            f"whose ranks "
+            "go apart; call fully_shard on the whole model too, or reduce those gradients yourself",
+            logging.WARNING,
+        )
     start_telemetry(attachment)
     return attachment
 
 
-def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, emit: Any) -> Attachment:
+def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, on_average: Any) -> Attachment:
     """A script started as one process without a launcher: the plain optimizer."""
-    topology, average = contiguous(1, 0, 1), Alone()
+    topology, average = contiguous(1, 0, 1), SingleReplica()
     groups = Groups(topology, world=None, shard=None, replica=None, singleton=None)
-    averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
-    optimizer.deslo = Attachment(averaging, groups, config, watch=Watch(averaging, groups, _params_of(model, optimizer)))
+    averaging = _averaging_of(optimizer, config, average, lambda value: [value], on_average)
+    optimizer.deslo = Attachment(
+        averaging, groups, config, watch=Watch(averaging, groups, _params_of(model, optimizer))
+    )
     attached.setdefault(wrappers.bare(model), []).append(optimizer.deslo)
     optimizer.deslo.announce()
     start_telemetry(optimizer.deslo)
@@ -139,17 +173,25 @@ def _alone(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, e
 
 
 def _live(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, manager: Any, others: Sequence[Any], emit: Any
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    manager: Any,
+    others: Sequence[Any],
+    on_average: Any,
 ) -> Attachment:
-    """A replica whose peers come and go: the transport is torchft's, and so is the way in which replicas become equal."""
+    """A replica whose peers come and go: the transport is torchft's, and so is the way in which replicas become
+    equal."""
     if any(other is not None for other in others):
         raise ConfigError("attach(manager=...)", "no mesh, replicate or process_group beside it", "one", "remove it")
     inside = wrappers.bare(model)
     if inside in attached:
-        raise ConfigError("attach(manager=...)", "one optimizer for the model", "a second one", "give one all parameters")
+        raise ConfigError(
+            "attach(manager=...)", "one optimizer for the model", "a second one", "give one all parameters"
+        )
     refuse_kinds(model, optimizer)
     average = torchft.live_average(manager, model, config)
-    averaging = _averaging_of(optimizer, config, average, lambda value: [value], emit)
+    averaging = _averaging_of(optimizer, config, average, lambda value: [value], on_average)
     buffers = _floating_buffers(model)
     if buffers:
         averaging.add_buffers(buffers, average)
@@ -160,44 +202,15 @@ def _live(
     return attachment
 
 
-def _expect_inside(
-    model: nn.Module, ddps: Sequence[DistributedDataParallel], topology: Topology, config: Config, replicate: str | None
-) -> None:
-    if topology.replicas > 1:
-        wrappers.refuse_across(model, topology)
-        fsdp.refuse_across(model, topology, replicate)
-        if ddps:
-            ddp.refuse(model, ddps, topology, config.deslo.synchronous_steps > 0)
-
-
-def _topology_of(
-    model: nn.Module, ddps: Sequence[DistributedDataParallel], config: Config, mesh: DeviceMesh | None, replicate: str | None,
-    process_group: dist.ProcessGroup | None,
-) -> Topology:
-    size = config.deslo.replica_size
-    if ddps and fsdp.is_sharded(model):
-        raise ConfigError("attach(model)", "DDP or fully_shard", "both", "remove DDP: fully_shard reduces gradients in a replica")
-    if ddps:
-        topology = ddp.topology_of(ddps, config.deslo)
-    elif fsdp.is_sharded(model):
-        topology = fsdp.topology_of(model, mesh, replicate)
-    elif mesh is not None:
-        topology = fsdp.rows_of(mesh, replicate)
-    else:
-        ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
-        topology = Topology(tuple((rank,) for rank in ranks), dist.get_rank())
-    if size not in ("auto", topology.replica_size):
-        raise ConfigError("deslo.replica_size", f"{topology.replica_size}, as the model and its mesh have it", str(size),
-                          "remove it, or wrap the model in DDP or FSDP2, which reduce gradients inside a replica")
-    return topology
-
-
 def _params_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Of the model, and what else the optimizer steps, such as those of a loss."""
     named = dict(model.named_parameters())
     known = set(map(id, named.values()))
-    others = ((f"{index} of param group {number}", param) for number, group in enumerate(optimizer.param_groups)
-              for index, param in enumerate(group["params"]))
+    others = (
+        (f"{index} of param group {number}", param)
+        for number, group in enumerate(optimizer.param_groups)
+        for index, param in enumerate(group["params"])
+    )
     return named | {name: param for name, param in others if id(param) not in known}
 
 
@@ -212,25 +225,34 @@ def _averaged_buffers() -> Iterator[Tensor]:
 
 
 def _averaging_of(
-    optimizer: torch.optim.Optimizer, config: Config, average: Average, everyone: Everyone,
-    emit: Callable[[SyncEvent], object] | None,
-) -> Averaging:
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    average: Transport,
+    everyone: Everyone,
+    on_average: Callable[[SyncEvent], object] | None,
+) -> StateAverager:
     if isinstance(optimizer, DesLoc):
-        optimizer.attach(average, list(chain.from_iterable(group["params"] for group in optimizer.param_groups)), emit)
+        optimizer.attach(
+            average, list(chain.from_iterable(group["params"] for group in optimizer.param_groups)), on_average
+        )
         return optimizer.averaging
-    averaging = StockAveraging(optimizer, config.deslo, average, everyone=everyone, emit=emit)
+    averaging = AnyOptimizerAverager(optimizer, config.deslo, average, everyone=everyone, on_average=on_average)
     schedule(averaging)
     return averaging
 
 
 def _keep_inside_replicas(
-    model: nn.Module, ddps: Sequence[DistributedDataParallel], first: bool, buffers: list[Tensor], averaging: Averaging,
+    model: nn.Module,
+    ddps: Sequence[DistributedDataParallel],
+    first: bool,
+    buffers: list[Tensor],
+    averaging: StateAverager,
     groups: Groups,
 ) -> None:
     """Whatever wrapped the model reduces gradients inside replicas only; buffers follow the parameters' averages."""
     if buffers:
         everyone = replace(groups, replica=groups.world)
-        average = ReplicaAverage(everyone, timeout_s=averaging.deslo.timeout_s, progress=averaging.average.progress)
+        average = ReplicaTransport(everyone, timeout_s=averaging.deslo.timeout_s, progress=averaging.transport.progress)
         averaging.add_buffers(buffers, average)
     for each in ddps:
         ddp.hook(each, averaging, groups)

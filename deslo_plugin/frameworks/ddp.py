@@ -8,34 +8,36 @@ from torch import Tensor, nn
 from torch.futures import Future, collect_all
 from torch.nn.parallel import DistributedDataParallel
 
-from deslo_plugin.averaging import Averaging
-from deslo_plugin.collectives import Groups, gathered
-from deslo_plugin.config import DesloConfig
-from deslo_plugin.frameworks.equality import local_world_size
-from deslo_plugin.names import GRADIENTS
-from deslo_plugin.strict import ConfigError
-from deslo_plugin.telemetry import SyncEvent
-from deslo_plugin.topology import Topology, make_topology
+from deslo_plugin.algorithm.state_names import GRADIENTS
+from deslo_plugin.averaging.metrics import SyncEvent
+from deslo_plugin.averaging.state_averager import StateAverager
+from deslo_plugin.checks.replica_checks import local_world_size
+from deslo_plugin.comm.topology import Topology, make_topology
+from deslo_plugin.comm.transport import Groups, all_gather_by_rank
+from deslo_plugin.config.schema import DesloConfig
+from deslo_plugin.errors import ConfigError
 
 _hooked: "WeakKeyDictionary[DistributedDataParallel, tuple]" = WeakKeyDictionary()
 """DDP that is kept inside replicas -> the rows of its topology."""
 
 
 def topology_of(models: Sequence[DistributedDataParallel], deslo: DesloConfig) -> Topology:
-    """Replicas of ``deslo.replica_size`` ranks: 1 is the flat form, more the hierarchical one. DDP over a smaller process
-    group than the world says by itself which ranks are one replica. Collective."""
+    """Replicas of ``deslo.replica_size`` ranks: 1 is the flat form, more the hierarchical one. DDP over a smaller
+    process group than the world says by itself which ranks are one replica. Collective."""
     model = models[0]
     if model.process_group.size() < dist.get_world_size():
         own = tuple(dist.get_process_group_ranks(model.process_group))
-        return Topology(tuple(sorted(set(map(tuple, gathered(own).values())))), dist.get_rank())
+        return Topology(tuple(sorted(set(map(tuple, all_gather_by_rank(own).values())))), dist.get_rank())
     topology = make_topology(
         deslo, world_size=dist.get_world_size(), rank=dist.get_rank(), local_world_size=local_world_size()
     )
     if any(each.find_unused_parameters for each in models) and topology.replica_size > 1:
         raise ConfigError(
-            "DDP(find_unused_parameters=True)", "DDP over the ranks of one replica, since every backward sends a bitmap over "
-            "its process group", "DDP over the world",
-            "turn it off (Hugging Face: ddp_find_unused_parameters=False), or DDP(model, process_group=group, ...) with "
+            "DDP(find_unused_parameters=True)",
+            "DDP over the ranks of one replica, since every backward sends a bitmap over its process group",
+            "DDP over the world",
+            "turn it off (Hugging Face: ddp_find_unused_parameters=False), or DDP(model, process_group=group, ...) "
+            "with "
             f"group, _ = torch.distributed.new_subgroups(group_size={topology.replica_size})",
         )
     return topology
@@ -45,31 +47,49 @@ def refuse(model: nn.Module, models: Sequence[DistributedDataParallel], topology
     """Raises ``ConfigError`` for a DDP that cannot be kept inside a replica, before anything is changed."""
     groups = {tuple(dist.get_process_group_ranks(each.process_group)) for each in models}
     if len(groups) > 1:
-        raise ConfigError("attach(model)", "one process group for every DDP in it", f"{len(groups)}", "give all of them the same")
+        raise ConfigError(
+            "attach(model)", "one process group for every DDP in it", f"{len(groups)}", "give all of them the same"
+        )
     for each in models:
         if each in _hooked:
             if _hooked[each] != topology.rows:
-                raise ConfigError("attach(model)", "the replicas that its DDP was attached with", "others",
-                                  "give both optimizers one deslo.replica_size")
+                raise ConfigError(
+                    "attach(model)",
+                    "the replicas that its DDP was attached with",
+                    "others",
+                    "give both optimizers one deslo.replica_size",
+                )
         elif each._comm_hooks:
             raise _has_a_hook(f"{getattr(each._comm_hooks[0][0], '__qualname__', 'one')}")
         if each._use_python_reducer:
-            raise ConfigError("DDP(model)", "its reducer in C++", "python_reducer of torch.compile",
-                              'set torch._dynamo.config.optimize_ddp = "ddp_optimizer" before the model is wrapped')
-    reduced = {id(param) for each in models for name, param in each.module.named_parameters()
-               if name not in each.parameters_to_ignore}
+            raise ConfigError(
+                "DDP(model)",
+                "its reducer in C++",
+                "python_reducer of torch.compile",
+                'set torch._dynamo.config.optimize_ddp = "ddp_optimizer" before the model is wrapped',
+            )
+    reduced = {
+        id(param)
+        for each in models
+        for name, param in each.module.named_parameters()
+        if name not in each.parameters_to_ignore
+    }
     left = [name for name, param in model.named_parameters() if param.requires_grad and id(param) not in reduced]
     if left and (topology.replica_size > 1 or synchronous):
-        raise ConfigError("attach(model)", "DDP around every trained parameter", f"none around {', '.join(left[:3])}"
-                          + f" and {len(left) - 3} more" * (len(left) > 3),
-                          'wrap the whole model in one DDP, or set deslo.replica_size to 1 without synchronous_steps')
+        raise ConfigError(
+            "attach(model)",
+            "DDP around every trained parameter",
+            f"none around {', '.join(left[:3])}" + f" and {len(left) - 3} more" * (len(left) > 3),
+            "wrap the whole model in one DDP, or set deslo.replica_size to 1 without synchronous_steps",
+        )
 
 
-def hook(model: DistributedDataParallel, averaging: Averaging, groups: Groups) -> None:
+def hook(model: DistributedDataParallel, averaging: StateAverager, groups: Groups) -> None:
     """Replaces DDP's all-reduce over the world: inside the replica at every step, over the world in the warm-up.
 
-    A replica of one rank has nothing to reduce: after the warm-up DDP does not synchronise at all, which also spares the
-    bitmap that ``find_unused_parameters`` would send. Buffers are not broadcast any more; they average with the parameters.
+    A replica of one rank has nothing to reduce: after the warm-up DDP does not synchronise at all, which also spares
+    the bitmap that ``find_unused_parameters`` would send. Buffers are not broadcast any more; they average with the
+    parameters.
 
     Raises ``ConfigError`` if the model has a hook already.
     """
@@ -98,7 +118,8 @@ def hook(model: DistributedDataParallel, averaging: Averaging, groups: Groups) -
     def finish(*_: object) -> None:
         if not averaging.synchronous:
             model.require_backward_grad_sync = False
-            model._static_graph_delay_allreduce_enqueued = True  # else static_graph sends one bitmap in its first backward
+            # else static_graph sends one bitmap in its first backward
+            model._static_graph_delay_allreduce_enqueued = True
             after.remove()
 
     after = averaging.optimizer.register_step_post_hook(finish)
@@ -106,8 +127,12 @@ def hook(model: DistributedDataParallel, averaging: Averaging, groups: Groups) -
 
 
 def _has_a_hook(got: str) -> ConfigError:
-    return ConfigError("attach(model)", "a DDP model without a communication hook", got,
-                       "attach once, and register no other hook: the average replaces the reduction that it compresses")
+    return ConfigError(
+        "attach(model)",
+        "a DDP model without a communication hook",
+        got,
+        "attach once, and register no other hook: the average replaces the reduction that it compresses",
+    )
 
 
 def refuse_join(model: DistributedDataParallel) -> None:
@@ -116,6 +141,10 @@ def refuse_join(model: DistributedDataParallel) -> None:
 
 
 def _refuse_join(*_: object, **__: object) -> None:
-    raise ConfigError("DDP.join()", "as many steps on every rank",
-                      "a join, whose idle ranks answer for gradients and not for averages", "remove it, and on a rank that has run out of batches call attachment.skip_step() in place of "
-                      "optimizer.step() until the others are done")
+    raise ConfigError(
+        "DDP.join()",
+        "as many steps on every rank",
+        "a join, whose idle ranks answer for gradients and not for averages",
+        "remove it, and on a rank that has run out of batches call attachment.skip_step() in place of "
+        "optimizer.step() until the others are done",
+    )

@@ -1,8 +1,10 @@
 """Replicas that come and go: averages by torchft's ``Manager``, whose quorum says who takes part in each of them.
 
-One *event* is everything that is due at the end of one step. It begins with a quorum and a roll call, between two steps:
+One *event* is everything that is due at the end of one step. It begins with a quorum and a roll call, between two
+steps:
 
-    who takes part?     the quorum; a replica that is behind takes over the whole state of one that is not, and it is the
+    who takes part?     the quorum; a replica that is behind takes over the whole state of one that is not, and it is
+    the
                         others' state from then on: its own share of this event weighs nothing
     at the same step?   the roll call, one row from each replica; if clocks differ the event is void
     what is due         travels, as ever, under the forward and backward of the next step
@@ -27,17 +29,16 @@ from torch import Tensor, nn
 from torch.distributed import ReduceOp
 from torch.nn.parallel import DistributedDataParallel
 
-from deslo_plugin.agreement import digests
-from deslo_plugin.averaging import Averaging
-from deslo_plugin.collectives import AverageError
-from deslo_plugin.config import Config
-from deslo_plugin.frameworks import fsdp
-from deslo_plugin.frameworks.attachment import Attachment
-from deslo_plugin.frameworks.equality import model_traits, optimizer_traits
-from deslo_plugin.log import say
-from deslo_plugin.shards import local
-from deslo_plugin.strict import ConfigError
-from deslo_plugin.topology import Topology, contiguous
+from deslo_plugin.attachment import Attachment
+from deslo_plugin.averaging.state_averager import StateAverager
+from deslo_plugin.checks.replica_checks import model_traits, optimizer_traits
+from deslo_plugin.comm.consistency import digests
+from deslo_plugin.comm.topology import Topology, contiguous
+from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import AverageError, ConfigError
+from deslo_plugin.frameworks import fsdp2 as fsdp
+from deslo_plugin.kernels.local_tensors import local
+from deslo_plugin.log import log_rank0
 
 SUBJECTS = ("config and param groups", "model", "initial values of the parameters")  # what founders must have alike
 KEY = "deslo"  # of our state among what the manager heals
@@ -46,7 +47,7 @@ KEY = "deslo"  # of our state among what the manager heals
 class Replica:
     """One whole replica: what a latecomer takes over, and by what replicas are told to be of one kind."""
 
-    def __init__(self, model: nn.Module, averaging: Averaging, config: Config):
+    def __init__(self, model: nn.Module, averaging: StateAverager, config: Config):
         self.model, self.averaging = model, averaging
         self.settings = {key: str(value) for key, value in optimizer_traits(averaging, config).items()}
         self.shapes = {f"model parameter {name}": kind for name, kind in model_traits(model, lambda p: p.shape).items()}
@@ -69,12 +70,17 @@ class Replica:
         }
 
     def take_over(self, state: Mapping[str, Any]) -> None:
-        """Becomes the replica that ``state`` is of. Raises ``ConfigError``, with nothing written, if it is of another kind."""
+        """Becomes the replica that ``state`` is of. Raises ``ConfigError``, with nothing written, if it is of another
+        kind."""
         mine, theirs = self.settings | self.shapes, state["traits"]
         for key in [*theirs, *mine]:
             if mine.get(key) != theirs.get(key):
-                raise ConfigError(key, f"{theirs.get(key, 'nothing')} as in the replicas that train",
-                                  mine.get(key, "nothing"), "start this replica with their config and model")
+                raise ConfigError(
+                    key,
+                    f"{theirs.get(key, 'nothing')} as in the replicas that train",
+                    mine.get(key, "nothing"),
+                    "start this replica with their config and model",
+                )
         self.model.load_state_dict(state["model"])
         self.averaging.optimizer.load_state_dict(state["optimizer"])
 
@@ -96,11 +102,12 @@ class _Share:
 
 
 class LiveAverage:
-    """Means over the replicas of the present quorum (an ``Average``).
+    """Means over the replicas of the present quorum (an ``Transport``).
 
     Args:
         manager: a ``torchft.Manager`` whose replica groups are of one rank.
-        timeout_s: how long to wait for a quorum: longer than the time between two averages, which a latecomer waits for.
+        timeout_s: how long to wait for a quorum: longer than the time between two averages, which a latecomer waits
+        for.
         device: of the tensors that travel.
     """
 
@@ -116,7 +123,7 @@ class LiveAverage:
         self._replica, self._greet = replica, greet
         self.manager.register_state_dict_fn(KEY, self._take_over, replica.state)
 
-    def convene(self) -> bool:
+    def start_quorum(self) -> bool:
         while not self.joined:
             self._call_quorum(step=0)
             self.joined = self._replaced or self._found()
@@ -133,7 +140,7 @@ class LiveAverage:
         self._shares.append(_Share(self.manager.allreduce(chunk, reduce_op=ReduceOp.SUM), chunk, self._voices))
         return self._shares[-1]
 
-    def landed(self) -> bool:
+    def should_commit(self) -> bool:
         if self._verdict is None:
             for share in self._shares:
                 share.wait()
@@ -143,8 +150,12 @@ class LiveAverage:
                 self._set_step(1 + self._replica.steps)
             else:
                 why = str(reason.original_exception).split(". ")[0] if reason else "too few replicas are left"
-                say(f"deslo: an average near step {self._replica.steps} did not arrive ({why}); nothing of it is written, and "
-                    "training goes on to the next", logging.WARNING)
+                log_rank0(
+                    f"deslo: an average near step {self._replica.steps} did not arrive ({why}); nothing of it is "
+                    f"written, and "
+                    "training goes on to the next",
+                    logging.WARNING,
+                )
         return self._verdict
 
     def any(self, flag: bool) -> bool:
@@ -171,7 +182,8 @@ class LiveAverage:
         except (TimeoutError, RuntimeError) as error:
             raise AverageError(
                 f"quorum after step {self._replica.steps}: expected torchft's lighthouse to form one within "
-                f"{self.timeout_s:g} s (deslo.timeout_s), got {str(error).splitlines()[0]!r}; see that it runs and that enough "
+                f"{self.timeout_s:g} s (deslo.timeout_s), got {str(error).splitlines()[0]!r}; see that it runs and "
+                f"that enough "
                 "replicas are left"
             ) from error
         row = [float(not self._replaced), float(self._replica.steps), *map(float, self._replica.fingerprints())]
@@ -184,7 +196,8 @@ class LiveAverage:
         if self.joined and len(set(clocks)) > 1:
             stand = ", ".join(f"{clock:g}" for clock in clocks)
             self.manager.report_error(RuntimeError(f"replicas stand at steps {stand}"))
-            lags = self._replica.steps < max(clocks)  # whoever does is behind from now on, and takes over at the next quorum
+            # whoever does is behind from now on, and takes over at the next quorum
+            lags = self._replica.steps < max(clocks)
             self._set_step(0 if lags else max(1, self.manager.current_step()))
 
     def _found(self) -> bool:
@@ -196,9 +209,13 @@ class LiveAverage:
             for subject, *column in zip(("step to resume from", *SUBJECTS), *(row[1:] for row in self._roll)):
                 different = [rank for rank, value in enumerate(column) if value != column[0]]
                 if different:
-                    raise ConfigError(subject, "the same on every replica", f"another on replica(s) {different} than on "
-                                      "replica 0", "start all of them with one config, one seed and one checkpoint")
-        return self.landed()
+                    raise ConfigError(
+                        subject,
+                        "the same on every replica",
+                        f"another on replica(s) {different} than on replica 0",
+                        "start all of them with one config, one seed and one checkpoint",
+                    )
+        return self.should_commit()
 
     def _exchange(self, row: Sequence[float]) -> list[list[float]] | None:
         """Everyone's ``row``, by replica; None if it did not arrive."""
@@ -219,7 +236,7 @@ class LiveAttachment(Attachment):
 
     @property
     def topology(self) -> Topology:
-        return contiguous(self.averaging.average.replicas, self.averaging.average.rank, 1)
+        return contiguous(self.averaging.transport.replicas, self.averaging.transport.rank, 1)
 
 
 MANAGER = {  # what a manager must be given, and why
@@ -228,8 +245,13 @@ MANAGER = {  # what a manager must be given, and why
     "group_world_size": (1, "a replica is one rank here"),
 }
 DESLO = {
-    "synchronous_steps": (0,), "delay": (1,), "weights": ("equal",), "initial_params": ("auto", "check"), "replica_size": ("auto", 1),
-    "state_dict": ("refuse",), "telemetry": (None,),  # files are named by replica
+    "synchronous_steps": (0,),
+    "sync_delay": (1,),
+    "replica_weights": ("uniform",),
+    "initial_params": ("auto", "check"),
+    "replica_size": ("auto", 1),
+    "state_dict": ("refuse",),
+    "telemetry": (None,),  # files are named by replica
 }
 
 
@@ -238,15 +260,21 @@ def expect_live(model: nn.Module, config: Config, manager: Any) -> None:
     for name, (wanted, why) in MANAGER.items():
         got = getattr(manager, f"_{name}", "none, as in another torchft")
         if got != wanted:
-            raise ConfigError(f"torchft.Manager({name.removeprefix('group_')}=...)", str(wanted), str(got), f"give it: {why}")
+            raise ConfigError(
+                f"torchft.Manager({name.removeprefix('group_')}=...)", str(wanted), str(got), f"give it: {why}"
+            )
     for key, wanted in DESLO.items():
         got = getattr(config.deslo, key)
         if got not in wanted:
             raise ConfigError(f"deslo.{key}", f"{wanted[-1]} with a torchft manager", str(got), "remove it")
     several = dist.is_initialized() and dist.get_world_size() > 1
     if several or isinstance(model, DistributedDataParallel) or fsdp.is_sharded(model):
-        raise ConfigError("attach(manager=...)", "a bare model in a process of its own, which is one replica",
-                          "a wrapped model or a world of several ranks", "start each replica alone, without a wrapper")
+        raise ConfigError(
+            "attach(manager=...)",
+            "a bare model in a process of its own, which is one replica",
+            "a wrapped model or a world of several ranks",
+            "start each replica alone, without a wrapper",
+        )
 
 
 def live_average(manager: Any, model: nn.Module, config: Config) -> LiveAverage:

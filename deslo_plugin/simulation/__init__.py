@@ -4,12 +4,21 @@ The optimizer is ``DesLoc`` itself, as it trains across nodes; only the transpor
 """
 
 from deslo_plugin.simulation.membership import Failures, Growth
-from deslo_plugin.simulation.network import Network
+from deslo_plugin.simulation.module_objective import Network
 from deslo_plugin.simulation.objectives import Logistic, Objective, Quadratic, Rosenbrock
 from deslo_plugin.simulation.replicas import Replicas
-from deslo_plugin.simulation.run import Moment, simulate, warmup_cosine
+from deslo_plugin.simulation.run import SimulationStep, simulate, warmup_cosine
 
 __all__ = [
-    "Failures", "Growth", "Logistic", "Moment", "Network", "Objective", "Quadratic", "Replicas", "Rosenbrock", "simulate",
+    "Failures",
+    "Growth",
+    "Logistic",
+    "SimulationStep",
+    "Network",
+    "Objective",
+    "Quadratic",
+    "Replicas",
+    "Rosenbrock",
+    "simulate",
     "warmup_cosine",
 ]

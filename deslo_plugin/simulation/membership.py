@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from deslo_plugin.config.reader import Reader
 from deslo_plugin.simulation.replicas import Replicas
-from deslo_plugin.strict import Reader
 
 Membership = Callable[[int, Replicas], object]
 
@@ -28,7 +28,7 @@ class Growth:
 
     def __post_init__(self) -> None:
         given = Reader("Growth", asdict(self))
-        given.whole("at"), given.whole("count")
+        given.positive_int("at"), given.positive_int("count")
 
     def __call__(self, steps: int, replicas: Replicas) -> None:
         if steps == self.at:
@@ -40,9 +40,9 @@ class Growth:
 class Failures:
     """After every ``every`` steps, ``share`` of the replicas that are there fail, and lose all they had.
 
-    At least one fails, and at least one stays. A replica that has been absent for ``absent`` steps or more comes back when
-    parameters are next averaged, with the mean of everything, or of parameters alone. Who fails is drawn from ``seed``,
-    alike for every algorithm.
+    At least one fails, and at least one stays. A replica that has been absent for ``absent`` steps or more comes back
+    when parameters are next averaged, with the mean of everything, or of parameters alone. Who fails is drawn from
+    ``seed``, alike for every algorithm.
 
     Raises ``ConfigError`` unless ``every`` and ``absent`` are whole numbers >= 1, and ``share`` lies between 0 and 1.
     """
@@ -55,7 +55,7 @@ class Failures:
 
     def __post_init__(self) -> None:
         given = Reader("Failures", asdict(self))
-        given.whole("every"), given.whole("absent")
+        given.positive_int("every"), given.positive_int("absent")
         if not given.number("share", below=1.0):
             given.refuse("share", "a number > 0", "0", "leave failures out if none are wanted")
 

@@ -1,4 +1,5 @@
-"""What simulated replicas minimise: small problems with known answers, noisy and different on each replica if so wished.
+"""What simulated replicas minimise: small problems with known answers, noisy and different on each replica if so
+wished.
 
 What replica m draws at step t depends on the seed, m and t alone: algorithms, and populations, meet the same noise.
 """
@@ -67,7 +68,14 @@ class Quadratic(_Noisy):
     """
 
     def __init__(
-        self, start: Tensor, spectrum: Tensor, sigma: float | Tensor = 1.0, *, replicas: int, apart: float = 0.0, seed: int = 0
+        self,
+        start: Tensor,
+        spectrum: Tensor,
+        sigma: float | Tensor = 1.0,
+        *,
+        replicas: int,
+        apart: float = 0.0,
+        seed: int = 0,
     ):
         self.start, self.spectrum = start, spectrum.to(start)
         centres = normal(seed, -1, replicas, start.numel())
@@ -82,7 +90,8 @@ class Quadratic(_Noisy):
 
 
 class Logistic:
-    """Logistic regression on fresh draws: features normal with the given standard deviations, labels -1 or 1 from true weights.
+    """Logistic regression on fresh draws: features normal with the given standard deviations, labels -1 or 1 from true
+    weights.
 
     Every replica's own true weights are those of all plus ``apart`` times a standard normal vector. Judged, in nats, on
     ``held_out`` draws of the weights of all.
@@ -109,10 +118,13 @@ class Logistic:
         return self._nats(self.held_out, x)
 
     def _signed(self, draws: Tensor, truths: Tensor) -> Tensor:
-        """Features times their labels, (M, batch, n): all that the loss needs. The last number of a draw decides the label."""
+        """Features times their labels, (M, batch, n): all that the loss needs. The last number of a draw decides the
+        label."""
         features = self.spectrum * draws[..., :-1].to(self.spectrum)
         chance = torch.special.ndtr(draws[..., -1]).to(features)
-        return torch.where(chance < torch.sigmoid((features * truths[:, None]).sum(-1)), 1.0, -1.0)[..., None] * features
+        return (
+            torch.where(chance < torch.sigmoid((features * truths[:, None]).sum(-1)), 1.0, -1.0)[..., None] * features
+        )
 
     @staticmethod
     def _nats(signed: Tensor, x: Tensor) -> Tensor:

@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin.adaptive import shortest
-from deslo_plugin.collectives import Alone, Work
-from deslo_plugin.config import Config, load_config
-from deslo_plugin.names import ORIGIN, PARAMS, STEP
-from deslo_plugin.optimizer import DesLoc
-from deslo_plugin.schedule import due
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.algorithm.adaptive_periods import shortest
+from deslo_plugin.algorithm.schedule import due
+from deslo_plugin.algorithm.state_names import ORIGIN, PARAMS, STEP
+from deslo_plugin.comm.transport import SingleReplica, Work
+from deslo_plugin.config.load import load_config
+from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.optim.desloc import DesLoc
 
 UNCUT = 1 << 30  # MiB in a chunk: every average travels whole, all rows of it
 
 
-class RowMean(Alone):
-    """The ``Average`` of M replicas in one process: a chunk is M rows of n elements, and each becomes their mean.
+class RowMean(SingleReplica):
+    """The ``Transport`` of M replicas in one process: a chunk is M rows of n elements, and each becomes their mean.
 
     ``divisor`` is M: each replica sends its row of a chunk, and bytes are counted as one replica's.
     """
@@ -37,13 +38,14 @@ class RowMean(Alone):
 class Replicas:
     """Replicas of one model that take ``DesLoc`` steps together (arXiv 2505.22549, Alg. 1), and may join and leave.
 
-    Replicas whose rule has made equally many updates share one parameter of shape (rows, n), so that a step costs one pass
-    over memory however many they are. There are more parameters than one only after replicas have joined without momenta:
-    their bias correction starts anew.
+    Replicas whose rule has made equally many updates share one parameter of shape (rows, n), so that a step costs one
+    pass over memory however many they are. There are more parameters than one only after replicas have joined without
+    momenta: their bias correction starts anew.
 
     Args:
         start: where all replicas start, (n,), float32 or float64.
-        config: both blocks, as ``DesLoc`` takes them. Of ``deslo``, what says how ranks are connected has no meaning here.
+        config: both blocks, as ``DesLoc`` takes them. Of ``deslo``, what says how ranks are connected has no meaning
+        here.
         count: replicas at the start, numbered from 0.
 
     Raises ``ConfigError`` for a config without ``DesLoc``, for ``on_nonfinite: "skip"``: rows step together, and for
@@ -52,14 +54,18 @@ class Replicas:
 
     def __init__(self, start: Tensor, config: Config | Mapping[str, Any] | str | Path, count: int):
         if start.ndim != 1 or count < 1:
-            raise ValueError(f"Replicas: expected start of shape (n,) and a count >= 1, got {list(start.shape)} and {count}")
+            raise ValueError(
+                f"Replicas: expected start of shape (n,) and a count >= 1, got {list(start.shape)} and {count}"
+            )
         config = load_config(config)
-        for key, only in (("on_nonfinite", "stop"), ("weights", "equal")):
+        for key, only in (("on_nonfinite", "stop"), ("replica_weights", "uniform")):
             if (value := getattr(config.deslo, key)) != only:
                 raise ConfigError(f"deslo.{key}", f'"{only}" where replicas are simulated', f'"{value}"', "remove it")
         self._mean = RowMean(count)
         rows = start.detach().expand(count, -1).clone()
-        self.optimizer = DesLoc([rows], replace(config, deslo=replace(config.deslo, bucket_mb=UNCUT)), average=self._mean)
+        self.optimizer = DesLoc(
+            [rows], replace(config, deslo=replace(config.deslo, bucket_cap_mb=UNCUT)), average=self._mean
+        )
         self.ids = list(range(count))
         self.away: dict[int, int] = {}
         """Who has left -> after how many steps."""
@@ -75,7 +81,7 @@ class Replicas:
 
     def state(self, name: str) -> Tensor:
         """A copy of ``params`` or a momentum, (M, n); row i is replica ``ids[i]``."""
-        return torch.cat(list(self.optimizer.averaging.gather(name, self._blocks)))
+        return torch.cat(list(self.optimizer.averaging.local_tensors(name, self._blocks)))
 
     def meets(self, steps: int) -> bool:
         """Whether parameters are averaged once ``steps`` steps are complete."""
@@ -94,7 +100,7 @@ class Replicas:
         for block, rows in zip(self._blocks, gradients.split([len(block) for block in self._blocks])):
             block.grad = rows
         if averaging.synchronous:
-            averaging.average_gradients(averaging.steps + 1, averaging.gradients())
+            averaging.gradients.average(averaging.steps + 1, averaging.gradients.local())
         if norm_clip is not None:
             gradients *= (norm_clip / (gradients.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
         self._group["lr"] = self.config.optimizer.lr * rate
@@ -107,15 +113,17 @@ class Replicas:
             raise ValueError(f"Replicas.leave: expected some of {self.ids}, not all, got {sorted(gone)}")
         staying = [index for index, replica in enumerate(self.ids) if replica not in gone]
         states, origins = self._states()
-        self._seat([self.ids[i] for i in staying], {name: rows[staying] for name, rows in states.items()}, origins[staying])
+        self._seat(
+            [self.ids[i] for i in staying], {name: rows[staying] for name, rows in states.items()}, origins[staying]
+        )
         self.away |= dict.fromkeys(gone, self.steps)
 
     def join(self, ids: Iterable[int], *, momenta: bool = True) -> None:
         """Replicas ``ids`` come, or come back, at the mean of those that are there; the means stay as they are.
 
-        They receive parameters, momenta and the rule's count of updates, as a checkpoint of ours would give them. Without
-        ``momenta`` they receive parameters (and the outer optimizer's state), and their rule starts anew, as where nothing
-        but parameters is ever exchanged.
+        They receive parameters, momenta and the rule's count of updates, as a checkpoint of ours would give them.
+        Without ``momenta`` they receive parameters (and the outer optimizer's state), and their rule starts anew, as
+        where nothing but parameters is ever exchanged.
         """
         coming = sorted(ids)
         if set(coming) & set(self.ids):

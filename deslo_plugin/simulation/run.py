@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deslo_plugin.config import Config
+from deslo_plugin.config.schema import Config
 from deslo_plugin.simulation.membership import Membership, constant
 from deslo_plugin.simulation.objectives import Objective
 from deslo_plugin.simulation.replicas import Replicas
 
 
-class Moment(NamedTuple):
+class SimulationStep(NamedTuple):
     """The world after ``steps`` steps. ``losses`` (M,) are what the replicas saw in the last of them, before it."""
 
     steps: int
@@ -23,14 +23,21 @@ class Moment(NamedTuple):
 
 
 def simulate(
-    objective: Objective, config: Config | Mapping[str, Any] | str | Path, *, replicas: int, steps: int,
-    membership: Membership = constant, rate: Callable[[int], float] = lambda step: 1.0, norm_clip: float | None = None,
-) -> Iterator[Moment]:
+    objective: Objective,
+    config: Config | Mapping[str, Any] | str | Path,
+    *,
+    replicas: int,
+    steps: int,
+    membership: Membership = constant,
+    rate: Callable[[int], float] = lambda step: 1.0,
+    norm_clip: float | None = None,
+) -> Iterator[SimulationStep]:
     """Trains ``replicas`` replicas for ``steps`` steps and yields the world after each of them.
 
     Args:
         objective: what they minimise.
-        config: both blocks, as ``DesLoc`` takes them; ``deslo.synchronous_steps`` of ``steps`` or more is the synchronous
+        config: both blocks, as ``DesLoc`` takes them; ``deslo.synchronous_steps`` of ``steps`` or more is the
+        synchronous
             run that others are compared with.
         membership: called before every step with (completed steps, replicas); lets replicas join and leave.
         rate: multiplies ``optimizer.params.lr`` at step 0, 1, ...
@@ -45,7 +52,7 @@ def simulate(
         losses = objective.losses(x, world.ids, step)
         (gradients,) = torch.autograd.grad(losses.sum(), x)
         world.step(gradients, rate=rate(step), norm_clip=norm_clip)
-        yield Moment(step + 1, losses.detach(), world)
+        yield SimulationStep(step + 1, losses.detach(), world)
 
 
 def warmup_cosine(steps: int) -> Callable[[int], float]:

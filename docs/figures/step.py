@@ -32,12 +32,30 @@ box(axes, start + 0.15, 2.1, end - start - 0.35, TRAVEL, "mean of params")
 for row, edge in ((3.3, 2.6), (1.4, 2.1)):
     arrow(axes, (start - 0.1, row), (start + 0.2, edge))
     arrow(axes, (end - 0.25, edge), (end + 0.1, row))
-axes.text(start - 0.25, 2.35, "launch: copies, as they are\nafter step 32", ha="right", va="center", fontsize=9, color=TEXT)
-axes.text(end + 0.2, 2.35, "land: x becomes the mean,\nthen takes its own update", ha="left", va="center", fontsize=9, color=TEXT)
+axes.text(
+    start - 0.25, 2.35, "launch: copies, as they are\nafter step 32", ha="right", va="center", fontsize=9, color=TEXT
+)
+axes.text(
+    end + 0.2,
+    2.35,
+    "land: x becomes the mean,\nthen takes its own update",
+    ha="left",
+    va="center",
+    fontsize=9,
+    color=TEXT,
+)
 for row, name in ((3.55, "replica 0"), (2.35, "slow link"), (1.15, "replica 1")):
     axes.text(-0.25, row, name, ha="right", va="center", fontsize=10, color=TEXT)
-axes.text(0, 0.35, "K = 32 for params: nothing else is due here. exp_avg (K = 96) goes the same way after step 96, exp_avg_sq (K = 192) after "
-          "step 192.\nAll other steps send nothing between replicas.", fontsize=9, color=TEXT, va="center")
+axes.text(
+    0,
+    0.35,
+    "K = 32 for params: nothing else is due here. exp_avg (K = 96) goes the same way after step 96, exp_avg_sq (K = "
+    "192) after "
+    "step 192.\nAll other steps send nothing between replicas.",
+    fontsize=9,
+    color=TEXT,
+    va="center",
+)
 axes.set(xlim=(-1.6, 4 * STEP), ylim=(0, 4.4))
 axes.axis("off")
 figure.savefig(Path(__file__).with_suffix(".png"), dpi=130, bbox_inches="tight")

@@ -1,4 +1,5 @@
-"""The main job under each framework. One file per framework shows what a script of that framework writes for its replicas:
+"""The main job under each framework. One file per framework shows what a script of that framework writes for its
+replicas:
 
     deepspeed.py    a JSON, and nothing else
     ddp.py          DistributedDataParallel, replicas of one rank or of several
@@ -6,8 +7,8 @@
     torch.py        no wrapper, every rank a replica
     accelerate.py   an Accelerator with DDP underneath
 
-Each has `start(model, config, replica_size)`. Without a "deslo" block it trains synchronously, as that framework does by
-itself.
+Each has `start(model, config, replica_size)`. Without a "deslo" block it trains synchronously, as that framework does
+by itself.
 """
 
 from __future__ import annotations

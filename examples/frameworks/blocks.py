@@ -13,9 +13,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from deslo_plugin import DesLoc
 
-READ = frozenset({
-    "optimizer", "deslo", "scheduler", "gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-})
+READ = frozenset(
+    {
+        "optimizer",
+        "deslo",
+        "scheduler",
+        "gradient_clipping",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+    }
+)
 WITHOUT_EFFECT = frozenset({"comment", "zero_optimization", "steps_per_print"})
 """Of no meaning outside DeepSpeed, and of no influence on a loss inside it."""
 
@@ -37,7 +44,9 @@ def optimizer_for(model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
     if block["type"] == "AdamW":
         # torch_adam is how DeepSpeed is asked for this very optimizer, in place of its own
         return torch.optim.AdamW(model.parameters(), **{k: v for k, v in block["params"].items() if k != "torch_adam"})
-    raise ValueError(f'optimizer.type: expected "DesLoc" or "AdamW", got {block["type"]!r}; or use --framework deepspeed')
+    raise ValueError(
+        f'optimizer.type: expected "DesLoc" or "AdamW", got {block["type"]!r}; or use --framework deepspeed'
+    )
 
 
 def schedule_for(optimizer: Optimizer, config: Mapping[str, Any]) -> LambdaLR:
@@ -49,7 +58,9 @@ def schedule_for(optimizer: Optimizer, config: Mapping[str, Any]) -> LambdaLR:
     if block is None:
         return LambdaLR(optimizer, lambda _: 1.0)
     if block["type"] != "WarmupCosineLR":
-        raise ValueError(f'scheduler.type: expected "WarmupCosineLR", got {block["type"]!r}; or use --framework deepspeed')
+        raise ValueError(
+            f'scheduler.type: expected "WarmupCosineLR", got {block["type"]!r}; or use --framework deepspeed'
+        )
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, **block["params"]))
 
 

@@ -14,10 +14,10 @@ from frameworks.job import Batch, Job, own_device
 if own_device().type == "cpu":  # DeepSpeed reads the variable as it is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: E402
-from deepspeed.utils import logger  # noqa: E402
+import deepspeed
+from deepspeed.utils import logger
 
-from deslo_plugin import averaged_state_dict  # noqa: E402
+from deslo_plugin import averaged_state_dict
 
 
 def start(model: nn.Module, config: Mapping[str, Any], replica_size: int) -> Job:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deslo_plugin.frameworks.attachment import Attachment
+from deslo_plugin.attachment import Attachment
 
 Batch = tuple[Tensor, Tensor]
 """Tokens and targets, (micro batch, context) int64 each, on the job's device."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from deslo_plugin import DesLoc, attach, averaged_state_dict
-from deslo_plugin.frameworks.attachment import Attachment
+from deslo_plugin.attachment import Attachment
 from frameworks.blocks import optimizer_for, schedule_for
 from frameworks.job import Batch, Job, own_device
 
@@ -62,7 +62,8 @@ def start(
 
 
 def weights(model: nn.Module, deslo: Attachment | None) -> Mapping[str, Tensor]:
-    """The mean of all replicas, or the one model of synchronous training; whole parameters under plain names; collective."""
+    """The mean of all replicas, or the one model of synchronous training; whole parameters under plain names;
+    collective."""
     if deslo:
         return averaged_state_dict(model)
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))

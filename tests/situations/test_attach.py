@@ -17,13 +17,13 @@ from torch_jobs import mesh_of, whole
 
 import deslo_plugin
 from deslo_plugin import log
-from deslo_plugin.frameworks import fsdp
+from deslo_plugin.frameworks import fsdp2 as fsdp
 
 EVERY = {"params": 3, "exp_avg": 3, "exp_avg_sq": 3}
 
 
 def config(**deslo: Any) -> dict:
-    return {"deslo": {"when": "after_update", "sync_every": EVERY} | deslo}
+    return {"deslo": {"average_at": "after_step", "sync_every": EVERY} | deslo}
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
@@ -120,12 +120,19 @@ def wrapped(kind: str) -> dict:
     apart = [whole(p) for p in inner.parameters()]
     levels = [model, inner, inner[0], *(module for module in model.modules() if isinstance(module, DDP))]
     refusals = [error_of(level.state_dict) for level in levels]
-    with deslo_plugin.one_replica():
+    with deslo_plugin.local_state_dict():
         own = len(inner.state_dict())
     names = sorted(deslo_plugin.averaged_state_dict(model))
     train(model, optimizer, range(2, 3))
-    return {"apart": apart, "one": [whole(p) for p in inner.parameters()], "refusals": refusals, "own": own, "names": names,
-            "replicas": attachment.topology.replicas, "failed": attachment.meter.failed_checks}
+    return {
+        "apart": apart,
+        "one": [whole(p) for p in inner.parameters()],
+        "refusals": refusals,
+        "own": own,
+        "names": names,
+        "replicas": attachment.topology.replicas,
+        "failed": attachment.stats.failed_checks,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +154,9 @@ def _bare() -> list:
 def test_a_wrapped_model_trains_as_the_bare_one_and_every_level_is_guarded(four, plain, kind):
     for (apart, one), result in zip(plain, four().run(wrapped, kind)):
         assert all(map(torch.equal, apart, result["apart"])) and all(map(torch.equal, one, result["one"]))
-        assert all("state_dict(): expected one model, got one of 4 replicas" in refusal for refusal in result["refusals"])
+        assert all(
+            "state_dict(): expected one model, got one of 4 replicas" in refusal for refusal in result["refusals"]
+        )
         assert result["own"] == 4 and result["failed"] == 0 and result["replicas"] == 4
         if kind not in ("DDP inside", "two DDPs inside"):
             assert result["names"] == ["0.bias", "0.weight", "2.bias", "2.weight"]
@@ -209,7 +218,10 @@ REFUSED = {
     "PostLocalSGDOptimizer": (_post_local_sgd, "PostLocalSGDOptimizer.*averages parameters by itself"),
     "replicate": (_replicated, r"replicate\(\).*DistributedDataParallel"),
     "optimizer in backward": (_in_backward, "stepped in the backward"),
-    "SyncBatchNorm": (_sync_batch_norm, "attach.model. 1: expected SyncBatchNorm over the ranks of one replica.*use BatchNorm"),
+    "SyncBatchNorm": (
+        _sync_batch_norm,
+        "attach.model. 1: expected SyncBatchNorm over the ranks of one replica.*use BatchNorm",
+    ),
     "DDP beside FSDP2": (_sharded_twice, "expected DDP or fully_shard, got both"),
     "apex": (lambda model: (model, DistributedFusedAdam(model.parameters())), "DistributedFusedAdam.*shards states"),
     "a list of models": (lambda model: ([model], adamw(model)), "expected a torch.nn.Module, got list"),
@@ -250,12 +262,22 @@ def deepspeed_by_hand(stage: int) -> list[str]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     model = net()
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={
-        "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True,
-        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}})
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=model.parameters(),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        },
+    )
     try:
-        return [error_of(lambda: deslo_plugin.attach(target, optimizer, config()))
-                for target in (engine, engine.module) for optimizer in (engine.optimizer, engine.basic_optimizer)]
+        return [
+            error_of(lambda: deslo_plugin.attach(target, optimizer, config()))
+            for target in (engine, engine.module)
+            for optimizer in (engine.optimizer, engine.basic_optimizer)
+        ]
     finally:
         engine.destroy()
 
@@ -290,8 +312,12 @@ def unseeded(kind: str, initial: str | None = None) -> dict:
     with heard() as lines:
         error = error_of(lambda: deslo_plugin.attach(model, optimizer, config(**deslo), **options))
     inner = getattr(model, "module", model)
-    return {"error": error, "lines": [line for line in lines if "differed" in line], "own": int(inner.own),
-            "state": [*map(whole, inner.parameters()), inner.table.clone(), inner.count.clone()]}
+    return {
+        "error": error,
+        "lines": [line for line in lines if "differed" in line],
+        "own": int(inner.own),
+        "state": [*map(whole, inner.parameters()), inner.table.clone(), inner.count.clone()],
+    }
 
 
 @pytest.mark.parametrize("kind", ["plain", "ddp of a replica", "fsdp", "mixed fsdp"])
@@ -306,7 +332,9 @@ def test_ranks_that_never_seeded_start_from_replica_0_which_is_said_once(four, k
 
 
 def test_check_refuses_and_broadcast_says_nothing(four):
-    assert all("initial value of parameter 0.weight" in each["error"] for each in four().run(unseeded, "plain", "check"))
+    assert all(
+        "initial value of parameter 0.weight" in each["error"] for each in four().run(unseeded, "plain", "check")
+    )
     for result in four().run(unseeded, "plain", "broadcast"):
         assert result["error"] == "no error" and not result["lines"] and int(result["state"][-1]) == 0
 
@@ -314,8 +342,11 @@ def test_check_refuses_and_broadcast_says_nothing(four):
 def deepspeed_unseeded(stage: int, same_data: bool = False) -> list:
     from jobs import engine_for, replica_state
 
-    ds = {"optimizer": {"type": "DesLoc", "params": {"sync_every": {"params": 4}}}, "deslo": {"replica_size": 2},
-          "zero_optimization": {"stage": stage}}
+    ds = {
+        "optimizer": {"type": "DesLoc", "params": {"sync_every": {"params": 4}}},
+        "deslo": {"replica_size": 2},
+        "zero_optimization": {"stage": stage},
+    }
     with engine_for(ds, net(seed=dist.get_rank())) as engine:
         params = [*replica_state(engine, [])["params"].values()]
         for step in range(6):
@@ -328,7 +359,9 @@ def deepspeed_unseeded(stage: int, same_data: bool = False) -> list:
 def test_ranks_that_never_seeded_start_from_replica_0_under_deepspeed(four, stage):
     results = four().run(deepspeed_unseeded, stage)
     first, _ = results[0]
-    assert [found for _, found in results] == [[]] * 4 and all(all(map(torch.equal, params, first)) for params, _ in results)
+    assert [found for _, found in results] == [[]] * 4 and all(
+        all(map(torch.equal, params, first)) for params, _ in results
+    )
     assert torch.equal(first[0].flatten(), net(seed=0)[0].weight.flatten())
 
 
@@ -358,8 +391,11 @@ def plain_parts(kind: str) -> str:
 def test_parts_in_plain_tensors_are_refused_and_dtensors_are_not(four):
     for kind in ("by hand", "experts"):
         for error in four().run(plain_parts, kind):
-            assert re.search("parameter 0.weight: expected one value on the ranks of a replica, or a DTensor, got another on "
-                             "rank.s. .1, 3.; make it a DTensor", error)
+            assert re.search(
+                "parameter 0.weight: expected one value on the ranks of a replica, or a DTensor, got another on "
+                "rank.s. .1, 3.; make it a DTensor",
+                error,
+            )
     assert four().run(plain_parts, "DTensor") == ["no error"] * 4
 
 
@@ -432,8 +468,10 @@ def test_models_on_more_than_one_mesh_train_as_replicas_of_one_process(four, kin
             train(model, optimizer, range(step, step + 1), seat)
         if step == 2:
             for mine, theirs in zip(*(model.parameters() for model in replicas)):
-                states = [[p.detach(), *(o.state[p][name] for name in ("exp_avg", "exp_avg_sq"))]
-                          for p, o in zip((mine, theirs), optimizers)]
+                states = [
+                    [p.detach(), *(o.state[p][name] for name in ("exp_avg", "exp_avg_sq"))]
+                    for p, o in zip((mine, theirs), optimizers)
+                ]
                 for a, b in zip(*states):
                     b.copy_(a.copy_((a + b) / 2))
     for rank, result in enumerate(four().run(in_two_dimensions, kind)):
@@ -443,22 +481,33 @@ def test_models_on_more_than_one_mesh_train_as_replicas_of_one_process(four, kin
 
 def without_effect(kind: str) -> dict:
     """Six steps of something that looks attached; what was said, and what ``check`` says on this rank."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
     torch.manual_seed(0)
     model = net()
     outer = DDP(model) if kind in ("the module inside", "same data", "fine") else model
-    optimizer, config_ = torch.optim.AdamW(model.parameters(), lr=0.0 if kind == "rate 0" else 1e-2), config(replica_size=1)
+    optimizer, config_ = (
+        torch.optim.AdamW(model.parameters(), lr=0.0 if kind == "rate 0" else 1e-2),
+        config(replica_size=1),
+    )
     if kind == "half":
         optimizer = torch.optim.AdamW(model[0].parameters(), lr=1e-2)
     other = torch.optim.SGD(model[2].parameters(), lr=1e-2)
     if kind == "warm-up":
         config_["deslo"]["synchronous_steps"] = 2
+    if kind == "met before an average":
+        config_["deslo"]["average_at"] = "before_step"
     if kind == "stepped elsewhere":
         other = torch.optim.SGD(model.parameters(), lr=1e-2)
     with heard() as lines:
         attachment = deslo_plugin.attach(model if kind == "the module inside" else outer, optimizer, config_)
         if kind == "attached before DDP":
             outer = DDP(model)
+        if kind == "states made beforehand":
+            get_optimizer_state_dict(model, optimizer)
         for step in range(6):
+            if kind == "met before an average" and step == 3:
+                deslo_plugin.sync_replicas(outer)
             model.zero_grad()
             loss_of(outer, batch(0 if kind == "same data" else dist.get_rank(), step, 0)).backward()
             if kind != "stepped elsewhere":
@@ -466,27 +515,63 @@ def without_effect(kind: str) -> dict:
             if kind in ("half", "stepped elsewhere"):
                 other.step()
         found = attachment.check()
-    return {"said": beside_the_banner(lines), "found": found, "failed": attachment.meter.failed_checks}
+    return {"said": beside_the_banner(lines), "found": found, "failed": attachment.stats.failed_checks}
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("the module inside", "equal after 3 steps, before any average: gradients still meet.*Attach what DDP.model. returned"),
-    ("attached before DDP", "equal after 3 steps, before any average"),
-    ("same data", "equal after 3 steps, before any average.*DistributedSampler"),
-    ("half", "2.weight, 2.bias require gradients and are in no attached optimizer"),
-    ("stepped elsewhere", "a step of SGD moves parameters of AdamW, which is attached and not stepped"),
-])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (
+            "the module inside",
+            "equal after 3 steps, before any average: gradients still meet.*Attach what DDP.model. returned",
+        ),
+        ("attached before DDP", "equal after 3 steps, before any average"),
+        ("same data", "equal after 3 steps, before any average.*DistributedSampler"),
+        ("half", "2.weight, 2.bias require gradients and are in no attached optimizer"),
+        ("stepped elsewhere", "a step of SGD moves parameters of AdamW, which is attached and not stepped"),
+    ],
+)
 def test_an_attachment_without_effect_is_said_once(four, kind, message):
     results = four().run(without_effect, kind)
     assert len([line for line in results[0]["said"] if re.search(message, line)]) == 1
     assert not any(result["said"] for result in results[1:])
     for result in results:
-        assert result["found"] == results[0]["found"] and re.search(message, " ".join(result["found"])) and result["failed"] >= 1
+        assert (
+            result["found"] == results[0]["found"]
+            and re.search(message, " ".join(result["found"]))
+            and result["failed"] >= 1
+        )
 
 
-@pytest.mark.parametrize("kind", ["fine", "rate 0", "warm-up"])
+@pytest.mark.parametrize("kind", ["fine", "rate 0", "warm-up", "states made beforehand", "met before an average"])
 def test_nothing_is_said_of_what_works(four, kind):
     assert four().run(without_effect, kind) == [{"said": [], "found": [], "failed": 0}] * 4
+
+
+def resumed_when_an_average_is_due(kind: str, folder: str) -> list[str]:
+    """Three steps, after which an average of parameters is due, and three more in another job that loads them."""
+    said = []
+    for job in ("first", "second"):
+        model = net()
+        optimizer = (
+            deslo_plugin.DesLoc(model.parameters(), lr=1e-2, sync_every={"params": 3})
+            if kind == "desloc"
+            else adamw(model)
+        )
+        with heard() as lines:
+            deslo_plugin.attach(model, optimizer, *([] if kind == "desloc" else [config(average_at="before_step")]))
+            if job == "second":
+                deslo_plugin.load(folder, model)
+            train(model, optimizer, range(3), seat=dist.get_rank())
+            if job == "first":
+                deslo_plugin.save(folder, model)
+        said += beside_the_banner(lines)
+    return said
+
+
+@pytest.mark.parametrize("kind", ["stock", "desloc"])
+def test_nothing_is_said_of_a_checkpoint_that_was_saved_when_an_average_was_due(four, tmp_path, kind):
+    assert four().run(resumed_when_an_average_is_due, kind, str(tmp_path / "3")) == [[]] * 4
 
 
 def moved_by_hand() -> list[list[str]]:
@@ -539,7 +624,11 @@ assert not logger.handlers and logger.propagate and logger.level == logging.NOTS
 def test_messages_are_seen_once_with_and_without_logging_of_the_users():
     heard = subprocess.run([sys.executable, "-c", HEARD], capture_output=True, text=True, timeout=120, check=True)
     assert heard.stderr.splitlines() == [
-        "first: nobody has set up logging", "user: second: its first line", "user: fourth: its first line", "and the rest"]
+        "first: nobody has set up logging",
+        "user: second: its first line",
+        "user: fourth: its first line",
+        "and the rest",
+    ]
 
 
 def test_the_last_words_come_from_the_first_rank_alone(monkeypatch, caplog):
@@ -564,15 +653,20 @@ def two_attached(kind: str) -> dict:
                 loss_of(model, batch(dist.get_rank(), step, 0)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    return {"said": beside_the_banner(lines), "one": [whole(p) for p in (*a.parameters(), *b.parameters())],
-            "found": attachments[1].check()}
+    return {
+        "said": beside_the_banner(lines),
+        "one": [whole(p) for p in (*a.parameters(), *b.parameters())],
+        "found": attachments[1].check(),
+    }
 
 
 @pytest.mark.parametrize("kind", ["apart", "in one module"])
 def test_two_models_with_an_optimizer_each_are_averaged_both(four, kind):
     results = four().run(two_attached, kind)
     for result in results:
-        assert result["said"] == [] and result["found"] == [] and all(map(torch.equal, result["one"], results[0]["one"]))
+        assert (
+            result["said"] == [] and result["found"] == [] and all(map(torch.equal, result["one"], results[0]["one"]))
+        )
 
 
 def late_attach() -> list[str]:
@@ -581,10 +675,13 @@ def late_attach() -> list[str]:
     deslo_plugin.attach(model, first, config())
     train(model, first, range(2))
     errors = [error_of(lambda: deslo_plugin.attach(model, second, config()))]
-    deslo_plugin.meet(model)
+    deslo_plugin.sync_replicas(model)
     return [*errors, error_of(lambda: deslo_plugin.attach(model, second, config()))]
 
 
 def test_an_optimizer_that_comes_late_does_not_set_replicas_back(four):
     for error, after in four().run(late_attach):
-        assert "attach every optimizer before the first step, or call deslo_plugin.meet(model)" in error and after == "no error"
+        assert (
+            "attach every optimizer before the first step, or call deslo_plugin.sync_replicas(model)" in error
+            and after == "no error"
+        )

@@ -1,4 +1,5 @@
-"""Between two steps a script evaluates, unshards, fails in a forward: what is saved then, and trained after, is the same to the bit."""
+"""Between two steps a script evaluates, unshards, fails in a forward: what is saved then, and trained after, is the
+same to the bit."""
 
 import pytest
 import torch
@@ -43,8 +44,14 @@ def forward(model):
     model.later = model(torch_jobs.batch(dist.get_rank(), 99, 0)[0]).sum()
 
 
-MOMENTS = {"nothing": lambda model: None, "evaluation": evaluate, "inference": infer, "unshard": unshard, "failed forward": fail,
-           "before the backward": forward}
+MOMENTS = {
+    "nothing": lambda model: None,
+    "evaluation": evaluate,
+    "inference": infer,
+    "unshard": unshard,
+    "failed forward": fail,
+    "before the backward": forward,
+}
 
 
 def worked(wrap, moment, folder, options, config):
@@ -60,11 +67,11 @@ def worked(wrap, moment, folder, options, config):
     torch_jobs.train(model, optimizer, range(5))
     moment(model)
     deslo_plugin.save(folder, model)
-    found["saved"] = deslo_plugin.saved_state_dict(folder)
+    found["saved"] = deslo_plugin.load_averaged_state_dict(folder)
     moment(model)
     found["averaged"] = deslo_plugin.averaged_state_dict(model)
     moment(model)
-    deslo_plugin.meet(model)
+    deslo_plugin.sync_replicas(model)
     found["met"] = copies()
     torch_jobs.train(model, optimizer, range(5, 8))
     moment(model)
@@ -79,13 +86,23 @@ def worked(wrap, moment, folder, options, config):
     return found | {"trained": copies()}
 
 
-@pytest.mark.parametrize("wrap, moment, options", [
-    ("fsdp", "evaluation", {}), ("fsdp", "inference", {"reshard_after_forward": False}), ("fsdp", "unshard", {}),
-    ("fsdp", "failed forward", {}), ("fsdp", "before the backward", {}), ("hsdp", "evaluation", {}),
-    ("fsdp", "evaluation", {"shape": (1, 4), "reshard_after_forward": 2}),
-], ids=str)
+@pytest.mark.parametrize(
+    "wrap, moment, options",
+    [
+        ("fsdp", "evaluation", {}),
+        ("fsdp", "inference", {"reshard_after_forward": False}),
+        ("fsdp", "unshard", {}),
+        ("fsdp", "failed forward", {}),
+        ("fsdp", "before the backward", {}),
+        ("hsdp", "evaluation", {}),
+        ("fsdp", "evaluation", {"shape": (1, 4), "reshard_after_forward": 2}),
+    ],
+    ids=str,
+)
 def test_what_is_saved_and_trained_does_not_depend_on_the_moment(four, tmp_path, wrap, moment, options):
-    calm, odd = (four().run(worked, wrap, each, str(tmp_path / each), options, blocks(S)) for each in ("nothing", moment))
+    calm, odd = (
+        four().run(worked, wrap, each, str(tmp_path / each), options, blocks(S)) for each in ("nothing", moment)
+    )
     for own, other in zip(calm, odd):
         for kind, tensors in own.items():
             for name, tensor in tensors.items():
@@ -123,15 +140,23 @@ def evaluated(kind, config):
     with deslo_plugin.averaged_weights(job.model):
         with torch.no_grad():
             outputs = job.model(torch_jobs.batch(0, 99, 0)[0])
-        given = {} if kind == "zero 3" else {
-            name.removeprefix("module."): torch_jobs.whole(value) for name, value in job.model.state_dict().items()}
+        given = (
+            {}
+            if kind == "zero 3"
+            else {
+                name.removeprefix("module."): torch_jobs.whole(value) for name, value in job.model.state_dict().items()
+            }
+        )
     far = max((float((value - expected[name].flatten()).abs().max()) for name, value in given.items()), default=0.0)
     plain = torch_jobs.net()
     plain.load_state_dict(expected)
     far = max(far, float((plain(torch_jobs.batch(0, 99, 0)[0]) - outputs).abs().max()))
     losses = [each.train(range(5, 11)) for each in (job, twin)]
-    same = all(torch.equal(value, other[name]) for state, other in zip(job.states().values(), twin.states().values())
-               for name, value in state.items())
+    same = all(
+        torch.equal(value, other[name])
+        for state, other in zip(job.states().values(), twin.states().values())
+        for name, value in state.items()
+    )
     job.close(), twin.close()
     return far, same and losses[0] == losses[1]
 

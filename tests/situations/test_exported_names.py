@@ -1,4 +1,5 @@
-"""What is exported loads strictly into the plain model: tied tensors, odd buffers, odd shapes, wrappers around wrappers."""
+"""What is exported loads strictly into the plain model: tied tensors, odd buffers, odd shapes, wrappers around
+wrappers."""
 
 import pytest
 import torch
@@ -8,14 +9,25 @@ from jobs import engine_for
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-ORDER = ["scale", "nothing", "shift", "same_shift", "row", "seen", "emb.weight", "mid.weight", "mid.bias", "head.weight"]
+ORDER = [
+    "scale",
+    "nothing",
+    "shift",
+    "same_shift",
+    "row",
+    "seen",
+    "emb.weight",
+    "mid.weight",
+    "mid.bias",
+    "head.weight",
+]
 
 SHARDED = ("fsdp", 0, 1, 2, 3)
 
 
 class Tied(nn.Module):
-    """A head tied to its embedding, a buffer of two names, one in float64, a counter, a table that is not saved, a parameter
-    without dimensions and one without elements, unless they are sharded: FSDP2 and ZeRO take no such."""
+    """A head tied to its embedding, a buffer of two names, one in float64, a counter, a table that is not saved, a
+    parameter without dimensions and one without elements, unless they are sharded: FSDP2 and ZeRO take no such."""
 
     def __init__(self, kind="plain"):
         super().__init__()
@@ -47,13 +59,14 @@ def loss_of(model, step):
 
 
 def judged(model, inner, folder, moved, kind):
-    """Keys, and how far export and checkpoint are from the replicas' mean, once both have loaded strictly into a plain model."""
+    """Keys, and how far export and checkpoint are from the replicas' mean, once both have loaded strictly into a plain
+    model."""
     import deslo_plugin
 
     averaged = deslo_plugin.averaged_state_dict(model)
     as_trained = deslo_plugin.averaged_state_dict(model, as_trained=True)
     deslo_plugin.save(folder, model)
-    saved = deslo_plugin.saved_state_dict(folder)
+    saved = deslo_plugin.load_averaged_state_dict(folder)
     for state in (averaged, saved):
         Tied(kind).load_state_dict(state, strict=True)
     dtypes = {name: value.dtype for name, value in Tied().state_dict().items()}
@@ -61,9 +74,11 @@ def judged(model, inner, folder, moved, kind):
     shifts = [None] * dist.get_world_size()
     dist.all_gather_object(shifts, inner.shift)
     return {
-        "keys": [list(averaged), list(saved)], "tied": torch.equal(averaged["emb.weight"], averaged["head.weight"]),
+        "keys": [list(averaged), list(saved)],
+        "tied": torch.equal(averaged["emb.weight"], averaged["head.weight"]),
         "alike": all(torch.allclose(value, saved[name], atol=1e-6) for name, value in as_trained.items() if value.ndim),
-        "shift": float((averaged["same_shift"] - torch.stack(shifts).mean(0)).abs().max()), "seen": int(saved["seen"]),
+        "shift": float((averaged["same_shift"] - torch.stack(shifts).mean(0)).abs().max()),
+        "seen": int(saved["seen"]),
         "mean": float((averaged["emb.weight"] - moved).abs().max()),
     }
 
@@ -85,10 +100,16 @@ def torch_job(kind, folder):
     else:
         model = inner
         for wrap in kind.split("("):
-            model = {"plain": lambda m: m, "ddp": DistributedDataParallel,
-                     "compiled": lambda m: torch.compile(m, backend="eager")}[wrap](model)
+            model = {
+                "plain": lambda m: m,
+                "ddp": DistributedDataParallel,
+                "compiled": lambda m: torch.compile(m, backend="eager"),
+            }[wrap](model)
     periods = {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}
-    config = {"optimizer": {"params": {"lr": 1e-2, "sync_every": periods}}, "deslo": {"replica_size": 1} if "ddp" in kind else {}}
+    config = {
+        "optimizer": {"params": {"lr": 1e-2, "sync_every": periods}},
+        "deslo": {"replica_size": 1} if "ddp" in kind else {},
+    }
     optimizer = deslo_plugin.DesLoc(model.parameters(), config)
     deslo_plugin.attach(model, optimizer, **where)
     for step in range(6):
@@ -101,8 +122,11 @@ def torch_job(kind, folder):
 def engine_job(stage, folder):
     from deepspeed.utils import safe_get_full_fp32_param
 
-    config = {"optimizer": {"type": "DesLoc", "params": {"lr": 1e-2, "sync_every": {"params": 4}}},
-              "deslo": {"replica_size": 2}, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    config = {
+        "optimizer": {"type": "DesLoc", "params": {"lr": 1e-2, "sync_every": {"params": 4}}},
+        "deslo": {"replica_size": 2},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
     with engine_for(config, Tied(stage)) as engine:
         for step in range(6):
             engine.backward(loss_of(engine, step))
@@ -121,5 +145,3 @@ def test_an_export_has_the_names_of_the_plain_model(four, tmp_path, kind):
         assert result["keys"] == [ORDER, ORDER]
         assert result["tied"] and result["alike"]
         assert result["shift"] == 0 and result["mean"] < 1e-6 and result["seen"] == 6
-
-

@@ -15,9 +15,9 @@ from test_checkpoint import config_for
 from typer.testing import CliRunner
 
 import deslo_plugin
+from deslo_plugin.checkpoint.manifest import file_checksums, read_manifest, write_manifest
 from deslo_plugin.cli.app import app
-from deslo_plugin.frameworks.proof import measured, read_proof, write_proof
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.errors import ConfigError
 
 
 class Runs:
@@ -34,10 +34,10 @@ def sealed(folder: Path) -> None:
     """With the checksums of what is there now, as anybody can make them."""
     from dataclasses import replace
 
-    write_proof(folder, replace(read_proof(folder), files=measured(folder, None)))
+    write_manifest(folder, replace(read_manifest(folder), files=file_checksums(folder, None)))
 
 
-def saved(path: Path, mode: str = "average", **options: Any) -> Path:
+def saved(path: Path, mode: str = "averaged", **options: Any) -> Path:
     torch.manual_seed(0)
     model, optimizer = alone()
     model(torch.ones(2, 6)).sum().backward()
@@ -94,11 +94,18 @@ def as_a_number(folder: Path, evil: Runs) -> None:
     index_of(folder).write_text(json.dumps(content | {"tensors": {}}))
 
 
-CRAFTS = [in_the_index_of_dcp, in_our_index, beside_the_tree, beside_the_tree_plainly, in_a_tensor, as_a_number,
-          *map(inside, ("extra", "aside", "random", "averaging"))]
+CRAFTS = [
+    in_the_index_of_dcp,
+    in_our_index,
+    beside_the_tree,
+    beside_the_tree_plainly,
+    in_a_tensor,
+    as_a_number,
+    *map(inside, ("extra", "aside", "random", "averaging")),
+]
 
 
-@pytest.mark.parametrize("mode", ["average", "exact"])
+@pytest.mark.parametrize("mode", ["averaged", "per_replica"])
 @pytest.mark.parametrize("craft", CRAFTS, ids=lambda craft: craft.__name__)
 def test_nothing_in_a_crafted_folder_runs(tmp_path, mode, craft):
     folder, marker = saved(tmp_path / "runs" / "step_1", mode), tmp_path / "it ran"
@@ -107,7 +114,7 @@ def test_nothing_in_a_crafted_folder_runs(tmp_path, mode, craft):
     told = CliRunner().invoke(app, ["ckpt", "inspect", str(folder)])
     assert told.exception is None or isinstance(told.exception, SystemExit)
     assert CliRunner().invoke(app, ["ckpt", "inspect", str(folder.parent)]).exit_code == told.exit_code
-    assert deslo_plugin.latest(folder.parent) == folder
+    assert deslo_plugin.latest_checkpoint(folder.parent) == folder
     model, _ = alone()
     if craft is in_the_index_of_dcp:  # nobody reads that
         assert deslo_plugin.load(folder, model) == {"batch": 3}
@@ -115,7 +122,7 @@ def test_nothing_in_a_crafted_folder_runs(tmp_path, mode, craft):
         with pytest.raises((ConfigError, OSError)):
             deslo_plugin.load(folder, model)
     try:
-        deslo_plugin.saved_state_dict(folder)
+        deslo_plugin.load_averaged_state_dict(folder)
     except (ConfigError, OSError):
         pass
     assert not marker.exists()
@@ -126,7 +133,7 @@ def test_nothing_in_a_crafted_folder_runs(tmp_path, mode, craft):
 def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path):
     folder = saved(tmp_path / "c")
     (folder / "hook.py").write_text("")
-    for read in (lambda: deslo_plugin.load(folder, alone()[0]), lambda: deslo_plugin.saved_state_dict(folder)):
+    for read in (lambda: deslo_plugin.load(folder, alone()[0]), lambda: deslo_plugin.load_averaged_state_dict(folder)):
         with pytest.raises(ConfigError, match="hook.py: not named in deslo.json; move it out"):
             read()
     assert "TORN: hook.py: not named in deslo.json" in CliRunner().invoke(app, ["ckpt", "inspect", str(folder)]).stdout
@@ -135,8 +142,8 @@ def test_a_file_that_the_manifest_does_not_name_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["../outside.distcp", "/etc/hostname", "a/../../outside.distcp", ""])
 def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path, name):
     folder = saved(tmp_path / "c")
-    proof = read_proof(folder)
-    write_proof(folder, type(proof)(**{**vars(proof), "files": {**proof.files, name: [1, 2]}}))
+    proof = read_manifest(folder)
+    write_manifest(folder, type(proof)(**{**vars(proof), "files": {**proof.files, name: [1, 2]}}))
     with pytest.raises(ConfigError, match="expected files inside the folder"):
         deslo_plugin.load(folder, alone()[0])
 
@@ -158,7 +165,7 @@ def test_links_are_refused(tmp_path):
             deslo_plugin.load(folder, alone()[0])
         (folder / name).unlink()
         shutil.copy(other / name, folder / name)
-    exact = saved(tmp_path / "exact", "exact")
+    exact = saved(tmp_path / "per_replica", "per_replica")
     (exact / "replica_0").rename(tmp_path / "elsewhere")
     (exact / "replica_0").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="replica_0"):
@@ -182,23 +189,43 @@ def test_a_kept_sha256_finds_what_a_checksum_made_anew_hides(tmp_path, caplog):
     with pytest.raises(ConfigError, match="first_rank.pt: other bytes than were saved"):
         deslo_plugin.load(folder, alone()[0], sha256=kept)
     sealed(folder)
-    for read in (lambda: deslo_plugin.load(folder, alone()[0], sha256=kept), lambda: deslo_plugin.saved_state_dict(folder, sha256=kept)):
+    for read in (
+        lambda: deslo_plugin.load(folder, alone()[0], sha256=kept),
+        lambda: deslo_plugin.load_averaged_state_dict(folder, sha256=kept),
+    ):
         with pytest.raises(ConfigError, match=f"a deslo.json with SHA-256 {kept}, got .*somebody has changed it"):
             read()
     weak = saved(tmp_path / "weak")
     with pytest.raises(ConfigError, match="a SHA-256 of every file, got CRC-32 alone"):
-        deslo_plugin.load(weak, alone()[0], sha256=read_proof(weak).digest)
+        deslo_plugin.load(weak, alone()[0], sha256=read_manifest(weak).digest)
 
 
 def test_plain_values_come_back_as_they_were(tmp_path):
     import numpy as np
 
-    extra = {"none": None, "flag": True, "whole": 2**70, "float": float("inf"), "complex": 1 + 2j, "text": "é", "bytes": b"\0\xff",
-             "list": [1, [2.5]], "tuple": (1, ("a",)), 3: {(1, 2): "key"}, "ordered": OrderedDict(b=1, a=2), "counter": Counter({5: 2}),
-             "tensor": torch.arange(6).view(2, 3), "dtype": torch.bfloat16, "size": torch.Size([1, 2]), "device": torch.device("cpu"),
-             "scheduler": torch.optim.lr_scheduler.MultiStepLR(torch.optim.SGD([torch.ones(1)]), [2, 4]).state_dict()}
+    extra = {
+        "none": None,
+        "flag": True,
+        "whole": 2**70,
+        "float": float("inf"),
+        "complex": 1 + 2j,
+        "text": "é",
+        "bytes": b"\0\xff",
+        "list": [1, [2.5]],
+        "tuple": (1, ("a",)),
+        3: {(1, 2): "key"},
+        "ordered": OrderedDict(b=1, a=2),
+        "counter": Counter({5: 2}),
+        "tensor": torch.arange(6).view(2, 3),
+        "dtype": torch.bfloat16,
+        "size": torch.Size([1, 2]),
+        "device": torch.device("cpu"),
+        "scheduler": torch.optim.lr_scheduler.MultiStepLR(torch.optim.SGD([torch.ones(1)]), [2, 4]).state_dict(),
+    }
     model, _ = alone()
-    deslo_plugin.save(tmp_path / "c", model, extra=extra | {"numpy": np.float32(0.5), "count": np.int64(3), "is": np.bool_(True)})
+    deslo_plugin.save(
+        tmp_path / "c", model, extra=extra | {"numpy": np.float32(0.5), "count": np.int64(3), "is": np.bool_(True)}
+    )
     loaded = deslo_plugin.load(tmp_path / "c", model)
     numbers = [loaded.pop(name) for name in ("numpy", "count", "is")]
     assert numbers == [0.5, 3, True] and [type(each) for each in numbers] == [float, int, bool]
@@ -216,14 +243,26 @@ def itself() -> dict:
     return loop
 
 
-@pytest.mark.parametrize("extra, said", [
-    ({"a": [1, {"b": lambda: 0}]}, r"save\(extra\)\['a'\]\[1\]\['b'\]: expected plain values .* got builtins.function; leave it out"),
-    ({"path": Path("x")}, r"\['path'\]: .* got pathlib.PosixPath"), ({"s": {1}}, r"\['s'\]: .* got builtins.set; give list\(value\)"),
-    ({"c": Settings(a=1)}, r"\['c'\]: .* got .*Settings"), ({object(): 1}, r"a key of save\(extra\): .* got builtins.object"),
-    ({"g": torch.optim.SGD([torch.ones(1)])}, r"\['g'\]: .*SGD; give what it is made of, such as its state_dict\(\)"),
-    ({"n": torch.rand(2).numpy()}, r"\['n'\]: .* got numpy.ndarray; give torch.from_numpy"), (itself(), "containers that contain themselves"),
-    ([("a", 1)], r"save\(extra\): expected a dict, got list"),
-])
+@pytest.mark.parametrize(
+    "extra, said",
+    [
+        (
+            {"a": [1, {"b": lambda: 0}]},
+            r"save\(extra\)\['a'\]\[1\]\['b'\]: expected plain values .* got builtins.function; leave it out",
+        ),
+        ({"path": Path("x")}, r"\['path'\]: .* got pathlib.PosixPath"),
+        ({"s": {1}}, r"\['s'\]: .* got builtins.set; give list\(value\)"),
+        ({"c": Settings(a=1)}, r"\['c'\]: .* got .*Settings"),
+        ({object(): 1}, r"a key of save\(extra\): .* got builtins.object"),
+        (
+            {"g": torch.optim.SGD([torch.ones(1)])},
+            r"\['g'\]: .*SGD; give what it is made of, such as its state_dict\(\)",
+        ),
+        ({"n": torch.rand(2).numpy()}, r"\['n'\]: .* got numpy.ndarray; give torch.from_numpy"),
+        (itself(), "containers that contain themselves"),
+        ([("a", 1)], r"save\(extra\): expected a dict, got list"),
+    ],
+)
 def test_what_is_no_data_is_refused_at_the_save(tmp_path, extra, said):
     model, _ = alone()
     with pytest.raises(ConfigError, match=said):
@@ -235,7 +274,7 @@ def test_numpy_draws_the_same_numbers_after_an_exact_resume(tmp_path):
     import numpy as np
 
     np.random.seed(3)
-    folder = saved(tmp_path / "c", "exact")
+    folder = saved(tmp_path / "c", "per_replica")
     drawn = np.random.rand(3).tolist()
     deslo_plugin.load(folder, alone()[0])
     assert np.random.rand(3).tolist() == drawn
@@ -246,7 +285,11 @@ def scaled(config: dict, folder: str) -> tuple[dict, dict]:
     from deepspeed.accelerator import get_accelerator
 
     def numbers(job: Job) -> dict:
-        return {name: value for name, value in vars(job.model.optimizer.loss_scaler).items() if type(value) in (bool, int, float)}
+        return {
+            name: value
+            for name, value in vars(job.model.optimizer.loss_scaler).items()
+            if type(value) in (bool, int, float)
+        }
 
     kind = type(get_accelerator())
     supported, kind.is_fp16_supported = kind.is_fp16_supported, lambda self: True
@@ -272,14 +315,20 @@ def test_the_loss_scale_of_an_engine_goes_on(four, tmp_path, stage):
         assert loaded == at_save and at_save["cur_scale"] > 2**6
 
 
-@pytest.mark.parametrize("files, said", [
-    (["mp_rank_00_model_states.pt"], "a checkpoint of DeepSpeed's own .*load_module_only=True"),
-    (["zero_pp_rank_0_mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
-     "a checkpoint of DeepSpeed's own .*load_module_only=True"),
-    (["latest", "global_step3/mp_rank_00_model_states.pt"], "a folder of checkpoints of DeepSpeed's own"),
-    ([".metadata", "__0_0.distcp"], "a checkpoint of torch.distributed.checkpoint alone"), (["model.safetensors"], "exported weights"),
-    (["step_1/deslo.json"], r"a folder of checkpoints; load\(deslo_plugin.latest\(path\), model\)"),
-])
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        (["mp_rank_00_model_states.pt"], "a checkpoint of DeepSpeed's own .*load_module_only=True"),
+        (
+            ["zero_pp_rank_0_mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+            "a checkpoint of DeepSpeed's own .*load_module_only=True",
+        ),
+        (["latest", "global_step3/mp_rank_00_model_states.pt"], "a folder of checkpoints of DeepSpeed's own"),
+        ([".metadata", "__0_0.distcp"], "a checkpoint of torch.distributed.checkpoint alone"),
+        (["model.safetensors"], "exported weights"),
+        (["step_1/deslo.json"], r"a folder of checkpoints; load\(deslo_plugin.latest_checkpoint\(path\), model\)"),
+    ],
+)
 def test_what_others_saved_is_called_by_its_name(tmp_path, files, said):
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -316,11 +365,15 @@ def weights_by_the_script(config: dict, folder: str) -> list[dict | None]:
     script = [sys.executable, f"{folder}/zero_to_fp32.py", folder]
     subprocess.run([*script, f"{folder}/latest.bin"], check=True, timeout=300, env=environment)
     subprocess.run([*script, f"{folder}/first", "-t", "a"], check=True, timeout=300, env=environment)
-    return [torch.load(file, weights_only=True) for file in (f"{folder}/latest.bin", f"{folder}/first/pytorch_model.bin")]
+    return [
+        torch.load(file, weights_only=True) for file in (f"{folder}/latest.bin", f"{folder}/first/pytorch_model.bin")
+    ]
 
 
 def test_the_script_beside_an_engines_checkpoints_writes_their_weights(four, tmp_path):
     (last, first), *_ = four().run(weights_by_the_script, config_for("zero 2"), str(tmp_path), timeout=600)
     for written, tag in ((last, "b"), (first, "a")):
-        expected = deslo_plugin.saved_state_dict(tmp_path / tag)
-        assert written.keys() == expected.keys() and all(torch.equal(written[name], expected[name]) for name in expected)
+        expected = deslo_plugin.load_averaged_state_dict(tmp_path / tag)
+        assert written.keys() == expected.keys() and all(
+            torch.equal(written[name], expected[name]) for name in expected
+        )

@@ -14,20 +14,24 @@ from jobs import batch, engine_for, loss_of, net
 from test_deepspeed import RULES, ds_config
 from worlds import Processes
 
-from deslo_plugin.config import read_deslo
-from deslo_plugin.frameworks.deepspeed.job import refuse_unsupported
+from deslo_plugin.config.load import read_deslo
+from deslo_plugin.frameworks.deepspeed.config import refuse_unsupported
 
 GOOD = ds_config(RULES["des-loc-adam"], 2)
 PLAIN = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, "zero_optimization": {"stage": 2}}
 
 
 def collectives_of_a_plain_engine(installed: bool) -> list[str]:
-    """What ``torch.distributed`` and the accelerator are asked for by an engine without our block, built and stepped."""
+    """What ``torch.distributed`` and the accelerator are asked for by an engine without our block, built and
+    stepped."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     asked: list[str] = []
-    kind, names = type(get_accelerator()), ("all_gather", "all_gather_object", "broadcast", "all_reduce", "barrier", "new_group")
+    kind, names = (
+        type(get_accelerator()),
+        ("all_gather", "all_gather_object", "broadcast", "all_reduce", "barrier", "new_group"),
+    )
     before = {name: getattr(dist, name) for name in names} | {"set_device": kind.set_device}
     ours = DeepSpeedEngine.__init__
 
@@ -56,7 +60,8 @@ def test_an_engine_without_our_block_asks_for_nothing_that_it_would_not_ask_for_
 
 
 def only_some_have_the_block(folder: str) -> str:
-    """A process that fails ends, and says first what it was told; the launcher then ends the one that is left in DeepSpeed."""
+    """A process that fails ends, and says first what it was told; the launcher then ends the one that is left in
+    DeepSpeed."""
     rank, model = dist.get_rank(), net()
 
     def launcher() -> None:
@@ -80,8 +85,10 @@ def test_ranks_without_the_block_are_named_by_those_that_have_it_and_nobody_hang
         assert world.outcomes(only_some_have_the_block, str(tmp_path)) == ["the process died"] * 4
         for rank in (0, 2, 3):
             assert (tmp_path / str(rank)).read_text() == (
-                'ConfigError: deepspeed.initialize: expected a "deslo" block or a DesLoc optimizer on every rank, got none on rank(s) '
-                "[1]; give every rank the same config")
+                'ConfigError: deepspeed.initialize: expected a "deslo" block or a DesLoc optimizer on every rank, '
+                "got none on rank(s) "
+                "[1]; give every rank the same config"
+            )
     finally:
         world.close()
 
@@ -89,7 +96,9 @@ def test_ranks_without_the_block_are_named_by_those_that_have_it_and_nobody_hang
 @pytest.mark.parametrize("shape", [(1, 4), (2, 2), (4, 1)])
 def test_a_mesh_of_deepspeeds_own_is_refused(four, shape):
     for error in four().run(with_mesh, shape):
-        assert error.startswith(f"ConfigError: deepspeed.initialize(mesh_param=...): expected none with DesLoc, got {shape}; remove it")
+        assert error.startswith(
+            f"ConfigError: deepspeed.initialize(mesh_param=...): expected none with DesLoc, got {shape}; remove it"
+        )
 
 
 def with_mesh(shape: tuple[int, int]) -> str:
@@ -97,7 +106,9 @@ def with_mesh(shape: tuple[int, int]) -> str:
 
 
 def test_mics_of_older_releases_is_refused():
-    with pytest.raises(ValueError, match="mics_shard_size: expected it unset with DesLoc, got 2; remove it: replica_size with ZeRO-3"):
+    with pytest.raises(
+        ValueError, match="mics_shard_size: expected it unset with DesLoc, got 2; remove it: replica_size with ZeRO-3"
+    ):
         refuse_unsupported({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, net(), None, None, read_deslo({}))
 
 
@@ -110,15 +121,21 @@ def pipeline() -> str:
 
 def test_a_pipeline_is_refused_as_a_pipeline(four):
     for error in four().run(pipeline):
-        assert "expected a dense model, got a PipelineModule; expert and pipeline parallelism are not supported yet" in error
+        assert (
+            "expected a dense model, got a PipelineModule; expert and pipeline parallelism are not supported yet"
+            in error
+        )
 
 
 def after_an_engine_with_a_mesh() -> list:
-    """A foreign engine's mesh stays DeepSpeed's own; ours, built after it, does not follow it. What is global is as before."""
+    """A foreign engine's mesh stays DeepSpeed's own; ours, built after it, does not follow it. What is global is as
+    before."""
     from deepspeed.utils import groups
 
     before = groups.mpu, groups.mesh_device
-    groups.mesh_device = torch.distributed.init_device_mesh("cpu", (4, 1), mesh_dim_names=("data_parallel", "sequence_parallel"))
+    groups.mesh_device = torch.distributed.init_device_mesh(
+        "cpu", (4, 1), mesh_dim_names=("data_parallel", "sequence_parallel")
+    )
     theirs = groups.mesh_device
     try:
         with engine_for(GOOD) as engine:
@@ -158,7 +175,9 @@ def a_nan_of_deepspeeds_own(version: str) -> list[str]:
 
 
 def test_nan_under_a_zero_3_that_gives_it_by_itself_is_said_to_be_deepspeeds(four):
-    advice = "; but first of all take DeepSpeed 0.19.8 or later: the ZeRO-3 of 0.18.0 gives NaN on CPUs by itself, at any lr"
+    advice = (
+        "; but first of all take DeepSpeed 0.19.8 or later: the ZeRO-3 of 0.18.0 gives NaN on CPUs by itself, at any lr"
+    )
     for stage_0, stage_3 in four().run(a_nan_of_deepspeeds_own, "0.18.0"):
         assert "NonFiniteError" in stage_0 and advice not in stage_0
         assert "NonFiniteError" in stage_3 and stage_3.endswith(advice)
@@ -175,15 +194,20 @@ def refused_release(version: str, ds: dict = GOOD) -> str:
 @pytest.mark.parametrize("version", ["0.15.4", "0.20.1"])
 def test_a_release_of_deepspeed_that_does_not_work_is_refused_with_those_that_do(four, version):
     for error in four().run(refused_release, version):
-        assert error == (f"ConfigError: deepspeed: expected 0.16 or later, before 0.20, got {version}; "
-                         "pip install 'deepspeed>=0.16,<0.20'")
+        assert error == (
+            f"ConfigError: deepspeed: expected 0.16 or later, before 0.20, got {version}; "
+            "pip install 'deepspeed>=0.16,<0.20'"
+        )
 
 
 @pytest.mark.parametrize("version, refused", [("0.17.5", False), ("0.17.6", True), ("0.18.2", True), ("0.18.3", False)])
 def test_a_zero_2_that_drops_micro_batches_by_itself_is_refused_where_there_are_several(four, version, refused):
-    said = (f"ConfigError: gradient_accumulation_steps: expected 1 with ZeRO-2 of DeepSpeed {version}, which by itself drops the "
-            "gradients of all micro-batches but the last, got 2; pip install 'deepspeed>=0.18.3,<0.20', or set "
-            "zero_optimization.stage to 1")
+    said = (
+        f"ConfigError: gradient_accumulation_steps: expected 1 with ZeRO-2 of DeepSpeed {version}, which by itself "
+        f"drops the "
+        "gradients of all micro-batches but the last, got 2; pip install 'deepspeed>=0.18.3,<0.20', or set "
+        "zero_optimization.stage to 1"
+    )
     assert four().run(refused_release, version) == [said if refused else "no error"] * 4
     assert four().run(refused_release, version, GOOD | {"gradient_accumulation_steps": 1}) == ["no error"] * 4
     assert four().run(refused_release, version, ds_config(RULES["des-loc-adam"], 1)) == ["no error"] * 4

@@ -1,4 +1,5 @@
-"""Parameters that are frozen, and that begin or cease to train: what trains has state, bytes and averages, and no more."""
+"""Parameters that are frozen, and that begin or cease to train: what trains has state, bytes and averages, and no
+more."""
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 import deslo_plugin
 from deslo_plugin import DesLoc
-from deslo_plugin.shards import local
+from deslo_plugin.kernels.local_tensors import local
 
 EVERY = {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}
 
@@ -67,10 +68,12 @@ def spread(tensor):
 def what_trains_is_sent(kind, wrap):
     model, optimizer, attachment = attached(kind, wrap)
     stepper(model, optimizer)(10)
-    state = sum(value.numel() for each in optimizer.state.values() for value in local(list(each.values())) if value.ndim)
+    state = sum(
+        value.numel() for each in optimizer.state.values() for value in local(list(each.values())) if value.ndim
+    )
     planned = {name: sum(attachment.plan.bytes_at(t).get(name, 0) for t in range(10)) for name in EVERY}
     saved = deslo_plugin.averaged_state_dict(model)
-    return dict(attachment.meter.bytes), planned, state, set(saved), attachment.plan.flight_bytes
+    return dict(attachment.stats.bytes), planned, state, set(saved), attachment.plan.flight_bytes
 
 
 @pytest.mark.parametrize("kind", ["desloc", "stock"])
@@ -98,9 +101,15 @@ def unfrozen(kind, whose, deslo, groups=None):
     base.requires_grad_(False)
     optimizer.zero_grad()
     step(5)
-    sent = attachment.meter.bytes["params"]
+    sent = attachment.stats.bytes["params"]
     step(8)
-    return before, clocks, attachment.meter.bytes["params"] - sent, spread(base.weight), attachment.plan.bytes_at(4)["params"]
+    return (
+        before,
+        clocks,
+        attachment.stats.bytes["params"] - sent,
+        spread(base.weight),
+        attachment.plan.bytes_at(4)["params"],
+    )
 
 
 def in_two_groups(model):
@@ -108,7 +117,7 @@ def in_two_groups(model):
 
 
 @pytest.mark.parametrize("kind", ["desloc", "stock"])
-@pytest.mark.parametrize("deslo", [{}, {"overlap": False}, {"when": "after_update"}], ids=str)
+@pytest.mark.parametrize("deslo", [{}, {"overlap_comm": False}, {"average_at": "after_step"}], ids=str)
 @pytest.mark.parametrize("groups", [None, in_two_groups])
 def test_a_parameter_that_is_unfrozen_averages_with_the_others_until_it_is_frozen_again(four, kind, deslo, groups):
     for before, clocks, sent, after, planned in four().run(unfrozen, kind, "all", deslo, groups):
@@ -131,7 +140,7 @@ def thawed():
     model.base.requires_grad_(True)
     step = stepper(model, optimizer)
     step(5)
-    return nothing, attachment.meter.bytes["params"], attachment.plan.bytes_at(4)["params"]
+    return nothing, attachment.stats.bytes["params"], attachment.plan.bytes_at(4)["params"]
 
 
 def test_a_model_that_is_frozen_when_it_is_attached_may_train_later(four):
@@ -139,7 +148,12 @@ def test_a_model_that_is_frozen_when_it_is_attached_may_train_later(four):
         assert not any(nothing.values()) and sent == planned == 4 * 272 + 4
 
 
-@pytest.mark.parametrize("kind, deslo", [("desloc", {}), ("stock", {"overlap": False}), ("desloc", {"delay": 2})], ids=str)
+@pytest.mark.parametrize(
+    "kind, deslo", [("desloc", {}), ("stock", {"overlap_comm": False}), ("desloc", {"sync_delay": 2})], ids=str
+)
 def test_one_that_is_unfrozen_on_one_replica_alone_is_an_error_on_all(four, kind, deslo):
     for message in four().run(on_one_replica_alone, kind, deslo):
-        assert "parameter base.weight: expected training on every replica or on none (requires_grad), got on some only" in message
+        assert (
+            "parameter base.weight: expected training on every replica or on none (requires_grad), got on some only"
+            in message
+        )

@@ -1,4 +1,5 @@
-"""Outside a checkout: the built wheel in an environment with what its metadata declares, for each extra, and nothing else."""
+"""Outside a checkout: the built wheel in an environment with what its metadata declares, for each extra, and nothing
+else."""
 
 import os
 import shutil
@@ -25,8 +26,14 @@ def wheel(tmp_path_factory):
     for name in ("deslo_plugin", "configs", "csrc"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     code = f"import setuptools.build_meta as backend; backend.build_wheel({str(out)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True, timeout=600,
-                   env=os.environ | {"DESLO_NATIVE": "off"})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tree,
+        check=True,
+        capture_output=True,
+        timeout=600,
+        env=os.environ | {"DESLO_NATIVE": "off"},
+    )
     return next(out.glob("*.whl"))
 
 
@@ -64,8 +71,14 @@ def environment(wheel, tmp_path):
 
 def run(python: Path, *words: str) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run([python, *words], capture_output=True, text=True, timeout=600, cwd=python.parents[1],
-                          env=environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+    return subprocess.run(
+        [python, *words],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=python.parents[1],
+        env=environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )
 
 
 def test_the_commands_of_the_readme_run_with_the_extra_cli_alone(environment):
@@ -78,7 +91,10 @@ def test_the_commands_of_the_readme_run_with_the_extra_cli_alone(environment):
         assert done.returncode == 0, done.stderr[-2000:]
         assert "Warning" not in done.stderr
     next((python.parents[1] / "lib").glob("python*/site-packages/numpy")).unlink()  # only files of torch's need it
-    for words in (["doctor", "--config", "configs/des-loc-adam.json"], ["probe", "--replica-size", "1", "--mb", "1", "--rounds", "2"]):
+    for words in (
+        ["doctor", "--config", "configs/des-loc-adam.json"],
+        ["probe", "--replica-size", "1", "--mb", "1", "--rounds", "2"],
+    ):
         done = run(python, *TORCHRUN, "-m", "deslo_plugin.cli", *words)
         assert "Numpy is not available" not in done.stdout + done.stderr, done.stderr[-2000:]
         assert "an existing file" not in done.stdout
@@ -89,12 +105,12 @@ def test_the_commands_of_the_readme_run_with_the_extra_cli_alone(environment):
 
 @pytest.mark.parametrize("extra", ["deepspeed", "accelerate", "transformers"])
 def test_an_extra_brings_what_its_framework_needs(environment, extra):
-    done = run(environment(extra), "-c", f"import deslo_plugin, {extra}; print(deslo_plugin.ops.native())")
+    done = run(environment(extra), "-c", f"import deslo_plugin, {extra}; print(deslo_plugin.kernels.update.native())")
     assert done.returncode == 0 and "python" in done.stdout.split(), done.stderr[-2000:]
 
 
 def test_what_is_declared_is_what_is_supported():
-    from deslo_plugin.versions import SUPPORTED
+    from deslo_plugin.frameworks.versions import SUPPORTED
 
     text = (ROOT / "pyproject.toml").read_text()
     for name, (low, below) in SUPPORTED.items():

@@ -8,7 +8,8 @@ from worlds import threads
 
 import deslo_plugin
 from deslo_plugin import ConfigError, DesLoc, load_config
-from deslo_plugin.stock import StockAveraging, schedule
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
+from deslo_plugin.optim.any_optimizer_step import schedule
 
 EVERY = {"params": 2, "exp_avg": 2, "exp_avg_sq": 2}
 
@@ -47,23 +48,28 @@ def everyone(value):
 
 def scale_trained(kind, alone, folder):
     model = Scaled(alone)
-    optimizer, config = make(kind, model.parameters(), when="after_update")
-    attachment, generator = deslo_plugin.attach(model, optimizer, config), torch.Generator().manual_seed(dist.get_rank())
+    optimizer, config = make(kind, model.parameters(), average_at="after_step")
+    attachment, generator = (
+        deslo_plugin.attach(model, optimizer, config),
+        torch.Generator().manual_seed(dist.get_rank()),
+    )
     step(model, optimizer, 2, generator)
 
     def both():
-        return torch.stack([model.scale.detach(), *(optimizer.state[model.scale][state] for state in ("exp_avg", "exp_avg_sq"))])
+        return torch.stack(
+            [model.scale.detach(), *(optimizer.state[model.scale][state] for state in ("exp_avg", "exp_avg_sq"))]
+        )
 
     averaged = everyone(both())
     step(model, optimizer, 1, generator)
     apart = torch.stack(everyone(both()))
     deslo_plugin.save(folder, model)
-    saved = deslo_plugin.saved_state_dict(folder)["scale"]
+    saved = deslo_plugin.load_averaged_state_dict(folder)["scale"]
     deslo_plugin.load(folder, model)
     loaded = both()
     step(model, optimizer, 2, generator)
-    deslo_plugin.meet(model)
-    return averaged, apart, saved, loaded, everyone(both()), attachment.meter.bytes
+    deslo_plugin.sync_replicas(model)
+    return averaged, apart, saved, loaded, everyone(both()), attachment.stats.bytes
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -89,7 +95,7 @@ def test_clocks_are_right_under_any_default_dtype_and_after_any_number_of_steps(
                 param.grad = torch.full((3,), float(average.rank), dtype=torch.float32)
                 optimizer.step()
             assert int(optimizer.state[param]["step"]) == optimizer.averaging.steps == 3 * start + 4
-        return optimizer.meter.events["params"]
+        return optimizer.stats.events["params"]
 
     torch.set_default_dtype(dtype)
     try:
@@ -104,18 +110,22 @@ def test_param_groups_may_be_empty_anywhere(kind, empty):
     def replica(average):
         params = [nn.Parameter(torch.ones(n)) for n in (2, 3, 4)]
         groups = [{"params": [] if index in empty else [param]} for index, param in enumerate(params)]
-        optimizer, config = make(kind, groups, when="after_update")
+        optimizer, config = make(kind, groups, average_at="after_step")
         if kind == "desloc":
             optimizer.attach(average, [param for group in groups for param in group["params"]])
             averaging = optimizer.averaging
         else:
-            averaging = StockAveraging(optimizer, load_config(config).deslo, average)
+            averaging = AnyOptimizerAverager(optimizer, load_config(config).deslo, average)
             schedule(averaging)
         for _ in range(4):
             for param in params:
                 param.grad = torch.full_like(param, 1.0 + average.rank)
             optimizer.step()
-        assert averaging.steps == averaging.meter.steps == 4 and averaging.meter.events["params"] == 2 and averaging.diverged
+        assert (
+            averaging.steps == averaging.stats.steps == 4
+            and averaging.stats.events["params"] == 2
+            and averaging.diverged
+        )
         return [param.detach() for param in params]
 
     assert all(map(torch.equal, *threads(2, replica)))
@@ -133,7 +143,7 @@ def test_a_meter_counts_averages_after_the_clock_went_back_too():
                 param.grad = torch.ones(2)
                 optimizer.step()
             optimizer.load_state_dict(kept)
-        return optimizer.meter.steps, optimizer.meter.events["params"], optimizer.meter.bytes["params"]
+        return optimizer.stats.steps, optimizer.stats.events["params"], optimizer.stats.bytes["params"]
 
     assert threads(2, replica) == [(9, 4, 4 * 12)] * 2
 
@@ -160,7 +170,7 @@ def sparse_trained(deslo):
     torch.manual_seed(0)
     embedding = nn.Embedding(20, 4, sparse=True)
     optimizer = torch.optim.SparseAdam(embedding.parameters(), lr=1e-2)
-    deslo_plugin.attach(embedding, optimizer, {"deslo": {"when": "after_update", "sync_every": EVERY} | deslo})
+    deslo_plugin.attach(embedding, optimizer, {"deslo": {"average_at": "after_step", "sync_every": EVERY} | deslo})
     generator = torch.Generator().manual_seed(dist.get_rank())
     for _ in range(4):
         optimizer.zero_grad()
@@ -201,7 +211,9 @@ def laid_out(change, optimizer_of):
 
 
 def test_channels_last_set_between_steps_changes_nothing():
-    ours, theirs = lambda params: DesLoc(params, lr=1e-2, sync_every={"params": 2}), lambda params: torch.optim.AdamW(
-        params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    ours, theirs = (
+        lambda params: DesLoc(params, lr=1e-2, sync_every={"params": 2}),
+        lambda params: torch.optim.AdamW(params, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0),
+    )
     for change in (False, True):
         assert torch.allclose(laid_out(change, ours), laid_out(change, theirs), atol=1e-6)

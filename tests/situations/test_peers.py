@@ -7,8 +7,8 @@ import pytest
 import torch.distributed as dist
 
 from deslo_plugin import ConfigError
-from deslo_plugin.agreement import agree
-from deslo_plugin.collectives import gathered
+from deslo_plugin.comm.consistency import check_same_on_all_ranks
+from deslo_plugin.comm.transport import all_gather_by_rank
 
 
 class Blocked:
@@ -24,7 +24,11 @@ def exchanged() -> list:
     sys.meta_path.insert(0, asked)
     pickle.Unpickler = None
     try:
-        return [gathered(plain), gathered(rank == 2), gathered(ConfigError("a", "b", "c", f"d{rank}") if rank else None)]
+        return [
+            all_gather_by_rank(plain),
+            all_gather_by_rank(rank == 2),
+            all_gather_by_rank(ConfigError("a", "b", "c", f"d{rank}") if rank else None),
+        ]
     finally:
         sys.meta_path.remove(asked)
         pickle.Unpickler = loads
@@ -34,7 +38,16 @@ def test_plain_values_and_config_errors_reach_every_rank_as_they_were(four):
     for values, flags, errors in four().run(exchanged):
         for rank in range(4):
             assert values[rank] == [
-                None, True, rank, 0.1 + rank, float("inf"), "ä" * (1 + 40 * rank), {"a": [1, {"b": None}]}, {}, []]
+                None,
+                True,
+                rank,
+                0.1 + rank,
+                float("inf"),
+                "ä" * (1 + 40 * rank),
+                {"a": [1, {"b": None}]},
+                {},
+                [],
+            ]
         assert flags == {0: False, 1: False, 2: True, 3: False}
         assert errors.pop(0) is None
         assert [str(error) for error in errors.values()] == [f"a: expected b, got c; d{rank}" for rank in (1, 2, 3)]
@@ -50,7 +63,7 @@ def test_what_is_not_data_is_refused_where_it_would_be_sent(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     try:
         with pytest.raises(TypeError, match="expected plain data or a ConfigError, got Code"):
-            gathered({"a": Code()})
-        agree("nothing", {"a": 1}, do="nothing")
+            all_gather_by_rank({"a": Code()})
+        check_same_on_all_ranks("nothing", {"a": 1}, do="nothing")
     finally:
         dist.destroy_process_group()

@@ -1,5 +1,6 @@
-"""Coordinates whose gradient is often zero on some replicas: rows of an embedding, dead ReLUs, a part of a model that one replica
-alone trains. Averages of Adam's states on unequal periods step there no farther than those on one period."""
+"""Coordinates whose gradient is often zero on some replicas: rows of an embedding, dead ReLUs, a part of a model that
+one replica alone trains. Averages of Adam's states on unequal periods step there no farther than those on one
+period."""
 
 import copy
 import logging
@@ -20,9 +21,10 @@ from worlds import threads
 
 import deslo_plugin
 from deslo_plugin import DesLoc, load_config
-from deslo_plugin.collectives import Alone
-from deslo_plugin.config_file import read_file
-from deslo_plugin.stock import StockAveraging, schedule
+from deslo_plugin.comm.transport import SingleReplica
+from deslo_plugin.config.file import read_file
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
+from deslo_plugin.optim.any_optimizer_step import schedule
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LR, REPLICAS, ROWS, LABELS = 1e-3, 2, 300, 4
@@ -33,27 +35,34 @@ def periods(every, second="exp_avg_sq"):
     return dict(zip(("params", "exp_avg", second), every))
 
 
-def desloc(config, every, deslo={}, **more):
+def desloc(config, every, deslo=None, **more):
     """DesLoc by a file of configs/, with other periods."""
-    params = read_file(CONFIGS / f"{config}.json")["optimizer"]["params"] | {"lr": LR, "sync_every": periods(every)} | more
+    params = (
+        read_file(CONFIGS / f"{config}.json")["optimizer"]["params"] | {"lr": LR, "sync_every": periods(every)} | more
+    )
     for momentum in [*params.get("momenta", []), params.get("second_moment", {})]:
         momentum.pop("sync_every", None)
-    return lambda params_of, average: DesLoc(params_of, {"optimizer": {"params": params}, "deslo": deslo}, average=average)
+    return lambda params_of, average: DesLoc(
+        params_of, {"optimizer": {"params": params}, "deslo": deslo or {}}, average=average
+    )
 
 
 def stock(build, every, second="exp_avg_sq", **more):
     """One of torch's optimizers, its states on ``every``."""
+
     def attached(params, average):
         optimizer = build(params, lr=LR)
         deslo = load_config({"deslo": {"sync_every": periods(every, second) | more}}).deslo
-        schedule(StockAveraging(optimizer, deslo, average))
+        schedule(AnyOptimizerAverager(optimizer, deslo, average))
         return optimizer
 
     return attached
 
 
 def trained(model, loss_of, optimizer_of, steps):
-    """The largest change of a weight in a step, on any replica, in units of the rate, and the mean of its last ten losses."""
+    """The largest change of a weight in a step, on any replica, in units of the rate, and the mean of its last ten
+    losses."""
+
     def replica(average):
         mine, generator = copy.deepcopy(model), torch.Generator().manual_seed(1 + average.rank)
         optimizer, largest, losses = optimizer_of(list(mine.parameters()), average), [], []
@@ -71,7 +80,8 @@ def trained(model, loss_of, optimizer_of, steps):
 
 
 def embedding(optimizer_of, steps=110):
-    """Rows drawn by Zipf's law, each of which learns a target of its own: most rows are seen by one replica, or by none."""
+    """Rows drawn by Zipf's law, each of which learns a target of its own: most rows are seen by one replica, or by
+    none."""
     generator = torch.Generator().manual_seed(0)
     start, targets = (torch.randn(ROWS, 4, generator=generator) for _ in range(2))
     chances = 1 / torch.arange(1.0, ROWS + 1)
@@ -84,10 +94,22 @@ def embedding(optimizer_of, steps=110):
 
 
 def convolutions(optimizer_of, steps=110):
-    """Noisy images of few labels, four at a time, and ReLUs that are dead for all of them, in the manner of DeepSpeed's CIFAR."""
+    """Noisy images of few labels, four at a time, and ReLUs that are dead for all of them, in the manner of DeepSpeed's
+    CIFAR."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(),
-                          nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, LABELS))
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32, 32),
+        nn.ReLU(),
+        nn.Linear(32, 32),
+        nn.ReLU(),
+        nn.Linear(32, LABELS),
+    )
     templates = torch.randn(LABELS, 3, 10, 10)
 
     def loss_of(model, generator):
@@ -113,22 +135,39 @@ def test_desloc_at_its_default_periods_steps_as_calmly_as_with_equal_ones(task, 
 ADAPTIVE = {"params": 8, "exp_avg": {"adaptive": {"min": 8, "max": 32, "drift": 0.5}}, "exp_avg_sq": 48}
 
 
-@pytest.mark.parametrize("more", [
-    {"deslo": {"delay": 4}}, {"deslo": {"when": "after_update"}}, {"deslo": {"synchronous_steps": 20}},
-    {"state_dtype": "bfloat16"}, {"bias_correction": False}, {"betas": [0.9, 0.999]}, {"betas": [0.0, 0.95]},
-    {"sync_every": ADAPTIVE}, {"sync_every": {"params": 8, "exp_avg": 24, "exp_avg_sq": None}},
-    {"sync_every": {"params": 8, "exp_avg": None, "exp_avg_sq": 24}},
-], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"deslo": {"sync_delay": 4}},
+        {"deslo": {"average_at": "after_step"}},
+        {"deslo": {"synchronous_steps": 20}},
+        {"state_dtype": "bfloat16"},
+        {"bias_correction": False},
+        {"betas": [0.9, 0.999]},
+        {"betas": [0.0, 0.95]},
+        {"sync_every": ADAPTIVE},
+        {"sync_every": {"params": 8, "exp_avg": 24, "exp_avg_sq": None}},
+        {"sync_every": {"params": 8, "exp_avg": None, "exp_avg_sq": 24}},
+    ],
+    ids=str,
+)
 def test_so_it_does_with_every_option(more):
     largest, loss = embedding(desloc("des-loc-adam", UNEQUAL, **more))
     calm, its_loss = embedding(desloc("des-loc-adam", ALIKE, **more | {"sync_every": periods(ALIKE)}))
     assert largest < 1.5 * calm and loss < its_loss + 0.3
 
 
-@pytest.mark.parametrize("build, second, more", [
-    (torch.optim.AdamW, "exp_avg_sq", {}), (torch.optim.NAdam, "exp_avg_sq", {}), (torch.optim.RAdam, "exp_avg_sq", {}),
-    (amsgrad, "exp_avg_sq", {"max_exp_avg_sq": None}), (torch.optim.Adamax, "exp_inf", {}),
-], ids=["AdamW", "NAdam", "RAdam", "AMSGrad", "Adamax"])
+@pytest.mark.parametrize(
+    "build, second, more",
+    [
+        (torch.optim.AdamW, "exp_avg_sq", {}),
+        (torch.optim.NAdam, "exp_avg_sq", {}),
+        (torch.optim.RAdam, "exp_avg_sq", {}),
+        (amsgrad, "exp_avg_sq", {"max_exp_avg_sq": None}),
+        (torch.optim.Adamax, "exp_inf", {}),
+    ],
+    ids=["AdamW", "NAdam", "RAdam", "AMSGrad", "Adamax"],
+)
 @pytest.mark.parametrize("task", [embedding, convolutions])
 def test_torchs_optimizers_step_as_calmly_as_with_equal_periods(task, build, second, more):
     largest, loss = task(stock(build, UNEQUAL, second, **more))
@@ -150,10 +189,14 @@ def schedules(draw):
     every = {key: draw(st.sampled_from([None, 2, 3, 4, 5])) for key in ["v", *(f"u{j + 1}" for j in range(count))]}
     delay = draw(st.sampled_from([1, 1, 2]))
     return Setting(
-        "adam", {"x": draw(st.sampled_from([2, 3, 4])), **every}, draw(st.lists(beta, min_size=count, max_size=count)),
+        "adam",
+        {"x": draw(st.sampled_from([2, 3, 4])), **every},
+        draw(st.lists(beta, min_size=count, max_size=count)),
         [draw(st.sampled_from([0.0, 0.3, 1.0])) / count for _ in range(count)],
-        beta2=draw(st.sampled_from([0.5, 0.9, 0.95, 0.999])), delay=delay,
-        after_update=delay == 1 and draw(st.booleans()), bias_correction=draw(st.booleans()),
+        beta2=draw(st.sampled_from([0.5, 0.9, 0.95, 0.999])),
+        delay=delay,
+        after_update=delay == 1 and draw(st.booleans()),
+        bias_correction=draw(st.booleans()),
         outer=(0.7, 0.9) if delay == 1 and draw(st.booleans()) else None,
     )
 
@@ -168,21 +211,30 @@ def largest_ratio(s, t):
 @given(s=schedules(), seed=st.integers(0, 2**20), weighted=st.booleans(), warm_up=st.sampled_from([0, 3]))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_no_momentum_is_ever_larger_than_an_adam_alone_could_have_it(s, seed, weighted, warm_up):
-    """After every step, at any periods, betas, weights of replicas, delay and order; and all is as the oracle has it."""
+    """After every step, at any periods, betas, weights of replicas, delay and order; and all is as the oracle has
+    it."""
     steps, size = 14, 12
-    seen = lambda m, t: float(1 + (seed + 3 * m + t) % 4) if weighted else 1.0  # noqa: E731
+    seen = lambda m, t: float(1 + (seed + 3 * m + t) % 4) if weighted else 1.0
 
     def gradient(m, t):
         generator = torch.Generator().manual_seed(1000 * seed + 100 * m + t)
-        dense, chance = torch.randn(size, generator=generator, dtype=torch.float64), torch.rand(size, generator=generator)
+        dense, chance = (
+            torch.randn(size, generator=generator, dtype=torch.float64),
+            torch.rand(size, generator=generator),
+        )
         rare = dense * 10 ** (3 * torch.randn(size, generator=generator)) * (chance < 0.3)
         return rare * (torch.arange(size) % 3 != m)
 
     def mean_in_warm_up(m, t):
         return sum(gradient(each, t) for each in range(2)) / 2 if t < warm_up else gradient(m, t)
 
-    config = blocks(s, wire_dtype="float64", weights="samples" if weighted else "equal", synchronous_steps=warm_up,
-                    **({} if s.after_update else {"overlap": True}))
+    config = blocks(
+        s,
+        wire_dtype="float64",
+        replica_weights="samples" if weighted else "uniform",
+        synchronous_steps=warm_up,
+        **({} if s.after_update else {"overlap_comm": True}),
+    )
 
     def replica(average):
         (p,) = params = [nn.Parameter(torch.linspace(-1, 1, size, dtype=torch.float64))]
@@ -190,7 +242,7 @@ def test_no_momentum_is_ever_larger_than_an_adam_alone_could_have_it(s, seed, we
         for t in range(steps):
             p.grad = mean_in_warm_up(average.rank, t)
             if weighted:
-                optimizer.averaging.saw(seen(average.rank, t))
+                optimizer.averaging.record_samples(seen(average.rank, t))
             optimizer.step()
             state = optimizer.state[p]
             for name, ratio in zip(optimizer.config.optimizer.momenta, largest_ratio(s, t + 1)):
@@ -198,8 +250,15 @@ def test_no_momentum_is_ever_larger_than_an_adam_alone_could_have_it(s, seed, we
         return {"params": p.detach()} | {name: optimizer.state[p][name] for name in optimizer.config.optimizer.moments}
 
     start = torch.linspace(-1, 1, size, dtype=torch.float64)
-    theory = train([s], [start], 2, steps, lambda m, t, x: [gradient(m, t)], synchronous_steps=warm_up,
-                   samples=seen if weighted else None)
+    theory = train(
+        [s],
+        [start],
+        2,
+        steps,
+        lambda m, t, x: [gradient(m, t)],
+        synchronous_steps=warm_up,
+        samples=seen if weighted else None,
+    )
     assert_equal(threads(2, replica), [states(s, groups[0]) for groups in theory], 1e-9)
 
 
@@ -224,36 +283,51 @@ def rmsprop(params, lr):
     return torch.optim.RMSprop(params, lr=lr, momentum=0.9)
 
 
-@pytest.mark.parametrize("build, sync_every, said", [
-    (Quasi, {"params": 2, "fast": 4, "second": 8}, "Quasi: fast and second are averaged on different periods"),
-    (slow_adam, {"params": 2, "exp_avg": 4, "exp_avg_sq": 8}, "Adam: beta 0.99 of exp_avg outlives beta2 0.95 of exp_avg_sq, so "
-     "that steps have no bound where gradients are rare: take beta2 above 0.9801, or give both one period"),
-    (Quasi, {"params": 2, "fast": 4, "second": 4}, None), (slow_adam, {"params": 2, "exp_avg": 4, "exp_avg_sq": 4}, None),
-    (amsgrad, {"params": 2, "exp_avg": 4, "exp_avg_sq": 8, "max_exp_avg_sq": None}, None),
-    (rmsprop, {"params": 2, "square_avg": 8, "momentum_buffer": 4}, None),
-    (torch.optim.Adadelta, {"params": 2, "square_avg": 8, "acc_delta": 4}, None),
-], ids=["unknown names", "r above 1", "one period", "r above 1, one period", "amsgrad", "rmsprop", "adadelta"])
+@pytest.mark.parametrize(
+    "build, sync_every, said",
+    [
+        (Quasi, {"params": 2, "fast": 4, "second": 8}, "Quasi: fast and second are averaged on different periods"),
+        (
+            slow_adam,
+            {"params": 2, "exp_avg": 4, "exp_avg_sq": 8},
+            "Adam: beta 0.99 of exp_avg outlives beta2 0.95 of exp_avg_sq, so "
+            "that steps have no bound where gradients are rare: take beta2 above 0.9801, or give both one period",
+        ),
+        (Quasi, {"params": 2, "fast": 4, "second": 4}, None),
+        (slow_adam, {"params": 2, "exp_avg": 4, "exp_avg_sq": 4}, None),
+        (amsgrad, {"params": 2, "exp_avg": 4, "exp_avg_sq": 8, "max_exp_avg_sq": None}, None),
+        (rmsprop, {"params": 2, "square_avg": 8, "momentum_buffer": 4}, None),
+        (torch.optim.Adadelta, {"params": 2, "square_avg": 8, "acc_delta": 4}, None),
+    ],
+    ids=["unknown names", "r above 1", "one period", "r above 1, one period", "amsgrad", "rmsprop", "adadelta"],
+)
 def test_what_nothing_holds_is_said_once_after_the_first_step(caplog, build, sync_every, said):
     model = nn.Linear(3, 2)
     optimizer = build(list(model.parameters()), lr=LR)
-    schedule(StockAveraging(optimizer, load_config({"deslo": {"sync_every": sync_every}}).deslo, Alone()))
+    schedule(AnyOptimizerAverager(optimizer, load_config({"deslo": {"sync_every": sync_every}}).deslo, SingleReplica()))
     with caplog.at_level(logging.WARNING, logger="deslo_plugin"):
         for _ in range(3):
             model(torch.ones(1, 3)).sum().backward()
             optimizer.step()
-    warned = [record.message for record in caplog.records if record.name == "deslo_plugin" and "averaged" in record.message
-              or "outlives" in record.message]
+    warned = [
+        record.message
+        for record in caplog.records
+        if record.name == "deslo_plugin" and "averaged" in record.message or "outlives" in record.message
+    ]
     assert len(warned) == (said is not None) and (said is None or f"deslo: {said}" in warned[0])
 
 
 def excess(blocks_of_job, steps):
-    """How far momenta are above what v allows after ``steps`` steps and ``meet``, and after a save and a load of it."""
+    """How far momenta are above what v allows after ``steps`` steps and ``sync_replicas``, and after a save and a load
+    of it."""
     model, optimizer, _ = torch_jobs.attached("plain", blocks_of_job)
     torch_jobs.train(model, optimizer, range(steps))
-    deslo_plugin.meet(model)
+    deslo_plugin.sync_replicas(model)
     most = 0.1 / math.sqrt(0.05 * (1 - 0.81 / 0.95))
-    return max(float((optimizer.state[p]["exp_avg"].abs() - most * optimizer.state[p]["exp_avg_sq"].sqrt()).max())
-               for p in model.parameters())
+    return max(
+        float((optimizer.state[p]["exp_avg"].abs() - most * optimizer.state[p]["exp_avg_sq"].sqrt()).max())
+        for p in model.parameters()
+    )
 
 
 def test_meeting_keeps_it_because_both_are_averaged(four):

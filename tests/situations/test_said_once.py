@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-SCRIPT = '''
+SCRIPT = """
 import os, sys, torch, deepspeed
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled at first, for inference only
 model = torch.nn.Linear(4, 1)
@@ -16,12 +16,14 @@ engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters
 sys.stdout.flush(), sys.stderr.flush()
 torch.distributed.barrier()
 os._exit(0)  # the libraries' own threads abort now and then as they end
-'''
+"""
 
 
 def launched(tmp_path: Path, *words: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*TORCHRUN, *words], capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path)
+    return subprocess.run(
+        [*TORCHRUN, *words], capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path
+    )
 
 
 def run_script(tmp_path: Path, **blocks: dict) -> subprocess.CompletedProcess:

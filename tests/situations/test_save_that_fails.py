@@ -1,4 +1,5 @@
-"""A save, or a load, that one rank alone fails at: every rank hears of it at once, what was there stays, training goes on."""
+"""A save, or a load, that one rank alone fails at: every rank hears of it at once, what was there stays, training goes
+on."""
 
 import errno
 import resource
@@ -17,7 +18,7 @@ from oracle import blocks
 from test_checkpoint import config_for
 from theory import RULES
 
-from deslo_plugin.progress import Progress
+from deslo_plugin.comm.progress import Progress
 
 S = RULES["mt-dao-adam-n2"]
 ROOM = 300  # bytes that a full disk still takes
@@ -25,7 +26,8 @@ ROOM = 300  # bytes that a full disk still takes
 
 @contextmanager
 def full_disk(rank: int) -> Iterator[None]:
-    """Writing a file of more than ``ROOM`` bytes fails on ``rank``, but for the store of the ranks, which is a file in these tests."""
+    """Writing a file of more than ``ROOM`` bytes fails on ``rank``, but for the store of the ranks, which is a file in
+    these tests."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -36,6 +38,7 @@ def full_disk(rank: int) -> Iterator[None]:
                 return call(*args)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, hard))
+
         return act
 
     with ExitStack() as stack:
@@ -74,7 +77,8 @@ def said_of(act: Callable[[], Any]) -> tuple[str, int | None, str]:
 
 
 def saves_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
-    """What each rank hears of saves that go wrong on one, and what is left of the one before; training goes on in between."""
+    """What each rank hears of saves that go wrong on one, and what is left of the one before; training goes on in
+    between."""
     import deslo_plugin
 
     job, path = Job(kind, config), Path(folder) / "c"
@@ -83,17 +87,29 @@ def saves_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
     steps, said, left = 2, {}, []
     quota = OSError(errno.EDQUOT, "Disk quota exceeded")
     harms = {
-        "full disk, average": ("average", {}, full_disk(1)),
-        "full disk, sync": ("sync", {}, full_disk(1)),
-        "full disk, exact": ("exact", {}, full_disk(3)),
-        "full disk on the first rank": ("average", {}, full_disk(0)),
-        "quota at deslo.json": ("average", {}, failing(0, "deslo_plugin.frameworks.checkpoint.write_proof", quota)),
-        "no permission to rename": ("average", {}, failing(0, "pathlib.Path.rename", PermissionError(errno.EACCES, "Permission denied"))),
-        "unreadable": ("average", {}, failing(2, "deslo_plugin.frameworks.proof.files_in", OSError(errno.EIO, "Input/output error"))),
-        "state on one rank": ("exact", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),
-        "state on one rank, sync": ("sync", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),
-        "code in extra, average": ("average", {"f": [{"g": print}]}, full_disk(-1)),
-        "code in extra of one rank, exact": ("exact", {"f": print} if dist.get_rank() == 1 else {"f": 1}, full_disk(-1)),
+        "full disk, average": ("averaged", {}, full_disk(1)),
+        "full disk, sync": ("synchronized", {}, full_disk(1)),
+        "full disk, exact": ("per_replica", {}, full_disk(3)),
+        "full disk on the first rank": ("averaged", {}, full_disk(0)),
+        "quota at deslo.json": ("averaged", {}, failing(0, "deslo_plugin.checkpoint.save_load.write_manifest", quota)),
+        "no permission to rename": (
+            "averaged",
+            {},
+            failing(0, "pathlib.Path.rename", PermissionError(errno.EACCES, "Permission denied")),
+        ),
+        "unreadable": (
+            "averaged",
+            {},
+            failing(2, "deslo_plugin.checkpoint.manifest.files_in", OSError(errno.EIO, "Input/output error")),
+        ),
+        "state on one rank": ("per_replica", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),
+        "state on one rank, sync": ("synchronized", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),
+        "code in extra, average": ("averaged", {"f": [{"g": print}]}, full_disk(-1)),
+        "code in extra of one rank, exact": (
+            "per_replica",
+            {"f": print} if dist.get_rank() == 1 else {"f": 1},
+            full_disk(-1),
+        ),
     }
     for harm, (mode, extra, harmed) in harms.items():
         with harmed:
@@ -115,16 +131,26 @@ def test_every_rank_hears_at_once_and_the_checkpoint_before_is_untouched(four, t
         assert result["said"] == results[0]["said"] and result["before"] == {"n": 1}
         assert result["left"] == ["c"]
     said = results[0]["said"]
-    for harm, rank in (("average", 1), ("sync", 1), ("exact", 3)):
+    for harm, rank in (("averaged", 1), ("synchronized", 1), ("per_replica", 3)):
         name, number, text = said[f"full disk, {harm}"]
-        assert (name, number) == ("OSError", errno.EFBIG) and f"rank {rank} failed: File too large: {tmp_path}/c.part/" in text
+        assert (name, number) == (
+            "OSError",
+            errno.EFBIG,
+        ) and f"rank {rank} failed: File too large: {tmp_path}/c.part/" in text
     assert said["full disk on the first rank"][:2] == ("OSError", errno.EFBIG)
-    assert said["quota at deslo.json"][1] == errno.EDQUOT and "rank 0 failed: Disk quota exceeded" in said["quota at deslo.json"][2]
+    assert (
+        said["quota at deslo.json"][1] == errno.EDQUOT
+        and "rank 0 failed: Disk quota exceeded" in said["quota at deslo.json"][2]
+    )
     assert said["no permission to rename"][1] == errno.EACCES
     assert said["unreadable"][1] == errno.EIO and "rank 2 failed" in said["unreadable"][2]
     assert said["state on one rank"] == ("OSError", None, "checkpoint: rank 2 failed: RuntimeError('no such state')")
     name, _, text = said["code in extra, average"]
-    assert name == "ConfigError" and "save(extra)['f'][0]['g']: expected plain values" in text and "got builtins.builtin_f" in text
+    assert (
+        name == "ConfigError"
+        and "save(extra)['f'][0]['g']: expected plain values" in text
+        and "got builtins.builtin_f" in text
+    )
     name, _, text = said["code in extra of one rank, exact"]
     assert name == "ConfigError" and "on rank(s) [1]" in text
 
@@ -137,11 +163,19 @@ def loads_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
     deslo_plugin.save(path, job.model)
     before = job.states()
     gone, said = OSError(errno.EIO, "Input/output error"), {}
-    for harm, target in {"manifest": "deslo_plugin.frameworks.checkpoint.read_proof", "extra": "deslo_plugin.frameworks.checkpoint.read_plain",
-                         "index": "deslo_plugin.frameworks.checkpoint.read_index", "tree": tree_of(kind)}.items():
+    for harm, target in {
+        "manifest": "deslo_plugin.checkpoint.save_load.read_manifest",
+        "extra": "deslo_plugin.checkpoint.save_load.read_plain",
+        "index": "deslo_plugin.checkpoint.save_load.read_index",
+        "tree": tree_of(kind),
+    }.items():
         with failing(2, target, gone):
             said[harm] = said_of(lambda: deslo_plugin.load(path, job.model))
-    same = all(torch.equal(tensor, before[state][name]) for state, tensors in job.states().items() for name, tensor in tensors.items())
+    same = all(
+        torch.equal(tensor, before[state][name])
+        for state, tensors in job.states().items()
+        for name, tensor in tensors.items()
+    )
     with failing(2, "torch.distributed.checkpoint.filesystem.FileSystem.create_stream", gone):
         said["tensors"] = said_of(lambda: deslo_plugin.load(path, job.model))
     deslo_plugin.load(path, job.model)
@@ -163,12 +197,21 @@ def asked_differently(folder: str) -> list[tuple]:
     import deslo_plugin
 
     job = Job("plain", blocks(S, timeout_s=60))
-    return [said_of(lambda: deslo_plugin.save(Path(folder) / "c", job.model, mode=["exact", "average"][dist.get_rank() == 0]))]
+    return [
+        said_of(
+            lambda: deslo_plugin.save(
+                Path(folder) / "c", job.model, mode=["per_replica", "averaged"][dist.get_rank() == 0]
+            )
+        )
+    ]
 
 
 def test_another_mode_on_one_rank_is_an_error_and_no_hang(four, tmp_path):
-    for (name, _, text), in four().run(asked_differently, str(tmp_path)):
-        assert name == "ConfigError" and "save mode: expected average on every rank, as on rank 0, got exact on rank(s) [1, 2, 3]" in text
+    for ((name, _, text),) in four().run(asked_differently, str(tmp_path)):
+        assert (
+            name == "ConfigError"
+            and "save mode: expected average on every rank, as on rank 0, got exact on rank(s) [1, 2, 3]" in text
+        )
 
 
 def engine_that_fails(config: dict, folder: str) -> dict[str, Any]:
@@ -195,20 +238,25 @@ def engine_that_fails(config: dict, folder: str) -> dict[str, Any]:
 
 def test_an_engine_says_it_likewise_and_its_latest_stays(four, tmp_path):
     for result in four().run(engine_that_fails, config_for("zero 2", timeout_s=60), str(tmp_path)):
-        assert result["said"]["save_checkpoint"][:2] == result["said"]["save_16bit_model"][:2] == ("OSError", errno.EFBIG)
+        assert (
+            result["said"]["save_checkpoint"][:2] == result["said"]["save_16bit_model"][:2] == ("OSError", errno.EFBIG)
+        )
         assert "save(extra)['args']: expected plain values" in result["said"]["client_state"][2]
         assert result["left"] == ["a", "latest", "pytorch_model.bin", "zero_to_fp32.py"] and result["same"]
         assert result["loaded"] == str(tmp_path / "a")
 
 
 def test_a_folder_of_other_things_is_not_replaced(tmp_path):
-    import deslo_plugin
     from checkpoint_jobs import alone
+
+    import deslo_plugin
 
     model, _ = alone()
     (tmp_path / "runs" / "step_1").mkdir(parents=True)
     (tmp_path / "runs" / "step_1" / "notes.txt").write_text("mine")
-    with pytest.raises(deslo_plugin.ConfigError, match="a folder that also holds 'step_1/notes.txt', which would be lost"):
+    with pytest.raises(
+        deslo_plugin.ConfigError, match="a folder that also holds 'step_1/notes.txt', which would be lost"
+    ):
         deslo_plugin.save(tmp_path / "runs", model)
     assert (tmp_path / "runs" / "step_1" / "notes.txt").read_text() == "mine"
     deslo_plugin.save(tmp_path / "runs" / "step_2", model)
@@ -219,7 +267,9 @@ def accelerator_that_fails(kind: str, blocks_: dict, ds: dict | None, folder: st
     """``save_state`` where Accelerate's own file of one rank does not fit on the disk."""
     import accelerate_jobs
 
-    accelerator, model, made = accelerate_jobs.prepared(kind, "before", "DesLoc" if ds is None else "DummyOptim", blocks_, ds)
+    accelerator, model, made = accelerate_jobs.prepared(
+        kind, "before", "DesLoc" if ds is None else "DummyOptim", blocks_, ds
+    )
     accelerate_jobs.steps(accelerator, model, made, range(2))
     accelerator.save_state(f"{folder}/a")
     with full_disk(1):
@@ -233,7 +283,11 @@ def accelerator_that_fails(kind: str, blocks_: dict, ds: dict | None, folder: st
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed"])
 def test_save_state_says_it_on_every_rank(four, tmp_path, kind):
-    ds = config_for("zero 2", timeout_s=60) | {"train_micro_batch_size_per_gpu": 2, "steps_per_print": 10**9} if kind == "deepspeed" else None
+    ds = (
+        config_for("zero 2", timeout_s=60) | {"train_micro_batch_size_per_gpu": 2, "steps_per_print": 10**9}
+        if kind == "deepspeed"
+        else None
+    )
     blocks_ = None if ds else blocks(S, replica_size=2, timeout_s=60)
     for result in four().run(accelerator_that_fails, kind, blocks_, ds, str(tmp_path)):
         assert result["said"][0] == "OSError" and "checkpoint: rank 1 failed: " in result["said"][2]
@@ -247,7 +301,7 @@ def meets_that_fail(kind: str, config: dict) -> tuple:
     job = Job(kind, config)
     job.train(range(2))
     with failing(2, tree_of(kind), RuntimeError("no such state")):
-        said = said_of(lambda: deslo_plugin.meet(job.model))
+        said = said_of(lambda: deslo_plugin.sync_replicas(job.model))
     job.train(range(2, 4))
     job.close()
     return said

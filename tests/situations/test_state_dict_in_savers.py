@@ -1,4 +1,5 @@
-"""``state_dict()`` inside somebody else's saver: refused with the line to write, the average, or the last average on rank 0 alone."""
+"""``state_dict()`` inside somebody else's saver: refused with the line to write, the average, or the last average on
+rank 0 alone."""
 
 import copy
 import logging
@@ -62,8 +63,11 @@ def on_every_rank(kind, config):
     far = max(float((plain[name] - value.flatten()).abs().max()) for name, value in expected.items())
     for each in (job, twin):
         each.train(range(6, 11))
-    same = [torch.equal(value, other[name]) for state, other in zip(job.states().values(), twin.states().values())
-            for name, value in state.items()]
+    same = [
+        torch.equal(value, other[name])
+        for state, other in zip(job.states().values(), twin.states().values())
+        for name, value in state.items()
+    ]
     job.close(), twin.close()
     return far, all(same)
 
@@ -71,7 +75,7 @@ def on_every_rank(kind, config):
 def twin_keys(job):
     import deslo_plugin
 
-    with deslo_plugin.one_replica():
+    with deslo_plugin.local_state_dict():
         return job.model.state_dict()
 
 
@@ -99,7 +103,8 @@ def test_averaged_gives_whole_weights_of_an_engine(four, stage):
 
 
 def rank_0_alone(kind, config):
-    """On rank 0 alone after step 6: how far state_dict() is from the mean of what all replicas had after step 4, and what it says."""
+    """On rank 0 alone after step 6: how far state_dict() is from the mean of what all replicas had after step 4, and
+    what it says."""
     job = Job(kind, config)
     job.train(range(4))
     expected = {}
@@ -115,7 +120,9 @@ def rank_0_alone(kind, config):
             module_of(job.model).state_dict()
     if dist.get_rank() == 0:
         job.optimizer.state_dict()
-    far = max((float((torch_jobs.whole(value) - expected[name]).abs().max()) for name, value in given.items()), default=0.0)
+    far = max(
+        (float((torch_jobs.whole(value) - expected[name]).abs().max()) for name, value in given.items()), default=0.0
+    )
     job.train(range(6, 11))
     return far, said
 
@@ -124,34 +131,43 @@ def rank_0_alone(kind, config):
 def test_the_last_average_is_there_on_rank_0_alone_and_says_how_old_it_is(four, kind):
     results = four().run(rank_0_alone, kind, config_of(kind, "last_average"))
     assert all(far < 1e-6 for far, _ in results)
-    assert results[0][1] == ["deslo: state_dict() gives the average of all replicas after step 4; this replica is at step 6"]
+    assert results[0][1] == [
+        "deslo: state_dict() gives the average of all replicas after step 4; this replica is at step 6"
+    ]
 
 
 def before_the_first_average(config, folder):
-    """state_dict() before any average, at the end of the warm-up, after a meeting, and after a load of an exact state."""
+    """state_dict() before any average, at the end of the warm-up, after a meeting, and after a load of an exact
+    state."""
     import deslo_plugin
 
     job = Job("plain", config)
     start = copy.deepcopy(job.model.state_dict())
     job.train(range(2))
     given = [job.model.state_dict()["0.weight"]]
-    deslo_plugin.save(folder, job.model, mode="exact")
-    deslo_plugin.meet(job.model)
+    deslo_plugin.save(folder, job.model, mode="per_replica")
+    deslo_plugin.sync_replicas(job.model)
     met = job.model.state_dict()["0.weight"].clone()
     job.train(range(2, 3))
     given.append(job.model.state_dict()["0.weight"])
     deslo_plugin.load(folder, job.model)
-    with pytest.raises(deslo_plugin.ConfigError, match="an average of 0.weight to give .*none since another state was loaded"):
+    with pytest.raises(
+        deslo_plugin.ConfigError, match="an average of 0.weight to give .*none since another state was loaded"
+    ):
         job.model.state_dict()
     return torch.equal(given[0], start["0.weight"]), torch.equal(given[1], met)
 
 
 def test_the_last_average_is_of_this_run(four, tmp_path):
-    assert four().run(before_the_first_average, config_of("plain", "last_average"), str(tmp_path / "c")) == [(True, True)] * 4
+    assert (
+        four().run(before_the_first_average, config_of("plain", "last_average"), str(tmp_path / "c"))
+        == [(True, True)] * 4
+    )
 
 
 def called_alone(call, config):
-    """Rank 0 makes a collective call inside ``if rank == 0:`` while the others train on: what it is told; then all go on."""
+    """Rank 0 makes a collective call inside ``if rank == 0:`` while the others train on: what it is told; then all go
+    on."""
     import deslo_plugin
 
     job = Job("plain", config)
@@ -159,21 +175,35 @@ def called_alone(call, config):
     said = ""
     if dist.get_rank() == 0:
         try:
-            {"averaged_state_dict": lambda: deslo_plugin.averaged_state_dict(job.model), "meet": lambda: deslo_plugin.meet(job.model),
-             "save": lambda: deslo_plugin.save("/nonexistent/c", job.model), "state_dict": lambda: job.model.state_dict()}[call]()
+            {
+                "averaged_state_dict": lambda: deslo_plugin.averaged_state_dict(job.model),
+                "meet": lambda: deslo_plugin.sync_replicas(job.model),
+                "save": lambda: deslo_plugin.save("/nonexistent/c", job.model),
+                "state_dict": lambda: job.model.state_dict(),
+            }[call]()
         except deslo_plugin.ConfigError as error:
             said = str(error)
     job.train(range(6, 10))
-    deslo_plugin.meet(job.model)
+    deslo_plugin.sync_replicas(job.model)
     return said
 
 
-@pytest.mark.parametrize("call, name", [("averaged_state_dict", "averaged_state_dict()"), ("save", "save()"), ("meet", "meet()"),
-                                        ("state_dict", "Sequential.state_dict()")])
+@pytest.mark.parametrize(
+    "call, name",
+    [
+        ("averaged_state_dict", "averaged_state_dict()"),
+        ("save", "save()"),
+        ("meet", "sync_replicas()"),
+        ("state_dict", "Sequential.state_dict()"),
+    ],
+)
 def test_a_collective_call_on_rank_0_alone_is_an_error_as_soon_as_others_go_on(four, call, name):
     first, *others = four().run(called_alone, call, config_of("plain", "averaged"))
-    assert first == (f"{name}: expected a call on every rank, got none on rank(s) [1, 2, 3], which went on to the average after step 6; "
-                     "move it out of `if rank == 0:` and the like: it is collective, and only what writes its result belongs there")
+    assert first == (
+        f"{name}: expected a call on every rank, got none on rank(s) [1, 2, 3], which went on to the average after "
+        f"step 6; "
+        "move it out of `if rank == 0:` and the like: it is collective, and only what writes its result belongs there"
+    )
     assert others == [""] * 3
 
 
@@ -183,7 +213,7 @@ def called_differently(config):
     job = Job("plain", config)
     job.train(range(2))
     try:
-        deslo_plugin.meet(job.model) if dist.get_rank() == 0 else deslo_plugin.averaged_state_dict(job.model)
+        deslo_plugin.sync_replicas(job.model) if dist.get_rank() == 0 else deslo_plugin.averaged_state_dict(job.model)
     except deslo_plugin.ConfigError as error:
         return str(error)
     return "no error"
@@ -191,8 +221,11 @@ def called_differently(config):
 
 def test_two_different_collective_calls_are_an_error_on_every_rank(four):
     first, *others = four().run(called_differently, blocks(S))
-    assert "meet(): expected a call on every rank, got averaged_state_dict() on rank" in first
-    assert all("averaged_state_dict(): expected a call on every rank, got meet() on rank 0" in error for error in others)
+    assert "sync_replicas(): expected a call on every rank, got averaged_state_dict() on rank" in first
+    assert all(
+        "averaged_state_dict(): expected a call on every rank, got sync_replicas() on rank 0" in error
+        for error in others
+    )
 
 
 def refusal(config):
@@ -222,11 +255,14 @@ def announced(mode):
     return [line for line in said if "state_dict()" in line]
 
 
-@pytest.mark.parametrize("mode, words", [
-    ("refuse", "state_dict() raises while replicas differ. To save, call deslo_plugin.save(path, model)"),
-    ("averaged", "state_dict() gives the average of all replicas while they differ: call it on every rank"),
-    ("last_average", "on any rank alone: 332 bytes of each rank's host memory"),
-])
+@pytest.mark.parametrize(
+    "mode, words",
+    [
+        ("refuse", "state_dict() raises while replicas differ. To save, call deslo_plugin.save(path, model)"),
+        ("averaged", "state_dict() gives the average of all replicas while they differ: call it on every rank"),
+        ("last_average", "on any rank alone: 332 bytes of each rank's host memory"),
+    ],
+)
 def test_attach_says_what_state_dict_will_do(four, mode, words):
     (line,) = four().run(announced, mode)[0]
     assert words in line
@@ -260,9 +296,11 @@ def test_the_last_average_has_running_statistics_and_frozen_parameters(four):
 
 
 def copied(config):
-    """A moving average of the weights, which each replica keeps for itself: what its state_dict() says, and its mean."""
-    import deslo_plugin
+    """A moving average of the weights, which each replica keeps for itself: what its state_dict() says, and its
+    mean."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    import deslo_plugin
 
     job = Job("ddp", config)
     inner = job.model.module
@@ -280,7 +318,9 @@ def copied(config):
         everyone = [torch.empty_like(value) for _ in range(4)]
         dist.all_gather(everyone, value.contiguous())
         assert not torch.equal(everyone[0], everyone[1])
-        assert torch.allclose(mean[name], torch.stack(everyone).mean(0), atol=1e-6) and torch.equal(mean[name], again[name])
+        assert torch.allclose(mean[name], torch.stack(everyone).mean(0), atol=1e-6) and torch.equal(
+            mean[name], again[name]
+        )
     whole = deslo_plugin.averaged_state_dict(job.model, of=average)
     assert int(whole["n_averaged"]) == 6 and torch.equal(whole["module.0.weight"], mean["0.weight"])
     return said
@@ -288,6 +328,9 @@ def copied(config):
 
 def test_a_moving_average_of_the_weights_is_averaged_over_replicas_and_its_own_state_dict_says_what_it_is(four):
     said = four().run(copied, config_of("ddp", "refuse"))
-    assert said[0] == ["deslo: state_dict() of a copy of the model (Sequential) gives what this replica has made of it, such as its own "
-                       "moving average; the mean of all replicas' is deslo_plugin.averaged_state_dict(model, of=copy), on every rank"]
+    assert said[0] == [
+        "deslo: state_dict() of a copy of the model (Sequential) gives what this replica has made of it, such as its "
+        "own "
+        "moving average; the mean of all replicas' is deslo_plugin.averaged_state_dict(model, of=copy), on every rank"
+    ]
     assert said[1:] == [[]] * 3

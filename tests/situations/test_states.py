@@ -27,7 +27,9 @@ class Heads(nn.Module):
 
 def attached(kind, model, **deslo):
     if kind == "desloc":
-        optimizer = deslo_plugin.DesLoc(model.parameters(), {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY}}, "deslo": deslo})
+        optimizer = deslo_plugin.DesLoc(
+            model.parameters(), {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY}}, "deslo": deslo}
+        )
         return optimizer, deslo_plugin.attach(model, optimizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     return optimizer, deslo_plugin.attach(model, optimizer, {"deslo": {"sync_every": EVERY} | deslo})
@@ -48,14 +50,14 @@ def everyone(value):
 
 def own_heads(then, folder):
     model = Heads()
-    optimizer, _ = attached("stock", model, when="after_update")
+    optimizer, _ = attached("stock", model, average_at="after_step")
     for _ in range(4 if then == "train" else 3):
         step(model, optimizer, dist.get_rank())
     head = model.heads[0].weight
     own = {name: value.clone() for name, value in optimizer.state.get(head, {}).items()}
     if then == "meet":
-        deslo_plugin.meet(model)
-    if then in ("average", "exact"):
+        deslo_plugin.sync_replicas(model)
+    if then in ("averaged", "per_replica"):
         deslo_plugin.save(folder, model, mode=then)
         names = sorted(optimizer.state.get(head, {}))
         assert names == sorted(own)  # a save leaves the replicas as they are
@@ -63,7 +65,7 @@ def own_heads(then, folder):
             step(model, optimizer, dist.get_rank())
         straight = [param.detach().clone() for param in model.parameters()]
         deslo_plugin.load(folder, model)
-        if then == "exact":
+        if then == "per_replica":
             assert sorted(optimizer.state.get(head, {})) == names
             for _ in range(2):
                 step(model, optimizer, dist.get_rank())
@@ -71,11 +73,11 @@ def own_heads(then, folder):
     return own, {name: value.clone() for name, value in optimizer.state.get(head, {}).items()}
 
 
-@pytest.mark.parametrize("then", ["train", "meet", "average", "exact"])
+@pytest.mark.parametrize("then", ["train", "meet", "averaged", "per_replica"])
 def test_a_head_that_one_replica_alone_trains_has_states_by_name_everywhere(four, tmp_path, then):
     results = four().run(own_heads, then, str(tmp_path / "c"))
     before, after = zip(*results)
-    if then == "exact":
+    if then == "per_replica":
         return
     for state in after:
         assert torch.equal(state["exp_avg"], after[0]["exp_avg"]) and state["exp_avg"].any()
@@ -90,16 +92,37 @@ def alone(kind, call):
     optimizer, _ = attached(kind, model, timeout_s=61.0 + len(kind + call) + (call == "add"))
     for _ in range(2):
         step(model, optimizer)
-    with deslo_plugin.one_replica():
+    with deslo_plugin.local_state_dict():
         saved = copy.deepcopy(optimizer.state_dict())
     try:
         if dist.get_rank() == 1:
-            optimizer.load_state_dict(saved) if call == "load" else optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+            optimizer.load_state_dict(saved) if call == "load" else optimizer.add_param_group(
+                {"params": [nn.Parameter(torch.ones(2))]}
+            )
         for _ in range(8):
             step(model, optimizer)
     except (ValueError, RuntimeError) as error:
         return str(error)
     return "no error"
+
+
+def rolled_back(kind):
+    model = nn.Linear(4, 1)
+    optimizer, attachment = attached(kind, model)
+    fresh = copy.deepcopy(optimizer.state_dict())
+    for _ in range(4):
+        step(model, optimizer)
+    optimizer.load_state_dict(fresh)
+    clock = attachment.steps
+    for _ in range(2):
+        step(model, optimizer)
+    return clock, attachment.steps, attachment.stats.events["params"]
+
+
+@pytest.mark.parametrize("kind", ["stock", "desloc"])
+def test_a_roll_back_to_the_state_before_the_first_step_begins_the_clock_anew(four, kind):
+    for clock, later, averages in four().run(rolled_back, kind):
+        assert (clock, later, averages) == (0, 2, 0)
 
 
 @pytest.mark.parametrize("kind", ["stock", "desloc"])
@@ -122,12 +145,21 @@ def changed(kind, what):
         for parameter in model[0].parameters():
             parameter.requires_grad_(False)
         inner, rest = model[2], list(model[0].parameters())
-        optimizer = torch.optim.AdamW(inner.parameters(), lr=1e-2) if kind == "stock" else deslo_plugin.DesLoc(
-            inner.parameters(), {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY}}, "deslo": {"when": "after_update"}})
+        optimizer = (
+            torch.optim.AdamW(inner.parameters(), lr=1e-2)
+            if kind == "stock"
+            else deslo_plugin.DesLoc(
+                inner.parameters(),
+                {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY}}, "deslo": {"average_at": "after_step"}},
+            )
+        )
         attachment = deslo_plugin.attach(
-            model, optimizer, *([{"deslo": {"sync_every": EVERY, "when": "after_update"}}] if kind == "stock" else []))
+            model,
+            optimizer,
+            *([{"deslo": {"sync_every": EVERY, "average_at": "after_step"}}] if kind == "stock" else []),
+        )
     else:
-        optimizer, attachment = attached(kind, model, when="after_update")
+        optimizer, attachment = attached(kind, model, average_at="after_step")
     if what == "adamw":
         optimizer.load_state_dict(old.state_dict())
     for _ in range(2):
@@ -136,7 +168,7 @@ def changed(kind, what):
         model[0].requires_grad_(True)
         optimizer.add_param_group({"params": rest, "lr": 1e-3})
     if what == "back":
-        with deslo_plugin.one_replica():
+        with deslo_plugin.local_state_dict():
             saved = copy.deepcopy(optimizer.state_dict())
         for _ in range(3):
             step(model, optimizer)
@@ -191,3 +223,21 @@ def test_lbfgs_and_wrappers_are_refused_with_what_to_do():
     sam.base_optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(deslo_plugin.ConfigError, match="optimizer.base_optimizer"):
         deslo_plugin.attach(model, sam, {"deslo": {"sync_every": {"params": 4}}})
+
+
+def test_a_wrapper_of_several_optimizers_is_refused_with_a_call_for_each():
+    """As scripts make one optimizer of Muon and AdamW, or of one for each part of a model."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    inner = [torch.optim.AdamW(model[0].parameters()), torch.optim.SGD(model[1].parameters(), lr=0.1)]
+    both = torch.optim.SGD(model.parameters(), lr=0.1)
+    for name, held in (("first", inner[0]), ("others", inner[1:])):
+        setattr(both, name, held)
+    with pytest.raises(
+        deslo_plugin.ConfigError,
+        match=(
+            r"which wraps AdamW and SGD; attach each of the inner ones with its own sync_every: "
+            r"attach\(model, optimizer.first, ...\), "
+            r"attach\(model, optimizer.others\[0\], ...\), and go on calling SGD as before"
+        ),
+    ):
+        deslo_plugin.attach(model, both, {"deslo": {"sync_every": {"params": 4}}})

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deslo_plugin import ConfigError, DesLoc, load_config
-from deslo_plugin.config import as_dict
+from deslo_plugin.config.load import as_dict
 
 
 class ListOf(collections.UserList):
@@ -19,16 +19,34 @@ class MappingOf(collections.UserDict):
     """As a configuration library's: a mapping that is no dict."""
 
 
-PLAIN = {"optimizer": {"params": {"lr": 0.5, "betas": [0.75, 0.5], "weight_decay": 0.25,
-                                  "sync_every": {"params": 4, "exp_avg": 8}}},
-         "deslo": {"replica_size": 2, "timeout_s": 30, "overlap": True}}
-NUMPY = {"optimizer": {"params": {"lr": np.float32(0.5), "betas": np.array([0.75, 0.5]), "weight_decay": np.float16(0.25),
-                                  "sync_every": {"params": np.int64(4), "exp_avg": np.uint8(8)}}},
-         "deslo": {"replica_size": np.int32(2), "timeout_s": np.int64(30), "overlap": np.bool_(True)}}
-TORCH = {"optimizer": {"params": {"lr": torch.tensor(0.5), "betas": (torch.tensor(0.75), torch.tensor(0.5)),
-                                  "weight_decay": Fraction(1, 4),
-                                  "sync_every": {"params": torch.tensor(4), "exp_avg": 8}}},
-         "deslo": {"replica_size": 2, "timeout_s": 30, "overlap": True}}
+PLAIN = {
+    "optimizer": {
+        "params": {"lr": 0.5, "betas": [0.75, 0.5], "weight_decay": 0.25, "sync_every": {"params": 4, "exp_avg": 8}}
+    },
+    "deslo": {"replica_size": 2, "timeout_s": 30, "overlap_comm": True},
+}
+NUMPY = {
+    "optimizer": {
+        "params": {
+            "lr": np.float32(0.5),
+            "betas": np.array([0.75, 0.5]),
+            "weight_decay": np.float16(0.25),
+            "sync_every": {"params": np.int64(4), "exp_avg": np.uint8(8)},
+        }
+    },
+    "deslo": {"replica_size": np.int32(2), "timeout_s": np.int64(30), "overlap_comm": np.bool_(True)},
+}
+TORCH = {
+    "optimizer": {
+        "params": {
+            "lr": torch.tensor(0.5),
+            "betas": (torch.tensor(0.75), torch.tensor(0.5)),
+            "weight_decay": Fraction(1, 4),
+            "sync_every": {"params": torch.tensor(4), "exp_avg": 8},
+        }
+    },
+    "deslo": {"replica_size": 2, "timeout_s": 30, "overlap_comm": True},
+}
 
 
 def strange(value):

@@ -1,4 +1,5 @@
-"""Releases of torch and frameworks: what does not work is refused with those that do; kernels for another torch are not needed."""
+"""Releases of torch and frameworks: what does not work is refused with those that do; kernels for another torch are not
+needed."""
 
 import subprocess
 import sys
@@ -37,8 +38,9 @@ def test_kernels_for_another_torch_are_replaced_by_torchs_operators_with_one_war
         "importlib.util.find_spec = lambda name, *more: name if name == 'deslo_plugin._C' else found(name, *more)\n"
         "import deslo_plugin\n"
         "for _ in range(2):\n"
-        "    p = torch.nn.Parameter(torch.ones(2)); o = deslo_plugin.DesLoc([p], lr=0.1); p.grad = torch.ones(2); o.step()\n"
-        "print(deslo_plugin.ops.native(), p[0].item() < 1)"
+        "    p = torch.nn.Parameter(torch.ones(2)); o = deslo_plugin.DesLoc([p], lr=0.1); p.grad = torch.ones(2); "
+        "o.step()\n"
+        "print(deslo_plugin.kernels.update.native(), p[0].item() < 1)"
     )
     done = python(code)
     assert done.stdout.split() == ["python", "True"], done.stderr
@@ -49,8 +51,10 @@ def test_kernels_for_another_torch_are_replaced_by_torchs_operators_with_one_war
 
 @pytest.mark.parametrize("name", ["accelerate", "transformers"])
 def test_an_older_framework_is_a_sentence_where_it_is_connected(name):
-    last = {"accelerate": "from deslo_plugin.frameworks.accelerate import attach_accelerator; attach_accelerator(None)",
-            "transformers": "import deslo_plugin.frameworks.trainer"}[name]
+    last = {
+        "accelerate": "from deslo_plugin.frameworks.accelerate import attach_accelerator; attach_accelerator(None)",
+        "transformers": "import deslo_plugin.frameworks.hf_trainer",
+    }[name]
     done = python(f"import deslo_plugin, {name}; {name}.__version__ = '0.9.0'; {last}")
     assert done.returncode == 1 and f"{name}: expected" in done.stderr.splitlines()[-1], done.stderr[-1500:]
 
@@ -58,7 +62,9 @@ def test_an_older_framework_is_a_sentence_where_it_is_connected(name):
 def test_a_torch_that_fills_a_copy_of_the_index_saves_and_loads(tmp_path, monkeypatch):
     """As torch 2.9 to 2.11 do: what the writer is given stays without places."""
     finish = FileSystemWriter.finish
-    monkeypatch.setattr(FileSystemWriter, "finish", lambda self, metadata, results: finish(self, replace(metadata), results))
+    monkeypatch.setattr(
+        FileSystemWriter, "finish", lambda self, metadata, results: finish(self, replace(metadata), results)
+    )
     model, *_ = alone()
     was = model[0].weight.detach().clone()
     deslo_plugin.save(tmp_path / "saved", model)

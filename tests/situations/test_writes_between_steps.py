@@ -9,8 +9,9 @@ from worlds import threads
 
 import deslo_plugin
 from deslo_plugin import DesLoc
-from deslo_plugin.stock import StockAveraging, schedule
-from deslo_plugin.config import load_config
+from deslo_plugin.config.load import load_config
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
+from deslo_plugin.optim.any_optimizer_step import schedule
 
 EVERY = {"params": 3, "exp_avg": 2, "exp_avg_sq": 6}
 
@@ -57,7 +58,7 @@ def desloc(params, average, **deslo):
 
 def stock(params, average, **deslo):
     optimizer = torch.optim.AdamW(params, lr=1e-2)
-    schedule(StockAveraging(optimizer, load_config({"deslo": {"sync_every": EVERY, **deslo}}).deslo, average))
+    schedule(AnyOptimizerAverager(optimizer, load_config({"deslo": {"sync_every": EVERY, **deslo}}).deslo, average))
     return optimizer
 
 
@@ -71,13 +72,17 @@ def trained(average, make, write, steps=13, **deslo):
         optimizer.step()
         with torch.no_grad():
             write(average.rank, step, params, optimizer)
-    return [param.detach().clone() for param in params] + [optimizer.state[param]["exp_avg"].clone() for param in params]
+    return [param.detach().clone() for param in params] + [
+        optimizer.state[param]["exp_avg"].clone() for param in params
+    ]
 
 
 @pytest.mark.parametrize("write", WRITES, ids=lambda each: each.__name__)
 @pytest.mark.parametrize("make", [desloc, stock])
 def test_with_overlap_and_without_the_same_bits(make, write):
-    there, not_there = (threads(2, lambda average: trained(average, make, write, overlap=on)) for on in (True, False))
+    there, not_there = (
+        threads(2, lambda average: trained(average, make, write, overlap_comm=on)) for on in (True, False)
+    )
     for replica, other in zip(there, not_there):
         assert all(map(torch.equal, replica, other))
 
@@ -85,8 +90,11 @@ def test_with_overlap_and_without_the_same_bits(make, write):
 def test_nine_times_plus_one_is_nine():
     def replica(average):
         (x,) = params = [torch.nn.Parameter(torch.zeros(4))]
-        optimizer = DesLoc(params, {"optimizer": {"params": {"lr": 0.0, "sync_every": {"params": 4}}}, "deslo": {"delay": delay}},
-                           average=average)
+        optimizer = DesLoc(
+            params,
+            {"optimizer": {"params": {"lr": 0.0, "sync_every": {"params": 4}}}, "deslo": {"sync_delay": delay}},
+            average=average,
+        )
         for _ in range(9):
             x.grad = torch.ones(4)
             optimizer.step()
@@ -106,8 +114,8 @@ def test_nothing_written_costs_one_word_of_an_average_and_something_written_one_
             optimizer.step()
             if write and average.rank == 0:
                 x.data += 1
-        assert sum(average.sent) == sum(optimizer.meter.bytes.values())
-        return optimizer.meter.bytes, optimizer.meter.events
+        assert sum(average.sent) == sum(optimizer.stats.bytes.values())
+        return optimizer.stats.bytes, optimizer.stats.events
 
     for bytes_, events in threads(2, lambda average: replica(average, write=False)):
         assert bytes_ == {"params": 2 * (400 + 4), "exp_avg": 2 * 400} and events == {"params": 2, "exp_avg": 2}
@@ -116,14 +124,16 @@ def test_nothing_written_costs_one_word_of_an_average_and_something_written_one_
 
 
 def restored(kind, what, whose, steps_to_landing, delay=1):
-    """The model, or model and optimizer, go back to a copy between launch and landing, with rates of 0 from then on: what is
-    there after the landing is the mean of what was restored."""
+    """The model, or model and optimizer, go back to a copy between launch and landing, with rates of 0 from then on:
+    what is there after the landing is the mean of what was restored."""
     torch.manual_seed(0)
     model, rank = torch.nn.Linear(4, 3), dist.get_rank()
     every = {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}
-    deslo = {"timeout_s": 20.0} | ({"delay": delay} if delay > 1 else {})
+    deslo = {"timeout_s": 20.0} | ({"sync_delay": delay} if delay > 1 else {})
     if kind == "desloc":
-        optimizer = DesLoc(model.parameters(), {"optimizer": {"params": {"lr": 1e-2, "sync_every": every}}, "deslo": deslo})
+        optimizer = DesLoc(
+            model.parameters(), {"optimizer": {"params": {"lr": 1e-2, "sync_every": every}}, "deslo": deslo}
+        )
         attachment = deslo_plugin.attach(model, optimizer)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -137,7 +147,7 @@ def restored(kind, what, whose, steps_to_landing, delay=1):
 
     for _ in range(6):
         step()
-    with deslo_plugin.one_replica():
+    with deslo_plugin.local_state_dict():
         kept = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
     for _ in range(2):
         step()
@@ -153,10 +163,16 @@ def restored(kind, what, whose, steps_to_landing, delay=1):
     return before, model.weight.detach().clone()
 
 
-@pytest.mark.parametrize("kind, what, whose, delay", [
-    ("desloc", "model", "all", 1), ("desloc", "both", "one", 1), ("stock", "model", "one", 1), ("stock", "both", "one", 1),
-    ("desloc", "both", "one", 2),
-])
+@pytest.mark.parametrize(
+    "kind, what, whose, delay",
+    [
+        ("desloc", "model", "all", 1),
+        ("desloc", "both", "one", 1),
+        ("stock", "model", "one", 1),
+        ("stock", "both", "one", 1),
+        ("desloc", "both", "one", 2),
+    ],
+)
 def test_what_was_restored_while_an_average_flew_is_what_is_averaged(four, kind, what, whose, delay):
     results = four().run(restored, kind, what, whose, delay, delay)
     mean = torch.stack([before for before, _ in results]).mean(0)

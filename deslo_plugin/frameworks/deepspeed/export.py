@@ -3,16 +3,18 @@
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
+from deslo_plugin.checkpoint.export import Parts, parts_of
 from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs
 
 
 def whole_of(engine: DeepSpeedEngine) -> Callable[[Tensor], Tensor]:
-    """From a parameter to its whole master, float32 or wider, on the engine's device, which is collective over the replica; other
-    tensors stay as they are."""
+    """From a parameter to its whole master, float32 or wider, on the engine's device, which is collective over the
+    replica; other tensors stay as they are."""
     stage_0 = {} if engine.zero_optimization() else {id(param): master for param, master in low_precision_pairs(engine)}
 
     def whole(tensor: Tensor) -> Tensor:
@@ -30,3 +32,9 @@ def full_params(engine: DeepSpeedEngine) -> Iterator[tuple[str, Tensor]]:
     whole = whole_of(engine)
     for name, param in engine.module.named_parameters():
         yield name, whole(param)
+
+
+@parts_of.register
+def engine_parts(engine: DeepSpeedEngine) -> Parts:
+    """Of any engine: one without replicas has one model."""
+    return engine.module, whole_of(engine), dist.group.WORLD, getattr(engine, "deslo", None)

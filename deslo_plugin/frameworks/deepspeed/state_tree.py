@@ -1,4 +1,5 @@
-"""An engine's model and optimizer as the tree that every framework shares: each rank's range of each parameter, live."""
+"""An engine's model and optimizer as the tree that every framework shares: each rank's range of each parameter,
+live."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -8,15 +9,17 @@ import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from deslo_plugin.collectives import gathered
-from deslo_plugin.frameworks.all_or_none import all_or_none
-from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs, own_part, publish
-from deslo_plugin.frameworks.fragment import Fragment, of_range
-from deslo_plugin.frameworks.state_tree import States, Tree, fresh_states, places, plain_name, saved_buffers
-from deslo_plugin.frameworks.wrappers import bare
-from deslo_plugin.names import PARAMS
-from deslo_plugin.stock import StockAveraging
-from deslo_plugin.strict import ConfigError
+from deslo_plugin.algorithm.state_names import PARAMS
+from deslo_plugin.checkpoint.model_names import places, plain_name, saved_buffers
+from deslo_plugin.checkpoint.state_tree import holder_of
+from deslo_plugin.checkpoint.tensor_chunks import TensorChunks, of_range
+from deslo_plugin.checkpoint.tree_agreement import States, Tree, fresh_states
+from deslo_plugin.checks.module_wrappers import bare
+from deslo_plugin.comm.all_or_none import all_or_none
+from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.frameworks.deepspeed.zero import copy_masters_to_model, local_shard, low_precision_pairs
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 
 SCALES = (bool, int, float)  # a loss scaler's numbers; what else it has is its configuration's
 COUNTS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
@@ -30,14 +33,14 @@ class Range(NamedTuple):
     start: int
     numel: int
 
-    def of(self, flat: Tensor, shape: Any) -> Fragment:
+    def of(self, flat: Tensor, shape: Any) -> TensorChunks:
         return of_range(flat.view(-1).narrow(0, self.at, self.numel), self.start, shape)
 
 
 class EngineState:
     """Of any ZeRO stage; what is loaded is loaded into the partitions, and published into the model."""
 
-    def __init__(self, engine: DeepSpeedEngine):
+    def __init__(self, engine: DeepSpeedEngine, _: object = None):
         self.engine, self.optimizer = engine, engine.basic_optimizer
         self.params = {plain_name(name): param for name, param in bare(engine.module).named_parameters()}
         self.shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in self.params.items()}
@@ -47,11 +50,12 @@ class EngineState:
     def states(self) -> States:
         of_stepped = {id(range.flat): self.optimizer.state.get(range.flat, {}) for range in self.ranges.values()}
         own = {
-            name: {PARAMS: list(self.shapes[name])} | {
-                state: self._shape(name, value) for state, value in of_stepped[id(range.flat)].items()}
+            name: {PARAMS: list(self.shapes[name])}
+            | {state: self._shape(name, value) for state, value in of_stepped[id(range.flat)].items()}
             for name, range in self.ranges.items()
         }
-        everyone = gathered(own, self.engine.deslo.groups.shard)  # each rank has ranges of some parameters only
+        # each rank has ranges of some parameters only
+        everyone = all_gather_by_rank(own, self.engine.deslo.groups.shard)
         frozen = {name: {PARAMS: list(shape)} for name, shape in self.shapes.items()}
         return frozen | {name: states for each in everyone.values() for name, states in each.items()}
 
@@ -62,7 +66,9 @@ class EngineState:
     def prepare(self, saved: States) -> None:
         for name, range in self.ranges.items():
             if not self.optimizer.state.get(range.flat):
-                self.optimizer.state[range.flat].update(fresh_states(saved.get(name, {}), range.flat, self.shapes[name]))
+                self.optimizer.state[range.flat].update(
+                    fresh_states(saved.get(name, {}), range.flat, self.shapes[name])
+                )
 
     def forget(self, names: Sequence[str]) -> None:
         for name in names:
@@ -82,16 +88,18 @@ class EngineState:
                     tree[f"{state}/{name}"] = value
             elif hasattr(param, "ds_tensor") and not param.requires_grad:
                 start = dist.get_rank(param.ds_process_group) * param.partition_numel()
-                tree[f"{PARAMS}/{name}"] = of_range(own_part(param), start, shape)
-            elif not param.requires_grad or not shape.numel():  # ZeRO partitions nothing of a parameter without elements
+                tree[f"{PARAMS}/{name}"] = of_range(local_shard(param), start, shape)
+            # ZeRO partitions nothing of a parameter without elements
+            elif not param.requires_grad or not shape.numel():
                 tree[f"{PARAMS}/{name}"] = param.detach()
         return tree
 
     def put(self, tree: Tree) -> None:
         all_or_none(lambda: self._count(tree), self.engine.deslo.groups.world)
-        publish(self.engine)
+        copy_masters_to_model(self.engine)
         if hasattr(self.engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed's own view of them, else made by a step
+            # DeepSpeed's own view of them, else made by a step
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _count(self, tree: Tree) -> None:
         """Takes over plain numbers; those of one partition are one."""
@@ -100,27 +108,36 @@ class EngineState:
             states = self.optimizer.state.get(range.flat, {})
             counted = {state: tree[f"{state}/{name}"] for state, value in states.items() if not _has_parts(value)}
             if clocks.setdefault(range.flat, counted) != counted:
-                raise ConfigError(f"load {name}", f"the clocks {clocks[range.flat]} of the other parameters in its partition",
-                                  str(counted), "load it without ZeRO: parameters that had no gradient at times cannot share one")
+                raise ConfigError(
+                    f"load {name}",
+                    f"the clocks {clocks[range.flat]} of the other parameters in its partition",
+                    str(counted),
+                    "load it without ZeRO: parameters that had no gradient at times cannot share one",
+                )
             states.update(counted)
 
     def publish(self) -> None:
-        publish(self.engine)
+        copy_masters_to_model(self.engine)
 
     @property
     def names(self) -> Mapping[str, str]:
         return places(self.engine.module)
 
-    def aside(self) -> Mapping[str, Any]:
+    def get_extra_state(self) -> Mapping[str, Any]:
         engine = self.engine
-        scheduler, scaler = getattr(engine.lr_scheduler, "state_dict", None), getattr(engine.optimizer, "loss_scaler", None)
+        scheduler, scaler = (
+            getattr(engine.lr_scheduler, "state_dict", None),
+            getattr(engine.optimizer, "loss_scaler", None),
+        )
         return {
             "counts": {name: getattr(engine, name) for name in COUNTS},
             "scheduler": scheduler() if scheduler else None,
-            "scaler": {name: value for name, value in vars(scaler).items() if type(value) in SCALES} if scaler else None,
+            "scaler": {name: value for name, value in vars(scaler).items() if type(value) in SCALES}
+            if scaler
+            else None,
         }
 
-    def put_aside(self, aside: Mapping[str, Any], steps: int) -> None:
+    def set_extra_state(self, aside: Mapping[str, Any], steps: int) -> None:
         engine = self.engine
         counts = {"global_steps": steps, "global_samples": steps * engine.train_batch_size()}
         saved = {name: value for name, value in aside.get("counts", {}).items() if name in COUNTS}
@@ -132,7 +149,7 @@ class EngineState:
         for name, value in (aside.get("scaler") or {}).items():
             if type(getattr(scaler, name, None)) in SCALES and type(value) in SCALES:
                 setattr(scaler, name, value)
-        if isinstance(engine.deslo.averaging, StockAveraging):
+        if isinstance(engine.deslo.averaging, AnyOptimizerAverager):
             engine.deslo.averaging.resume(steps)
 
     def _shape(self, name: str, value: Any) -> list[int] | None:
@@ -151,10 +168,13 @@ class EngineState:
                     yield name, Range(masters.get(id(param), param), 0, 0, param.numel())
         elif self.engine.zero_optimization_partition_weights():
             for name, param in self.params.items():
-                if param.requires_grad and own_part(param).numel():
+                if param.requires_grad and local_shard(param).numel():
                     group, at, _ = wrapper.grad_position[wrapper.get_param_id(param)]
                     start = dist.get_rank(param.ds_process_group) * param.partition_numel()
-                    yield name, Range(wrapper.fp32_partitioned_groups_flat[group], at, start, own_part(param).numel())
+                    yield (
+                        name,
+                        Range(wrapper.fp32_partitioned_groups_flat[group], at, start, local_shard(param).numel()),
+                    )
         else:
             for name, param in self.params.items():
                 held = getattr(param, "_hp_mapping", None)
@@ -167,3 +187,6 @@ class EngineState:
 def _has_parts(value: Any) -> bool:
     """Whether a state runs over the elements of what the optimizer steps, which may be of several parameters."""
     return isinstance(value, Tensor) and value.ndim > 0
+
+
+holder_of.register(DeepSpeedEngine, EngineState)

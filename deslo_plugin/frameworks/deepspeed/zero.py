@@ -19,7 +19,7 @@ def partitions(engine: DeepSpeedEngine) -> Iterator[list[Tensor]]:
             yield group["params"]
 
 
-def stepwise(engine: DeepSpeedEngine) -> Iterator[None]:
+def each_sub_group(engine: DeepSpeedEngine) -> Iterator[None]:
     """Shows the optimizer its parameters as the engine does in a step: ZeRO-3 one sub-group at a time, else all."""
     if not engine.zero_optimization_partition_weights():
         yield
@@ -42,9 +42,9 @@ def gradients(engine: DeepSpeedEngine) -> list[Tensor]:
 
 
 @torch.no_grad()
-def publish(engine: DeepSpeedEngine) -> None:
-    """Copies the stepped tensors into the model, as the engine does at the end of a step that it does not skip. Collective over
-    the replica."""
+def copy_masters_to_model(engine: DeepSpeedEngine) -> None:
+    """Copies the stepped tensors into the model, as the engine does at the end of a step that it does not skip.
+    Collective over the replica."""
     if engine.zero_optimization_partition_weights():
         for sub_group in range(len(engine.optimizer.fp32_partitioned_groups_flat)):
             engine.optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
@@ -57,8 +57,8 @@ def publish(engine: DeepSpeedEngine) -> None:
 
 
 def _gather_again(engine: DeepSpeedEngine) -> None:
-    """ZeRO-3: whole parameters that lie gathered on this rank are made of the partitions as they are now. Those are the small
-    ones, which it never lets go, and what an evaluation, a prefetch or ``GatheredParameters`` has left."""
+    """ZeRO-3: whole parameters that lie gathered on this rank are made of the partitions as they are now. Those are the
+    small ones, which it never lets go, and what an evaluation, a prefetch or ``GatheredParameters`` has left."""
     params = [param for param in engine.module.parameters() if hasattr(param, "ds_status")]
     kept = {id(param) for param in engine.optimizer.persistent_parameters}
     gathered = [p for p in params if p.ds_status is ZeroParamStatus.AVAILABLE or id(p) in kept]
@@ -76,15 +76,16 @@ def low_precision_pairs(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, Tenso
         yield from zip(params, masters)
 
 
-def own_part(param: Tensor) -> Tensor:
+def local_shard(param: Tensor) -> Tensor:
     """This rank's shard of a ZeRO-3 parameter, without the uninitialised padding of the last one."""
     shard = param.ds_tensor.data.view(-1)
     return shard[: _own_numel(param)]
 
 
 @torch.no_grad()
-def clear_padding(engine: DeepSpeedEngine) -> None:
-    """Zeroes the padding of ZeRO-3's partitions, which it leaves uninitialised: NaN there would look like divergence."""
+def zero_padding(engine: DeepSpeedEngine) -> None:
+    """Zeroes the padding of ZeRO-3's partitions, which it leaves uninitialised: NaN there would look like
+    divergence."""
     if not engine.zero_optimization_partition_weights():
         return
     for params, flat in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_partitioned_groups_flat):

@@ -1,0 +1,1 @@
+"""What is one step, and what is due? Pure arithmetic."""

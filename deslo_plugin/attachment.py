@@ -1,0 +1,228 @@
+"""What an optimizer that is connected to its replicas can be asked: ``attach(...)`` returns it, ``engine.deslo`` is
+it."""
+
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, wraps
+from inspect import signature
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from deslo_plugin.algorithm.schedule import Periods
+from deslo_plugin.averaging.metrics import Meter
+from deslo_plugin.averaging.state_averager import StateAverager
+from deslo_plugin.checks.module_wrappers import bare
+from deslo_plugin.checks.replica_watch import Watch
+from deslo_plugin.comm.topology import Topology
+from deslo_plugin.comm.transport import Groups
+from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.log import announce, log_rank0
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
+from deslo_plugin.planning.plan import Plan, make_plan
+from deslo_plugin.renamed import ATTRIBUTES, explain
+from deslo_plugin.telemetry.recorder import Recorder
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """The averages of one optimizer: what moves, between whom, and what it has cost.
+
+    ``groups`` is None where replicas come and go. ``gradient_bytes`` are per param group, on this rank;
+    ``buffer_bytes`` is what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer
+    alone; ``fixed_numels`` are the ``numels`` where its param groups do not show them.
+    """
+
+    averaging: StateAverager
+    groups: Groups | None
+    config: Config
+    fixed_numels: Sequence[int] | None = None
+    gradient_bytes: Sequence[int] | None = None
+    buffer_bytes: int = 0
+    engine_steps: bool = False
+    watch: Watch | None = None
+
+    @property
+    def numels(self) -> Sequence[int]:
+        """Elements of each param group that average, on this rank."""
+        return self.fixed_numels or [self.averaging.members.numel(group) for group in self.averaging.groups]
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.averaging.optimizer
+
+    @property
+    def topology(self) -> Topology:
+        return self.groups.topology
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps completed, those before a resume or of the replica that a latecomer took over included."""
+        return self.averaging.steps
+
+    @property
+    def stats(self) -> Meter:
+        return self.averaging.stats
+
+    def __getattr__(self, name: str) -> Any:
+        raise explain("Attachment", name, ATTRIBUTES)
+
+    def together(self, call: str) -> AbstractContextManager[None]:
+        """The body is ``call``, which every rank must make; see ``Progress.together``."""
+        progress = self.averaging.transport.progress
+        return progress.together(call, self.config.deslo.timeout_s) if progress else nullcontext()
+
+    @cached_property
+    def recorder(self) -> Recorder:
+        """What is written down and passed on of this attachment; nothing without ``deslo.telemetry`` and trackers."""
+        return Recorder(self.averaging)
+
+    def log(self, **values: Any) -> None:
+        """Writes numbers of this rank beside its averages, for ``deslo report``: call it once a step, on every rank.
+
+        ``loss``: of this rank's batch, ``tokens``: in it, are what the report draws; other names are kept. A tensor is
+        read when it is there: no GPU is waited for. Does nothing without ``deslo.telemetry``, and on ranks that write
+        no file. Raises ``ConfigError`` for what is no number.
+        """
+        self.recorder.log(values)
+
+    def summary(self) -> str:
+        """What averaging has moved, cost and found since this process attached, a line for each state."""
+        return self.recorder.summary(self.plan)
+
+    def close(self) -> None:
+        """Writes what telemetry has not written yet, and says the summary. The end of the process does that too, but
+        not that of ``os._exit`` or a kill, which lose the last second. Does nothing without ``deslo.telemetry``."""
+        if self.config.deslo.telemetry is not None and not self.recorder.ended:
+            self.recorder.end(self.plan)
+            log_rank0(self.summary())
+
+    def announce(self) -> None:
+        """Says the plan, and again after the first step if a stock optimizer turned out to have other states; begins to
+        watch."""
+        said = self.plan.describe()
+        announce(said)
+        if self.watch is not None:
+            self.watch.on_first_step = lambda: self.plan.describe() == said or announce(self.plan.describe())
+            self.watch.begin()
+
+    def check(self) -> list[str]:
+        """What is wrong with this attachment, as sentences that are the same on every rank, each said once; empty if
+        all is well.
+
+        Whether parameters moved without a step of the attached optimizer, replicas and the ranks of each are equal
+        where they must be, and every trained parameter is in an attached optimizer; and what the first averages have
+        shown, which are looked at without a call. Collective over all ranks. Raises ``ConfigError`` where replicas come
+        and go."""
+        if self.watch is None:
+            raise ConfigError(
+                "check()", "replicas that are there from start to end", "those of a torchft manager", "remove it"
+            )
+        return self.watch.check()
+
+    def record_samples(self, samples: float) -> None:
+        """Tells the samples (or tokens, counted alike on every rank) in the gradients of this rank's next step, for
+        ``deslo.replica_weights: "samples"``; calls add up, as over micro-batches."""
+        self.averaging.record_samples(samples)
+
+    @torch.no_grad()
+    def skip_step(self) -> None:
+        """In place of ``optimizer.step()``: this replica leaves a step out that others may take, and averages with
+        them.
+
+        On every rank of the replica. Raises ``ConfigError`` under DeepSpeed, whose engine counts its steps itself.
+        """
+        if self.engine_steps:
+            raise ConfigError(
+                "skip_step()",
+                "engine.step() at every step under DeepSpeed",
+                "a step left out",
+                'take smaller batches on a slow replica, with deslo.replica_weights "samples"',
+            )
+        (self.averaging if isinstance(self.averaging, AnyOptimizerAverager) else self.optimizer).skip_step()
+
+    def step_rates(self) -> dict[int, float]:
+        """Replica -> steps per second between its last two averages, without what it waited for others; any rank may
+        ask.
+
+        A replica that has not come to two averages yet is absent. Raises ``TimeoutError`` if the world's store is gone.
+        """
+        progress = self.averaging.transport.progress
+        return progress.rates() if progress else {}
+
+    @property
+    def periods(self) -> list[Periods]:
+        """Of each param group, state -> the period in force: those that adapt change at averages, the same on every
+        rank."""
+        return [dict(self.averaging.periods(group)) for group in self.averaging.groups]
+
+    @property
+    def plan(self) -> Plan:
+        """By the periods as they are configured. Which states a stock optimizer has is known after its first step:
+        until then all that ``deslo.sync_every`` names, each as large as its parameter."""
+        known = getattr(self.averaging, "periods_known", True)
+        periods = [group["sync_every"] if known else self.config.deslo.sync_every for group in self.averaging.groups]
+        return make_plan(
+            self.config,
+            self.numels,
+            periods,
+            self.topology,
+            divisor=self.averaging.transport.divisor,
+            gradient_bytes=self._gradient_bytes,
+            buffer_bytes=self.buffer_bytes,
+            others=[
+                self.averaging.state_numels(group) if isinstance(self.averaging, AnyOptimizerAverager) else {}
+                for group in self.averaging.groups
+            ],
+        )
+
+    @property
+    def _gradient_bytes(self) -> list[int] | None:
+        """The warm-up averages the gradients of the parameters that were there when it began."""
+        if self.gradient_bytes is None:
+            return None
+        return [*self.gradient_bytes, *(0 for _ in self.averaging.groups[len(self.gradient_bytes) :])]
+
+
+attached: MutableMapping[torch.nn.Module, list[Attachment]] = WeakKeyDictionary()
+"""By the model inside all wrappers, one for each optimizer that steps it: beside it, so that it can still be copied."""
+
+
+def attachments_of(model: Any, what: str) -> list[Attachment]:
+    """Of a model that ``attach`` was called with, or a DeepSpeed engine. Raises ``ConfigError`` for anything else, and
+    for replicas that come and go, of which no rank can ask the others at will."""
+    inside = bare(model) if isinstance(model, torch.nn.Module) else None
+    if inside in attached:
+        if any(attachment.groups is None for attachment in attached[inside]):
+            raise ConfigError(
+                what,
+                "replicas that are there from start to end",
+                "those of a torchft manager",
+                "keep the state dicts of model and optimizer yourself, of any replica; latecomers need no file",
+            )
+        return attached[inside]
+    if isinstance(own := getattr(model, "deslo", None), Attachment):  # an engine
+        return [own]
+    raise ConfigError(
+        what,
+        "a DeepSpeed engine with a deslo block, or a model that attach was called with",
+        type(model).__name__,
+        "call deslo_plugin.attach(model, optimizer) first",
+    )
+
+
+def on_every_rank(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which has a parameter ``model``, as a call that begins once all ranks have come to it; see
+    ``together``."""
+    parameters = signature(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        model = parameters.bind(*args, **kwargs).arguments["model"]
+        with attachments_of(model, function.__name__)[0].together(f"{function.__name__}()"):
+            return function(*args, **kwargs)
+
+    return call

@@ -1,0 +1,1 @@
+"""Algorithm 1: what is due starts, travels and lands."""

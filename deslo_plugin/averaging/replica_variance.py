@@ -1,0 +1,71 @@
+"""How far replicas are apart at an average, as one number that is the same on every rank: what adaptive periods go by.
+
+    E_m ||s_m - E_m[s]||^2 = E_m ||s_m||^2 - ||E_m[s]||^2
+
+The first term is one float64 element that travels beside the state, the second is known where the mean has landed; each
+is summed over the shards of a replica, in the order of its ranks. Both come from what an all-reduce gave to all
+replicas alike: none decides by what only it has seen.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from deslo_plugin.averaging.metrics import SyncEvent
+from deslo_plugin.averaging.synchronizer import States
+from deslo_plugin.comm.transport import Transport, Work
+from deslo_plugin.kernels.drift import measure
+
+WORD = 8  # bytes of the element
+
+
+class ReplicaVariance:
+    """Launches and lands ``E_m ||s_m||^2`` beside the averages of adaptive states; flights are named as there.
+
+    ``on_average`` is told of the element's bytes as of more bytes of its state.
+    """
+
+    def __init__(self, average: Transport, on_average: Callable[[SyncEvent], object]):
+        self.transport, self._on_average = average, on_average
+        self._flights: dict[tuple[Tensor, str], tuple[Tensor, Work]] = {}
+
+    def launch(self, params: Sequence[Tensor], states: States) -> None:
+        """Starts it for each of ``states`` that does not fly yet."""
+        for state, tensors in states.items():
+            if (params[0], state) not in self._flights:
+                # where ranks hold copies each averages a word of its own, and every sum below counts them alike
+                square = _square(tensors).repeat(self.transport.divisor)
+                self._flights[params[0], state] = square, self.transport.start(square)
+
+    def land(self, steps: int, params: Sequence[Tensor], state: str, means: Sequence[Tensor]) -> float:
+        """``sqrt(E_m ||s_m - mean||^2) / ||mean||`` of a state whose ``means`` have landed; 0 where all are zero.
+
+        The same float on every rank. Collective over the replica's ranks. Raises ``AverageError`` on a time-out.
+        """
+        square, work = self._flights.pop((params[0], state))
+        start = time.perf_counter()
+        work.wait()
+        each = self.transport.total(float(square[0]))
+        mean = self.transport.total(float(_square(means)))
+        self._on_average(SyncEvent(steps, {state: WORD}, time.perf_counter() - start, {}))
+        return sqrt(max(each / mean - 1, 0.0)) if mean else 0.0 if each == 0 else float("inf")
+
+    def drop(self, params: Sequence[Tensor]) -> None:
+        """Waits for what flies of ``params`` and forgets it."""
+        for key in [key for key in self._flights if key[0] is params[0]]:
+            self._flights.pop(key)[1].wait()
+
+    def abandon(self) -> None:
+        """Waits for all that flies and forgets it."""
+        for _, work in self._flights.values():
+            work.wait()
+        self._flights.clear()
+
+
+def _square(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of squares, float64 without dimensions: of equal tensors the same bits, by the kernel that measures drift."""
+    wide = [(tensor if tensor.dtype == torch.float64 else tensor.float()).contiguous() for tensor in tensors]
+    return measure(wide, wide)[2]

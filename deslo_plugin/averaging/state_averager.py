@@ -1,0 +1,291 @@
+"""Runs Algorithm 1 for any optimizer: applies the averages that are due, counts the step, starts the next averages."""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deslo_plugin.algorithm.adaptive_periods import shortest
+from deslo_plugin.algorithm.momentum_bound import Bound, hold_
+from deslo_plugin.algorithm.outer_optimizer import write_means
+from deslo_plugin.algorithm.schedule import Periods, due
+from deslo_plugin.algorithm.state_names import PARAMS
+from deslo_plugin.averaging.companions import Companions
+from deslo_plugin.averaging.flights import Due, Flights
+from deslo_plugin.averaging.gradients import Gradients
+from deslo_plugin.averaging.last_average import LastAverage
+from deslo_plugin.averaging.members import Group, Members
+from deslo_plugin.averaging.metrics import Meter, SyncEvent
+from deslo_plugin.averaging.recall import Answer
+from deslo_plugin.averaging.step_counter import Clock, Cohort
+from deslo_plugin.averaging.synchronizer import States, Synchronizer, Weigh
+from deslo_plugin.comm.sample_weights import Samples
+from deslo_plugin.comm.transport import Transport
+from deslo_plugin.config.schema import DesloConfig
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.kernels.local_tensors import local
+
+
+class StateAverager:
+    """The averages of one optimizer's states, each on its period (arXiv 2505.22549, Alg. 1).
+
+    Args:
+        optimizer: its param groups hold the periods under ``sync_every`` (state name -> steps or None).
+        deslo: who averages and how.
+        average: the transport.
+        clock: how many steps each parameter has completed.
+        groups: what to average, where that is not the optimizer's param groups.
+        receive: writes what landed, given (cohort, states, means); the plain mean by default.
+        bounds: what first momenta of a param group are held to once they have landed; nothing by default.
+        on_average: called with every ``SyncEvent``, the first of ``listeners``.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        deslo: DesloConfig,
+        average: Transport,
+        clock: Clock,
+        *,
+        groups: Sequence[Group] | None = None,
+        receive: Callable[[Cohort, States, States], None] | None = None,
+        bounds: Callable[[Group], Sequence[Bound]] = lambda group: (),
+        on_average: Callable[[SyncEvent], object] | None = None,
+    ):
+        self.optimizer, self.deslo, self.transport, self.clock = optimizer, deslo, average, clock
+        self._groups, self.stats, self.listeners = groups, Meter(), [on_average] if on_average else []
+        self.watch: Any = None  # told of steps and landings until the first averages have been looked at
+        self.receive = receive or (lambda cohort, states, means: write_means(states, means))
+        self.bounds = bounds
+        self._sync, self.members = self._synchronizer(average), Members()
+        skips_nonfinite = deslo.on_nonfinite == "skip"
+        self.gradients = Gradients(optimizer, lambda: self.groups, self._sync, self.stats, skips_nonfinite)
+        self._flights = Flights(self._sync, deslo, self._weigh, self.record)
+        self.late = self._flights.late
+        self._periods: dict[int, Periods] = {}  # of each param group, by its id
+        self.buffers: Sequence[Tensor] = ()
+        self._companions: Companions | None = None
+        self._convened = False
+        self._met = 0
+        self.kept: LastAverage | None = None  # whoever wants it sets it
+        self._samples = Samples() if deslo.replica_weights == "samples" else None
+
+    def add_buffers(self, buffers: Sequence[Tensor], average: Transport) -> None:
+        """Floating buffers of the model, averaged when parameters are, as they are at that moment."""
+        self.buffers, self._companions = buffers, Companions(buffers, self._synchronizer(average))
+
+    def record_samples(self, samples: float) -> None:
+        """See ``Attachment.record_samples``. Raises ``ConfigError`` for what is no number >= 0, and where nobody
+        asks."""
+        if self._samples is None:
+            raise ConfigError(
+                "record_samples(samples)", 'deslo.replica_weights "samples"', '"uniform"', "set it, or remove the call"
+            )
+        self._samples.record_samples(samples)
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        return self.optimizer.param_groups if self._groups is None else self._groups
+
+    def before_update(self) -> list[Cohort] | None:
+        """Applies the averages that are due: x, u, v <- E_m[x], E_m[u], E_m[v] where t % K = 0 (Algorithm 1, SERVER).
+        Collective.
+
+        Returns what the update is for; None where this replica has just taken over another's state, which stands at
+        the end of a step: no update then.
+        """
+        if self.watch:
+            self.watch.step_begins()
+        if not self._convened:
+            self._convened = True
+            if self._start_quorum():
+                self._start_due_averages(self._cohorts())
+                return None
+        cohorts = self._cohorts()
+        self.stats.tick(map(id, (param for cohort in cohorts for param in cohort.params)))
+        return self._average(cohorts) if self.deslo.average_at == "before_step" else cohorts
+
+    def after_update(self, cohorts: list[Cohort]) -> None:
+        """Counts the step of ``cohorts``; the averages that are due at its end start to travel. Collective."""
+        for index, cohort in enumerate(cohorts):
+            self.clock.set(cohort, cohort.steps + 1)
+            cohorts[index] = cohort._replace(steps=cohort.steps + 1)
+            if self._samples:
+                self._samples.tick(cohort.group, cohort.steps + 1)
+        if self.kept and self.steps == self.deslo.synchronous_steps:
+            self.keep()
+        if any(map(self._names_due, cohorts)) and self._start_quorum():
+            cohorts = self._cohorts()
+        self._start_due_averages(cohorts)
+        if self.watch:
+            self.watch.step_ended()
+
+    def _start_due_averages(self, cohorts: list[Cohort]) -> None:
+        """What is due at the end of a step is averaged or launched."""
+        if self.deslo.average_at == "after_step":
+            self._average(cohorts)
+        elif self.deslo.overlap_comm:
+            for cohort in cohorts:
+                if states := self._due(cohort):
+                    self._flights.launch(cohort, states)
+
+    def _cohorts(self) -> list[Cohort]:
+        """What averages, by clock, and what trains and does not average yet, without periods."""
+        cohorts = self.members.cohorts(self.groups, self.clock)
+        self._periods |= {id(cohort.group): cohort.periods for cohort in cohorts if cohort.periods}
+        return cohorts
+
+    def _start_quorum(self) -> bool:
+        start = time.perf_counter()
+        replaced = self.transport.start_quorum()
+        self.stats.seconds_exposed += time.perf_counter() - start
+        return replaced
+
+    def periods(self, group: Group) -> Periods:
+        """The periods in force in a param group; adaptive ones change (where ZeRO cuts a group, those of its last
+        part)."""
+        return self._periods.get(id(group), shortest(group["sync_every"]))
+
+    @property
+    def diverged(self) -> bool:
+        """Whether this replica has taken steps of its own since all were equal. What averages since then is not looked
+        at."""
+        return self.steps > max(self._met, self.deslo.synchronous_steps)
+
+    def mark_synchronized(self) -> None:
+        """Says that all replicas are equal now."""
+        self._met = self.steps
+        self.keep()
+        if self.watch:
+            self.watch.placed()
+
+    def keep(self) -> None:
+        """Copies parameters and buffers, which all replicas hold alike, if somebody wants the last average."""
+        for tensors in [*(group["params"] for group in self.groups), self.buffers] if self.kept else ():
+            self.kept.take(self.steps, tensors, local(tensors))
+
+    def abandon(self) -> None:
+        """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
+        self._met = 0  # an exact load leaves replicas that differ
+        self._flights.abandon()
+        if self.watch:
+            self.watch.placed()
+        for each in filter(None, (self._samples, self.kept)):
+            each.forget()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What this rank knows of its averages beside the optimizer's state: values that were launched, samples
+        seen."""
+        params = list(self.optimizer.state)
+        return {"late": self.late.saved(params), "samples": self._samples.saved(self.groups) if self._samples else None}
+
+    def set_extra_state(self, aside: Mapping[str, Any]) -> None:
+        """Goes on from what ``aside`` gave, with a state that has as many parameters in the same order."""
+        params = list(self.optimizer.state)
+        self.late.load(params, aside["late"])
+        if self._samples and aside["samples"]:
+            self._samples.load(self.groups, aside["samples"])
+
+    def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The means of any floating tensors in at least float32, counted under ``name``; they stay as they are.
+        Collective."""
+        if not tensors:
+            return []
+        wire = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
+        return self._synchronizer(self.transport, wire).mean(self.steps, {name: tensors})[name]
+
+    @property
+    def steps(self) -> int:
+        """Completed steps of the parameters that have most."""
+        return self.clock.steps(self.groups)
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether the warm-up lasts, in which gradients are averaged at every step and states are equal anyway."""
+        return self.deslo.synchronous_steps > 0 and self.steps < self.deslo.synchronous_steps
+
+    def local_tensors(self, state: str, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """This rank's part of a state of each parameter; zeros where a stock optimizer has not created it yet."""
+        if state == PARAMS:
+            return local(params)
+        states = (self.optimizer.state[param].get(state) for param in params)
+        return local([torch.zeros_like(p) if s is None else s for p, s in zip(params, states)])
+
+    def _average(self, cohorts: list[Cohort]) -> list[Cohort]:
+        """Averages what is due, and returns the cohorts from now on: others where parameters were frozen or not any
+        more."""
+        due, answers = self._ask(cohorts)
+        sent = self._flights.complete(due)  # all start before any is waited for: they commit or fail together
+        meeting = [cohort for cohort, states in due if PARAMS in states]
+        if self._companions and meeting:
+            self._companions.launch(meeting[0].steps, self._weigh(meeting[0], PARAMS))
+        landed = True
+        for (cohort, states), launched, answer in zip(due, sent, answers):
+            means = self._flights.land(cohort, launched, answer)
+            if means is None:
+                landed = False
+                continue
+            self._flights.adapt(cohort, means, self.optimizer.state)
+            if self.deslo.sync_delay == 1:
+                self.receive(cohort, states, means)
+                if self.watch and PARAMS in states:
+                    self.watch.landed(cohort.params)
+            else:
+                self.late.land(cohort.params, states, means)
+            if self.kept:
+                self.kept.landed(cohort.steps, cohort.params, states, means)
+            now = cohort.steps + self.deslo.sync_delay - 1
+            hold_(self.bounds(cohort.group), means, functools.partial(self.local_tensors, params=cohort.params), now)
+        if self._companions and meeting:
+            self._companions.land(meeting[0].steps)
+            if self.kept:
+                self.kept.take(meeting[0].steps, self.buffers, self.buffers)
+        self.stats.refused_averages += not landed
+        if not any(answer.moved for answer in answers):
+            return cohorts
+        if landed:
+            self.members.settle(param for cohort in meeting for param in cohort.params)
+        return self._cohorts()
+
+    def _ask(self, cohorts: list[Cohort]) -> tuple[Due, list[Answer]]:
+        """What is due, once all replicas have said whether it may land: what may not is dropped, and flies anew.
+        Collective."""
+        due = self._all_due(cohorts)
+        answers = self._flights.ask(due, any(PARAMS in states for _, states in due) and self.members.moved(self.groups))
+        if any(answer.moved for answer in answers):
+            answers[0].bytes[PARAMS] += self.members.agree(self.transport, self.groups)
+            due = self._all_due(self._cohorts())
+            answers = [functools.reduce(Answer.joined, answers)] + [Answer()] * (len(due) - 1)
+        return due, answers
+
+    def _all_due(self, cohorts: Sequence[Cohort]) -> Due:
+        # as they were launched
+        cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.sync_delay) for cohort in cohorts]
+        return [(cohort, states) for cohort in cohorts if (states := self._due(cohort))]
+
+    def _weigh(self, cohort: Cohort, like: str | None = None) -> Weigh | None:
+        """What this rank has seen since the last average of a state of ``cohort``, or of its state ``like``."""
+        return self._samples and (lambda state: self._samples.seen(cohort.group, cohort.steps, like or state))
+
+    def _due(self, cohort: Cohort) -> dict[str, Sequence[Tensor]]:
+        return {state: self.local_tensors(state, cohort.params) for state in self._names_due(cohort)}
+
+    def _names_due(self, cohort: Cohort) -> tuple[str, ...]:
+        return (
+            due(cohort.periods, cohort.steps) if cohort.params and cohort.steps > self.deslo.synchronous_steps else ()
+        )
+
+    def _synchronizer(self, average: Transport, wire_dtype: torch.dtype | None = None) -> Synchronizer:
+        wire, chunk = wire_dtype or getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_cap_mb << 20
+        return Synchronizer(average, wire_dtype=wire, bucket_bytes=chunk, on_average=self.record)
+
+    def record(self, event: SyncEvent) -> None:
+        """Counts ``event`` and passes it on to ``on_average`` and to those who listen."""
+        self.stats(event)
+        if self.transport.progress:
+            self.transport.progress.waited(event.seconds_exposed)
+        for listener in self.listeners:
+            listener(event)

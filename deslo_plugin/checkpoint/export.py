@@ -1,0 +1,60 @@
+"""One model out of many replicas."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import singledispatch
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deslo_plugin.attachment import Attachment, attachments_of
+from deslo_plugin.checkpoint.model_names import saved_state
+from deslo_plugin.checkpoint.replica_mean import averages, mean_of, whole
+
+Parts = tuple[nn.Module, Callable[[Tensor], Tensor], dist.ProcessGroup | None, Attachment | None]
+"""A module, what makes one of its tensors whole, all ranks, and the attachment."""
+
+
+@singledispatch
+def parts_of(model: Any) -> Parts:
+    """Of a model that ``attach`` was called with; a framework with an engine of its own registers another for its
+    type."""
+    attachment = attachments_of(model, "averaged_state_dict")[0]
+    return model, whole, attachment.groups.world, attachment
+
+
+@torch.no_grad()
+def averaged_state_dict(
+    model: Any, *, as_trained: bool = False, of: nn.Module | Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The model's state dict with the mean of all replicas' parameters on the CPU; training is not touched.
+
+    It has the names that ``state_dict()`` of the plain model has, in their order, each name of a shared tensor among
+    them: DDP, ``torch.compile`` and activation checkpointing leave no trace in them. Floating and complex buffers are
+    averaged as well, whole numbers are those of the first rank, and what ``get_extra_state()`` gives is this rank's
+    own.
+
+    Args:
+        model: a DeepSpeed engine, or a model that ``attach`` was called with. An engine without replicas has one model.
+        as_trained: every tensor in the dtype that it has in the model, instead of float32 (float64 and complex ones
+        stay).
+        of: takes the mean of this instead, a module or a mapping of names to tensors that every rank has beside the
+        model, with
+            the same names and shapes: a moving average of the weights (``torch.optim.swa_utils.AveragedModel``), a
+            momentum encoder, or any copy that each replica keeps for itself.
+
+    Collective: call it on every rank of all replicas, never on one alone. Needs room for one whole tensor more on each
+    device. Raises ``ConfigError`` for a model that nothing is attached to, and on ranks that others leave alone in it.
+    """
+    module, gather, world, attachment = parts_of(model)
+    live = dict(of) if isinstance(of, Mapping) else saved_state(module if of is None else of)
+    gather = gather if of is None else whole
+    means: dict[int, Any] = {}  # by identity: a tensor of several names is averaged once
+    with nullcontext() if attachment is None else attachment.together("averaged_state_dict()"):
+        for name, value in live.items():
+            if id(value) not in means:
+                dtype = value.dtype if averages(name, value) and as_trained else None
+                means[id(value)] = mean_of(gather(value), world, dtype) if averages(name, value) else value
+    return {name: means[id(value)] for name, value in live.items()}

@@ -1,0 +1,257 @@
+"""Checkpoints that tell the truth about replicas: one averaged model, or every replica's own state.
+
+A checkpoint is a folder: ``torch.distributed.checkpoint`` files and ``deslo.json``, which says what they are and proves
+that they are whole. It appears under its name only when it is complete, and all ranks must see it.
+
+    average   one consistent model: parameters, momenta and buffers are averaged into the checkpoint; the replicas go on
+    as
+              they are. Loads on any number of replicas and shards, in every framework.
+    sync      the replicas average in place first, and go on from there.
+    exact     every replica's own state, and every rank's random numbers: resumes to the last bit, in the middle of any
+              period, on the same replicas and shards.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deslo_plugin.attachment import Attachment, attachments_of, on_every_rank
+from deslo_plugin.checkpoint.folder import begin, clear_away, found, part_of, put_in_place
+from deslo_plugin.checkpoint.index import read_index, read_tree, write_tree
+from deslo_plugin.checkpoint.load_averaged import READ
+from deslo_plugin.checkpoint.manifest import (
+    Manifest,
+    expect_file_checksums,
+    file_checksums,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from deslo_plugin.checkpoint.plain_values import expect_mapping, plain, read_plain, write_plain
+from deslo_plugin.checkpoint.random_state import random_state, set_random_state
+from deslo_plugin.checkpoint.state_tree import KEPT, Holder, holder_of
+from deslo_plugin.checkpoint.sync_replicas import means_of, scheduled_states, sync_replicas
+from deslo_plugin.checkpoint.tensor_chunks import TensorChunks
+from deslo_plugin.checkpoint.tree_agreement import Tree, check_same_structure, united, unlike
+from deslo_plugin.comm.all_or_none import all_or_none
+from deslo_plugin.comm.consistency import check_same_on_all_ranks
+from deslo_plugin.config.schema import CHECKPOINT_MODES, DIGESTS
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.log import log_rank0
+
+FIRST = "first_rank.pt"
+
+
+@on_every_rank
+@torch.no_grad()
+def save(
+    path: str | Path,
+    model: Any,
+    *,
+    mode: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+    digest: str | None = None,
+) -> None:
+    """Saves a model that ``attach`` was called with, or a DeepSpeed engine, with its optimizer's states and clocks.
+
+    Args:
+        path: the folder; a checkpoint that is there already is replaced once the new one is whole.
+        mode: "averaged", "synchronized" or "per_replica"; by default ``deslo.checkpoint_mode`` of the config.
+        extra: whatever else training needs to go on, such as ``{"scheduler": scheduler.state_dict(), "batch": 1200}``:
+            dicts, lists and tuples of text, bytes, numbers, None and tensors. That of this rank with "per_replica",
+            otherwise that of the first rank.
+        digest: "crc32", which finds accidents, or "sha256" beside it; by default ``deslo.checkpoint_digest`` of the
+        config.
+
+    Collective over all ranks. On every rank, with the checkpoint that was there untouched: raises ``ConfigError`` for
+    an unknown mode, a model that nothing is attached to, an ``extra`` that is no data, and a folder of other files;
+    ``OSError`` if any rank cannot write.
+    """
+    attachments, final = attachments_of(model, "save"), Path(os.path.abspath(path))
+    attachment, *_ = attachments
+    mode, digest = mode or attachment.config.deslo.checkpoint_mode, digest or attachment.config.deslo.checkpoint_digest
+    for name, value, known in (("mode", mode, CHECKPOINT_MODES), ("digest", digest, DIGESTS)):
+        if value not in known:
+            raise ConfigError(f"save({name}=...)", f"one of {', '.join(known)}", repr(value), "choose one")
+    topology, world = attachment.topology, attachment.groups.world
+    if world is not None:
+        check_same_on_all_ranks("save", {"mode": mode, "digest": digest}, do="pass the same on every rank", group=world)
+    first = topology.rank == min(topology.ranks)
+    holder = holder_of(model, attachments)
+    if attachment.watch is not None:
+        attachment.watch.check_inside()
+    own = all_or_none(lambda: _own(holder, attachments, mode, extra) if first or mode == "per_replica" else None, world)
+    try:
+        _write(final, model, holder, attachments, mode, own, digest == "sha256")
+    except BaseException:
+        if first:
+            clear_away(final)
+        raise
+
+
+def _write(
+    final: Path,
+    model: Any,
+    holder: Holder,
+    attachments: Sequence[Attachment],
+    mode: str,
+    own: Mapping[str, Any] | None,
+    strong: bool,
+) -> None:
+    attachment, *_ = attachments
+    topology, world, part = attachment.topology, attachment.groups.world, part_of(final)
+    first = topology.rank == min(topology.ranks)
+    all_or_none(lambda: begin(final) if first else None, world)
+    all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
+    if mode == "synchronized":
+        sync_replicas(model)
+    tree = all_or_none(lambda: _expect_plain(holder.tree()), world)
+    if mode != "per_replica":
+        tree |= unlike(tree, scheduled_states(attachments), attachment.groups.replica)
+    if mode == "averaged":
+        tree |= means_of(tree, attachments)
+    where, name, group = _place(part, mode, attachment)
+
+    def write() -> None:
+        write_tree(tree, where, group)
+        if own is not None:
+            write_plain(own, where / name)
+
+    all_or_none(write, world)
+    numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
+    proof = Manifest(
+        mode, topology.rows, attachment.averaging.steps, united(holder.states, world), numbers, holder.names
+    )
+    proof = replace(proof, files=expect_file_checksums(file_checksums(part, world, strong=strong)))
+    sha256 = all_or_none(lambda: write_manifest(part, proof) if first else None, world)
+    all_or_none(lambda: put_in_place(final) if first else None, world)
+    if strong:
+        log_rank0(
+            f"deslo: saved {final}; the SHA-256 of its deslo.json is {sha256}: keep it elsewhere, and load(path, "
+            f"model, "
+            "sha256=...) refuses any other"
+        )
+
+
+@on_every_rank
+@torch.no_grad()
+def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str, Any]:
+    """Loads what ``save`` saved into an attached model or an engine, and returns its ``extra``, tensors on the CPU.
+
+    Averages that were in flight are dropped, and start again from what was loaded. Files are read as data: nothing in
+    them runs. ``sha256``: that of the checkpoint's ``deslo.json``, kept where whoever writes to the folder cannot
+    write.
+
+    Collective over all ranks. Raises ``ConfigError`` on every rank, and changes nothing, for a folder that is torn,
+    altered or foreign, for other parameters or states than the model has, and for an "per_replica" checkpoint of other
+    replicas or shards. Raises ``OSError`` on every rank if any rank cannot read.
+    """
+    attachments, folder = attachments_of(model, "load"), found(Path(path))
+    attachment, *_ = attachments
+    holder, topology, world = holder_of(model, attachments), attachment.topology, attachment.groups.world
+    proof, where = all_or_none(lambda: read_manifest(folder, sha256), world, READ), f"load({str(folder)!r})"
+    if world is not None:
+        check_same_on_all_ranks(where, {"deslo.json": proof.digest}, do="give every rank the same folder", group=world)
+    verify(folder, proof, world)
+    if proof.mode == "per_replica" and proof.rows != topology.rows:
+        raise ConfigError(
+            where,
+            f"the {len(proof.rows)} replica(s) of {len(proof.rows[0])} rank(s) that saved it",
+            f"{topology.replicas} of {topology.replica_size}",
+            'start as many, or load one that was saved with mode "averaged"',
+        )
+    source, name, group = _place(folder, proof.mode, attachment)
+    index, own = all_or_none(lambda: (read_index(source), _expect_own(source / name, proof.mode)), world, READ)
+    all_or_none(lambda: holder.prepare(proof.states), world)
+    states = holder.states
+    all_or_none(lambda: check_same_structure(states, proof.states, where), world)
+    for each in attachments:
+        each.averaging.abandon()
+    if proof.mode == "per_replica":
+        holder.forget([each for each in holder.tree() if each not in index.state_dict_metadata])
+    content = all_or_none(holder.tree, world)
+    all_or_none(
+        lambda: read_tree(content, source, index, group),
+        world,
+        f"{READ}; a part was loaded: load again before training",
+    )
+    all_or_none(lambda: _go_on(own, proof, attachments) if proof.mode == "per_replica" else None, world)
+    if proof.mode != "per_replica" and len(proof.rows) != topology.replicas:
+        log_rank0(
+            f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all "
+            f"replicas "
+            "changes with them, the learning rate stays as it was saved"
+        )
+    _take_over(proof.groups, holder.groups)
+    holder.put(content)
+    all_or_none(lambda: holder.set_extra_state(own["aside"], proof.steps), world)
+    for each in attachments if proof.mode != "per_replica" else ():
+        each.averaging.mark_synchronized()
+    return own["extra"]
+
+
+def _own(holder: Holder, attachments: Sequence[Attachment], mode: str, extra: Any) -> dict[str, Any]:
+    """What this rank keeps beside the tree, as plain values."""
+    own = {
+        "aside": plain(holder.get_extra_state(), "save: what the engine counts in"),
+        "extra": expect_mapping(extra, "save(extra)"),
+    }
+    if mode == "per_replica":
+        averaging = [each.averaging.get_extra_state() for each in attachments]
+        own |= {
+            "random": plain(random_state(), "save: the random state"),
+            "averaging": plain(averaging, "save: averages in flight"),
+        }
+    return own
+
+
+def _expect_own(file: Path, mode: str) -> dict[str, Any]:
+    own, keys = read_plain(file), {"aside", "extra"} | ({"random", "averaging"} if mode == "per_replica" else set())
+    if not isinstance(own, dict) or not keys <= own.keys():
+        raise ConfigError(str(file), f"a dict of {', '.join(sorted(keys))}", "another", "take another checkpoint")
+    return own
+
+
+def _go_on(own: Mapping[str, Any], proof: Manifest, attachments: Sequence[Attachment]) -> None:
+    """From an exact checkpoint: the same random numbers, the same averages in flight."""
+    set_random_state(own["random"])
+    for each, aside in zip(attachments, own["averaging"]):
+        each.averaging.set_extra_state(aside)
+
+
+def _expect_plain(tree: Tree) -> Tree:
+    """Raises ``ConfigError`` for a state that ``load`` would not read back."""
+    for name, value in tree.items():
+        if not isinstance(value, TensorChunks) and not hasattr(value, "to_local"):
+            plain(value, f"save: {name}")
+    return tree
+
+
+def _take_over(saved: Sequence[Mapping[str, float]], groups: Sequence[dict[str, Any]]) -> None:
+    """The numbers of each param group, into a tensor where the group keeps one."""
+    if len(saved) != len(groups):
+        log_rank0(
+            f"deslo: {len(groups)} param group(s) go on from a checkpoint of {len(saved)}: learning rates are as "
+            f"configured"
+        )
+        return
+    for group, numbers in zip(groups, saved):
+        for key, value in numbers.items():
+            if isinstance(group.get(key), Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = value
+
+
+def _place(folder: Path, mode: str, attachment: Attachment) -> tuple[Path, str, dist.ProcessGroup | None]:
+    """Where a rank's part goes, the file of what else it keeps, and with whom it writes one state."""
+    if mode == "per_replica":
+        rank, replica = attachment.topology.rank, attachment.topology.replica
+        return folder / f"replica_{replica}", f"rank_{rank}.pt", attachment.groups.shard
+    return folder, FIRST, attachment.groups.world

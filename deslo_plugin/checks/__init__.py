@@ -1,0 +1,1 @@
+"""Are replicas what they should be?"""

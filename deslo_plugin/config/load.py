@@ -1,0 +1,246 @@
+"""The two blocks that a user writes, read strictly into frozen dataclasses.
+
+``optimizer.params`` says what is computed (rule, momenta, periods), ``deslo`` says who averages and how. The same two
+blocks stand in a DeepSpeed JSON, in a JSON or YAML file of their own, or in a dict.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive, shortest
+from deslo_plugin.algorithm.rules import RULES
+from deslo_plugin.algorithm.schedule import Periods
+from deslo_plugin.algorithm.state_names import PARAMS
+from deslo_plugin.config.file import read_file
+from deslo_plugin.config.periods import adaptive_asked, read_momenta, read_periods
+from deslo_plugin.config.reader import Reader, did_you_mean, repr_with_type
+from deslo_plugin.config.schema import (
+    AVERAGE_AT,
+    CHECKPOINT_MODES,
+    DIGESTS,
+    INITIAL_PARAMS,
+    REPLICA_WEIGHTS,
+    STATE_DICTS,
+    STATE_DTYPES,
+    WIRE_DTYPES,
+    Config,
+    DesloConfig,
+    OptimizerConfig,
+    Outer,
+)
+from deslo_plugin.config.telemetry import read_telemetry
+from deslo_plugin.errors import ConfigError
+
+RENAMED_PARAMS = {"outer": "outer_optimizer", "clip": "clip_value, a number"}
+RENAMED_DESLO = {
+    "when": "average_at",
+    "delay": "sync_delay",
+    "weights": "replica_weights",
+    "bucket_mb": "bucket_cap_mb",
+    "overlap": "overlap_comm",
+    "checkpoint": "checkpoint_mode",
+}
+RENAMED_VALUES = {
+    "before_update": "before_step",
+    "after_update": "after_step",
+    "equal": "uniform",
+    "average": "averaged",
+    "exact": "per_replica",
+    "sync": "synchronized",
+}
+
+
+def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
+    """Reads both blocks from a dict or a ``.json``/``.yaml`` file; other top-level keys (DeepSpeed's) are not read.
+
+    Raises ``ConfigError`` for anything unknown, mistyped, out of range, or without effect.
+    """
+    if isinstance(source, Config):
+        return source
+    blocks = source if isinstance(source, Mapping) else read_file(Path(source))
+    deslo, block = read_deslo(blocks.get("deslo", {})), blocks.get("optimizer")
+    kind = block.get("type", "DesLoc") if isinstance(block, Mapping) else "DesLoc"
+    if deslo.sync_every is not None and (block is None or kind != "DesLoc"):
+        return _whole(None, deslo)
+    optimizer = Reader("optimizer", {} if block is None else block)
+    if isinstance(kind, str) and kind != "DesLoc" and not did_you_mean(kind, ["DesLoc"]):
+        optimizer.refuse(
+            "type",
+            '"DesLoc", or the periods of this optimizer\'s states in deslo.sync_every',
+            repr_with_type(kind),
+            'set it to "DesLoc", or write "deslo": {"sync_every": {"params": 16, "exp_avg": 48, ...}} for any other',
+        )
+    optimizer.choice("type", "DesLoc", ["DesLoc"])
+    params = optimizer.pop("params", {})
+    optimizer.finish()
+    if deslo.sync_every is not None:
+        raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "move it to optimizer.params.sync_every")
+    return _whole(read_optimizer(params), deslo)
+
+
+def read_optimizer(params: Any) -> OptimizerConfig:
+    """``optimizer.params`` -> ``OptimizerConfig``."""
+    reader = Reader("optimizer.params", params, renamed=RENAMED_PARAMS)
+    name = reader.choice("rule", "adam", RULES)
+    rule = RULES[name]
+    for key in [key for key in ("eps", "second_moment") if key in reader and not rule.has_second_moment]:
+        reader.refuse(key, f"no such key for rule {name}", repr(params[key]), f"remove it: {name} has no second moment")
+    if "bias_correction" in reader and not rule.corrects_bias:
+        reader.refuse("bias_correction", f"no such key for rule {name}", repr(params["bias_correction"]), "remove it")
+
+    momenta = read_momenta(reader, adaptive=rule.has_second_moment)
+    periods, sources = read_periods(reader, momenta)
+    config = OptimizerConfig(
+        rule=name,
+        lr=reader.number("lr", 1e-3),
+        betas=momenta.betas,
+        weights=momenta.weights,
+        beta2=momenta.beta2,
+        eps=reader.number("eps", rule.eps) if rule.has_second_moment else None,
+        weight_decay=reader.number("weight_decay", 0.0),
+        bias_correction=reader.boolean("bias_correction", rule.corrects_bias),
+        clip_value=reader.number("clip_value", above=0.0) if "clip_value" in reader else None,
+        periods=periods,
+        period_sources=sources,
+        reset_momenta=reader.boolean("reset_momenta", False),
+        outer_optimizer=_outer(reader),
+        state_dtype=reader.choice("state_dtype", "float32", STATE_DTYPES),
+    )
+    reader.finish()
+    averaged = [state for state in config.moments if periods[state]]
+    if config.reset_momenta and averaged:
+        reader.refuse(
+            "reset_momenta",
+            f"every momentum's sync_every to be null (here {', '.join(averaged)} is averaged)",
+            "true",
+            "set those periods to null, or drop reset_momenta: resetting at each average of params undoes theirs",
+        )
+    return config
+
+
+def read_deslo(block: Any) -> DesloConfig:
+    """``deslo`` -> ``DesloConfig``."""
+    reader, default = Reader("deslo", block, renamed=RENAMED_DESLO), DesloConfig()
+    average_at = reader.choice("average_at", default.average_at, AVERAGE_AT, renamed=RENAMED_VALUES)
+    before = average_at == "before_step"
+    if not before and reader.peek("overlap_comm"):
+        reader.refuse(
+            "overlap_comm", "false with average_at 'after_step'", "true", "remove one: nothing can overlap there"
+        )
+    config = DesloConfig(
+        replica_size=reader.positive_int("replica_size", default.replica_size, also=("auto",)),
+        synchronous_steps=reader.positive_int("synchronous_steps", default.synchronous_steps, also=(0,)),
+        sync_every=_stock_periods(reader),
+        average_at=average_at,
+        overlap_comm=reader.boolean("overlap_comm", default.overlap_comm and before),
+        sync_delay=reader.positive_int("sync_delay", default.sync_delay),
+        wire_dtype=reader.choice("wire_dtype", default.wire_dtype, WIRE_DTYPES),
+        bucket_cap_mb=reader.positive_int("bucket_cap_mb", default.bucket_cap_mb),
+        initial_params=reader.choice("initial_params", default.initial_params, INITIAL_PARAMS),
+        on_nonfinite=reader.choice("on_nonfinite", default.on_nonfinite, ["stop", "skip"]),
+        timeout_s=reader.number("timeout_s", default.timeout_s, low=1.0),
+        checkpoint_mode=reader.choice(
+            "checkpoint_mode", default.checkpoint_mode, CHECKPOINT_MODES, renamed=RENAMED_VALUES
+        ),
+        state_dict=reader.choice("state_dict", default.state_dict, STATE_DICTS),
+        checkpoint_digest=reader.choice("checkpoint_digest", default.checkpoint_digest, DIGESTS),
+        replica_weights=reader.choice(
+            "replica_weights", default.replica_weights, REPLICA_WEIGHTS, renamed=RENAMED_VALUES
+        ),
+        telemetry=read_telemetry(reader),
+    )
+    reader.finish()
+    if config.telemetry and config.telemetry.pseudo_gradient and config.sync_delay > 1:
+        reader.refuse(
+            "telemetry.pseudo_gradient",
+            "false with a sync_delay above 1",
+            "true",
+            "remove one: parameters have moved on when such an average lands",
+        )
+    if config.sync_delay > 1 and not config.overlap_comm:
+        reader.refuse(
+            "sync_delay",
+            "1 without overlap_comm",
+            str(config.sync_delay),
+            "remove it, or take average_at 'before_step' with overlap_comm",
+        )
+    return config
+
+
+def check_periods(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
+    """Refuses periods that cannot be kept.
+
+    One shorter than ``deslo.sync_delay``: its next average would start before this one has landed. An adaptive one
+    where replicas are weighted: the drift that it goes by is that of equals.
+    """
+    for state, period in shortest(periods).items():
+        if period and period < deslo.sync_delay:
+            raise ConfigError(
+                "deslo.sync_delay",
+                f"at most {period}, the period of {state}{of}",
+                str(deslo.sync_delay),
+                "lower it, or raise that period",
+            )
+    for state in adaptive(periods):
+        if deslo.replica_weights != "uniform":
+            raise ConfigError(
+                "deslo.replica_weights",
+                f'"uniform" with an adaptive period of {state}{of}',
+                repr(deslo.replica_weights),
+                "remove it, or give that state a number of steps",
+            )
+
+
+def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
+    """Both blocks, if they go together."""
+    if deslo.sync_delay > 1:
+        others = {"a stock optimizer": True}
+        if optimizer is not None:
+            others = {"outer_optimizer": optimizer.outer_optimizer, "reset_momenta": optimizer.reset_momenta}
+        for other in (name for name, given in others.items() if given):
+            raise ConfigError(
+                "deslo.sync_delay",
+                f"1 with {other}",
+                str(deslo.sync_delay),
+                "remove one: it cannot take in an average that is some updates old",
+            )
+    if optimizer is not None:
+        check_periods(deslo, optimizer.periods)
+    return Config(optimizer=optimizer, deslo=deslo)
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Flat ``{"optimizer.lr": ..., "deslo.average_at": ...}``: what ranks compare with each other."""
+    return {
+        f"{block.name}.{field.name}": str(getattr(part, field.name))
+        for block in fields(config)
+        for part in [getattr(config, block.name)]
+        if part is not None
+        for field in fields(part)
+    }
+
+
+def _stock_periods(reader: Reader) -> Periods | None:
+    block = reader.pop("sync_every")
+    if block is None:
+        return None
+    every = Reader(f"{reader.where}.sync_every", block)
+    periods = {PARAMS: every.positive_int(PARAMS)}
+    for state in block:
+        if state != PARAMS:
+            hint = "give steps: periods adapt with DesLoc only" if adaptive_asked(every, state) else ""
+            periods[state] = every.positive_int(state, also=(None,), hint=hint)
+    every.finish()
+    return periods
+
+
+def _outer(reader: Reader) -> Outer | None:
+    block = reader.pop("outer_optimizer")
+    if block is None:
+        return None
+    outer = Reader(f"{reader.where}.outer_optimizer", block)
+    config = Outer(lr=outer.number("lr", 0.7), momentum=outer.number("momentum", 0.9, below=1.0))
+    outer.finish()
+    return config

@@ -1,0 +1,122 @@
+"""What a config can say, as frozen dataclasses: the one place of the defaults of ``deslo``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from deslo_plugin.algorithm.adaptive_periods import Schedule
+from deslo_plugin.algorithm.momentum_bound import Bound
+from deslo_plugin.algorithm.rules import RULES
+from deslo_plugin.algorithm.schedule import Periods
+from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT, first_momenta
+from deslo_plugin.config.telemetry import Telemetry
+
+WIRE_DTYPES = ("float32", "float64")
+AVERAGE_AT = ("before_step", "after_step")
+CHECKPOINT_MODES = ("averaged", "per_replica", "synchronized")
+REPLICA_WEIGHTS = ("uniform", "samples")
+INITIAL_PARAMS = ("auto", "broadcast", "check")
+STATE_DICTS = ("refuse", "averaged", "last_average")
+DIGESTS = ("crc32", "sha256")
+STATE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    """Nesterov step on the averaged parameters: DiLoCo, DES-LOC-Nesterov."""
+
+    lr: float
+    momentum: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """What is computed: ``optimizer.params``.
+
+    ``betas`` and ``weights`` have one entry per first momentum; ``beta2`` and ``eps`` are None for sgdm.
+    ``state_dtype`` is the dtype of the momenta; float64 parameters have float64 momenta and take no other.
+    ``periods`` and ``period_sources`` (why each period is what it is) run over the averaged states.
+    """
+
+    rule: str
+    lr: float
+    betas: tuple[float, ...]
+    weights: tuple[float, ...]
+    beta2: float | None
+    eps: float | None
+    weight_decay: float
+    bias_correction: bool
+    clip_value: float | None
+    periods: Schedule
+    period_sources: Mapping[str, str]
+    reset_momenta: bool
+    outer_optimizer: Outer | None
+    state_dtype: str
+
+    @property
+    def momenta(self) -> tuple[str, ...]:
+        """State names of the first momenta."""
+        return first_momenta(len(self.betas))
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """State names of all momenta, first and second."""
+        return tuple(state for state in self.periods if state != PARAMS)
+
+    @property
+    def beta_of(self) -> dict[str, float]:
+        """State name -> beta of that momentum."""
+        return dict(zip(self.momenta, self.betas)) | ({} if self.beta2 is None else {SECOND_MOMENT: self.beta2})
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the operator of the rule takes beside tensors, rate and decay."""
+        rule = RULES[self.rule]
+        constants: dict[str, Any] = {"betas": self.betas, "weights": self.weights, "clip_value": self.clip_value}
+        constants |= {"beta2": self.beta2, "eps": self.eps} if rule.has_second_moment else {}
+        return constants | ({"bias_correction": self.bias_correction} if rule.corrects_bias else {})
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """What the second moment allows each momentum; adopt divides by it before it averages, sgdm has none."""
+        firsts = zip(self.momenta, self.betas) if RULES[self.rule].bounds_momenta else ()
+        return [Bound(state, SECOND_MOMENT, beta, self.beta2) for state, beta in firsts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DesloConfig:
+    """Who averages and how: ``deslo``. ``replica_size`` is in ranks, ``bucket_cap_mb`` in MiB, ``timeout_s`` in
+    seconds.
+
+    ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``sync_delay``
+    is the number of forwards and backwards that an average travels under, ``replica_weights`` what a replica counts in
+    an average: as much as any other, or what it has seen; ``checkpoint_mode`` is what ``save`` saves,
+    ``checkpoint_digest`` what proves its files; ``state_dict`` is what ``state_dict()`` of the model does while
+    replicas differ; ``telemetry`` is what is written down, if anything. ``initial_params`` is what becomes of replicas
+    that start unequal: "auto" makes them equal to replica 0 and says what differed, "broadcast" does so without a word,
+    "check" is an error."""
+
+    replica_size: int | str = "auto"
+    synchronous_steps: int = 0
+    sync_every: Periods | None = None
+    average_at: str = "before_step"
+    overlap_comm: bool = True
+    sync_delay: int = 1
+    wire_dtype: str = "float32"
+    bucket_cap_mb: int = 64
+    initial_params: str = "auto"
+    on_nonfinite: str = "stop"
+    timeout_s: float = 600.0
+    checkpoint_mode: str = "averaged"
+    state_dict: str = "refuse"
+    checkpoint_digest: str = "crc32"
+    replica_weights: str = "uniform"
+    telemetry: Telemetry | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Both blocks; ``optimizer`` is None for a stock optimizer, which the script or DeepSpeed builds."""
+
+    optimizer: OptimizerConfig | None
+    deslo: DesloConfig

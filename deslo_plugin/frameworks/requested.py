@@ -1,0 +1,91 @@
+"""What ``attach`` was asked for: refused before anything is changed, on every rank alike."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from deslo_plugin.attachment import attached
+from deslo_plugin.checks import module_wrappers as wrappers
+from deslo_plugin.comm.consistency import check_same_on_all_ranks
+from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.config.load import as_dict, load_config
+from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.optim.desloc import DesLoc
+
+
+def checked(model: nn.Module, optimizer: Any, config: Any) -> tuple[torch.optim.Optimizer, Config]:
+    """(the optimizer that steps, its config). Raises ``ConfigError`` for what cannot be attached."""
+    optimizer = wrappers.bare_optimizer(optimizer)
+    if hasattr(optimizer, "deslo"):
+        raise ConfigError("attach(optimizer)", "one call for each optimizer", "a second one", "remove it")
+    wrappers.refuse(model, optimizer)
+    if any(each.averaging.diverged for each in attached.get(wrappers.bare(model), ())):
+        raise ConfigError(
+            "attach(optimizer)",
+            "replicas that are equal, as before the first step",
+            "some that have trained",
+            "attach every optimizer before the first step, or call deslo_plugin.sync_replicas(model) right before",
+        )
+    return optimizer, _config_of(optimizer, config)
+
+
+def agreed(
+    model: nn.Module, optimizer: Any, config: Any, mesh: DeviceMesh | None, group: dist.ProcessGroup | None
+) -> tuple[torch.optim.Optimizer, Config]:
+    """As ``checked``, the same on every rank, or an error on every rank: a mistake of one must not leave the others
+    waiting."""
+    problem = ""
+    try:
+        inner, config = checked(model, optimizer, config)
+    except ConfigError as error:
+        problem = error
+    shape = None if mesh is None else mesh.mesh.tolist()
+    mine = {"model": type(model).__name__, "optimizer": type(optimizer).__name__, "mesh": shape, "error": problem}
+    check_same_on_all_ranks(
+        "attach's", mine | ({} if problem else as_dict(config)), do="call attach alike on every rank", group=group
+    )
+    if problem:
+        raise problem
+    return inner, config
+
+
+def refuse_together(check: Callable[[], object], world: dist.ProcessGroup) -> None:
+    """What ``check`` refuses on any rank is refused on all. Collective."""
+    problem = None
+    try:
+        check()
+    except ConfigError as error:
+        problem = error
+    for each in all_gather_by_rank(problem, world).values():
+        if each is not None:
+            raise each
+
+
+def _config_of(optimizer: torch.optim.Optimizer, config: Any) -> Config:
+    if isinstance(optimizer, DesLoc):
+        if config is not None:
+            raise ConfigError(
+                "attach(config=...)", "none beside a DesLoc, which has its own", "one", "give it to DesLoc"
+            )
+        return optimizer.config
+    if config is None:
+        raise ConfigError(
+            "attach(config=...)",
+            f"a config with deslo.sync_every for {type(optimizer).__name__}",
+            "none",
+            "pass the file or dict, or use deslo_plugin.DesLoc",
+        )
+    config = load_config(config)
+    if config.deslo.sync_every is None:
+        raise ConfigError(
+            "attach(optimizer)",
+            "a DesLoc for a config without deslo.sync_every",
+            type(optimizer).__name__,
+            "build DesLoc(params, config), or write the periods of this optimizer's states in deslo.sync_every",
+        )
+    return config

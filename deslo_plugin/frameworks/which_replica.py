@@ -1,0 +1,57 @@
+"""Which ranks are one replica, as the wrappers of a model have it."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from deslo_plugin.checks import module_wrappers as wrappers
+from deslo_plugin.comm.topology import Topology
+from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.frameworks import ddp
+from deslo_plugin.frameworks import fsdp2 as fsdp
+
+
+def topology_of(
+    model: nn.Module,
+    ddps: Sequence[DistributedDataParallel],
+    config: Config,
+    mesh: DeviceMesh | None,
+    replicate: str | None,
+    process_group: dist.ProcessGroup | None,
+) -> Topology:
+    size = config.deslo.replica_size
+    if ddps and fsdp.is_sharded(model):
+        raise ConfigError(
+            "attach(model)", "DDP or fully_shard", "both", "remove DDP: fully_shard reduces gradients in a replica"
+        )
+    if ddps:
+        topology = ddp.topology_of(ddps, config.deslo)
+    elif fsdp.is_sharded(model):
+        topology = fsdp.topology_of(model, mesh, replicate)
+    elif mesh is not None:
+        topology = fsdp.rows_of(mesh, replicate)
+    else:
+        ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
+        topology = Topology(tuple((rank,) for rank in ranks), dist.get_rank())
+    if size not in ("auto", topology.replica_size):
+        raise ConfigError(
+            "deslo.replica_size",
+            f"{topology.replica_size}, as the model and its mesh have it",
+            str(size),
+            "remove it, or wrap the model in DDP or FSDP2, which reduce gradients inside a replica",
+        )
+    return topology
+
+
+def refuse_across_replicas(
+    model: nn.Module, ddps: Sequence[DistributedDataParallel], topology: Topology, config: Config, replicate: str | None
+) -> None:
+    if topology.replicas > 1:
+        wrappers.refuse_across(model, topology)
+        fsdp.refuse_across(model, topology, replicate)
+        if ddps:
+            ddp.refuse(model, ddps, topology, config.deslo.synchronous_steps > 0)

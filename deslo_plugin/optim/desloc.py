@@ -1,0 +1,295 @@
+"""``DesLoc``: one torch optimizer that takes local steps and averages each of its states on a period of its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deslo_plugin.algorithm.adaptive_periods import adaptive
+from deslo_plugin.algorithm.outer_optimizer import mean_, nesterov_
+from deslo_plugin.algorithm.rules import RULES
+from deslo_plugin.algorithm.state_names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP, every
+from deslo_plugin.averaging.members import trains
+from deslo_plugin.averaging.metrics import Meter, SyncEvent
+from deslo_plugin.averaging.state_averager import StateAverager
+from deslo_plugin.averaging.step_counter import Cohort, ParameterClock
+from deslo_plugin.averaging.synchronizer import States
+from deslo_plugin.comm.transport import SingleReplica, Transport, left_alone
+from deslo_plugin.config.load import check_periods, load_config
+from deslo_plugin.config.periods import group_periods
+from deslo_plugin.config.schema import Config
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.kernels.update import OPERATORS
+from deslo_plugin.optim.adam_states import in_own_form
+from deslo_plugin.optim.memory_layout import alike, refuse_sparse
+
+
+class DesLoc(torch.optim.Optimizer):
+    """DES-LOC and MT-DAO (arXiv 2505.22549, Alg. 1; arXiv 2510.05361, Alg. 1) for one replica.
+
+    Args:
+        params: parameters or param groups, any shapes, float32, bfloat16, float16 or float64. A group may have its own
+            ``lr``, ``weight_decay`` and ``sync_every`` (state name -> period).
+        config: both blocks as a ``Config``, a dict, or the path of a JSON or YAML file; or leave it out and give the
+            keys of ``optimizer.params`` as keyword arguments: ``DesLoc(params, lr=1e-3, betas=(0.9, 0.95))``.
+        average: the transport between replicas; None means one replica, the plain optimizer.
+        on_average: called with a ``SyncEvent`` after every average.
+        armed: False defers everything until ``attach``; steps do nothing until then.
+
+    State of each parameter, float32 (float64 for float64 parameters) unless said otherwise: the momenta under their
+    names (bfloat16 if ``state_dtype`` says so: rounded at random by the rule, to nearest where an average lands),
+    ``step`` (completed steps, 0-dim int64 on the CPU) and ``origin`` (likewise), of momenta with adaptive periods
+    ``<name>_every`` (likewise), and with an outer optimizer ``outer_params`` and ``outer_momentum``. A frozen parameter
+    has none until it trains.
+
+    Raises ``ConfigError`` for a config that cannot be meant; from ``step``, ``NonFiniteError`` if any replica brings
+    NaN or inf to an average, and ``AverageError`` if an average times out.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler: call ``step`` always, so that every replica's clock ticks
+
+    def __init__(
+        self,
+        params: Any,
+        config: Config | Mapping[str, Any] | str | None = None,
+        *,
+        average: Transport | None = None,
+        on_average: Callable[[SyncEvent], object] | None = None,
+        armed: bool = True,
+        **options: Any,
+    ):
+        lr = options.get("lr")
+        if isinstance(lr, Tensor):  # one that the script goes on to fill, as torch's optimizers take it
+            options |= {"lr": lr.item()}
+        if config is not None and options:
+            raise ConfigError("DesLoc", "a config or keyword arguments", f"both ({', '.join(options)})", "keep one")
+        self.config = load_config(config if config is not None else {"optimizer": {"params": options}})
+        if self.config.optimizer is None:
+            raise ConfigError(
+                "DesLoc",
+                'a config of "type": "DesLoc"',
+                "one for a stock optimizer (deslo.sync_every)",
+                "move the periods to optimizer.params.sync_every",
+            )
+        self._on_average, self.armed = on_average, False
+        optimizer = self.config.optimizer
+        rate = lr if isinstance(lr, Tensor) else optimizer.lr
+        super().__init__(params, {"lr": rate, "weight_decay": optimizer.weight_decay, "sync_every": {}})
+        self._set_rule()
+        self._unattached = average is None
+        if armed:
+            self.attach(average or SingleReplica(), chain.from_iterable(group["params"] for group in self.param_groups))
+
+    def _set_rule(self) -> None:
+        optimizer = self.config.optimizer
+        self._rule, self._operator = RULES[optimizer.rule], OPERATORS[optimizer.rule]
+
+    def attach(self, average: Transport, params: Any, on_average: Callable[[SyncEvent], object] | None = None) -> None:
+        """Creates the state of ``params`` where none was loaded, connects the transport and arms ``step``."""
+        # not those that are as they were made
+        trained = {param: state for param, state in self.state.items() if state.get(STEP)}
+        self.state.clear()
+        for param in params:
+            if param in trained:
+                self.state[param] = trained[param]
+            elif trains(param):
+                self._create_state(param)
+        self._unattached = self._unattached and isinstance(average, SingleReplica)
+        self._clock = ParameterClock(self, self._create_state)
+        bounds = self.config.optimizer.bounds
+        self.averaging = StateAverager(
+            self,
+            self.config.deslo,
+            average,
+            self._clock,
+            receive=self._receive,
+            bounds=lambda group: bounds,
+            on_average=on_average or self._on_average,
+        )
+        self.armed = True
+
+    @property
+    def stats(self) -> Meter:
+        """What averaging has cost and found so far."""
+        return self.averaging.stats
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the new parameters meet with the others, by the clock of all. Collective once it is attached."""
+        clock = self.averaging.steps if getattr(self, "armed", False) and self.state else 0
+        super().add_param_group(param_group)
+        group, optimizer = self.param_groups[-1], self.config.optimizer
+        where = f"param group {len(self.param_groups) - 1}"
+        group["sync_every"] = group_periods(group["sync_every"], optimizer.periods, optimizer.beta_of, where)
+        check_periods(self.config.deslo, group["sync_every"], f" of {where}")
+        if self.armed:
+            self._call("DesLoc.add_param_group", f"parameters of {[tuple(param.shape) for param in group['params']]}")
+            for param in filter(trains, group["params"]):
+                self._create_state(param, clock)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every replica's own, after or before the averages that are due: Algorithm 1."""
+        if self.armed and self._unattached and left_alone():
+            raise ConfigError(
+                "DesLoc.step",
+                "deslo_plugin.attach(model, optimizer) before the first step",
+                "none in a world of several ranks",
+                "attach it, or say average=SingleReplica() for an optimizer that averages nothing",
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.armed:
+            self._take_step(self._tick if self.averaging.gradients.vote_to_skip() else self._update)
+        return loss
+
+    def _take_step(self, update: Callable[[Sequence[Cohort]], None]) -> None:
+        cohorts = self.averaging.before_update()  # x, u, v <- E_m[x], E_m[u], E_m[v]   where t % K = 0
+        if cohorts is not None:
+            update(cohorts)  # u, v, x <- OPT(g)
+            self.averaging.after_update(cohorts)  # t <- t + 1; what is due at t starts to travel
+
+    @torch.no_grad()
+    def skip_step(self) -> None:
+        """A step without an update, which every other replica may be taking: the clock ticks and averages land."""
+        if self.armed:
+            self._take_step(self._tick)
+
+    def _receive(self, cohort: Cohort, states: States, means: States) -> None:
+        """Replaces every state that has landed by its mean; parameters through the outer optimizer."""
+        optimizer, outer, gather = (
+            self.config.optimizer,
+            self.config.optimizer.outer_optimizer,
+            self.averaging.local_tensors,
+        )
+        for state, mean in means.items():
+            if state == PARAMS and outer:
+                anchor, momentum = (gather(each, cohort.params) for each in (OUTER_PARAMS, OUTER_MOMENTUM))
+                nesterov_(states[state], mean, anchor, momentum, lr=outer.lr, beta=outer.momentum)
+            else:
+                mean_(states[state], mean)
+        if PARAMS in means and optimizer.reset_momenta:
+            for moment in optimizer.moments:
+                torch._foreach_zero_(gather(moment, cohort.params))
+            self._clock.set(cohort, cohort.steps, ORIGIN)
+
+    def _update(self, cohorts: Sequence[Cohort]) -> None:
+        """The local rule, on those parameters that have a gradient; the others only age."""
+        optimizer, gather = self.config.optimizer, self.averaging.local_tensors
+        scale = getattr(self, "grad_scale", None)
+        options = optimizer.constants | ({} if scale is None else {"grad_scale": scale.float().reciprocal()})
+        for cohort in cohorts:
+            self._tick([cohort._replace(params=[p for p in cohort.params if p.grad is None])])
+            trained = [p for p in cohort.params if p.grad is not None]
+            for t, params in self._clock.by_steps(trained, since=ORIGIN):
+                tensors = {"x": params, "g": [p.grad for p in params]}
+                tensors["u"] = [gather(state, params) for state in optimizer.momenta]
+                if optimizer.beta2 is not None:
+                    tensors["v"] = gather(SECOND_MOMENT, params)
+                lr, decay = _rate(cohort.group["lr"], params[0].device), float(cohort.group["weight_decay"])
+                try:
+                    self._operator(**tensors, t=t, lr=lr, weight_decay=decay, **options)
+                except ValueError:  # before anything was written: a layout that the operator does not take, or worse
+                    refuse_sparse(params, lambda param: self.averaging.members.name(param, self.param_groups))
+                    with alike(tensors) as copies:
+                        self._operator(**copies, t=t, lr=lr, weight_decay=decay, **options)
+                if self.averaging.late:
+                    self.averaging.late.decay(params, self._remains(t, lr, decay))
+            if optimizer.outer_optimizer and cohort.steps < self.config.deslo.synchronous_steps:
+                # the outer optimizer begins where the warm-up ends: its progress is no pseudo-gradient
+                torch._foreach_copy_(gather(OUTER_PARAMS, cohort.params), gather(PARAMS, cohort.params))
+
+    def _remains(self, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
+        """What update ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""
+        shrinks_by = float(lr) * weight_decay if weight_decay else 0.0
+        return self._rule.remains(t, shrinks_by, self.config.optimizer.beta_of)
+
+    def _tick(self, cohorts: Sequence[Cohort]) -> None:
+        """No update: the rule's own count t stays where it is while the clock goes on."""
+        for cohort in cohorts:
+            for param in cohort.params:
+                self.state[param][ORIGIN] += 1
+
+    def _call(self, what: str, traits: str) -> None:
+        """Raises ``ConfigError`` on every rank unless all have made this call. Collective."""
+        if self.averaging.transport.progress:
+            self.averaging.transport.progress.change(what, traits, self.config.deslo.timeout_s)
+
+    def _create_state(self, param: Tensor, clock: int = 0) -> dict[str, Tensor]:
+        """A state without updates, at step ``clock``."""
+        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        if dtype == torch.float64 and self.config.deslo.wire_dtype != "float64":
+            raise ConfigError(
+                "deslo.wire_dtype",
+                "'float64' for float64 parameters",
+                "'float32'",
+                "set it: float32 averages would round their states",
+            )
+        optimizer, state = self.config.optimizer, self.state[param]
+        if dtype == torch.float64 and optimizer.state_dtype == "bfloat16":
+            raise ConfigError(
+                "optimizer.params.state_dtype",
+                "'float32' with float64 parameters",
+                "'bfloat16'",
+                "remove it: float64 parameters have float64 momenta",
+            )
+        moment_dtype = torch.bfloat16 if optimizer.state_dtype == "bfloat16" else dtype
+        for counter in self.counters:
+            state[counter] = torch.tensor(clock if counter in (STEP, ORIGIN) else 0, dtype=torch.int64, device="cpu")
+        for moment in optimizer.moments:
+            state[moment] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
+        if optimizer.outer_optimizer:
+            state[OUTER_PARAMS] = param.detach().to(dtype, copy=True)
+            state[OUTER_MOMENTUM] = torch.zeros_like(state[OUTER_PARAMS])
+        return state
+
+    @property
+    def counters(self) -> list[str]:
+        """The 0-dim states of a parameter, which stay on the host."""
+        adapt = {state for group in self.param_groups for state in adaptive(group["sync_every"])}
+        return [STEP, ORIGIN, *(every(state) for state in self.config.optimizer.moments if state in adapt)]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads states and drops averages in flight; the periods, and the dtypes of states, stay those of the config.
+
+        The state dict of a plain Adam(W) is taken over: the clock is the most often updated parameter's ``step``, and
+        every parameter keeps its own count of updates for bias correction. Collective once it is attached. Raises
+        ``ConfigError`` on every rank, before anything is written, for other states than the config's, or another step
+        on some rank."""
+        states, clock = in_own_form(self, state_dict)
+        if self.armed:
+            self._call("DesLoc.load_state_dict", f"{len(state_dict['param_groups'])} param group(s) of step {clock}")
+            self.averaging.abandon()
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        dtypes = {param: {name: value.dtype for name, value in state.items()} for param, state in self.state.items()}
+        super().load_state_dict(state_dict)
+        for group, before in zip(self.param_groups, own):
+            group.update({key: value for key, value in before.items() if key == "sync_every" or key not in group})
+        # torch casts floating states to the parameter's dtype, and would round the float32 momenta of bfloat16
+        # parameters
+        for param in chain.from_iterable(group["params"] for group in self.param_groups):
+            if param not in states and trains(param):
+                self._create_state(param, clock)
+            for name, value in states.get(param, {}).items():
+                device = "cpu" if name in self.counters else param.device
+                dtype = dtypes.get(param, {}).get(name, value.dtype)
+                self.state[param][name] = value.detach().to(device, dtype, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: the states and the config, without the replicas it is attached to."""
+        return super().__getstate__() | {"config": self.config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not hasattr(self, "_rule"):  # a copy, not a load
+            self._on_average, self.armed, self._unattached = None, False, True
+            self._set_rule()
+            self.attach(SingleReplica(), list(chain.from_iterable(group["params"] for group in self.param_groups)))
+
+
+def _rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """A rate on the device of the parameters stays there: reading it would make the host wait."""
+    return lr if isinstance(lr, Tensor) and lr.device == device else float(lr)

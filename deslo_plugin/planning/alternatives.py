@@ -1,0 +1,57 @@
+"""Other periods for the states of a config: what the same job would average under the papers' names and rules."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from deslo_plugin.algorithm.adaptive_periods import shortest
+from deslo_plugin.algorithm.rules import RULES
+from deslo_plugin.algorithm.schedule import Periods, half_life_period
+from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
+from deslo_plugin.config.periods import MULTIPLE_OF_PARAMS
+from deslo_plugin.config.schema import Config
+
+LOCAL = {name: f"Local {rule.title}" for name, rule in RULES.items()}
+
+
+def periods_of(config: Config) -> Periods:
+    """State -> period, of a DesLoc or of a stock optimizer; the shortest of those that adapt."""
+    return config.deslo.sync_every if config.optimizer is None else shortest(config.optimizer.periods)
+
+
+def papers_default(periods: Periods) -> Periods:
+    """Momenta at 3 times, the second moment at 6 times the parameters' period (arXiv 2505.22549, App. I)."""
+    first, second = MULTIPLE_OF_PARAMS["first"], MULTIPLE_OF_PARAMS["second"]
+    times = {PARAMS: 1, SECOND_MOMENT: second}
+    return {state: times.get(state, first) * periods[PARAMS] for state in periods}
+
+
+def half_life_rule(config: Config) -> Periods | None:
+    """Each momentum at its half-life, but not more often than the parameters (App. I); None where betas are not
+    known."""
+    if config.optimizer is None:
+        return None
+    own, shortest = config.optimizer.periods, config.optimizer.periods[PARAMS]
+    return {PARAMS: shortest} | {
+        state: max(shortest, half_life_period(beta)) for state, beta in config.optimizer.beta_of.items() if state in own
+    }
+
+
+def alternatives(config: Config) -> Mapping[str, Periods]:
+    """Name -> periods, all with the parameters' period of ``config``; none that it has itself, and none twice."""
+    own = periods_of(config)
+    every, found = own[PARAMS], {}
+    named: dict[str, Periods | None] = {
+        "all on one period" if config.optimizer is None else LOCAL[config.optimizer.rule]: dict.fromkeys(own, every),
+        "params only (DiLoCo)": {state: every if state == PARAMS else None for state in own},
+        "3x / 6x": papers_default(own),
+        "half-life rule": half_life_rule(config),
+    }
+    for name, periods in named.items():
+        if periods is not None and periods not in [own, *found.values()]:
+            found[name] = periods
+    return found
+
+
+def synchronous(config: Config, steps: int) -> Config:
+    """The same job with gradients averaged at each of ``steps`` steps, and nothing else."""
+    return replace(config, deslo=replace(config.deslo, synchronous_steps=steps))

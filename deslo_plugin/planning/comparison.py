@@ -1,0 +1,89 @@
+"""One training job under several schedules: the config's own, without overlap, synchronous, and the papers' others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import ceil, inf
+
+from deslo_plugin.algorithm.schedule import Periods
+from deslo_plugin.comm.topology import contiguous
+from deslo_plugin.config.schema import Config
+from deslo_plugin.planning.alternatives import alternatives, periods_of, synchronous
+from deslo_plugin.planning.forecast import BACKWARD, Forecast, Link, Transfer, forecast, transfers, travel_seconds
+from deslo_plugin.planning.plan import Plan, make_plan
+
+GRADIENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+OWN, IN_TURN = "this config", "its overlap off"
+SYNCHRONOUS, HIDDEN = "synchronous", "synchronous, overlapped"
+
+
+@dataclass(frozen=True)
+class Job:
+    """``numel`` parameters on ``replicas`` of ``replica_size`` ranks, which hold equal shards; ``steps`` steps that
+    compute for ``step_s`` seconds each. Synchronous training sends gradients in ``gradient_dtype``."""
+
+    config: Config
+    numel: int
+    replicas: int
+    replica_size: int
+    step_s: float
+    steps: int
+    gradient_dtype: str = "float32"
+
+    def plan(self, config: Config | None = None, periods: Periods | None = None) -> Plan:
+        config = config or self.config
+        shard = ceil(self.numel / self.replica_size)
+        topology = contiguous(self.replicas * self.replica_size, 0, self.replica_size)
+        own = config.deslo.sync_every if config.optimizer is None else config.optimizer.periods
+        return make_plan(
+            config, [shard], [periods or own], topology, gradient_bytes=[shard * GRADIENT_BYTES[self.gradient_dtype]]
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A schedule for a job. ``hidden_s``: seconds of a step under which gradients travel."""
+
+    name: str
+    job: Job
+    plan: Plan
+    hidden_s: float = 0.0
+
+    @cached_property
+    def moved(self) -> Sequence[Transfer]:
+        return transfers(self.plan, self.job.steps)
+
+    def on(self, link: Link) -> Forecast:
+        return forecast(self.plan, link, self.job.step_s, self.job.steps, moved=self.moved, hidden_s=self.hidden_s)
+
+
+def methods(job: Job) -> list[Method]:
+    """The config first, then itself in turn, synchronous training twice, and the alternatives."""
+    deslo, every_step = job.config.deslo, job.plan(synchronous(job.config, job.steps))
+    found = [Method(OWN, job, job.plan())]
+    if deslo.overlap_comm:
+        in_turn = replace(job.config, deslo=replace(deslo, overlap_comm=False, sync_delay=1))
+        found.append(Method(IN_TURN, job, job.plan(in_turn)))
+    found += [Method(SYNCHRONOUS, job, every_step), Method(HIDDEN, job, every_step, BACKWARD * job.step_s)]
+    return found + [Method(name, job, job.plan(periods=periods)) for name, periods in alternatives(job.config).items()]
+
+
+def hiding_delay(job: Job, link: Link) -> int | None:
+    """The smallest ``deslo.sync_delay`` with which nothing is waited for, after the warm-up; None if no delay that the
+    config may have does that."""
+    config, own = job.config, job.plan()
+    periods = [period for period in periods_of(config).values() if period]
+    fixed = (
+        not config.deslo.overlap_comm
+        or config.optimizer is None
+        or config.optimizer.outer_optimizer
+        or config.optimizer.reset_momenta
+    )
+    moved = transfers(own, job.steps)
+    warm_up = forecast(own, link, job.step_s, min(job.steps, config.deslo.synchronous_steps), moved=[]).exposed_s
+    longest = max((travel_seconds(own, link, each) for each in moved), default=0.0)
+    for delay in range(max(1, ceil(longest / job.step_s - 1e-9)), 1 + (1 if fixed else min(periods, default=inf))):
+        late = replace(config, deslo=replace(config.deslo, sync_delay=delay))
+        if forecast(job.plan(late), link, job.step_s, job.steps, moved=moved).exposed_s <= warm_up * (1 + 1e-9) + 1e-9:
+            return delay
+    return None

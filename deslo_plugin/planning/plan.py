@@ -1,0 +1,203 @@
+"""What moves, when, between whom, and how many bytes: known before the first step, without a process group."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive, longest, shortest
+from deslo_plugin.algorithm.rules import RULES
+from deslo_plugin.algorithm.schedule import Periods, due, vectors_per_step
+from deslo_plugin.algorithm.state_names import BUFFERS, GRADIENTS, PARAMS
+from deslo_plugin.comm.topology import Topology
+from deslo_plugin.config.schema import Config, OptimizerConfig
+
+BYTES = {"float32": 4, "float64": 8}
+HORIZON = 100_000  # steps that next_sync looks ahead
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """One param group: ``numel`` elements on this rank. An average of a state sends ``bytes_per_event[state]`` from it,
+    a step of the synchronous warm-up ``gradient_bytes``. Of adaptive periods nobody knows more in advance than their
+    bounds."""
+
+    numel: int
+    bytes_per_event: Mapping[str, int]
+    gradient_bytes: int
+    periods: Schedule
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Config
+    topology: Topology
+    groups: tuple[GroupPlan, ...]
+    buffer_bytes: int = 0
+    divisor: int = 1
+
+    @property
+    def synchronous_bytes(self) -> int:
+        """What this rank would send at every step of synchronous training, in wire dtype and split as averages are."""
+        return sum(group.bytes_per_event[PARAMS] for group in self.groups)
+
+    @property
+    def flight_bytes(self) -> int:
+        """Memory that averages take on this rank while all states fly at once: copies in wire dtype, two with a
+        delay."""
+        sent = sum(
+            group.bytes_per_event[state] for group in self.groups for state, period in group.periods.items() if period
+        )
+        return (sent + self.buffer_bytes) * self.divisor * (2 if self.config.deslo.sync_delay > 1 else 1)
+
+    @property
+    def vectors_per_step(self) -> float:
+        """Parameter vectors moved between replicas per step, at most; synchronous training moves 1."""
+        return self._vectors_per_step(shortest)
+
+    def _vectors_per_step(self, at: Callable[[Schedule], Periods]) -> float:
+        total = sum(group.numel for group in self.groups) or 1
+        return sum(group.numel * vectors_per_step(at(group.periods)) for group in self.groups) / total
+
+    def bytes_at(self, steps: int) -> dict[str, int]:
+        """State -> bytes that this rank sends for the averages due after ``steps`` completed steps.
+
+        With what is due of a group goes one word, by which replicas learn whether any has written into it (``recall``).
+        A state whose period adapts is counted wherever it may be due: at its shortest period.
+        """
+        if steps <= self.config.deslo.synchronous_steps:
+            return {GRADIENTS: sum(group.gradient_bytes for group in self.groups)} if steps > 0 else {}
+        sent: Counter[str] = Counter()
+        for group in self.groups:
+            sent.update({state: group.bytes_per_event[state] for state in due(shortest(group.periods), steps)})
+        sent.update(self.words_at(steps))
+        return dict(sent) | ({BUFFERS: self.buffer_bytes} if self.buffer_bytes and PARAMS in sent else {})
+
+    def words_at(self, steps: int) -> Counter[str]:
+        """Those of ``bytes_at`` that are words beside averages, counted as the first state of each group's that is
+        due."""
+        word, words = BYTES[self.config.deslo.wire_dtype], Counter()
+        for group in self.groups:
+            for state in due(shortest(group.periods), steps)[:1] if group.numel else ():
+                words[state] += word
+        return words
+
+    def next_sync(self, steps: int) -> tuple[int, tuple[str, ...]] | None:
+        """(steps from now, states) of the next average after ``steps`` completed steps; None if none is near."""
+        for ahead in range(1, HORIZON):
+            if states := self.bytes_at(steps + ahead):
+                return ahead, tuple(states)
+        return None
+
+    def describe(self) -> str:
+        """The banner: topology, rule, and for each state its period, why, bytes per event and per step."""
+        t, opt, deslo = self.topology, self.config.optimizer, self.config.deslo
+        order = deslo.average_at + (", overlapped" if deslo.overlap_comm else "")
+        order += f" with {deslo.sync_delay} steps" if deslo.sync_delay > 1 else ""
+        order += ", replicas weighted by samples" if deslo.replica_weights == "samples" else ""
+        lines = [f"deslo: {t.replicas} replica(s) of {t.replica_size} rank(s); {_direction(opt)}; {order}"]
+        if t.replicas == 1:
+            return lines[0] + "\n  one replica only: nothing to average, this is the plain optimizer"
+        if opt is not None and RULES[opt.rule].bounds_momenta:
+            lines += [
+                f"  beware: beta {beta:g} outlives beta2 {opt.beta2:g}, with which Adam can diverge; take beta2 above "
+                f"{beta**2:.4g}, or adopt"
+                for beta in opt.betas
+                if beta**2 >= opt.beta2
+            ]
+        if deslo.synchronous_steps:
+            each = sum(group.gradient_bytes for group in self.groups)
+            lines.append(
+                f"  gradients: at each of the first {deslo.synchronous_steps} steps, {each:,} bytes from each rank"
+            )
+        for index, group in enumerate(self.groups):
+            name = f" of param group {index}" if len(self.groups) > 1 else ""
+            for state, period in group.periods.items():
+                source = "given" if opt is None else opt.period_sources[state]
+                if opt is not None and period != opt.periods[state]:
+                    source = "its own period"
+                every = (
+                    f"every {period} steps" if isinstance(period, int) else str(period) if period else "never averaged"
+                )
+                each = f", {group.bytes_per_event[state]:,} bytes from each rank" if period else ""
+                lines.append(f"  {state + name}: {every} ({source}){each}")
+        if self.buffer_bytes:
+            lines.append(
+                f"  floating persistent buffers: with the parameters, {self.buffer_bytes:,} bytes from each rank"
+            )
+        if opt is not None and opt.outer_optimizer:
+            lines.append(
+                f"  outer Nesterov step on averaged params: lr {opt.outer_optimizer.lr:g}, "
+                f"momentum {opt.outer_optimizer.momentum:g}"
+            )
+        if opt is not None and opt.reset_momenta:
+            lines.append("  momenta are reset after each average of params")
+        if not any(group.numel for group in self.groups):
+            return lines[0] + "\n  nothing averages: all parameters are frozen"
+        moved = dict.fromkeys(self._vectors_per_step(at) for at in (longest, shortest))  # one number, or from and to
+        lines.append(
+            f"  {' to '.join(f'{each:.4g}' for each in moved)} parameter vectors per step between replicas: "
+            f"{' to '.join(f'{1 / each:.1f}' for each in reversed(moved))} times fewer than synchronous training"
+        )
+        memory = f"  memory: up to {self.flight_bytes:,} bytes on each rank while averages fly"
+        measured = deslo.telemetry is not None and deslo.telemetry.pseudo_gradient
+        lines.append(memory + ", and one more copy of the parameters for the pseudo-gradient" * measured)
+        never = dict.fromkeys(state for group in self.groups for state, period in group.periods.items() if not period)
+        never = [
+            "gradients" + " after those steps" * bool(deslo.synchronous_steps),
+            *never,
+            *["buffers"][: not self.buffer_bytes],
+        ]
+        lines.append(f"  not averaged: {', '.join(never)}")
+        return "\n".join(lines)
+
+
+def _direction(optimizer: OptimizerConfig | None) -> str:
+    if optimizer is None:
+        return "a stock optimizer, its states by deslo.sync_every"
+    momenta = " + ".join(f"{w:g} u({b:g})" for w, b in zip(optimizer.weights, optimizer.betas))
+    rest = 1 - sum(optimizer.weights)
+    return f"{optimizer.rule}, direction {momenta}" + (f" + {rest:.3g} g" if rest > 1e-9 else "")
+
+
+def make_plan(
+    config: Config,
+    numels: Sequence[int],
+    periods: Sequence[Schedule],
+    topology: Topology,
+    *,
+    divisor: int = 1,
+    gradient_bytes: Sequence[int] | None = None,
+    buffer_bytes: int = 0,
+    others: Sequence[Mapping[str, int]] | None = None,
+) -> Plan:
+    """A plan for param groups of ``numels`` elements on this rank; ``divisor`` ranks split each average between them.
+
+    Args:
+        gradient_bytes: what a step of the warm-up sends for each group, by default as much as an average of one state.
+        others: for each group, the elements of those states that are not of the parameters' sizes.
+    """
+
+    # the latter travels with states whose periods adapt
+    word, spread = BYTES[config.deslo.wire_dtype], BYTES["float64"]
+    weight = (
+        word if config.deslo.replica_weights == "samples" else 0
+    )  # travels with each state of each group, and with buffers
+
+    def sent(numel: int) -> int:
+        return -(-numel // divisor) * word
+
+    groups = tuple(
+        GroupPlan(
+            numel=numel,
+            bytes_per_event={
+                state: sent((others[index] if others else {}).get(state, numel))
+                + weight
+                + spread * (state in adaptive(own))
+                for state in own
+            },
+            gradient_bytes=gradient_bytes[index] if gradient_bytes else sent(numel),
+            periods=own,
+        )
+        for index, (numel, own) in enumerate(zip(numels, periods, strict=True))
+    )
+    return Plan(config, topology, groups, buffer_bytes + weight if buffer_bytes else 0, divisor)
