@@ -61,8 +61,9 @@ def failing(rank: int, target: str, error: BaseException) -> Iterator[None]:
 
 
 def tree_of(kind: str) -> str:
-    held = "deepspeed.state_tree.EngineState" if kind.startswith("zero") else "state_tree.TorchState"
-    return f"deslo_plugin.frameworks.{held}.tree"
+    in_engine = kind.startswith("zero")
+    held = "frameworks.deepspeed.state_tree.EngineState" if in_engine else "checkpoint.state_tree.TorchState"
+    return f"deslo_plugin.{held}.tree"
 
 
 def said_of(act: Callable[[], Any]) -> tuple[str, int | None, str]:
