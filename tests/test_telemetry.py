@@ -168,7 +168,7 @@ import resource, signal, sys, time, pathlib
 import deslo_plugin.telemetry.jsonl_writer as journal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 journal.EVERY = 0.01
-mine = journal.Journal(pathlib.Path(sys.argv[1]))
+mine = journal.JsonlWriter(pathlib.Path(sys.argv[1]))
 mine.put({"steps": 0}); time.sleep(0.3)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))
 for steps in range(1, 40):
@@ -246,7 +246,7 @@ def test_accelerates_trackers_get_the_scalars_of_the_first_rank(four, tmp_path):
 
 def test_a_tracker_that_raises_is_dropped_and_the_others_go_on(caplog):
     class Averaging:
-        listeners, meter, steps = [], deslo_plugin.optim.desloc.Meter(), 0
+        listeners, stats, steps = [], deslo_plugin.optim.desloc.Meter(), 0
 
     seen, recorder = [], Recorder(Averaging)
     recorder.add(lambda scalars, steps: 1 / 0)
@@ -275,8 +275,8 @@ def test_two_attachments_do_not_write_one_file(tmp_path):
     _, first = make()
     with pytest.raises(ConfigError, match="is being written by another attachment"):
         make()
-    first.end()
-    make()[1].end()
+    first.close()
+    make()[1].close()
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_mistakes_in_the_block_are_errors(block, expected):
 
 
 def test_settings_that_do_not_go_together_are_refused():
-    with pytest.raises(ConfigError, match="deslo.telemetry.pseudo_gradient: expected false with a delay above 1"):
+    with pytest.raises(ConfigError, match="deslo.telemetry.pseudo_gradient: expected false with a sync_delay above 1"):
         load_config({"deslo": {"sync_delay": 2, "telemetry": {"path": "a", "pseudo_gradient": True}}})
 
 

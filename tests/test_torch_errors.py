@@ -58,7 +58,7 @@ def test_torch_that_moved_its_internals_is_named(four):
         ("DesLoc config", "build DesLoc.params, config."),
         (
             "different config",
-            "attach's deslo.average_at: expected before_update on every rank.*got after_update on rank.s. .3.",
+            "attach's deslo.average_at: expected before_step on every rank.*got after_step on rank.s. .3.",
         ),
         (
             "config of one rank",

@@ -211,7 +211,7 @@ def test_another_mode_on_one_rank_is_an_error_and_no_hang(four, tmp_path):
     for ((name, _, text),) in four().run(asked_differently, str(tmp_path)):
         assert (
             name == "ConfigError"
-            and "save mode: expected average on every rank, as on rank 0, got exact on rank(s) [1, 2, 3]" in text
+            and "save mode: expected averaged on every rank, as on rank 0, got per_replica on rank(s) [1, 2, 3]" in text
         )
 
 
