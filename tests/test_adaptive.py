@@ -305,7 +305,7 @@ def test_param_groups_have_bounds_of_their_own():
             {"replica_weights": "samples"},
             'deslo.replica_weights: expected "uniform" with an adaptive period of exp_avg_sq',
         ),
-        ({"exp_avg": "adaptive"}, {"delay": 9}, "deslo.sync_delay: expected at most 8, the period of params"),
+        ({"exp_avg": "adaptive"}, {"sync_delay": 9}, "deslo.sync_delay: expected at most 8, the period of params"),
     ],
     ids=str,
 )
