@@ -207,7 +207,7 @@ def test_doctor_alone_steps_the_config_and_says_what_it_could_not_see(tmp_path, 
 @pytest.mark.parametrize(
     "check, blocks, words",
     [
-        ("config", {"deslo": {"replica_size": 1, "overlapp": True}}, "did you mean 'overlap'?"),
+        ("config", {"deslo": {"replica_size": 1, "overlapp": True}}, "did you mean 'overlap_comm'?"),
         ("config", {"model": "gpt"}, "neither in"),
         ("steps", {"deslo": {"sync_every": {"params": 3, "heat": 6}}}, "expected states of torch's AdamW or SGD"),
     ],
