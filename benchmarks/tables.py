@@ -88,21 +88,17 @@ def _notes(results: Results, period: int) -> Iterator[str]:
     size = sum(param.numel() for param in GPT(SHAPE).parameters())
     yield (
         f"A GPT of {size:,} float32 parameters, {SEQUENCES[1]} sequences of {SHAPE.context} tokens for each node and "
-        f"step "
-        f"({2 * SEQUENCES[2]} where it has 2 ranks), K = {period}. Every rank computes on one thread; gloo's threads "
-        f"share "
-        "the cores with it."
+        f"step ({2 * SEQUENCES[2]} where it has 2 ranks), K = {period}. Every rank computes on one thread; gloo's "
+        "threads share the cores with it."
     )
     yield (
-        "exposed: mean step above that without communication, over whole longest periods; the same again: how far "
-        "two that "
-        "do not communicate seem apart. waited: for averages, by the library's own meter. left by link: payload at the "
-        "link's rate, less one step for each average that overlaps. All in shares of a step."
+        "exposed: mean step above that without communication, over whole longest periods; the same again: how far two "
+        "that do not communicate seem apart. waited: for averages, by the library's own meter. left by link: payload "
+        "at the link's rate, less one step for each average that overlaps. All in shares of a step."
     )
     yield (
-        "wire: bytes that a node sends, by its interface's counter; plan: bytes of the averages (or gradients) x "
-        f"2 (M - 1) / M, as a ring of M = {NODES} nodes has it, x {WIRE_PER_PAYLOAD:.4f} for Ethernet, IP and TCP "
-        f"headers "
+        "wire: bytes that a node sends, by its interface's counter; plan: bytes of the averages (or gradients) x 2 (M "
+        f"- 1) / M, as a ring of M = {NODES} nodes has it, x {WIRE_PER_PAYLOAD:.4f} for Ethernet, IP and TCP headers "
         f"in frames of {MTU} bytes."
     )
     yield (
@@ -124,8 +120,7 @@ def _notes(results: Results, period: int) -> Iterator[str]:
         disturbed = sum(each.disturbed for each in rows) / len(rows)
         yield (
             f"{rate}: {', '.join(lost) or 'no peer'}. Of ours {'; '.join(small) or 'none'}: at most {SMALL:.0%} "
-            f"exposed, and "
-            f"waited. Somebody else used the machine in {disturbed:.0%} of laps."
+            f"exposed, and waited. Somebody else used the machine in {disturbed:.0%} of laps."
         )
     for module in sorted({each.needs for each in CONTESTANTS.values() if not each.installed}):
         absent = ", ".join(each.title for each in CONTESTANTS.values() if each.needs == module)

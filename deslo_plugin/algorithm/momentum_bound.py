@@ -91,14 +91,13 @@ def loose(bounds: Sequence[Bound], periods: Mapping[str, int | None]) -> list[st
         if bound is None:
             said.append(
                 f"{first} and {second} are averaged on different periods, and how large the one may be beside the "
-                f"other "
-                f"is not known; where gradients are often zero on some replicas, steps may become very large: {do}"
+                "other is not known; where gradients are often zero on some replicas, steps may become very large: "
+                f"{do}"
             )
         elif bound.ratio >= 1:
             said.append(
                 f"beta {bound.beta:g} of {first} outlives beta2 {bound.beta2:g} of {second}, so that steps have no "
-                f"bound "
-                f"where gradients are rare: take beta2 above {bound.ratio * bound.beta2:.4g}, or {do}"
+                f"bound where gradients are rare: take beta2 above {bound.ratio * bound.beta2:.4g}, or {do}"
             )
     return said
 

@@ -106,8 +106,7 @@ class Flights:
             if period != before:
                 log_rank0(
                     f"deslo: {state} is averaged every {period} steps now, after step {cohort.steps} found drift "
-                    f"{drift:.3g} at "
-                    f"every {before} ({bounds})"
+                    f"{drift:.3g} at every {before} ({bounds})"
                 )
 
     def abandon(self) -> None:

@@ -134,8 +134,7 @@ def _write(
     if strong:
         log_rank0(
             f"deslo: saved {final}; the SHA-256 of its deslo.json is {sha256}: keep it elsewhere, and load(path, "
-            f"model, "
-            "sha256=...) refuses any other"
+            "model, sha256=...) refuses any other"
         )
 
 
@@ -185,8 +184,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     if proof.mode != "per_replica" and len(proof.rows) != topology.replicas:
         log_rank0(
             f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all "
-            f"replicas "
-            "changes with them, the learning rate stays as it was saved"
+            "replicas changes with them, the learning rate stays as it was saved"
         )
     _take_over(proof.groups, holder.groups)
     holder.put(content)

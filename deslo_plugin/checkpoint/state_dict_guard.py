@@ -156,9 +156,9 @@ def _tell_of_copy(owner: Owner) -> None:
     if not _own.get() and kind not in _copies_told and dist.is_initialized() and dist.get_world_size() > 1:
         _copies_told.add(kind)
         log_rank0(
-            f"deslo: state_dict() of a copy of the model ({kind}) gives what this replica has made of it, such as "
-            f"its own moving "
-            "average; the mean of all replicas' is deslo_plugin.averaged_state_dict(model, of=copy), on every rank",
+            f"deslo: state_dict() of a copy of the model ({kind}) gives what this replica has made of it, such as its "
+            "own moving average; the mean of all replicas' is deslo_plugin.averaged_state_dict(model, of=copy), on "
+            "every rank",
             logging.WARNING,
         )
 
@@ -236,9 +236,8 @@ def _give_states(owner: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         return
     if guard.mode == "last_average":
         guard.say_once(
-            f"deslo: state_dict() of {type(owner).__name__} gives this replica's own momenta, beside the last "
-            f"average of the "
-            "parameters; deslo_plugin.save(path, model), on every rank, saves one consistent state",
+            f"deslo: state_dict() of {type(owner).__name__} gives this replica's own momenta, beside the last average "
+            "of the parameters; deslo_plugin.save(path, model), on every rank, saves one consistent state",
             logging.WARNING,
         )
         return

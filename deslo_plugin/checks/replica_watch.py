@@ -256,8 +256,7 @@ class Watch:
             return ""
         return (
             f"deslo: {listed(left)} {how} and are in no attached optimizer: they are never averaged; call "
-            f"deslo_plugin.attach "
-            "for the optimizer that steps them too, or freeze them with requires_grad_(False)"
+            "deslo_plugin.attach for the optimizer that steps them too, or freeze them with requires_grad_(False)"
         )
 
     def _complain(self, kind: str, sentence: str) -> None:

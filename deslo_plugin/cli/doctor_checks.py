@@ -90,8 +90,8 @@ def kernels(device: torch.device) -> Check:
             "kernels",
             WARNING,
             found,
-            "every step is slower without kernels for it: DESLO_NATIVE="
-            f"{kind} pip install --no-build-isolation . builds them or says why not",
+            f"every step is slower without kernels for it: DESLO_NATIVE={kind} pip install --no-build-isolation . "
+            "builds them or says why not",
         )
     return Check("kernels", OK, found)
 

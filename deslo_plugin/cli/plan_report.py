@@ -67,8 +67,7 @@ class PlanReport:
             _sweep_table(content["sweep"]),
             "",
             f"Memory on each rank: {bytes_of(needs['states'])} of optimizer states, and at most "
-            f"{bytes_of(needs['in_flight'])} "
-            "of copies in flight, beside parameters, gradients and activations.",
+            f"{bytes_of(needs['in_flight'])} of copies in flight, beside parameters, gradients and activations.",
             self._advice(content),
             "",
             "What this assumes:",
@@ -140,22 +139,18 @@ class PlanReport:
         )
         return [
             f"a ring all-reduce of b bytes takes 2 b/B (1 - 1/M) + l, M = {job.replicas} (arXiv 2505.22549); l once "
-            f"for every "
-            f"{deslo.bucket_cap_mb} MiB begun; all replicas alike, nobody else on the link",
+            f"for every {deslo.bucket_cap_mb} MiB begun; all replicas alike, nobody else on the link",
             f"B = {self.link.gbit_per_s:g} Gbit/s of payload in each direction, shared by the {job.replica_size} "
-            f"rank(s) of a "
-            "replica; headers and protocol are not counted: what deslo probe measures has them taken off",
+            "rank(s) of a replica; headers and protocol are not counted: what deslo probe measures has them taken off",
             f"a rank holds and sends 1/{job.replica_size} of the parameters (ZeRO 1 to 3, FSDP2; DDP and ZeRO 0 send "
-            f"as much, "
-            "but hold all states on every rank); that shards differ by padding is not counted",
+            "as much, but hold all states on every rank); that shards differ by padding is not counted",
             f"averages travel in {deslo.wire_dtype}; gradients of synchronous training in {job.gradient_dtype} "
             f"({self.why['gradients']}), reduced inside a replica first",
             f"a step computes for {job.step_s * 1e3:.4g} ms ({self.why['step']}), with and without communication "
             f"beside it",
             f"{hides}; states due at one step travel one after the other; the optimizer's own time counts as computing",
             f"synchronous training waits for every gradient (the papers' model), or hides it under {BACKWARD:.0%} of "
-            f"a step "
-            "(what bucketing can reach at best)",
+            "a step (what bucketing can reach at best)",
             *(
                 f"{state} is {bounds}: at its shortest here, the most that it may send"
                 for state, bounds in self._adaptive.items()
@@ -163,8 +158,7 @@ class PlanReport:
             *(f'{each} has its default, since the config leaves it to the job ("auto")' for each in self.left_out),
             "all parameters have the config's periods: param groups with their own are the script's",
             "not counted: the model's floating buffers, reductions inside a replica, data loading, evaluation, "
-            "checkpoints, "
-            "stragglers, failures",
+            "checkpoints, stragglers, failures",
             f"bytes are those of averages that have landed when step {job.steps:,} ends, as a rank's meter counts them",
         ]
 

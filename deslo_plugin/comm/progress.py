@@ -182,15 +182,14 @@ class Progress:
                         call,
                         "a call on every rank",
                         absent,
-                        "move it out of `if rank == 0:` and the like: it is "
-                        "collective, and only what writes its result belongs there",
+                        "move it out of `if rank == 0:` and the like: it is collective, and only what writes its "
+                        "result belongs there",
                     )
                 if waited > PATIENCE and not said:
                     said = True
                     log_rank0(
                         f"deslo: rank {self.topology.rank} has waited {PATIENCE:g} s in {call} for others to call it "
-                        f"too: every "
-                        "rank must, so not inside `if rank == 0:`",
+                        "too: every rank must, so not inside `if rank == 0:`",
                         logging.WARNING,
                         anywhere=True,
                     )
@@ -229,9 +228,8 @@ class Progress:
             time.sleep(0.05)
         if known is None:
             return (
-                f"the store that knows who is late gave no answer in {STORE_TIMEOUT_S:g} s: its host, "
-                "rank 0 or the launcher's "
-                "first node, may be what died"
+                f"the store that knows who is late gave no answer in {STORE_TIMEOUT_S:g} s: its host, rank 0 or the "
+                "launcher's first node, may be what died"
             )
         told = [f"rank {rank} has not come to it ({describe_last(known[rank])})" for rank in behind]
         told += [f"rank {rank} came to it and has said nothing since ({describe_last(known[rank])})" for rank in silent]

@@ -100,10 +100,8 @@ def spread(topology: Topology, hosts: Sequence[str]) -> str | None:
         nodes = {host_of[rank] for rank in row}
         if len(nodes) > needed:
             return (
-                f"deslo: replica {replica} (ranks {list(row)}) lies on {len(nodes)} nodes "
-                f"({', '.join(sorted(nodes))}) where "
-                f"{needed} would do: its gradients cross the slow links at every step; number ranks node by node, "
-                f"and let "
-                "deslo.replica_size be the ranks of a node or a divisor of them"
+                f"deslo: replica {replica} (ranks {list(row)}) lies on {len(nodes)} nodes ({', '.join(sorted(nodes))}) "
+                f"where {needed} would do: its gradients cross the slow links at every step; number ranks node by "
+                "node, and let deslo.replica_size be the ranks of a node or a divisor of them"
             )
     return None

@@ -222,8 +222,7 @@ class ReplicaTransport(Fixed):
             who = self.progress.missing(self.ranks, launch, timed_out=time.monotonic() - at >= 0.9 * self.timeout_s)
             raise AverageError(
                 f"average over replicas: expected ranks {self.ranks} to answer within {self.timeout_s:g} s "
-                f"(deslo.timeout_s), "
-                f"got {str(error).splitlines()[0]!r}; {who}; nothing of this average was written"
+                f"(deslo.timeout_s), got {str(error).splitlines()[0]!r}; {who}; nothing of this average was written"
             ) from error
 
     def any(self, flag: bool) -> bool:

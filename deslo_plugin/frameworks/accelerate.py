@@ -199,6 +199,5 @@ def _dispatches(got: str) -> ConfigError:
         "False",
         got,
         "pass DataLoaderConfiguration(dispatch_batches=False): a batch read on one rank and sent to all crosses the "
-        "slow "
-        "link at every step",
+        "slow link at every step",
     )

@@ -150,8 +150,7 @@ def attach(
     if sharded and topology.replica_size > 1 and (beside := fsdp.not_sharded(model)):
         log_rank0(
             f"deslo: {listed(beside)} are trained and not sharded: nothing reduces their gradients inside a replica, "
-            f"whose ranks "
-            "go apart; call fully_shard on the whole model too, or reduce those gradients yourself",
+            "whose ranks go apart; call fully_shard on the whole model too, or reduce those gradients yourself",
             logging.WARNING,
         )
     start_telemetry(attachment)

@@ -37,8 +37,7 @@ def topology_of(models: Sequence[DistributedDataParallel], deslo: DesloConfig) -
             "DDP over the ranks of one replica, since every backward sends a bitmap over its process group",
             "DDP over the world",
             "turn it off (Hugging Face: ddp_find_unused_parameters=False), or DDP(model, process_group=group, ...) "
-            "with "
-            f"group, _ = torch.distributed.new_subgroups(group_size={topology.replica_size})",
+            f"with group, _ = torch.distributed.new_subgroups(group_size={topology.replica_size})",
         )
     return topology
 

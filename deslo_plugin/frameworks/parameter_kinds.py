@@ -19,8 +19,8 @@ def refuse_kinds(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
                 f"parameter {name}",
                 "real numbers",
                 str(param.dtype).removeprefix("torch."),
-                "keep it as real "
-                "numbers, nn.Parameter(torch.view_as_real(values)), and use torch.view_as_complex of it in forward",
+                "keep it as real numbers, nn.Parameter(torch.view_as_real(values)), and use torch.view_as_complex of "
+                "it in forward",
             )
     for name, module in model.named_modules() if isinstance(optimizer, DesLoc) else ():
         if getattr(module, "sparse", False) is True and getattr(module, "weight", None) in own:

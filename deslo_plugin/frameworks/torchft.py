@@ -152,8 +152,7 @@ class LiveAverage:
                 why = str(reason.original_exception).split(". ")[0] if reason else "too few replicas are left"
                 log_rank0(
                     f"deslo: an average near step {self._replica.steps} did not arrive ({why}); nothing of it is "
-                    f"written, and "
-                    "training goes on to the next",
+                    "written, and training goes on to the next",
                     logging.WARNING,
                 )
         return self._verdict
@@ -183,8 +182,7 @@ class LiveAverage:
             raise AverageError(
                 f"quorum after step {self._replica.steps}: expected torchft's lighthouse to form one within "
                 f"{self.timeout_s:g} s (deslo.timeout_s), got {str(error).splitlines()[0]!r}; see that it runs and "
-                f"that enough "
-                "replicas are left"
+                "that enough replicas are left"
             ) from error
         row = [float(not self._replaced), float(self._replica.steps), *map(float, self._replica.fingerprints())]
         self._roll = self._exchange(row)

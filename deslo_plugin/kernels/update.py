@@ -149,10 +149,8 @@ def _say_slow(device: str) -> None:
     if _MISFIT:
         return log_rank0(
             f"deslo: deslo_plugin._C does not fit torch {torch.__version__} ({_MISFIT}): updates run on torch's "
-            f"operators, "
-            "several times slower; build it again with pip install --no-build-isolation (it needs torch 2.10), or "
-            "leave it out with "
-            "DESLO_NATIVE=off",
+            "operators, several times slower; build it again with pip install --no-build-isolation (it needs torch "
+            "2.10), or leave it out with DESLO_NATIVE=off",
             logging.WARNING,
         )
     log_rank0(

@@ -50,8 +50,7 @@ axes.text(
     0,
     0.35,
     "K = 32 for params: nothing else is due here. exp_avg (K = 96) goes the same way after step 96, exp_avg_sq (K = "
-    "192) after "
-    "step 192.\nAll other steps send nothing between replicas.",
+    "192) after step 192.\nAll other steps send nothing between replicas.",
     fontsize=9,
     color=TEXT,
     va="center",

@@ -86,8 +86,7 @@ def test_ranks_without_the_block_are_named_by_those_that_have_it_and_nobody_hang
         for rank in (0, 2, 3):
             assert (tmp_path / str(rank)).read_text() == (
                 'ConfigError: deepspeed.initialize: expected a "deslo" block or a DesLoc optimizer on every rank, '
-                "got none on rank(s) "
-                "[1]; give every rank the same config"
+                "got none on rank(s) [1]; give every rank the same config"
             )
     finally:
         world.close()
@@ -204,8 +203,7 @@ def test_a_release_of_deepspeed_that_does_not_work_is_refused_with_those_that_do
 def test_a_zero_2_that_drops_micro_batches_by_itself_is_refused_where_there_are_several(four, version, refused):
     said = (
         f"ConfigError: gradient_accumulation_steps: expected 1 with ZeRO-2 of DeepSpeed {version}, which by itself "
-        f"drops the "
-        "gradients of all micro-batches but the last, got 2; pip install 'deepspeed>=0.18.3,<0.20', or set "
+        "drops the gradients of all micro-batches but the last, got 2; pip install 'deepspeed>=0.18.3,<0.20', or set "
         "zero_optimization.stage to 1"
     )
     assert four().run(refused_release, version) == [said if refused else "no error"] * 4

@@ -201,8 +201,8 @@ def test_a_collective_call_on_rank_0_alone_is_an_error_as_soon_as_others_go_on(f
     first, *others = four().run(called_alone, call, config_of("plain", "averaged"))
     assert first == (
         f"{name}: expected a call on every rank, got none on rank(s) [1, 2, 3], which went on to the average after "
-        f"step 6; "
-        "move it out of `if rank == 0:` and the like: it is collective, and only what writes its result belongs there"
+        "step 6; move it out of `if rank == 0:` and the like: it is collective, and only what writes its result "
+        "belongs there"
     )
     assert others == [""] * 3
 
@@ -330,7 +330,7 @@ def test_a_moving_average_of_the_weights_is_averaged_over_replicas_and_its_own_s
     said = four().run(copied, config_of("ddp", "refuse"))
     assert said[0] == [
         "deslo: state_dict() of a copy of the model (Sequential) gives what this replica has made of it, such as its "
-        "own "
-        "moving average; the mean of all replicas' is deslo_plugin.averaged_state_dict(model, of=copy), on every rank"
+        "own moving average; the mean of all replicas' is deslo_plugin.averaged_state_dict(model, of=copy), on every "
+        "rank"
     ]
     assert said[1:] == [[]] * 3

@@ -28,19 +28,13 @@ def test_an_older_torch_is_a_sentence_at_import():
 
 def test_kernels_for_another_torch_are_replaced_by_torchs_operators_with_one_warning():
     code = (
-        "import importlib, torch\n"
-        "real = importlib.import_module\n"
-        "def load(name, package=None):\n"
-        "    if name == 'deslo_plugin._C': raise ImportError('undefined symbol: torch_list_size')\n"
-        "    return real(name, package)\n"
-        "importlib.import_module = load\n"
-        "import importlib.util; found = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda name, *more: name if name == 'deslo_plugin._C' else found(name, *more)\n"
-        "import deslo_plugin\n"
-        "for _ in range(2):\n"
-        "    p = torch.nn.Parameter(torch.ones(2)); o = deslo_plugin.DesLoc([p], lr=0.1); p.grad = torch.ones(2); "
-        "o.step()\n"
-        "print(deslo_plugin.kernels.update.native(), p[0].item() < 1)"
+        "import importlib, torch\nreal = importlib.import_module\ndef load(name, package=None):\n    if name == "
+        "'deslo_plugin._C': raise ImportError('undefined symbol: torch_list_size')\n    return real(name, "
+        "package)\nimportlib.import_module = load\nimport importlib.util; found = "
+        "importlib.util.find_spec\nimportlib.util.find_spec = lambda name, *more: name if name == 'deslo_plugin._C' "
+        "else found(name, *more)\nimport deslo_plugin\nfor _ in range(2):\n    p = torch.nn.Parameter(torch.ones(2)); "
+        "o = deslo_plugin.DesLoc([p], lr=0.1); p.grad = torch.ones(2); "
+        "o.step()\nprint(deslo_plugin.kernels.update.native(), p[0].item() < 1)"
     )
     done = python(code)
     assert done.stdout.split() == ["python", "True"], done.stderr

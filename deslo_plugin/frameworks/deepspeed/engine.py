@@ -48,9 +48,8 @@ OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_c
 LAST_MICRO_BATCH_ALONE = (0, 17, 6), (0, 18, 3)
 NOTHING_OF_US = (
     'deslo: deslo_plugin.run started this script, but its DeepSpeed config has no "deslo" block and no "DesLoc" '
-    "optimizer: this "
-    "engine trains as DeepSpeed alone; to average its optimizer's states instead of gradients, write their periods "
-    "into deslo.sync_every"
+    "optimizer: this engine trains as DeepSpeed alone; to average its optimizer's states instead of gradients, write "
+    "their periods into deslo.sync_every"
 )
 expected = False  # whether the user has asked for us otherwise than by a config, so that one without us is a surprise
 
