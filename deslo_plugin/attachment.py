@@ -23,7 +23,7 @@ from deslo_plugin.errors import ConfigError
 from deslo_plugin.log import announce, log_rank0
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.planning.plan import Plan, make_plan
-from deslo_plugin.renamed import ATTRIBUTES, explain
+from deslo_plugin.renamed import Renamed
 from deslo_plugin.telemetry.recorder import Recorder
 
 
@@ -67,8 +67,7 @@ class Attachment:
     def stats(self) -> Meter:
         return self.averaging.stats
 
-    def __getattr__(self, name: str) -> Any:
-        raise explain("Attachment", name, ATTRIBUTES)
+    end, meter, saw = Renamed("close"), Renamed("stats"), Renamed("record_samples")
 
     def together(self, call: str) -> AbstractContextManager[None]:
         """The body is ``call``, which every rank must make; see ``Progress.together``."""

@@ -3,6 +3,7 @@
 import importlib.abc
 import sys
 from collections.abc import Mapping
+from typing import NoReturn
 
 FUNCTIONS: Mapping[str, str] = {
     "latest": "latest_checkpoint",
@@ -10,7 +11,6 @@ FUNCTIONS: Mapping[str, str] = {
     "one_replica": "local_state_dict",
     "saved_state_dict": "load_averaged_state_dict",
 }
-ATTRIBUTES: Mapping[str, str] = {"end": "close", "meter": "stats", "saw": "record_samples"}
 MODULES: Mapping[str, str] = {
     "collectives": "comm.transport",
     "forecast": "planning.forecast",
@@ -35,6 +35,19 @@ def explain(owner: str, name: str, renamed: Mapping[str, str]) -> AttributeError
     """What ``owner.name`` raises."""
     today = f"; it is called {owner}.{renamed[name]} now" if name in renamed else ""
     return AttributeError(f"{owner} has no attribute {name!r}{today}", name=name)
+
+
+class Renamed:
+    """An attribute of earlier versions: raises what ``explain`` gives, and hides no other error of its class."""
+
+    def __init__(self, today: str):
+        self._today = today
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: type) -> NoReturn:
+        raise explain(owner.__name__, self._name, {self._name: self._today})
 
 
 class _Moved(importlib.abc.MetaPathFinder):

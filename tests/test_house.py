@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import deslo_plugin
+from deslo_plugin.attachment import Attachment
 from deslo_plugin.renamed import MODULES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,19 @@ def test_few_files_lie_loose():
 def test_an_old_name_says_the_new_one(old, today):
     with pytest.raises(AttributeError, match=f"it is called deslo_plugin.{today} now"):
         getattr(deslo_plugin, old)
+
+
+@pytest.mark.parametrize(
+    ("owner", "old", "today"),
+    [
+        (Attachment, "saw", "record_samples"),
+        (Attachment, "meter", "stats"),
+        (deslo_plugin.Preemption, "due", "should_stop"),
+    ],
+)
+def test_an_old_method_says_the_new_one(owner, old, today):
+    with pytest.raises(AttributeError, match=f"it is called {owner.__name__}.{today} now"):
+        getattr(owner, old)
 
 
 def test_an_import_of_a_module_that_has_moved_says_where_it_is():

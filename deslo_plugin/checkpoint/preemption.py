@@ -16,13 +16,14 @@ from deslo_plugin.attachment import attachments_of
 from deslo_plugin.checkpoint.save_load import save
 from deslo_plugin.comm.common_last_step import LastStep
 from deslo_plugin.log import log_rank0
+from deslo_plugin.renamed import Renamed
 
 POLL_S = 1.0
 _number = count()  # of this world's preemptions, built in the same order on every rank
 
 
 class Preemption:
-    """Watches for ``signals``; ``due`` tells every rank after which step to save and leave.
+    """Watches for ``signals``; ``should_stop`` tells every rank after which step to save and leave.
 
         preemption = deslo_plugin.Preemption(model)
         for step, batch in enumerate(batches):
@@ -38,6 +39,8 @@ class Preemption:
         model: an attached model, or an engine.
         signals: what asks for the end, by default SIGTERM. They have their old effect again once ``exit`` has begun.
     """
+
+    due, exit = Renamed("should_stop"), Renamed("save_and_exit")
 
     def __init__(self, model: Any, signals: Sequence[signal.Signals] = (signal.SIGTERM,)):
         self.model, self._attachments, self._last = model, attachments_of(model, "Preemption"), None

@@ -41,6 +41,7 @@ from deslo_plugin.checkpoint.tensor_chunks import TensorChunks
 from deslo_plugin.checkpoint.tree_agreement import Tree, check_same_structure, united, unlike
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
+from deslo_plugin.config.load import RENAMED_VALUES
 from deslo_plugin.config.schema import CHECKPOINT_MODES, DIGESTS
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.log import log_rank0
@@ -78,7 +79,8 @@ def save(
     mode, digest = mode or attachment.config.deslo.checkpoint_mode, digest or attachment.config.deslo.checkpoint_digest
     for name, value, known in (("mode", mode, CHECKPOINT_MODES), ("digest", digest, DIGESTS)):
         if value not in known:
-            raise ConfigError(f"save({name}=...)", f"one of {', '.join(known)}", repr(value), "choose one")
+            do = f"write {RENAMED_VALUES[value]!r}, its name of today" if value in RENAMED_VALUES else "choose one"
+            raise ConfigError(f"save({name}=...)", f"one of {', '.join(known)}", repr(value), do)
     topology, world = attachment.topology, attachment.groups.world
     if world is not None:
         check_same_on_all_ranks("save", {"mode": mode, "digest": digest}, do="pass the same on every rank", group=world)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deslo_plugin.cli.probe import hosts_of, lines, placement, unsteadiness
 from deslo_plugin.cli.self_test import is_deepspeed, self_test
 from deslo_plugin.comm.transport import Groups, all_gather_by_rank
-from deslo_plugin.kernels import update as ops
+from deslo_plugin.kernels import update
 from deslo_plugin.planning.link_probe import probe
 from deslo_plugin.version import __version__
 
@@ -41,7 +41,7 @@ def versions() -> list[Check]:
         "deslo_plugin": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "native kernels": ops.native(),
+        "native kernels": update.native(),
         "device": device,
     }
     mine |= {name: metadata.version(name) for name in FRAMEWORKS if find_spec(name) is not None}
@@ -58,12 +58,12 @@ def versions() -> list[Check]:
 
 def kernels(device: torch.device) -> Check:
     """The update of Adam on this rank's device, in a race with torch's fused AdamW."""
-    built = ops.native()
+    built = update.native()
     kind = "cuda" if device.type == "cuda" else "cpu"
     x, g, u, v = (torch.rand(NUMEL, device=device) for _ in range(4))
 
     def ours() -> None:
-        ops.adam_(
+        update.adam_(
             [x],
             [g],
             [[u]],

@@ -39,8 +39,7 @@ from deslo_plugin.comm.transport import (
 )
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
-from deslo_plugin.frameworks import ddp, torchft
-from deslo_plugin.frameworks import fsdp2 as fsdp
+from deslo_plugin.frameworks import ddp, fsdp2, torchft
 from deslo_plugin.frameworks.gradient_warmup import GradientAveraging
 from deslo_plugin.frameworks.parameter_kinds import refuse_kinds, refuse_nonfinite
 from deslo_plugin.frameworks.requested import agreed, checked, refuse_together
@@ -98,18 +97,18 @@ def attach(
     optimizer, config = agreed(model, optimizer, config, mesh, process_group)
     around, model = model, wrappers.bare(model)
     ddps = wrappers.reducers(around)
-    sharded = fsdp.is_sharded(model)
+    sharded = fsdp2.is_sharded(model)
     topology = topology_of(model, ddps, config, mesh, replicate, process_group)
     groups = make_groups(topology, config.deslo.timeout_s)
     refuse_together(lambda: refuse_across_replicas(around, ddps, topology, config, replicate), groups.world)
     agree_on_model(model, lambda p: p.shape, groups.world)
     refuse_kinds(model, optimizer)
-    fsdp.reshard(model)
+    fsdp2.reshard(model)
     named = _params_of(model, optimizer)
     pieces = {name: param for name, param in named.items() if hasattr(param, "to_local")}
     plain = {name: param for name, param in named.items() if name not in pieces}
     if not ddps and config.deslo.initial_params != "broadcast":
-        refuse_parts(plain, groups, fsdp.forgotten(model) if sharded else ())
+        refuse_parts(plain, groups, fsdp2.forgotten(model) if sharded else ())
     whole = plain | wrappers.saved_buffers(model)
     broadcast_or_check_params(
         whole, dict(zip(pieces, local(list(pieces.values())))), config.deslo.initial_params, groups, _reachable
@@ -120,8 +119,8 @@ def attach(
     first = model not in attached
     buffers = [buffer for buffer in _floating_buffers(model) if not any(buffer is each for each in _averaged_buffers())]
     if sharded:
-        fsdp.keep_inside_replicas(model, replicate)
-    copies = groups.shard if ddps else fsdp.copies_of(model) if sharded else None
+        fsdp2.keep_inside_replicas(model, replicate)
+    copies = groups.shard if ddps else fsdp2.copies_of(model) if sharded else None
     average = ReplicaTransport(groups, timeout_s=config.deslo.timeout_s, copies=copies)
     averaging = _averaging_of(
         optimizer, config, average, lambda value: list(all_gather_by_rank(value, groups.world).values()), on_average
@@ -131,7 +130,7 @@ def attach(
         ddp.refuse_join(each)
     if topology.replicas > 1:
         _keep_inside_replicas(model, ddps, first, buffers, averaging, groups)
-    fsdp.reshard_at_steps(model, averaging)
+    fsdp2.reshard_at_steps(model, averaging)
     params = [local(group["params"]) for group in optimizer.param_groups]
     attachment = Attachment(
         averaging,
@@ -147,7 +146,7 @@ def attach(
     refuse_one_replica(attachment, optimizer, around)
     attachment.announce()
     say_placement(topology, groups.world)
-    if sharded and topology.replica_size > 1 and (beside := fsdp.not_sharded(model)):
+    if sharded and topology.replica_size > 1 and (beside := fsdp2.not_sharded(model)):
         log_rank0(
             f"deslo: {listed(beside)} are trained and not sharded: nothing reduces their gradients inside a replica, "
             "whose ranks go apart; call fully_shard on the whole model too, or reduce those gradients yourself",

@@ -36,7 +36,7 @@ from deslo_plugin.comm.consistency import digests
 from deslo_plugin.comm.topology import Topology, contiguous
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import AverageError, ConfigError
-from deslo_plugin.frameworks import fsdp2 as fsdp
+from deslo_plugin.frameworks import fsdp2
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import log_rank0
 
@@ -266,7 +266,7 @@ def expect_live(model: nn.Module, config: Config, manager: Any) -> None:
         if got not in wanted:
             raise ConfigError(f"deslo.{key}", f"{wanted[-1]} with a torchft manager", str(got), "remove it")
     several = dist.is_initialized() and dist.get_world_size() > 1
-    if several or isinstance(model, DistributedDataParallel) or fsdp.is_sharded(model):
+    if several or isinstance(model, DistributedDataParallel) or fsdp2.is_sharded(model):
         raise ConfigError(
             "attach(manager=...)",
             "a bare model in a process of its own, which is one replica",

@@ -11,8 +11,7 @@ from deslo_plugin.checks import module_wrappers as wrappers
 from deslo_plugin.comm.topology import Topology
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
-from deslo_plugin.frameworks import ddp
-from deslo_plugin.frameworks import fsdp2 as fsdp
+from deslo_plugin.frameworks import ddp, fsdp2
 
 
 def topology_of(
@@ -24,16 +23,16 @@ def topology_of(
     process_group: dist.ProcessGroup | None,
 ) -> Topology:
     size = config.deslo.replica_size
-    if ddps and fsdp.is_sharded(model):
+    if ddps and fsdp2.is_sharded(model):
         raise ConfigError(
             "attach(model)", "DDP or fully_shard", "both", "remove DDP: fully_shard reduces gradients in a replica"
         )
     if ddps:
         topology = ddp.topology_of(ddps, config.deslo)
-    elif fsdp.is_sharded(model):
-        topology = fsdp.topology_of(model, mesh, replicate)
+    elif fsdp2.is_sharded(model):
+        topology = fsdp2.topology_of(model, mesh, replicate)
     elif mesh is not None:
-        topology = fsdp.topology_from_mesh(mesh, replicate)
+        topology = fsdp2.topology_from_mesh(mesh, replicate)
     else:
         ranks = dist.get_process_group_ranks(process_group or dist.group.WORLD)
         topology = Topology(tuple((rank,) for rank in ranks), dist.get_rank())
@@ -52,6 +51,6 @@ def refuse_across_replicas(
 ) -> None:
     if topology.replicas > 1:
         wrappers.refuse_across(model, topology)
-        fsdp.refuse_across(model, topology, replicate)
+        fsdp2.refuse_across(model, topology, replicate)
         if ddps:
             ddp.refuse(model, ddps, topology, config.deslo.synchronous_steps > 0)

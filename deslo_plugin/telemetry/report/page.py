@@ -63,7 +63,9 @@ def html(runs: Sequence[Run], charts: Mapping[str, str]) -> str:
     small = "".join(f"<p><small>{escape(note)}</small></p>" for note in notes(runs))
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>deslo report</title>'
-        f"<style>{STYLE}</style></head><body><h1>{title}</h1><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>{small}{figures}</body></html>\n"
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{lines}</tbody></table>"
+        f"{small}{figures}</body></html>\n"
     )
 
 
