@@ -133,7 +133,8 @@ def notes(results: Sequence[Result]) -> str:
                 for result in results
                 if result.seconds_exposed is None
             ),
-            "Seconds: here, where no link may be slow. Planned ones are arithmetic, a node to a replica, from those",
-            "bytes and the time that a step computes here, with gradients under the backward as far as they fit.",
+            "Seconds: here, where no link may be slow.",
+            "Planned: arithmetic from these bytes and the time a step computes here,",
+            "a node to a replica, gradients under the backward as far as they fit.",
         )
     )
