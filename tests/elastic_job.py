@@ -25,7 +25,7 @@ CONFIG = {
 
 
 def main(folder: Path, victim: int | None = None, at: int | None = None) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     rank, died = dist.get_rank(), folder / "died"
     torch.manual_seed(7)
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))

@@ -226,7 +226,7 @@ def torchrun(size: int, *arguments: str) -> subprocess.CompletedProcess:
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
     command += ["-m", "deslo_plugin.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=ROOT, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT, env=environment)
 
 
 def test_a_launched_doctor_counts_what_it_planned_with_deepspeed():

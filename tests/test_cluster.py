@@ -67,7 +67,7 @@ def test_what_a_script_starts_exists_and_understands_its_options(script, tmp_pat
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=900,
         check=True,
     )
     launcher, *given = done.stdout.rstrip("\0").split("\0")
@@ -87,7 +87,7 @@ def test_a_replica_is_started_until_it_ends_well(tmp_path):
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"HEAD": "host", "REPLICA": "a", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     script = ["bash", ROOT / "examples/launch/torchft.sh", "--steps", "7"]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=900, check=True)
     started = "http://host:29510 examples/live.py --replica a --steps 7"
     assert done.stdout.splitlines() == [started, started] and "ended with 1" in done.stderr
     assert all(f'"{option}"' in (ROOT / "examples/live.py").read_text() for option in ("--replica", "--steps"))
@@ -119,7 +119,7 @@ def test_two_nodes_are_two_replicas(tmp_path):
         for _ in range(2)
     ]
     try:
-        printed = "".join(node.communicate(timeout=120)[0] for node in nodes)
+        printed = "".join(node.communicate(timeout=900)[0] for node in nodes)
     finally:
         for node in nodes:
             node.terminate()  # torchrun ends its ranks on the way out

@@ -222,7 +222,7 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing(kernels, tmp_pa
         ],
         check=True,
     )
-    subprocess.run([built], check=True, timeout=300)
+    subprocess.run([built], check=True, timeout=900)
 
 
 def test_found_inf_leaves_everything_as_it_was(kernels):

@@ -140,7 +140,7 @@ def test_a_killed_rank_leaves_whole_lines(tmp_path):
 
     world = Processes(2, tmp_path)
     try:
-        outcomes = world.outcomes(jobs.killed, local(tmp_path / "run"), str(tmp_path / "run"), 1, timeout=100)
+        outcomes = world.outcomes(jobs.killed, local(tmp_path / "run"), str(tmp_path / "run"), 1, timeout=600)
     finally:
         world.close()
     assert "the process died" in outcomes[1]
@@ -179,7 +179,7 @@ mine.close(); print("trained")
         [sys.executable, "-c", code, str(tmp_path / "a.jsonl")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         env=os.environ | {"PYTHONPATH": str(Path(deslo_plugin.__file__).parent.parent)},
     )
     assert done.stdout == "trained\n" and done.stderr.count("telemetry stops and training goes on") == 1, done.stderr
@@ -201,7 +201,7 @@ for _ in range(5):
         [sys.executable, "-c", code, str(tmp_path / "run")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         env=os.environ | {"PYTHONPATH": str(Path(deslo_plugin.__file__).parent.parent)},
         check=True,
     )

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from deslo_plugin.comm.transport import Fixed
 
+PLENTY_S = 900  # against hangs, on a machine that is ten times as busy
+
 
 class ThreadAverage(Fixed):
     """The ``Transport`` of one replica of ``world``: means by barrier, over the replicas' threads."""
@@ -54,7 +56,7 @@ class ThreadAverage(Fixed):
 class ThreadWorld:
     def __init__(self, replicas: int):
         self.replicas, self._slots = replicas, [None] * replicas
-        self._barrier = threading.Barrier(replicas, timeout=60)
+        self._barrier = threading.Barrier(replicas, timeout=PLENTY_S)
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         """Everyone's value, in rank order."""
@@ -80,7 +82,7 @@ def threads(replicas: int, run: Callable[[ThreadAverage], Any]) -> list[Any]:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(timeout=120)
+        worker.join(timeout=PLENTY_S)
     errors = [error for _, error in results if error is not None]
     real = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
     for error in real or errors:
@@ -127,14 +129,14 @@ class Processes:
     def alive(self) -> bool:
         return all(process.is_alive() for process in self._processes)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = PLENTY_S) -> list[Any]:
         """``function(*args)`` on every rank; results in rank order. Raises ``RankError`` with every traceback."""
         results, errors = self._answers(function, args, timeout)
         if any(errors):
             raise RankError(errors)
         return results
 
-    def outcomes(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    def outcomes(self, function: Callable[..., Any], *args: Any, timeout: float = PLENTY_S) -> list[Any]:
         """As ``run``, but a rank that dies or raises gives its error as its result."""
         results, errors = self._answers(function, args, timeout)
         return [error or result for result, error in zip(results, errors)]
@@ -168,7 +170,7 @@ def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     torch.distributed.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=100)
+        "gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=PLENTY_S)
     )
     while True:
         try:

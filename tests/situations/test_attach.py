@@ -622,7 +622,7 @@ assert not logger.handlers and logger.propagate and logger.level == logging.NOTS
 
 
 def test_messages_are_seen_once_with_and_without_logging_of_the_users():
-    heard = subprocess.run([sys.executable, "-c", HEARD], capture_output=True, text=True, timeout=120, check=True)
+    heard = subprocess.run([sys.executable, "-c", HEARD], capture_output=True, text=True, timeout=900, check=True)
     assert heard.stderr.splitlines() == [
         "first: nobody has set up logging",
         "user: second: its first line",

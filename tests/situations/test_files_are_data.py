@@ -363,15 +363,15 @@ def weights_by_the_script(config: dict, folder: str) -> list[dict | None]:
     environment = {name: value for name, value in os.environ.items() if "RANK" not in name and "WORLD" not in name}
     environment["PYTHONPATH"] = str(Path(deslo_plugin.__file__).parent.parent)
     script = [sys.executable, f"{folder}/zero_to_fp32.py", folder]
-    subprocess.run([*script, f"{folder}/latest.bin"], check=True, timeout=300, env=environment)
-    subprocess.run([*script, f"{folder}/first", "-t", "a"], check=True, timeout=300, env=environment)
+    subprocess.run([*script, f"{folder}/latest.bin"], check=True, timeout=900, env=environment)
+    subprocess.run([*script, f"{folder}/first", "-t", "a"], check=True, timeout=900, env=environment)
     return [
         torch.load(file, weights_only=True) for file in (f"{folder}/latest.bin", f"{folder}/first/pytorch_model.bin")
     ]
 
 
 def test_the_script_beside_an_engines_checkpoints_writes_their_weights(four, tmp_path):
-    (last, first), *_ = four().run(weights_by_the_script, config_for("zero 2"), str(tmp_path), timeout=600)
+    (last, first), *_ = four().run(weights_by_the_script, config_for("zero 2"), str(tmp_path), timeout=900)
     for written, tag in ((last, "b"), (first, "a")):
         expected = deslo_plugin.load_averaged_state_dict(tmp_path / tag)
         assert written.keys() == expected.keys() and all(

@@ -178,7 +178,7 @@ def test_a_preempted_job_closes_its_writers_and_tells_trackers_before_it_leaves(
         [sys.executable, "-c", LEAVES, str(tmp_path), callback],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | {"PYTHONPATH": str(Path(deslo_plugin.__file__).parent.parent)},
     )
     assert done.returncode == 0, done.stderr
