@@ -16,8 +16,8 @@ from deslo_plugin.averaging.metrics import Meter
 from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.module_wrappers import bare
 from deslo_plugin.checks.replica_watch import Watch
+from deslo_plugin.comm.process_groups import Groups
 from deslo_plugin.comm.topology import Topology
-from deslo_plugin.comm.transport import Groups
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.log import announce, log_rank0

@@ -43,7 +43,7 @@ class PseudoGradient:
             if steps == last
         ]
         if len(sums) == len(anchors):
-            drift = drift_of(torch.stack(sums).sum(0))
+            drift = drift_of(torch.stack(sums).sum(0).tolist())
             self._on_average(SyncEvent(cohort.steps, {}, 0.0, {NAME: drift}))
         self._receive(cohort, states, means)
         for param, x in zip(cohort.params, local(cohort.params)):

@@ -7,7 +7,6 @@ what was launched. So each replica compares what there is with what it launched,
 or has nothing in flight, all drop what flies and average what is there now: overlap changes no result.
 """
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deslo_plugin.averaging.instants import now, seconds_between
 from deslo_plugin.comm.transport import Transport, Work
 from deslo_plugin.kernels.fingerprint import fingerprint
 
@@ -52,11 +52,13 @@ class Question:
     def answer(self) -> Answer:
         """Waits for it. The same on every rank. Collective over the replica's ranks. Raises ``AverageError`` on a
         time-out."""
-        start = time.perf_counter()
+        start = now(self.chunk.device)
         self.work.wait()
+        arrived = now(self.chunk.device)
         said = float(self.chunk.max())
         written, moved = (self.transport.any(each) for each in (said != 0, said > 1))
-        return Answer(written, moved, time.perf_counter() - start, Counter({self.state: self.chunk.element_size()}))
+        sent = Counter({self.state: self.chunk.element_size()})
+        return Answer(written, moved, seconds_between(start, arrived), sent)
 
 
 class Recall:

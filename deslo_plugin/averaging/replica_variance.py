@@ -7,13 +7,13 @@ is summed over the shards of a replica, in the order of its ranks. Both come fro
 replicas alike: none decides by what only it has seen.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from math import sqrt
 
 import torch
 from torch import Tensor
 
+from deslo_plugin.averaging.instants import now, seconds_between
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.synchronizer import States
 from deslo_plugin.comm.transport import Transport, Work
@@ -46,11 +46,12 @@ class ReplicaVariance:
         The same float on every rank. Collective over the replica's ranks. Raises ``AverageError`` on a time-out.
         """
         square, work = self._flights.pop((params[0], state))
-        start = time.perf_counter()
+        start = now(square.device)
         work.wait()
+        arrived = now(square.device)
         each = self.transport.total(float(square[0]))
         mean = self.transport.total(float(_square(means)))
-        self._on_average(SyncEvent(steps, {state: WORD}, time.perf_counter() - start, {}))
+        self._on_average(SyncEvent(steps, {state: WORD}, seconds_between(start, arrived), {}))
         return sqrt(max(each / mean - 1, 0.0)) if mean else 0.0 if each == 0 else float("inf")
 
     def drop(self, params: Sequence[Tensor]) -> None:

@@ -2,7 +2,8 @@
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class StateAverager:
         self._periods: dict[int, Periods] = {}  # of each param group, by its id
         self.buffers: Sequence[Tensor] = ()
         self._companions: Companions | None = None
+        self._held: list[Cohort] | None = None  # what launches are put off for, while a framework synchronises
         self._convened = False
         self._met = 0
         self.kept: LastAverage | None = None  # whoever wants it sets it
@@ -78,12 +80,10 @@ class StateAverager:
         self.buffers, self._companions = buffers, Companions(buffers, self._synchronizer(average))
 
     def record_samples(self, samples: float) -> None:
-        """See ``Attachment.record_samples``. Raises ``ConfigError`` for what is no number >= 0, and where nobody
-        asks."""
+        """See ``Attachment.record_samples``. Raises ``ConfigError`` for no number >= 0, and where nobody asks."""
         if self._samples is None:
-            raise ConfigError(
-                "record_samples(samples)", 'deslo.replica_weights "samples"', '"uniform"', "set it, or remove the call"
-            )
+            wanted, got = 'deslo.replica_weights "samples"', '"uniform"'
+            raise ConfigError("record_samples(samples)", wanted, got, "set it, or remove the call")
         self._samples.record_samples(samples)
 
     @property
@@ -127,10 +127,23 @@ class StateAverager:
         """What is due at the end of a step is averaged or launched."""
         if self.deslo.average_at == "after_step":
             self._average(cohorts)
+        elif self._held is not None:
+            self._held += cohorts
         elif self.deslo.overlap_comm:
             for cohort in cohorts:
                 if states := self._due(cohort):
                     self._flights.launch(cohort, states)
+
+    @contextmanager
+    def launches_held(self) -> Iterator[None]:
+        """Averages that are due inside start to travel at the end: what waits for a whole GPU would wait for them."""
+        self._held = []
+        try:
+            yield
+            held, self._held = self._held, None
+            self._start_due_averages(held)
+        finally:
+            self._held = None
 
     def _cohorts(self) -> list[Cohort]:
         """What averages, by clock, and what trains and does not average yet, without periods."""
@@ -151,8 +164,7 @@ class StateAverager:
 
     @property
     def diverged(self) -> bool:
-        """Whether this replica has taken steps of its own since all were equal. What averages since then is not looked
-        at."""
+        """Whether this replica has taken steps of its own since all were equal, whatever averaged since then."""
         return self.steps > max(self._met, self.deslo.synchronous_steps)
 
     def mark_synchronized(self) -> None:
@@ -177,8 +189,7 @@ class StateAverager:
             each.forget()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What this rank knows of its averages beside the optimizer's state: values that were launched, samples
-        seen."""
+        """What this rank knows beside the optimizer's state: values that were launched, samples seen."""
         params = list(self.optimizer.state)
         return {"late": self.late.saved(params), "samples": self._samples.saved(self.groups) if self._samples else None}
 
@@ -190,8 +201,7 @@ class StateAverager:
             self._samples.load(self.groups, aside["samples"])
 
     def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The means of any floating tensors in at least float32, counted under ``name``; they stay as they are.
-        Collective."""
+        """The means of floating tensors in at least float32, counted under ``name``; they stay. Collective."""
         if not tensors:
             return []
         wire = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
@@ -274,9 +284,8 @@ class StateAverager:
         return {state: self.local_tensors(state, cohort.params) for state in self._names_due(cohort)}
 
     def _names_due(self, cohort: Cohort) -> tuple[str, ...]:
-        return (
-            due(cohort.periods, cohort.steps) if cohort.params and cohort.steps > self.deslo.synchronous_steps else ()
-        )
+        began = cohort.params and cohort.steps > self.deslo.synchronous_steps
+        return due(cohort.periods, cohort.steps) if began else ()
 
     def _synchronizer(self, average: Transport, wire_dtype: torch.dtype | None = None) -> Synchronizer:
         wire, chunk = wire_dtype or getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_cap_mb << 20

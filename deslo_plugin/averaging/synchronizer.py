@@ -1,6 +1,5 @@
 """Launching an average and landing it: the motion between ``collectives`` and the optimizer."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from deslo_plugin.averaging.instants import Instant, now, seconds_between
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.recall import Answer
 from deslo_plugin.comm.buckets import Bucket, pack
@@ -30,7 +30,7 @@ class _Flight:
     bucket: Bucket
     works: list[Work]
     bytes: int
-    start: float  # by time.perf_counter
+    start: Instant
 
 
 class Synchronizer:
@@ -68,8 +68,8 @@ class Synchronizer:
 
     @torch.profiler.record_function("deslo::launch")
     def _start(self, steps: int, tensors: Sequence[Tensor], weight: float | None) -> _Flight:
-        start = time.perf_counter()
         bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.transport.divisor)
+        start = now(tensors[0].device)
         sent = sum(chunk.nbytes for chunk in bucket.chunks) // self.transport.divisor
         if weight is None:
             return _Flight(steps, bucket, [self.transport.start(chunk) for chunk in bucket.chunks], sent, start)
@@ -89,7 +89,8 @@ class Synchronizer:
         seats = {state: [self._flights.pop((param, state)) for param in params] for state in states}
         flights = {state: list({id(flight): flight for flight, _ in taken}.values()) for state, taken in seats.items()}
 
-        start = time.perf_counter()
+        device = next(iter(states.values()))[0].device
+        start = now(device)
         with torch.profiler.record_function("deslo::wait"):
             for flight in (flight for each in flights.values() for flight in each):
                 if flight.steps != steps:
@@ -98,31 +99,32 @@ class Synchronizer:
                     work.wait()
         if not self.transport.should_commit():
             return None
+        arrived = now(device)
         means = {state: [flight.bucket.views[seat] for flight, seat in taken] for state, taken in seats.items()}
         sums = {state: measure(states[state], mean) for state, mean in means.items()}
-        # reads the sums, so that a GPU's wait ends here
-        drift = {state: drift_of(each) for state, each in sums.items()}
+        drift = dict(zip(sums, map(drift_of, torch.stack([*sums.values()]).tolist())))
         self._refuse_nonfinite(steps, flights, states, drift)
-        end = time.perf_counter()
 
         sent = Counter({state: sum(flight.bytes for flight in each) for state, each in flights.items()})
         sent.update(told.bytes)
-        flown = {state: end - min(flight.start for flight in each) for state, each in flights.items()}
-        self._on_average(SyncEvent(steps, dict(sent), end - start + told.seconds, drift, flown))
+        flown = {state: max(seconds_between(f.start, arrived) for f in each) for state, each in flights.items()}
+        waited = seconds_between(start, arrived) + told.seconds
+        self._on_average(SyncEvent(steps, dict(sent), waited, drift, flown))
         return means
 
     @torch.profiler.record_function("deslo::mean")
     def mean(self, steps: int, states: States) -> dict[str, list[Tensor]]:
         """The means of ``states`` in wire dtype, launched and waited for, whatever they hold."""
         self._tell(steps, states)
-        start, means, sent = time.perf_counter(), {}, {}
+        device = next(iter(states.values()))[0].device
+        start, means, sent = now(device), {}, {}
         for state, tensors in states.items():
             bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.transport.divisor)
             for work in [self.transport.start(chunk) for chunk in bucket.chunks]:
                 work.wait()
             means[state] = bucket.views
             sent[state] = sum(chunk.nbytes for chunk in bucket.chunks) // self.transport.divisor
-        seconds = time.perf_counter() - start
+        seconds = seconds_between(start, now(device))
         self._on_average(SyncEvent(steps, sent, seconds, {}, dict.fromkeys(states, seconds)))
         return means
 

@@ -19,7 +19,7 @@ from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.checkpoint.foreign import what_is_there
 from deslo_plugin.checkpoint.tree_agreement import States
 from deslo_plugin.comm.all_or_none import all_or_none
-from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.comm.process_groups import all_gather_by_rank
 from deslo_plugin.config.schema import CHECKPOINT_MODES
 from deslo_plugin.errors import ConfigError
 

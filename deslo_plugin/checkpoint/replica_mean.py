@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deslo_plugin.comm.transport import Groups
+from deslo_plugin.comm.process_groups import Groups
 
 EXTRA = "_extra_state"  # how torch ends the names of what ``get_extra_state()`` of a module gives: no weights
 

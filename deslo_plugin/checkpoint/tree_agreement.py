@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deslo_plugin.algorithm.state_names import BUFFERS, ORIGIN, PARAMS, STEP
 from deslo_plugin.checkpoint.tensor_chunks import TensorChunks
-from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.comm.process_groups import all_gather_by_rank
 from deslo_plugin.errors import ConfigError
 
 Tree = dict[str, Any]

@@ -95,6 +95,15 @@ def bare_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
+def renew_captured_steps(optimizer: Any) -> None:
+    """Wrappers around ``optimizer`` that kept the ``step`` which it had when they were made, to put it back after each
+    of theirs, keep the one of now: Accelerate's does, beside a GradScaler."""
+    while isinstance(inside := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        if hasattr(optimizer, "_optimizer_original_step_method"):
+            optimizer.__setstate__({})  # what it does after a copy: captures the step again
+        optimizer = inside
+
+
 def reducers(model: nn.Module) -> list[DistributedDataParallel]:
     """Every DDP around, inside or among the modules of ``model``."""
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]

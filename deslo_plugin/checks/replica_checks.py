@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from deslo_plugin.algorithm.adaptive_periods import adaptive
 from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.comm.consistency import check_same_on_all_ranks, digests
+from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
 from deslo_plugin.comm.topology import Topology, spread
-from deslo_plugin.comm.transport import Groups, all_gather_by_rank
 from deslo_plugin.config.load import as_dict
 from deslo_plugin.config.reader import plain
 from deslo_plugin.config.schema import Config

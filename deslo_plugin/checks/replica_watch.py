@@ -21,7 +21,7 @@ from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.replica_checks import listed
 from deslo_plugin.comm.consistency import digests
-from deslo_plugin.comm.transport import Groups, all_gather_by_rank
+from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import log_rank0
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
@@ -153,7 +153,8 @@ class Watch:
         Collective.
         """
         words = [float(word) for each in (before, after) for word in bytes.fromhex(_hash(each)[:16])]
-        own = torch.tensor([float(moved), *words, *(word**2 for word in words)], dtype=torch.float64)
+        device = local([next(iter(self.named.values()))])[0].device
+        own = torch.tensor([float(moved), *words, *(word**2 for word in words)], dtype=torch.float64, device=device)
         average = self.averaging.transport
         chunk = own.repeat(average.divisor)
         average.start(chunk).wait()

@@ -18,7 +18,7 @@ from deslo_plugin.cli.config_file import given
 from deslo_plugin.cli.doctor_checks import OK, WARNING, WRONG, Check
 from deslo_plugin.cli.launcher import groups_of, leave, world
 from deslo_plugin.cli.output import FAILED, Json, command, show, show_json, table
-from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.comm.process_groups import all_gather_by_rank
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
 

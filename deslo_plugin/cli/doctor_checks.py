@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from deslo_plugin.cli.probe import hosts_of, lines, placement, unsteadiness
 from deslo_plugin.cli.self_test import is_deepspeed, self_test
-from deslo_plugin.comm.transport import Groups, all_gather_by_rank
+from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
 from deslo_plugin.kernels import update
 from deslo_plugin.planning.link_probe import probe
 from deslo_plugin.version import __version__

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import typer
 
+from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank, make_groups
 from deslo_plugin.comm.topology import make_topology
-from deslo_plugin.comm.transport import Groups, all_gather_by_rank, make_groups
 from deslo_plugin.config.schema import DesloConfig
 
 TIMEOUT_S = 120.0  # of a command's own collectives

@@ -13,8 +13,8 @@ import typer
 from deslo_plugin.cli.config_file import given
 from deslo_plugin.cli.launcher import groups_of, leave, world
 from deslo_plugin.cli.output import Json, command, show, show_json
+from deslo_plugin.comm.process_groups import all_gather_by_rank
 from deslo_plugin.comm.topology import Topology, spread
-from deslo_plugin.comm.transport import all_gather_by_rank
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.planning.link_probe import Measured
 from deslo_plugin.planning.link_probe import probe as measure

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.comm.process_groups import all_gather_by_rank
 from deslo_plugin.errors import ConfigError
 
 T = TypeVar("T")

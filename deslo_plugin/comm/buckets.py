@@ -7,6 +7,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+ALIGNED = 4  # elements
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -23,12 +25,15 @@ def pack(tensors: Sequence[Tensor], dtype: torch.dtype, chunk_bytes: int, diviso
     The buffer is padded with zeros to a multiple of ``divisor`` elements, and cut into chunks of at most about
     ``chunk_bytes``, each a multiple of ``divisor`` too.
     """
-    ends = list(accumulate(tensor.numel() for tensor in tensors))
+    # those last whose end would leave what follows unaligned: kernels take four elements at a time
+    order = sorted(range(len(tensors)), key=lambda seat: tensors[seat].numel() % ALIGNED > 0)
+    ends = list(accumulate(tensors[seat].numel() for seat in order))
     total = ends[-1]
     padded = -(-total // divisor) * divisor
     flat = torch.empty(padded, dtype=dtype, device=tensors[0].device)
     flat[total:].zero_()
-    views = [flat[end - tensor.numel() : end].view(tensor.shape) for tensor, end in zip(tensors, ends)]
+    end_of = dict(zip(order, ends))
+    views = [flat[end_of[i] - each.numel() : end_of[i]].view(each.shape) for i, each in enumerate(tensors)]
     torch._foreach_copy_(views, list(tensors))
     chunk = max(1, chunk_bytes // (flat.element_size() * divisor)) * divisor
     return Bucket(flat.split(chunk) if padded else (), views)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.comm.process_groups import all_gather_by_rank
 from deslo_plugin.errors import ConfigError
 
 CHUNK = 1 << 22  # words of 8 bytes hashed at a time

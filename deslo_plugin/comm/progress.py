@@ -86,6 +86,13 @@ class Progress:
         self._look_around(self._seen.update)
         return [rank for rank in ranks if rank in self._seen and self._seen[rank].given_up >= launch]
 
+    def late(self, ranks: Iterable[int], launch: int) -> list[str]:
+        """What was seen last of those of ``ranks`` that had not come to average number ``launch``; looks again as
+        ``given_up`` does."""
+        self._look_around(self._seen.update)
+        behind = [rank for rank in ranks if rank in self._seen and self._seen[rank].launches < launch]
+        return [f"rank {rank} has not come to it ({describe_last(self._seen[rank])})" for rank in behind]
+
     def alone(self, ranks: Iterable[int]) -> list[int]:
         """Those of ``ranks`` that were seen to wait in a call that this rank has not come to; looks again as
         ``given_up`` does."""

@@ -4,24 +4,26 @@
 replica, ``ReplicaTransport`` runs over ``torch.distributed``; ``frameworks.torchft`` has one whose replicas come and
 go."""
 
-import json
+import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from threading import Thread
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deslo_plugin.comm.progress import STORE_TIMEOUT_S, Progress
-from deslo_plugin.comm.topology import Topology
-from deslo_plugin.errors import AverageError, ConfigError
+from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank, device_of, uses_nccl
+from deslo_plugin.comm.progress import Progress
+from deslo_plugin.errors import AverageError
+from deslo_plugin.log import log_rank0
 
 PEER_CHECK_INTERVAL_S = 1.0  # seconds of waiting
+SAY_AFTER_S = 10.0  # seconds of waiting for a rank that has not come, and double that from one time to the next
+ABORT_S = 5.0  # seconds that a communicator may take to let go
 
 
 class Work(Protocol):
@@ -102,52 +104,6 @@ def left_alone() -> bool:
 
 
 @dataclass(frozen=True)
-class Groups:
-    """The process groups that this rank belongs to: all replicas, its own, its shard's peers in all of them, and
-    itself.
-
-    They are None in a process that was started alone.
-    """
-
-    topology: Topology
-    world: dist.ProcessGroup | None
-    shard: dist.ProcessGroup | None
-    replica: dist.ProcessGroup | None
-    singleton: dist.ProcessGroup | None
-
-
-_made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Topology, float], Groups]]" = WeakKeyDictionary()
-
-
-def make_groups(topology: Topology, timeout_s: float) -> Groups:
-    """The groups, created once in a world, since each keeps threads and sockets; every rank of the topology must call
-    it. ``timeout_s`` bounds each average, not the replica's own traffic."""
-    made = _made.setdefault(dist.group.WORLD, {})
-    if (topology, timeout_s) not in made:
-        made[topology, timeout_s] = _create_groups(topology, timeout_s)
-    return made[topology, timeout_s]
-
-
-def _create_groups(topology: Topology, timeout_s: float) -> Groups:
-
-    def group(ranks: list[int], **options: object) -> dist.ProcessGroup:
-        return dist.new_group(ranks, use_local_synchronization=True, **options)
-
-    # averages must also carry tensors that the optimizer keeps on the CPU (offload) beside NCCL
-    backend = "cpu:gloo,cuda:nccl" if "nccl" in dist.get_backend() else None
-    # NCCL ends the process once its time is over: not before it has been said who is late
-    bound = timeout_s + (4 * STORE_TIMEOUT_S if backend else 0)
-    everyone = topology.world_size == dist.get_world_size()
-    return Groups(
-        topology=topology,
-        world=dist.group.WORLD if everyone else group(sorted(topology.ranks)),
-        shard=group(topology.shard_group),
-        replica=group(topology.replica_group, timeout=timedelta(seconds=bound), backend=backend),
-        singleton=group([topology.rank]),
-    )
-
-
-@dataclass(frozen=True)
 class _Pending:
     transport: "ReplicaTransport"
     work: dist.Work
@@ -160,26 +116,23 @@ class _Pending:
         with self.transport.named_errors(self.launch, self.at):
             self._until_complete()
             self.work.wait()
-        if self.transport.divisor > 1:
-            parts = list(self.chunk.chunk(self.transport.divisor))
-            dist.all_gather(parts, self.own.clone(), group=self.transport.copies)
+        self.transport.gather_copies(self.chunk, self.own)
 
     def _until_complete(self) -> None:
         """Waits on the host. Whoever waits for long asks whether others have given up: of a ring only the neighbours of
         a rank that died notice it, and NCCL would end the process without a word."""
-        start = asked = time.monotonic()
+        start = asked = said = time.monotonic()
+        patience = SAY_AFTER_S
         while not self.work.is_completed():
             now = time.monotonic()
             if self.chunk.is_cuda and now - self.at > self.transport.timeout_s:
                 raise RuntimeError(f"no answer for {self.transport.timeout_s:g} s")
             if now - asked > PEER_CHECK_INTERVAL_S:
                 asked = now
-                if given_up := self.transport.progress.given_up(self.transport.ranks, self.launch):
-                    raise RuntimeError(f"rank(s) {given_up} gave up")
-                if alone := self.transport.progress.alone(self.transport.ranks):
-                    raise RuntimeError(
-                        f"rank(s) {alone} in load_state_dict or add_param_group, which every rank must call"
-                    )
+                self.transport.refuse_to_wait_in_vain(self.launch)
+            if now - said > patience:
+                said, patience = now, 2 * patience
+                self.transport.say_who_is_late(self.launch, now - start)
             time.sleep(min((now - start) / 64, 0.05))
 
 
@@ -218,61 +171,65 @@ class ReplicaTransport(Fixed):
         """
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             who = self.progress.missing(self.ranks, launch, timed_out=time.monotonic() - at >= 0.9 * self.timeout_s)
+            self._abort()
             raise AverageError(
                 f"average over replicas: expected ranks {self.ranks} to answer within {self.timeout_s:g} s "
                 f"(deslo.timeout_s), got {str(error).splitlines()[0]!r}; {who}; nothing of this average was written"
             ) from error
 
+    def gather_copies(self, chunk: Tensor, own: Tensor) -> None:
+        """Fills ``chunk`` with what each of the ranks that share it has averaged, ``own`` being this rank's part."""
+        if self.divisor == 1:
+            return
+        if chunk.is_cuda and uses_nccl(self.copies):  # in place
+            dist.all_gather_into_tensor(chunk, own, group=self.copies)
+        else:
+            dist.all_gather(list(chunk.chunk(self.divisor)), own.clone(), group=self.copies)
+
+    def refuse_to_wait_in_vain(self, launch: int) -> None:
+        """Raises ``RuntimeError`` if others will not bring average number ``launch`` any more, by what was seen of
+        them."""
+        if given_up := self.progress.given_up(self.ranks, launch):
+            raise RuntimeError(f"rank(s) {given_up} gave up")
+        if alone := self.progress.alone(self.ranks):
+            raise RuntimeError(f"rank(s) {alone} in load_state_dict or add_param_group, which every rank must call")
+
+    def say_who_is_late(self, launch: int, seconds: float) -> None:
+        """Says which ranks have not come to average number ``launch``: the line stays, however the process ends."""
+        if late := self.progress.late(self.ranks, launch):
+            log_rank0(
+                f"deslo: rank {self.groups.topology.rank} has waited {seconds:.0f} s in an average; {', '.join(late)}",
+                logging.WARNING,
+                anywhere=True,
+            )
+
     def any(self, flag: bool) -> bool:
         if self.groups.topology.replica_size == 1:
             return flag
-        return any(all_gather_by_rank(flag, self.groups.shard).values())
+        word = torch.full((1,), flag, dtype=torch.int32, device=device_of(self.groups.shard))
+        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.groups.shard)
+        return bool(word)
 
     def total(self, value: float) -> float:
         if self.groups.topology.replica_size == 1:
             return value
-        return sum(all_gather_by_rank(value, self.groups.shard).values())
+        # summed here in the order of ranks: how an all-reduce adds may depend on the links of a replica
+        mine = torch.full((1,), value, dtype=torch.float64, device=device_of(self.groups.shard))
+        everyone = mine.new_empty(self.groups.topology.replica_size)
+        dist.all_gather_into_tensor(everyone, mine, group=self.groups.shard)
+        return sum(everyone.tolist())
 
     def culprits(self, flag: bool) -> list[int]:
         return [rank for rank, bad in sorted(all_gather_by_rank(flag, self.groups.world).items()) if bad]
 
-
-def all_gather_by_rank(value: Any, group: dist.ProcessGroup | None = None) -> dict[int, Any]:
-    """Global rank -> its ``value``, over ``group`` or the world. Collective.
-
-    A value is what JSON can hold, or a ``ConfigError``: nothing that a peer sends is run. Tuples come back as lists,
-    and keys as strings. Raises ``TypeError`` for anything else. (torch's object collectives unpickle, and need numpy.)
-    """
-    text, device = json.dumps(value, default=_error_as_text).encode(), _device_of(group)
-    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(lengths, torch.tensor([len(text)], device=device), group=group)
-    own = torch.zeros(max(map(int, lengths)), dtype=torch.uint8, device=device)
-    own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    texts = [torch.empty_like(own) for _ in lengths]
-    dist.all_gather(texts, own, group=group)
-    values = [_read(each[: int(length)]) for each, length in zip(texts, lengths)]
-    return dict(zip(dist.get_process_group_ranks(group), values))
-
-
-def _device_of(group: dist.ProcessGroup | None) -> str:
-    """Where tensors of ``group`` may be: on the host, if its backend reaches there."""
-    devices = [each.partition(":")[0] for each in dist.get_backend_config(group).split(",")]
-    return "cpu" if "cpu" in devices else devices[0]
-
-
-def _error_as_text(error: Any) -> dict[str, Any]:
-    if not isinstance(error, ConfigError):
-        raise TypeError(f"all_gather_by_rank: expected plain data or a ConfigError, got {type(error).__name__}")
-    return {"ConfigError": error.__reduce__()[1]}
-
-
-def _read(text: Tensor) -> Any:
-    content = bytearray(len(text))
-    torch.frombuffer(content, dtype=torch.uint8).copy_(text)
-    return json.loads(content, object_hook=_error_of)
-
-
-def _error_of(found: dict[str, Any]) -> Any:
-    return ConfigError(*found["ConfigError"]) if [*found] == ["ConfigError"] else found
+    def _abort(self) -> None:
+        """Takes an NCCL average that waits for ever off the GPU: the interpreter could not end beside it."""
+        if uses_nccl(self.groups.replica):
+            nccl = self.groups.replica._get_backend(torch.device("cuda"))
+            aborting = Thread(target=suppress(Exception)(nccl.abort), daemon=True)
+            aborting.start()
+            aborting.join(ABORT_S)

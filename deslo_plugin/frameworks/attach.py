@@ -28,20 +28,15 @@ from deslo_plugin.checks.replica_checks import (
     say_placement,
 )
 from deslo_plugin.checks.replica_watch import Watch
+from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank, make_groups
 from deslo_plugin.comm.topology import contiguous
-from deslo_plugin.comm.transport import (
-    Groups,
-    ReplicaTransport,
-    SingleReplica,
-    Transport,
-    all_gather_by_rank,
-    make_groups,
-)
+from deslo_plugin.comm.transport import ReplicaTransport, SingleReplica, Transport
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks import ddp, fsdp2, torchft
 from deslo_plugin.frameworks.gradient_warmup import GradientAveraging
 from deslo_plugin.frameworks.parameter_kinds import refuse_kinds, refuse_nonfinite
+from deslo_plugin.frameworks.rehearsal import rehearse
 from deslo_plugin.frameworks.requested import agreed, checked, refuse_together
 from deslo_plugin.frameworks.telemetry_sinks import start_telemetry
 from deslo_plugin.frameworks.which_replica import refuse_across_replicas, topology_of
@@ -89,17 +84,24 @@ def attach(
     changed."""
     if manager is not None:
         inner, config = checked(model, optimizer, config)
-        return _live(model, inner, config, manager, (mesh, replicate, process_group), on_average)
+        attachment = _live(model, inner, config, manager, (mesh, replicate, process_group), on_average)
+        wrappers.renew_captured_steps(optimizer)
+        return attachment
     if not dist.is_initialized():
-        optimizer, config = checked(model, optimizer, config)
-        refuse_kinds(model, optimizer)
-        return _alone(model, optimizer, config, on_average)
+        inner, config = checked(model, optimizer, config)
+        refuse_kinds(model, inner)
+        attachment = _alone(model, inner, config, on_average)
+        wrappers.renew_captured_steps(optimizer)
+        return attachment
+    given = optimizer
     optimizer, config = agreed(model, optimizer, config, mesh, process_group)
     around, model = model, wrappers.bare(model)
     ddps = wrappers.reducers(around)
     sharded = fsdp2.is_sharded(model)
     topology = topology_of(model, ddps, config, mesh, replicate, process_group)
-    groups = make_groups(topology, config.deslo.timeout_s)
+    groups = make_groups(
+        topology, config.deslo.timeout_s, on_cpu=_any_on_cpu(model, optimizer, process_group), within=process_group
+    )
     refuse_together(lambda: refuse_across_replicas(around, ddps, topology, config, replicate), groups.world)
     agree_on_model(model, lambda p: p.shape, groups.world)
     refuse_kinds(model, optimizer)
@@ -125,6 +127,7 @@ def attach(
     averaging = _averaging_of(
         optimizer, config, average, lambda value: list(all_gather_by_rank(value, groups.world).values()), on_average
     )
+    wrappers.renew_captured_steps(given)
     agree_on_optimizer(averaging, config, groups.world)
     for each in ddps:
         ddp.refuse_join(each)
@@ -144,6 +147,7 @@ def attach(
     optimizer.deslo = attachment
     attached.setdefault(model, []).append(attachment)
     refuse_one_replica(attachment, optimizer, around)
+    rehearse(attachment)
     attachment.announce()
     say_placement(topology, groups.world)
     if sharded and topology.replica_size > 1 and (beside := fsdp2.not_sharded(model)):
@@ -212,9 +216,15 @@ def _params_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return named | {name: param for name, param in others if id(param) not in known}
 
 
+def _any_on_cpu(model: nn.Module, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None) -> bool:
+    """Whether averages carry tensors on the CPU, on any rank. Collective."""
+    tensors = [*_params_of(model, optimizer).values(), *wrappers.saved_buffers(model).values()]
+    return any(all_gather_by_rank(any(each.device.type == "cpu" for each in tensors), group).values())
+
+
 def _reachable(tensor: Tensor) -> Tensor:
     """Where the world's process group reaches it: NCCL alone knows no CPU."""
-    return tensor.cuda() if tensor.device.type == "cpu" and dist.get_backend() == "nccl" else tensor
+    return tensor.cuda() if tensor.device.type == "cpu" and "cpu:" not in dist.get_backend_config() else tensor
 
 
 def _averaged_buffers() -> Iterator[Tensor]:

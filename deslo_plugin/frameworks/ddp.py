@@ -12,8 +12,8 @@ from deslo_plugin.algorithm.state_names import GRADIENTS
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.replica_checks import local_world_size
+from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
 from deslo_plugin.comm.topology import Topology, make_topology
-from deslo_plugin.comm.transport import Groups, all_gather_by_rank
 from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.errors import ConfigError
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checkpoint.resharding import is_sharded, param_groups, reshard
+from deslo_plugin.comm.process_groups import all_gather_by_rank
 from deslo_plugin.comm.topology import Topology
-from deslo_plugin.comm.transport import all_gather_by_rank
 from deslo_plugin.errors import ConfigError
 
 REPLICATE = ("replicate", "dp_replicate")  # names under which the dimension across replicas is looked for

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from deslo_plugin.attachment import attached
 from deslo_plugin.checks import module_wrappers as wrappers
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
-from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.comm.process_groups import all_gather_by_rank
 from deslo_plugin.config.load import as_dict, load_config
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError

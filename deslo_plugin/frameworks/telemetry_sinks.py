@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deslo_plugin.attachment import Attachment
 from deslo_plugin.averaging.pseudo_gradient import PseudoGradient
-from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.comm.process_groups import all_gather_by_rank
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.telemetry.recorder import Sink
 

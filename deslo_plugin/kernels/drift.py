@@ -47,9 +47,9 @@ def measure(local: Sequence[Tensor], mean: Sequence[Tensor]) -> Tensor:
     return torch.ops.deslo.drift([tensor.contiguous() for tensor in local], mean)
 
 
-def drift_of(sums: Tensor) -> Drift:
+def drift_of(sums: Sequence[float]) -> Drift:
     """What the sums of ``measure`` say. A finite ``distance`` proves that every element of the mean is finite."""
-    difference, product, square = sums.tolist()
+    difference, product, square = sums
     if difference == 0:
         return Drift(0.0, 1.0)
     norms = sqrt(max(difference + 2 * product - square, 0.0) * square)  # ||x|| ||mean||

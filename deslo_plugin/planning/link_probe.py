@@ -8,7 +8,8 @@ from statistics import median, quantiles
 import torch
 import torch.distributed as dist
 
-from deslo_plugin.comm.transport import Groups, ReplicaTransport, all_gather_by_rank
+from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
+from deslo_plugin.comm.transport import ReplicaTransport
 from deslo_plugin.planning.forecast import Link
 
 SMALL_CALLS = 20  # back to back in one sample, so that ranks that begin apart do not count

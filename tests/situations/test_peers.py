@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from deslo_plugin import ConfigError
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
-from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.comm.process_groups import all_gather_by_rank
 
 
 class Blocked:

@@ -24,7 +24,8 @@ from deslo_plugin.checks.replica_checks import (
 )
 from deslo_plugin.checks.replica_watch import Watch
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
-from deslo_plugin.comm.transport import Groups, ReplicaTransport, all_gather_by_rank
+from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
+from deslo_plugin.comm.transport import ReplicaTransport
 from deslo_plugin.config.load import read_deslo
 from deslo_plugin.config.schema import Config, DesloConfig
 from deslo_plugin.errors import ConfigError
@@ -33,7 +34,9 @@ from deslo_plugin.frameworks.deepspeed.all_ranks import expect_ours, leave_note
 from deslo_plugin.frameworks.deepspeed.config import compared, is_ours, job_of, refuse_misspelt, refuse_unsupported
 from deslo_plugin.frameworks.deepspeed.engine_step import EngineStep
 from deslo_plugin.frameworks.deepspeed.mpu import ReplicaMPU, active, groups_of
+from deslo_plugin.frameworks.deepspeed.synchronisation import let_averages_travel
 from deslo_plugin.frameworks.parameter_kinds import refuse_nonfinite
+from deslo_plugin.frameworks.rehearsal import rehearse
 from deslo_plugin.frameworks.requested import refuse_together
 from deslo_plugin.frameworks.telemetry_sinks import add_scalars, start_telemetry
 from deslo_plugin.frameworks.versions import expect, release
@@ -87,7 +90,7 @@ def _engine_init(original: Callable[..., None]) -> Callable[..., None]:
         check_same_on_all_ranks("deepspeed.initialize's", kinds, do="give every rank the same")
         deslo, optimizer = job_of(ds, given["optimizer"])
         refuse_unsupported(ds, given["model"], given["mpu"], given.get("mesh_device"), deslo)
-        groups = groups_of(deslo)
+        groups = groups_of(deslo, ds)
         _equal_replicas(given["model"], deslo, groups)
         unit = ReplicaMPU(groups)
         given |= {"optimizer": optimizer, "mpu": unit}
@@ -118,7 +121,7 @@ def _zero_init(original: Callable[..., None]) -> Callable[..., None]:
                 check_same_on_all_ranks(
                     "deepspeed.zero.Init's", {"deslo": ds["deslo"]}, do="give every rank the same config"
                 )
-                call.arguments["data_parallel_group"] = groups_of(read_deslo(ds["deslo"])).shard
+                call.arguments["data_parallel_group"] = groups_of(read_deslo(ds["deslo"]), ds).shard
         original(*call.args, **call.kwargs)
 
     return init
@@ -178,6 +181,8 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     watch = Watch(averaging, groups, stepped, [] if engine.zero_optimization() else stepped, in_engine=True)
     engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True, watch=watch)
     engine._take_model_step = EngineStep(engine, engine._take_model_step)
+    let_averages_travel(engine)
+    rehearse(engine.deslo)
     checkpoint.install_checkpoint_methods(engine)
     for name in OUTSIDE:
         setattr(engine, name, _with_groups(unit, getattr(engine, name)))

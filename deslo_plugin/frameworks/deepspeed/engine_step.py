@@ -34,10 +34,11 @@ class EngineStep:
         if engine.global_steps < attachment.config.deslo.synchronous_steps:
             self._averaging.gradients.average(engine.global_steps + 1, zero.gradients(engine))
         try:
-            if isinstance(attachment.optimizer, DesLoc):
-                self._step_desloc(lr_kwargs)
-            else:
-                self._step_any_optimizer(lr_kwargs)
+            with self._averaging.launches_held():  # ZeRO-3 ends its step with a synchronisation of the device
+                if isinstance(attachment.optimizer, DesLoc):
+                    self._step_desloc(lr_kwargs)
+                else:
+                    self._step_any_optimizer(lr_kwargs)
         except NonFiniteError as error:
             raise self._explain(error) from error
         if self._averaging.watch:

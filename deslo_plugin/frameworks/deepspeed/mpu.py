@@ -1,22 +1,25 @@
 """How DeepSpeed is told about replicas: an ``mpu`` whose data-parallel group is one replica."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 
 from deslo_plugin.checks.replica_checks import local_world_size
+from deslo_plugin.comm.process_groups import Groups, make_groups
 from deslo_plugin.comm.topology import make_topology
-from deslo_plugin.comm.transport import Groups, make_groups
 from deslo_plugin.config.schema import DesloConfig
 
 
-def groups_of(deslo: DesloConfig) -> Groups:
+def groups_of(deslo: DesloConfig, ds: Mapping[str, Any]) -> Groups:
     """The process groups of a job; the same ones for ``zero.Init`` and for the engine. Collective at first."""
     world, rank = dist.get_world_size(), dist.get_rank()
     topology = make_topology(deslo, world_size=world, rank=rank, local_world_size=local_world_size())
-    return make_groups(topology, deslo.timeout_s)
+    zero = ds.get("zero_optimization") or {}
+    offloads = any(name in zero for name in ("offload_optimizer", "offload_param", "cpu_offload"))
+    return make_groups(topology, deslo.timeout_s, on_cpu=offloads)
 
 
 class ReplicaMPU:

@@ -16,7 +16,7 @@ from deslo_plugin.checkpoint.tensor_chunks import TensorChunks, of_range
 from deslo_plugin.checkpoint.tree_agreement import States, Tree, fresh_states
 from deslo_plugin.checks.module_wrappers import bare
 from deslo_plugin.comm.all_or_none import all_or_none
-from deslo_plugin.comm.transport import all_gather_by_rank
+from deslo_plugin.comm.process_groups import all_gather_by_rank
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks.deepspeed.zero import copy_masters_to_model, local_shard, low_precision_pairs
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager

@@ -1,0 +1,48 @@
+"""What averages will need is made at the start: a job that lacks it ends now, and not hours later in its first average
+of everything at once."""
+
+import torch
+
+from deslo_plugin.attachment import Attachment
+from deslo_plugin.comm.process_groups import open_groups
+from deslo_plugin.errors import ConfigError
+from deslo_plugin.kernels.local_tensors import local
+
+
+def rehearse(attachment: Attachment) -> None:
+    """Opens the communicators, and on a GPU takes and gives back the memory of all averages in flight. Collective.
+
+    Raises ``ConfigError`` for ranks that do not reach each other, and for memory that is not there."""
+    if attachment.topology.world_size == 1 or attachment.topology.replicas == 1:
+        return
+    params = [param for group in attachment.averaging.groups for param in group["params"]]
+    if not params:
+        return
+    device = local(params[:1])[0].device
+    open_groups(attachment.groups, device)
+    if device.type == "cuda":
+        reserve(attachment, device)
+
+
+def reserve(attachment: Attachment, device: torch.device) -> None:
+    """Takes the memory of all averages in flight at once, as it will be asked for, so that it lies ready afterwards."""
+    plan = attachment.plan
+    copies = plan.divisor * (2 if plan.config.deslo.sync_delay > 1 else 1)
+    sizes = [
+        group.bytes_per_event[state] * copies
+        for group in plan.groups
+        for state, period in group.periods.items()
+        if period
+    ]
+    try:
+        taken = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise ConfigError(
+            "attach: memory for averages in flight",
+            f"{plan.flight_bytes:,} bytes on {device} while all states travel at once",
+            f"{free:,} free of {total:,}",
+            "give the states different periods that seldom meet, set deslo.sync_delay to 1, take smaller batches, or "
+            "shard the model over more ranks of a replica",
+        ) from error
+    del taken
