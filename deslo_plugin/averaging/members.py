@@ -29,13 +29,19 @@ class Members:
 
     def __init__(self) -> None:
         self.names: Mapping[Tensor, str] = {}
-        self._known: dict[Tensor, bool] = {}  # parameter -> whether it averages
+        self._known: dict[int, bool] = {}  # id of a parameter -> whether it averages
+        self._alive: list[Tensor] = []  # so that no id is given anew
 
     def averages(self, param: Tensor) -> bool:
         """One that was never seen does if it trains."""
-        if param not in self._known:
-            self._known[param] = trains(param)
-        return self._known[param]
+        known = self._known.get(id(param))
+        return self._learn(param, trains(param)) if known is None else known
+
+    def _learn(self, param: Tensor, averages: bool) -> bool:
+        if id(param) not in self._known:
+            self._alive.append(param)
+        self._known[id(param)] = averages
+        return averages
 
     def of(self, group: Group) -> list[Tensor]:
         """The parameters of ``group`` that average."""
@@ -44,6 +50,7 @@ class Members:
     def forget(self) -> None:
         """The parameters are others now."""
         self._known.clear()
+        self._alive.clear()
 
     def numel(self, group: Group) -> int:
         """Elements of ``group`` that average, on this rank."""
@@ -59,8 +66,12 @@ class Members:
         cohorts, newcomers = [], []
         for group in groups:
             for cohort in clock.cohorts(group, self.active(group)):
-                old = [param for param in cohort.params if self.averages(param)]
-                new = [param for param in cohort.params if not self.averages(param)]
+                averages = [self.averages(param) for param in cohort.params]
+                if all(averages):
+                    cohorts.append(cohort)
+                    continue
+                old = [param for param, averaged in zip(cohort.params, averages) if averaged]
+                new = [param for param, averaged in zip(cohort.params, averages) if not averaged]
                 cohorts += [cohort._replace(params=old)] if old or not new else []
                 newcomers += [cohort._replace(params=new, periods={})] if new else []
         # nothing averages, at which others could be asked
@@ -91,12 +102,14 @@ class Members:
                 "on some only",
                 "freeze and unfreeze alike on every rank",
             )
-        self._known |= {param: True for param in params if trains(param)}
+        for param in filter(trains, params):
+            self._learn(param, True)
         return mine.nbytes
 
     def settle(self, params: Iterable[Tensor]) -> None:
         """``params`` are equal on all replicas: those that are frozen need no average more."""
-        self._known |= {param: trains(param) for param in params}
+        for param in params:
+            self._learn(param, trains(param))
 
     def name(self, param: Tensor, groups: Sequence[Group]) -> str:
         """Its name in the model, where that is known, or its place."""

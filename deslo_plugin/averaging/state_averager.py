@@ -221,8 +221,8 @@ class StateAverager:
         """This rank's part of a state of each parameter; zeros where a stock optimizer has not created it yet."""
         if state == PARAMS:
             return local(params)
-        states = (self.optimizer.state[param].get(state) for param in params)
-        return local([torch.zeros_like(p) if s is None else s for p, s in zip(params, states)])
+        found = [self.optimizer.state[param].get(state) for param in params]
+        return local([torch.zeros_like(params[i]) if each is None else each for i, each in enumerate(found)])
 
     def _average(self, cohorts: list[Cohort]) -> list[Cohort]:
         """Averages what is due, and returns the cohorts from now on: others where parameters were frozen or not any

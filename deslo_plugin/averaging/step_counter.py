@@ -10,6 +10,7 @@ from torch import Tensor
 from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import ORIGIN, STEP, every
+from deslo_plugin.averaging.count_vector import CountVectors
 
 GROUP_STEP = "deslo_step"  # key of a param group
 
@@ -42,7 +43,7 @@ class ParameterClock:
     it."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, create: Callable[[Tensor], dict[str, Any]]):
-        self._optimizer, self._create = optimizer, create
+        self._optimizer, self._create, self._counts = optimizer, create, CountVectors()
 
     def steps(self, groups: Sequence[MutableMapping[str, Any]]) -> int:
         states = self._optimizer.state.values()  # param groups may be empty between steps
@@ -81,16 +82,22 @@ class ParameterClock:
 
     def by_steps(self, params: Sequence[Tensor], since: str | None = None) -> Iterator[tuple[int, list[Tensor]]]:
         """Parameters by clock and device; with ``since`` by the steps since that state's value."""
+        if not params:
+            return iter(())
+        states = [self._optimizer.state[param] for param in params]
+        counts = self._counts.read(states, STEP)
+        if since:
+            counts = [steps - start for steps, start in zip(counts, self._counts.read(states, since))]
+        devices = [param.device for param in params]
+        if len(set(counts)) == len(set(devices)) == 1:
+            return iter([(counts[0], list(params))])
         cohorts: dict[tuple[int, torch.device], list[Tensor]] = {}
-        for param in params:
-            state = self._optimizer.state[param]
-            steps = int(state[STEP]) - (int(state[since]) if since else 0)
-            cohorts.setdefault((steps, param.device), []).append(param)
+        for *place, param in zip(counts, devices, params):
+            cohorts.setdefault(tuple(place), []).append(param)
         return ((steps, cohort) for (steps, _), cohort in cohorts.items())
 
     def set(self, cohort: Cohort, steps: int, key: str = STEP) -> None:
-        for param in cohort.params:
-            self._optimizer.state[param][key].fill_(steps)
+        self._counts.fill([self._optimizer.state[param] for param in cohort.params], key, steps)
 
 
 class GroupClock:

@@ -177,6 +177,8 @@ def _point_at_shards(model: nn.Module, mesh: DeviceMesh, replicate: str) -> None
         across = group.mesh_info
         if across.mesh != mesh:
             continue
+        if (own := getattr(across, "reduce_scatter_process_group", None)) is not None:
+            inside.reduce_scatter_process_group = own  # set_separate_reduce_scatter_group was called before
         for holder in (group, *group.fsdp_params):
             if holder.post_forward_mesh_info is across:  # else None, or a smaller group inside a replica
                 holder.post_forward_mesh_info = inside

@@ -27,7 +27,11 @@ class GradientAveraging:
                 hook.remove()
         elif not self._queued:
             self._queued = True
-            Variable._execution_engine.queue_callback(self._finished)
+            Variable._execution_engine.queue_callback(self._last)
+
+    def _last(self) -> None:
+        """After what wrappers have queued by now: FSDP2's callback waits for gradients that another stream writes."""
+        Variable._execution_engine.queue_callback(self._finished)
 
     @torch.no_grad()
     def _finished(self) -> None:

@@ -97,6 +97,8 @@ class _Share:
     def wait(self) -> None:
         if not self.waited:
             self.waited = True
+            if self.chunk.is_cuda:  # torchft's time limit counts what is queued before its wait
+                torch.cuda.current_stream(self.chunk.device).synchronize()
             self.work.wait()
             self.chunk.div_(self.voices)
 
@@ -222,7 +224,10 @@ class LiveAverage:
         table = torch.zeros(self.manager.num_participants(), len(row), dtype=torch.float64, device=self.device)
         table[self.manager.participating_rank()] = torch.tensor(row, dtype=torch.float64, device=self.device)
         self.manager.allreduce(table, reduce_op=ReduceOp.SUM).wait()
-        return None if self.manager.errored() else table.tolist()
+        rows = table.tolist()  # NCCL fails while it is waited for, and not before; its group knows that first
+        if failed := self.manager._pg.errored():
+            self.manager.report_error(failed)
+        return None if self.manager.errored() else rows
 
     def _set_step(self, step: int) -> None:
         self.manager.load_state_dict({"step": step, "batches_committed": self.manager.batches_committed()})

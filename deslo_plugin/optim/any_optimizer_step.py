@@ -10,6 +10,7 @@ import torch
 
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
+from deslo_plugin.optim.capture import refuse_capture
 
 
 def schedule(averaging: AnyOptimizerAverager) -> None:
@@ -24,6 +25,7 @@ def schedule(averaging: AnyOptimizerAverager) -> None:
     @functools.wraps(inner)
     @torch.no_grad()
     def step(_: torch.optim.Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        refuse_capture(optimizer)
         if closure is None and _only_creates_states(optimizer):
             with averaging.watch.looking_away() if averaging.watch else contextlib.nullcontext():
                 return inner()

@@ -23,6 +23,7 @@ from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.update import OPERATORS
 from deslo_plugin.optim.adam_states import in_own_form
+from deslo_plugin.optim.capture import refuse_capture
 from deslo_plugin.optim.memory_layout import alike, refuse_sparse
 
 
@@ -138,6 +139,7 @@ class DesLoc(torch.optim.Optimizer):
                 "none in a world of several ranks",
                 "attach it, or say average=SingleReplica() for an optimizer that averages nothing",
             )
+        refuse_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -193,8 +193,10 @@ def _number(name: str, value: Any) -> float | Callable[[], float]:
 
 
 def _on_gpu(value: Tensor) -> Callable[[], float]:
-    """Reads a copy, from whatever thread, once it is there: the stream that it is made on is known only now."""
-    copy, made = value.clone(), torch.cuda.Event()
+    """Reads a copy on the host, from whatever thread, once it is there: the stream that it is made on is known only
+    now. The reader sends nothing to the GPU, where a graph may be captured meanwhile."""
+    copy, made = torch.empty_like(value, device="cpu", pin_memory=True), torch.cuda.Event()
+    copy.copy_(value, non_blocking=True)
     made.record(torch.cuda.current_stream(value.device))
 
     def read() -> float:
