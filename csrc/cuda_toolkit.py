@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-ARCHITECTURES = (
+ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # code for one runs on the later ones of its major version too
     "8.0",
     "9.0",
     "10.0",
@@ -55,8 +55,8 @@ def read_toolkit(nvcc: str) -> Toolkit:
     version = int(release[1]), int(release[2])
     if version < OLDEST_NVCC:
         raise ToolkitError(
-            f"{nvcc}: expected CUDA {_dotted(OLDEST_NVCC)} or newer, got {_dotted(version)}, which cannot pass 32 kB of "
-            "arguments to a kernel; install a newer toolkit and set CUDA_HOME to it"
+            f"{nvcc}: expected CUDA {_dotted(OLDEST_NVCC)} or newer, got {_dotted(version)}, which cannot pass "
+            "32 kB of arguments to a kernel; install a newer toolkit and set CUDA_HOME to it"
         )
     # nvcc on PATH may be a script that stands elsewhere than its toolkit
     top = re.search(r"TOP=(.*)", _output(nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"))
@@ -66,17 +66,21 @@ def read_toolkit(nvcc: str) -> Toolkit:
 
 def check_runtime(toolkit: Toolkit, torch_cuda: str | None) -> None:
     """Refuses a toolkit whose runtime may want a newer driver than torch does. A torch without CUDA wants none."""
-    if torch_cuda and toolkit.version[0] > int(torch_cuda.split(".")[0]):
+    major = int(torch_cuda.split(".")[0]) if torch_cuda else None
+    if major and toolkit.version[0] > major:
         raise ToolkitError(
-            f"{toolkit.nvcc}: expected CUDA {torch_cuda.split('.')[0]}.x as torch has ({torch_cuda}), got "
-            f"{_dotted(toolkit.version)}: on a driver that is new enough for torch its kernels could not start; set "
-            f"CUDA_HOME to a toolkit of CUDA {torch_cuda.split('.')[0]}, or install a torch for CUDA {toolkit.version[0]}"
+            f"{toolkit.nvcc}: expected CUDA {major} as torch has ({torch_cuda}), got {_dotted(toolkit.version)}: a "
+            f"driver that is new enough for torch may be too old for it; set CUDA_HOME to a toolkit of CUDA {major}, or "
+            f"install a torch for CUDA {toolkit.version[0]}"
         )
 
 
 def choose_architectures(toolkit: Toolkit, asked: str | None = None) -> list[str]:
-    """What to compile for, as TORCH_CUDA_ARCH_LIST has it: ["8.0", "9.0+PTX"]. ``asked`` is that variable, which decides if
-    it is set; else all of ARCHITECTURES that nvcc knows, and PTX of the highest for GPUs to come."""
+    """What to compile for, as TORCH_CUDA_ARCH_LIST has it: ["8.0", "9.0+PTX"].
+
+    ``asked`` is that variable, which decides if it is set; else it is all of ARCHITECTURES that nvcc knows, and PTX of
+    the highest for GPUs to come.
+    """
     if not asked:
         known = [name for name in ARCHITECTURES if _sm(name) in toolkit.gpus]
         if not known:
@@ -89,7 +93,7 @@ def choose_architectures(toolkit: Toolkit, asked: str | None = None) -> list[str
     for name in names:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
             raise ToolkitError(
-                f"TORCH_CUDA_ARCH_LIST: expected compute capabilities such as '8.0;9.0+PTX', got {name!r}; write numbers"
+                f"TORCH_CUDA_ARCH_LIST: expected compute capabilities such as '8.0;9.0+PTX', got {name!r}"
             )
     # images for many packages list GPUs that these kernels cannot run on
     names = [name for name in dict.fromkeys(names) if int(re.sub(r"\D", "", _sm(name))) >= OLDEST_GPU]
@@ -123,8 +127,8 @@ def runtime_folder(toolkit: Toolkit) -> Path:
         if (folder / "libcudart_static.a").is_file():
             return folder
     raise ToolkitError(
-        f"{toolkit.folder}: expected libcudart_static.a in lib64, lib or targets/*/lib, found none; install the toolkit's "
-        "static runtime (cuda-cudart-dev, or cuda-cudart-static with conda)"
+        f"{toolkit.folder}: expected libcudart_static.a in lib64, lib or targets/*/lib, found none; install "
+        "the toolkit's static runtime (cuda-cudart-dev, or cuda-cudart-static with conda)"
     )
 
 
