@@ -136,8 +136,8 @@ kernels = Extension(
     "deslo_plugin._C",
     ["csrc/module.cpp"],
     extra_compile_args=FLAGS,
-    # libtorch brings the CUDA part of torch, and most linkers drop it: nothing here refers to it. The flag holds for what
-    # stands behind it
+    # libtorch brings the CUDA part of torch, and linkers drop it, since nothing here refers to it. The flag holds for
+    # what stands behind it
     extra_link_args=["-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else [],
     py_limited_api=True,
     depends=[str(path) for path in sorted(Path("csrc").iterdir())],

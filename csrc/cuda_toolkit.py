@@ -10,11 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")  # code for one runs on the later ones of its major version too
-    "8.0",
-    "9.0",
-    "10.0",
-    "12.0",
-)  # A100, H100 and H200, B200, RTX 50; each runs on the later ones of its major
 OLDEST_NVCC = (12, 1)  # the first that takes 32 kB of kernel arguments
 OLDEST_GPU = 70  # the first that takes them
 
@@ -70,8 +65,8 @@ def check_runtime(toolkit: Toolkit, torch_cuda: str | None) -> None:
     if major and toolkit.version[0] > major:
         raise ToolkitError(
             f"{toolkit.nvcc}: expected CUDA {major} as torch has ({torch_cuda}), got {_dotted(toolkit.version)}: a "
-            f"driver that is new enough for torch may be too old for it; set CUDA_HOME to a toolkit of CUDA {major}, or "
-            f"install a torch for CUDA {toolkit.version[0]}"
+            "driver that is new enough for torch may be too old for it; set CUDA_HOME to a toolkit of CUDA "
+            f"{major}, or install a torch for CUDA {toolkit.version[0]}"
         )
 
 
