@@ -23,7 +23,6 @@ CudaStatus status_cuda(int device) {
   cudaDriverGetVersion(&status.driver);
   cudaRuntimeGetVersion(&status.runtime);
   if (const cudaError_t error = first_error(device); error != cudaSuccess) status.error = cudaGetErrorName(error);
-  cudaGetLastError();  // torch need not meet it again
   return status;
 }
 

@@ -3,8 +3,10 @@
 nvcc and the compiler are scripts here, so nothing is compiled."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -243,3 +245,22 @@ def needed(path):
 def test_the_module_brings_torchs_cuda_part(kernels):
     """libtorch.so brings libtorch_cuda.so, where the current stream is asked for."""
     assert "libtorch.so" in needed(Path(kernels.__file__))
+
+
+def test_a_source_release_has_what_a_build_needs(tmp_path):
+    tree = tmp_path / "checkout"
+    shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
+    (tree / "csrc" / "__pycache__").mkdir()
+    (tree / "csrc" / "__pycache__" / "cuda_toolkit.cpython-310.pyc").touch()
+    shutil.copytree(ROOT / "configs", tree / "configs")
+    (tree / "deslo_plugin").mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("__init__.py", "version.py", "py.typed"):
+        shutil.copy(ROOT / "deslo_plugin" / name, tree / "deslo_plugin")
+    code = "import setuptools.build_meta as backend; print(backend.build_sdist('out'))"
+    subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True, timeout=300)
+    (archive,) = (tree / "out").glob("*.tar.gz")
+    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    assert {f"csrc/{path.name}" for path in ROOT.glob("csrc/*.*")} <= names
+    assert not any(name.endswith(".pyc") for name in names)
