@@ -6,7 +6,7 @@ ARGS   ?=
 FOLDER ?= build/matrix
 PIP    := $(VENV)/bin/pip --disable-pip-version-check -q install -c constraints.txt
 
-.PHONY: train test check format bench docs matrix clean
+.PHONY: train test check format bench docs matrix cuda-build clean
 
 train: $(VENV)/ready
 	$(VENV)/bin/python examples/train.py --config $(CONFIG) $(ARGS)
@@ -34,6 +34,10 @@ docs: $(VENV)/ready
 # every row of docs/versions.md, each in an environment of its own under FOLDER
 matrix: $(VENV)/ready
 	$(VENV)/bin/python tests/matrix.py --folder $(FOLDER) $(ARGS)
+
+# the module with CUDA into build/cuda/, and a look at what nvcc and the linker made: needs nvcc, no GPU, and minutes
+cuda-build: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/cuda_build.py $(ARGS)
 
 # torch comes first and nothing is built in isolation: an isolated build would fetch another torch, of gigabytes
 $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)

@@ -5,12 +5,13 @@ DESLO_NATIVE = auto  what can be built: CUDA with nvcc and a CUDA torch, nothing
                cuda  the CPU and CUDA kernels, or an error
                off   nothing: the package runs on torch's operators
 
+CUDA code is made for the GPUs that csrc/cuda_toolkit.py lists and nvcc knows, or for those of TORCH_CUDA_ARCH_LIST.
 An isolated build sees no torch, and so builds no kernels: use pip install --no-build-isolation.
 """
 
+import copy
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+import cuda_toolkit
 
 NATIVE = os.environ.get("DESLO_NATIVE", "auto")
 TORCH_ABI = "0x020a000000000000"  # torch 2.10: the oldest that the binary runs on
@@ -40,15 +44,6 @@ X86 = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprfchw", "-mprefer-vector-width=512"],
     "avx2": ["-mavx2", "-mprfchw"],
 }
-CUDA_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "--fmad=false",
-    "--ftz=true",
-    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
-    *(f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90, 100)),
-    "-gencode=arch=compute_100,code=compute_100",
-]
 
 
 class BuildPackage(build_py):
@@ -65,13 +60,14 @@ class BuildKernels(build_ext):
     """Compiles csrc/cpu*.cpp once per instruction set, csrc/*.cu with nvcc, and links them into one module."""
 
     def build_extension(self, extension):
+        self.force = True  # the date of a file does not tell with which settings it was built
         try:
             if NATIVE not in ("auto", "cpu", "cuda"):
                 raise ValueError(f"DESLO_NATIVE: expected auto, cpu, cuda or off, got {NATIVE!r}")
             self._add_torch(extension)
             self._add_cpu(extension)
-            self._add_cuda(extension)
-            super().build_extension(extension)
+            if not self._build_with_cuda(extension):
+                super().build_extension(extension)
         except Exception as error:
             if NATIVE != "auto":
                 raise
@@ -79,6 +75,26 @@ class BuildKernels(build_ext):
                 f"the native kernels were not built, the package will run on torch's operators: {error}", stacklevel=2
             )
             self.extensions.remove(extension)
+
+    def _build_with_cuda(self, extension):
+        """Whether it was wanted and could be done. The CPU kernels do not depend on it."""
+        nvcc = cuda_toolkit.find_nvcc(os.environ)
+        if NATIVE == "cpu" or (NATIVE == "auto" and not (nvcc and self.torch_cuda)):
+            return False
+        try:
+            if not nvcc:
+                raise FileNotFoundError("DESLO_NATIVE=cuda: expected nvcc in CUDA_HOME/bin or on PATH, found none")
+            with_cuda = copy.deepcopy(extension)
+            self._add_cuda(with_cuda, nvcc)
+            super().build_extension(with_cuda)
+            return True
+        except Exception as error:
+            if NATIVE == "cuda":
+                raise
+            warnings.warn(
+                f"the CUDA kernels were not built, CUDA tensors will run on torch's operators: {error}", stacklevel=2
+            )
+            return False
 
     def _add_torch(self, extension):
         import torch
@@ -88,7 +104,7 @@ class BuildKernels(build_ext):
         extension.library_dirs += library_paths()
         extension.libraries += ["torch", "torch_cpu", "c10"]
         extension.define_macros += [("TORCH_TARGET_VERSION", TORCH_ABI), ("Py_LIMITED_API", PYTHON_ABI)]
-        self.cuda_torch = torch.version.cuda is not None
+        self.torch_cuda = torch.version.cuda
 
     def _add_cpu(self, extension):
         x86 = platform.machine() in ("x86_64", "AMD64")
@@ -101,34 +117,18 @@ class BuildKernels(build_ext):
                 depends=extension.depends,
             )
 
-    def _add_cuda(self, extension):
-        nvcc = shutil.which("nvcc") or shutil.which(
-            "nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
-        )
-        if NATIVE == "cpu" or (NATIVE == "auto" and not (nvcc and self.cuda_torch)):
-            return
-        try:
-            if not nvcc:
-                raise FileNotFoundError("DESLO_NATIVE=cuda: expected nvcc on PATH or in CUDA_HOME/bin, found none")
-            targets = {f"csrc/{name}.cu": Path(self.build_temp) / f"{name}.cu.o" for name in ("cuda", "drift", "land")}
-            for source, target in targets.items():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                subprocess.run([nvcc, *CUDA_FLAGS, "-c", source, "-o", target], check=True)
-            # nvcc on PATH may be a script that stands elsewhere than its toolkit
-            plan = subprocess.run(
-                [nvcc, "--dryrun", "-c", "csrc/cuda.cu"], capture_output=True, text=True, check=True
-            ).stderr
-            toolkit = re.search(r"TOP=(.*)", plan)[1]
-        except Exception as error:
-            if NATIVE == "cuda":
-                raise
-            warnings.warn(
-                f"the CUDA kernels were not built, CUDA tensors will run on torch's operators: {error}", stacklevel=2
-            )
-            return
-        extension.extra_objects += map(str, targets.values())
-        extension.define_macros.append(("DESLO_CUDA", None))
-        extension.library_dirs.append(f"{toolkit}/lib64")
+    def _add_cuda(self, extension, nvcc):
+        toolkit = cuda_toolkit.read_toolkit(nvcc)
+        cuda_toolkit.check_runtime(toolkit, self.torch_cuda)
+        architectures = cuda_toolkit.choose_architectures(toolkit, os.environ.get("TORCH_CUDA_ARCH_LIST"))
+        extension.library_dirs.append(str(cuda_toolkit.runtime_folder(toolkit)))
+        flags = [*cuda_toolkit.FLAGS, *cuda_toolkit.code_flags(architectures)]
+        for source in sorted(Path("csrc").glob("*.cu")):
+            target = Path(self.build_temp) / f"{source.name}.o"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([nvcc, *flags, "-c", source, "-o", target], check=True)
+            extension.extra_objects.append(str(target))
+        extension.define_macros.append(("DESLO_CUDA", f'"{" ".join(architectures)}"'))
         extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
 
 
@@ -136,8 +136,9 @@ kernels = Extension(
     "deslo_plugin._C",
     ["csrc/module.cpp"],
     extra_compile_args=FLAGS,
-    # the CUDA part of torch comes through libtorch
-    extra_link_args=["-Wl,--no-as-needed"] if sys.platform == "linux" else [],
+    # libtorch brings the CUDA part of torch, and linkers drop it, since nothing here refers to it. The flag holds for
+    # what stands behind it
+    extra_link_args=["-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else [],
     py_limited_api=True,
     depends=[str(path) for path in sorted(Path("csrc").iterdir())],
 )

@@ -152,19 +152,6 @@ void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("deslo: CUDA: ") + cudaGetErrorString(error));
 }
 
-// Makes `device` current while it lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_));
-    check(cudaSetDevice(device));
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-
- private:
-  int before_ = 0;
-};
-
 // Thread blocks of `kernel` that the device, which is current, holds at once.
 template <typename Kernel>
 int64_t resident_blocks(Kernel kernel, int device) {

@@ -180,7 +180,6 @@ void launch_prepared(Task<S> task, int device, cudaStream_t stream, Prepared<S>*
 
 template <typename S>
 void launch_task(const Task<S>& task, int device, void* on, Prepared<S>* prepared) {
-  const OnDevice guard(device);
   const cudaStream_t stream = static_cast<cudaStream_t>(on);
   if (!task.t && !task.lr) return launch_by_rule(task, task.recipe, device, stream);
   if (task.t && task.hyper.rule == Rule::kAdopt) {

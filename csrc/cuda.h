@@ -13,6 +13,8 @@ struct Prepared {
   float skip;  // not 0: nothing is written
 };
 
+// Every function here wants `device` to be current.
+
 // Queues the task on `stream` (a cudaStream_t) of `device`. `prepared` is memory of the device, to be kept until the stream has
 // come by; it is not looked at if task.t and task.lr are null. Throws std::runtime_error if the launch fails.
 void update_cuda(const Task<float>& task, int device, void* stream, Prepared<float>* prepared);
@@ -24,5 +26,13 @@ int64_t drift_columns(int device);
 void drift_cuda(const DriftTask& task, int device, void* stream, double* sums);
 
 void land_cuda(const LandTask& task, int device, void* stream);
+
+// What a kernel of this module would meet on `device`. Nothing runs.
+struct CudaStatus {
+  const char* error;    // the name of the CUDA error, "" if there is none
+  int driver, runtime;  // CUDA versions as 1000 major + 10 minor; driver is 0 where there is none
+};
+
+CudaStatus status_cuda(int device);
 
 }  // namespace deslo

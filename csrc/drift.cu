@@ -43,12 +43,10 @@ __global__ void __launch_bounds__(kThreads) drift_sums(const __grid_constant__ D
 }  // namespace
 
 int64_t drift_columns(int device) {
-  const OnDevice guard(device);
   return resident_blocks(drift_sums, device) * kThreads;
 }
 
 void drift_cuda(const DriftTask& task, int device, void* stream, double* sums) {
-  const OnDevice guard(device);
   constexpr int64_t chunk = kThreads * kAtOnce;
   DriftBatch batch{};
   batch.sums = sums;

@@ -57,7 +57,6 @@ __global__ void __launch_bounds__(kThreads) land_means(const __grid_constant__ L
 }  // namespace
 
 void land_cuda(const LandTask& task, int device, void* stream) {
-  const OnDevice guard(device);
   constexpr int64_t chunk = kThreads * kAtOnce;
   const int64_t room = resident_blocks(land_means, device);
   LandBatch batch{};

@@ -1,5 +1,6 @@
 // deslo_plugin._C: importing it adds CPU (and CUDA) implementations to the operators that deslo_plugin/ops.py defines.
 #include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cstring>
@@ -7,8 +8,7 @@
 #include "cpu.h"
 #include "operators.h"
 #ifdef DESLO_CUDA
-// Weak: a torch without CUDA has no such function, and no CUDA tensor to ask for it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include <dlfcn.h>
 #endif
 
 namespace deslo {
@@ -90,36 +90,81 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(deslo, CPU, library) { implement<Cpu>(library); }
 
 #ifdef DESLO_CUDA
+using torch::stable::accelerator::DeviceGuard;
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+
+// torch's function for the current stream, null in a torch without CUDA. It is looked up where torch lies in this process: a
+// symbol that the linker leaves open would be null in silence, and the first step would call it.
+CurrentStream current_stream() {
+  static const CurrentStream found = []() -> CurrentStream {
+    for (const char* const name : {"libtorch_cuda.so", "libtorch.so"}) {
+      void* const library = dlopen(name, RTLD_NOLOAD | RTLD_LAZY);
+      void* const symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+      if (symbol) return reinterpret_cast<CurrentStream>(symbol);
+    }
+    return nullptr;
+  }();
+  return found;
+}
+
+// Every call makes the device of its tensors current, through torch: the kernels' own runtime follows the driver.
 struct Cuda {
   static constexpr bool kHostReads = false;
 
   template <typename S>
   static void run(const Task<S>& task, const Tensor& like) {
     const int32_t device = like.get_device_index();
+    const DeviceGuard guard(device);
     const Tensor prepared = room_for_prepared(task, like);
     update_cuda(task, device, stream(device), static_cast<Prepared<S>*>(prepared.mutable_data_ptr()));
   }
 
   static Tensor drift(const DriftTask& task, const Tensor& like) {
     const int32_t device = like.get_device_index();
+    const DeviceGuard guard(device);
     const Tensor sums = zero_sums(like, drift_columns(device));
     drift_cuda(task, device, stream(device), static_cast<double*>(sums.mutable_data_ptr()));
     return sums;
   }
 
   static void land(const LandTask& task, const Tensor& like) {
-    land_cuda(task, like.get_device_index(), stream(like.get_device_index()));
+    const int32_t device = like.get_device_index();
+    const DeviceGuard guard(device);
+    land_cuda(task, device, stream(device));
   }
 
  private:
   static void* stream(int32_t device) {
+    const CurrentStream ask = current_stream();
+    if (!ask) {
+      throw std::runtime_error(
+          "deslo: this torch does not say which CUDA stream is current: expected aoti_torch_get_current_cuda_stream in "
+          "libtorch_cuda.so, found none; install a CUDA build of torch 2.10 or newer, or set DESLO_NATIVE=cpu and install "
+          "deslo_plugin again");
+    }
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+    STABLE_TORCH_ERROR_CODE_CHECK(ask(device, &current));
     return current;
   }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(deslo, CUDA, library) { implement<Cuda>(library); }
+
+// cuda_status(device) -> (error, driver, runtime): the name of the CUDA error that a kernel of this module would meet on the
+// device, "" if none; and the CUDA versions of the driver and of the runtime in this module, as 1000 major + 10 minor.
+PyObject* cuda_status(PyObject*, PyObject* arguments) {
+  int device = 0;
+  if (!PyArg_ParseTuple(arguments, "i", &device)) return nullptr;
+  try {
+    const DeviceGuard guard(device);
+    const CudaStatus status = status_cuda(device);
+    const char* const error = *status.error || current_stream() ? status.error : "no current stream";
+    return Py_BuildValue("sii", error, status.driver, status.runtime);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
 #endif
 
 // isa(name=None) -> str: the instruction set of the CPU kernels, after switching to `name` if it is given.
@@ -138,7 +183,12 @@ PyObject* isa(PyObject*, PyObject* arguments) {
   return PyUnicode_FromString(chosen->name);
 }
 
-PyMethodDef kMethods[] = {{"isa", isa, METH_VARARGS, "Instruction set of the CPU kernels."}, {nullptr, nullptr, 0, nullptr}};
+PyMethodDef kMethods[] = {
+    {"isa", isa, METH_VARARGS, "Instruction set of the CPU kernels."},
+#ifdef DESLO_CUDA
+    {"cuda_status", cuda_status, METH_VARARGS, "Whether the CUDA kernels run on a device."},
+#endif
+    {nullptr, nullptr, 0, nullptr}};
 PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C", "Native kernels of deslo_plugin.", -1, kMethods,
                        nullptr, nullptr, nullptr, nullptr};
 
@@ -149,9 +199,14 @@ PyMODINIT_FUNC PyInit__C() {
   PyObject* const module = PyModule_Create(&deslo::kModule);
 #ifdef DESLO_CUDA
   const char* const backends = "cpu+cuda";
+  const char* const architectures = DESLO_CUDA;  // as TORCH_CUDA_ARCH_LIST has them
 #else
   const char* const backends = "cpu";
+  const char* const architectures = "";
 #endif
-  if (module && PyModule_AddStringConstant(module, "backends", backends) < 0) return nullptr;
+  if (module && (PyModule_AddStringConstant(module, "backends", backends) < 0 ||
+                 PyModule_AddStringConstant(module, "architectures", architectures) < 0)) {
+    return nullptr;
+  }
   return module;
 }

@@ -20,6 +20,7 @@ from deslo_plugin.comm.process_groups import Groups
 from deslo_plugin.comm.topology import Topology
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
+from deslo_plugin.kernels.availability import kernels_on, settle
 from deslo_plugin.log import announce, log_rank0
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.planning.plan import Plan, make_plan
@@ -100,10 +101,12 @@ class Attachment:
             log_rank0(self.summary())
 
     def announce(self) -> None:
-        """Says the plan, and again after the first step if a stock optimizer turned out to have other states; begins to
-        watch."""
+        """Says the plan and what kernels run, and the plan again after the first step if a stock optimizer turned out
+        to have other states; begins to watch."""
+        params = [param for group in self.averaging.optimizer.param_groups for param in group["params"]]
+        settle(params)
         said = self.plan.describe()
-        announce(said)
+        announce(f"{said}\n  kernels: {kernels_on(params)}")
         if self.watch is not None:
             self.watch.on_first_step = lambda: self.plan.describe() == said or announce(self.plan.describe())
             self.watch.begin()

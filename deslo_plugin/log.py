@@ -1,12 +1,14 @@
 """What the package says, once and on one rank: banners and warnings under the logger ``deslo_plugin``."""
 
 import logging
+import os
 import sys
 
 import torch.distributed as dist
 
 logger = logging.getLogger("deslo_plugin")
-_rank = 0  # of this process, as long as it is known: the last messages come after the process group is gone
+# of this process, by its launcher, then as long as it is known: the last messages come after the process group is gone
+_rank = int(os.environ.get("RANK", 0))
 
 
 def log_rank0(message: str, level: int = logging.INFO, *, anywhere: bool = False) -> None:

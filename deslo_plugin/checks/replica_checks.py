@@ -21,7 +21,7 @@ from deslo_plugin.config.load import as_dict
 from deslo_plugin.config.reader import plain
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
-from deslo_plugin.kernels.update import native
+from deslo_plugin.kernels.availability import kernels_on
 from deslo_plugin.log import log_rank0
 
 SEED_ALIKE = 'seed every rank alike, or set "deslo": {"initial_params": "auto"} to start from replica 0'
@@ -78,15 +78,8 @@ def optimizer_traits(averaging: StateAverager, config: Config) -> dict[str, Any]
     }
     kind = {"type": type(averaging.optimizer).__name__}
     if any(adaptive(group["sync_every"]) for group in averaging.groups):
-        kind["kernels, which measure what adaptive periods go by,"] = f"{native()} on {_device_of(averaging)}"
+        kind["kernels, which measure what adaptive periods go by,"] = kernels_on(averaging.optimizer.state)
     return as_dict(config) | of_groups | kind
-
-
-def _device_of(averaging: StateAverager) -> str:
-    devices = {param.device for param in averaging.optimizer.state}
-    return ", ".join(
-        sorted({torch.cuda.get_device_name(each) if each.type == "cuda" else each.type for each in devices})
-    )
 
 
 def broadcast_or_check_params(

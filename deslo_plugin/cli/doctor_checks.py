@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deslo_plugin.cli.probe import hosts_of, lines, placement, unsteadiness
 from deslo_plugin.cli.self_test import is_deepspeed, self_test
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
-from deslo_plugin.kernels import update
+from deslo_plugin.kernels import availability, update
 from deslo_plugin.planning.link_probe import probe
 from deslo_plugin.version import __version__
 
@@ -58,8 +58,6 @@ def versions() -> list[Check]:
 
 def kernels(device: torch.device) -> Check:
     """The update of Adam on this rank's device, in a race with torch's fused AdamW."""
-    built = update.native()
-    kind = "cuda" if device.type == "cuda" else "cpu"
     x, g, u, v = (torch.rand(NUMEL, device=device) for _ in range(4))
 
     def ours() -> None:
@@ -83,16 +81,12 @@ def kernels(device: torch.device) -> Check:
     theirs = torch.optim.AdamW([weights], fused=True).step
     seconds, other = _median_seconds(ours, device), _median_seconds(theirs, device)
     rate = NUMEL * BYTES_PER_ELEMENT / seconds / 1e9
-    found = f"{built}: {rate:.3g} GB/s on {kind}, {other / seconds:.2f} times as fast as torch's fused AdamW"
+    found = (
+        f"{availability.kernels_on([x])}: {rate:.3g} GB/s, {other / seconds:.2f} times as fast as torch's fused AdamW"
+    )
     found += f", {dist.get_world_size()} ranks at once" if dist.is_initialized() else ""
-    if kind not in built:
-        return Check(
-            "kernels",
-            WARNING,
-            found,
-            f"every step is slower without kernels for it: DESLO_NATIVE={kind} pip install --no-build-isolation . "
-            "builds them or says why not",
-        )
+    if complaint := availability.complaint(device):
+        return Check("kernels", WARNING, f"{complaint.why}; {found}", f"every step is slower: {complaint.do}")
     return Check("kernels", OK, found)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.kernels.argument_checks import refuse, refuse_overlap
+from deslo_plugin.kernels.availability import define, settle
 
 WIDE = (torch.float32, torch.float64)
 
@@ -25,6 +26,7 @@ _library = torch.library.Library("deslo", "FRAGMENT")
 def land_(x: Sequence[Tensor], local: Sequence[Tensor], mean: Sequence[Tensor], factor: float) -> None:
     """The operator; tensors of ``x`` that are not contiguous are copied first and written back."""
     rows = [tensor.contiguous() for tensor in x]
+    settle(x[:1])
     torch.ops.deslo.land_(rows, local, mean, factor)
     for tensor, row in zip(x, rows):
         if tensor is not row:
@@ -71,6 +73,5 @@ def _check_tensor(name: str, tensor: Tensor, x_name: str, x: Tensor, device: tor
         refuse(f"{name}: expected float32, float64, bfloat16 or float16, got another dtype")
 
 
-_library.define("land_(Tensor(a!)[] x, Tensor[] local, Tensor[] mean, float factor) -> ()")
-_library.impl("land_", reference, "CompositeExplicitAutograd")
+define(_library, "land_(Tensor(a!)[] x, Tensor[] local, Tensor[] mean, float factor) -> ()", reference)
 torch.library.register_fake("deslo::land_", lambda x, local, mean, factor: None, lib=_library)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.kernels.argument_checks import refuse
+from deslo_plugin.kernels.availability import define, settle
 
 ROW = 1024  # elements that the reference sums as one
 CACHED, QUEUED = 64, 1 << 14  # rows that it widens at a time: few for the caches of a CPU, many for the queue of a GPU
@@ -44,6 +45,7 @@ class Drift:
 
 def measure(local: Sequence[Tensor], mean: Sequence[Tensor]) -> Tensor:
     """The operator; tensors of ``local`` that are not contiguous are copied first."""
+    settle(local[:1])
     return torch.ops.deslo.drift([tensor.contiguous() for tensor in local], mean)
 
 
@@ -94,8 +96,7 @@ def _check(local: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
             refuse(f"mean[{i}]: expected shape {list(x.shape)} of local[{i}], got {list(m.shape)}")
 
 
-_library.define("drift(Tensor[] local, Tensor[] mean) -> Tensor")
-_library.impl("drift", reference, "CompositeExplicitAutograd")
+define(_library, "drift(Tensor[] local, Tensor[] mean) -> Tensor", reference)
 torch.library.register_fake(
     "deslo::drift", lambda local, mean: local[0].new_empty(3, dtype=torch.float64), lib=_library
 )

@@ -22,11 +22,7 @@ The native kernels flush subnormal numbers to zero. Their results do not depend 
 bit, on the instruction set.
 """
 
-import importlib
-import importlib.util
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from itertools import accumulate, chain
 from operator import mul
 from typing import Any
@@ -36,9 +32,10 @@ from torch import Tensor
 
 from deslo_plugin.algorithm.rules import RULES, Rule, Tensors, clipped
 from deslo_plugin.algorithm.stochastic_rounding import round_
+from deslo_plugin.kernels import availability
 from deslo_plugin.kernels.argument_checks import refuse, refuse_overlap
+from deslo_plugin.kernels.availability import settle
 from deslo_plugin.kernels.local_tensors import local
-from deslo_plugin.log import log_rank0
 
 MAX_MOMENTA = 16
 
@@ -59,9 +56,7 @@ _SCALARS = {"t": torch.int64, "lr": torch.float64}  # numbers that may be tensor
 _library = torch.library.Library("deslo", "DEF")
 
 
-def native() -> str:
-    """What runs the rules: ``"cpu+cuda"`` or ``"cpu"`` (the kernels that were built) or ``"python"`` (none)."""
-    return _BACKENDS
+native = availability.native
 
 
 def sgdm_(x: Tensors, g: Tensors, u: Sequence[Tensors], *, copy: Tensors = (), **numbers: Any) -> None:
@@ -87,6 +82,8 @@ def _call(name: str, x: Tensors, g: Tensors, u: Sequence[Tensors], *v: Tensors, 
         if isinstance(numbers[scalar], Tensor):
             numbers |= {scalar: 0, f"{scalar}_tensor": numbers[scalar].to(dtype)}
     lists = map(local, (x, g, list(chain.from_iterable(u)), *v, copy))
+    if not torch.compiler.is_compiling():
+        settle(x[:1])
     getattr(torch.ops.deslo, name)(*lists, **numbers)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([*x, *copy])  # a backward through old values must notice
@@ -114,7 +111,7 @@ def reference(rule: str) -> Callable[..., None]:
         *v, copy = more
         scalars = {"grad_scale": grad_scale, "found_inf": found_inf, "t": t_tensor, "lr": lr_tensor}
         _check(x, g, u, v, copy, betas, weights, clip_value, scalars)
-        _say_slow(x[0].device.type)
+        settle(x[:1])
         t, lr = t if t_tensor is None else t_tensor.item(), lr if lr_tensor is None else lr_tensor.item()
         if found_inf is not None and found_inf.item():
             return
@@ -142,22 +139,6 @@ def _wide(tensors: Tensors, states: Tensors) -> Tensors:
     return [
         tensor.to(torch.float64 if s.dtype == torch.float64 else torch.float32) for tensor, s in zip(tensors, states)
     ]
-
-
-@cache
-def _say_slow(device: str) -> None:
-    if _MISFIT:
-        return log_rank0(
-            f"deslo: deslo_plugin._C does not fit torch {torch.__version__} ({_MISFIT}): updates run on torch's "
-            "operators, several times slower; build it again with pip install --no-build-isolation (it needs torch "
-            "2.10), or leave it out with DESLO_NATIVE=off",
-            logging.WARNING,
-        )
-    log_rank0(
-        f"deslo: no native kernels for {device} tensors: updates run on torch's operators, several times slower; "
-        f"DESLO_NATIVE={'cuda' if device == 'cuda' else 'cpu'} pip install --no-build-isolation builds them or says "
-        f"why not"
-    )
 
 
 def _check(
@@ -238,8 +219,7 @@ def _define() -> None:
     for name, rule in RULES.items():
         tensors = [schema for letter, schema in _TENSORS.items() if letter != "v" or rule.has_second_moment]
         numbers = [part for part in (_NUMBERS, _second_moment(rule), _OPTIONS) if part]
-        _library.define(f"{name}_({', '.join(tensors)}, *, {', '.join(numbers)}) -> ()")
-        _library.impl(f"{name}_", reference(name), "CompositeExplicitAutograd")
+        availability.define(_library, f"{name}_({', '.join(tensors)}, *, {', '.join(numbers)}) -> ()", reference(name))
         torch.library.register_fake(f"deslo::{name}_", lambda *tensors, **numbers: None, lib=_library)
 
 
@@ -250,19 +230,5 @@ def _second_moment(rule: Rule) -> str:
     return "float beta2, float eps" + (", bool bias_correction" if rule.corrects_bias else "")
 
 
-def _load() -> str:
-    """Imports the native module after its operators are defined; without it, or with one for another torch,
-    ``_say_slow`` says why at the first update: rank 0 is known then."""
-    global _MISFIT
-    if importlib.util.find_spec("deslo_plugin._C") is None:
-        return "python"
-    try:
-        return importlib.import_module("deslo_plugin._C").backends
-    except ImportError as error:
-        _MISFIT = str(error)
-        return "python"
-
-
-_MISFIT = ""  # why the native module that is there was not loaded
 _define()
-_BACKENDS = _load()
+availability.load()

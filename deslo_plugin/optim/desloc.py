@@ -21,6 +21,7 @@ from deslo_plugin.config.load import check_periods, load_config
 from deslo_plugin.config.periods import group_periods
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
+from deslo_plugin.kernels.availability import settle
 from deslo_plugin.kernels.update import OPERATORS
 from deslo_plugin.optim.adam_states import in_own_form
 from deslo_plugin.optim.capture import refuse_capture
@@ -89,6 +90,7 @@ class DesLoc(torch.optim.Optimizer):
 
     def attach(self, average: Transport, params: Any, on_average: Callable[[SyncEvent], object] | None = None) -> None:
         """Creates the state of ``params`` where none was loaded, connects the transport and arms ``step``."""
+        settle(param for group in self.param_groups for param in group["params"])
         # not those that are as they were made
         trained = {param: state for param, state in self.state.items() if state.get(STEP)}
         self.state.clear()
