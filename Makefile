@@ -4,9 +4,12 @@ VENV   ?= .venv
 CONFIG ?= configs/des-loc-adam-qh.json
 ARGS   ?=
 FOLDER ?= build/matrix
+GPU_ARGS ?=
+GPU_PACK ?= build/gpu-pack
+GPU_MODULE ?=
 PIP    := $(VENV)/bin/pip --disable-pip-version-check -q install -c constraints.txt
 
-.PHONY: train test check format bench docs matrix cuda-build clean
+.PHONY: train test check format bench gpu gpu-pack docs matrix cuda-build clean
 
 train: $(VENV)/ready
 	$(VENV)/bin/python examples/train.py --config $(CONFIG) $(ARGS)
@@ -24,6 +27,15 @@ format: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/overhead.py $(ARGS)
+
+# all that one GPU can say, in order of worth: GPU_ARGS="--limit 600", or "--device cpu" for the dry run
+gpu: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/gpu/plan.py $(GPU_ARGS)
+
+# for a GPU machine without network: there, python3 benchmarks/gpu/plan.py --pack build/gpu-pack; GPU_MODULE is a
+# _C.abi3.so that is built already
+gpu-pack: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/gpu/pack.py --folder $(GPU_PACK) $(if $(GPU_MODULE),--module $(GPU_MODULE))
 
 # the pages as a site under build/site; docs/index.md is README with links of its own
 docs: $(VENV)/ready

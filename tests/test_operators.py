@@ -3,7 +3,8 @@ tensors."""
 
 import pytest
 import torch
-from test_native import BRIEF, FLOAT32, MIXED, Case, assert_same_bits
+from cases import FLOAT32, Case, assert_same_bits
+from test_native import BRIEF, MIXED
 
 from deslo_plugin import DesLoc
 from deslo_plugin.kernels import update as ops

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from test_native import FLOAT32, Case, assert_close, assert_same_bits
+from cases import FLOAT32, Case, assert_close, assert_same_bits
 from worlds import threads
 
 from deslo_plugin import ConfigError, DesLoc

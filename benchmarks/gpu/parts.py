@@ -1,0 +1,115 @@
+"""What a GPU is asked, in order of worth: the parts of plan.py with their commands and time limits."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = "benchmarks/gpu"
+CONFIG = "configs/des-loc-adam.json"
+KERNEL_TESTS = [
+    f"tests/test_{name}.py" for name in ("native", "operators", "drift", "landing", "rounding", "optimizer")
+]
+ELSEWHERE = "the dry run trains under DDP alone; tests/test_example.py has the other frameworks"
+WORLD_TESTS = ["tests/test_torch.py", "tests/test_torch_use.py"]
+DOCTOR = ["-m", "deslo_plugin.cli", "doctor", "--config", CONFIG]
+ITSELF, COMPILES = "needs a GPU", "DeepSpeed would compile an operator of its own for the CPU first"
+TINY = {  # of the dry run
+    "bandwidth": ["--millions", "0.015625", "0.125", "--rounds", "3", "--tensors", "20"],
+    "overlap": ["--width", "64", "--rows", "32", "--layers", "2", "--steps", "4", "--every", "2", "--link-ms", "2"],
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question: a command that answers with its exit status. ``{out}`` in it is a JSON file for its figures.
+
+    ``needs``: programs and modules without which it is skipped; ``gpu``: why the dry run cannot answer it, if so.
+    """
+
+    name: str
+    command: Sequence[str]
+    limit: float  # seconds
+    needs: Sequence[str] = ()
+    gpu: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+
+    def lacks(self, device: str) -> str:
+        """Why this part cannot run here; "" if it can."""
+        if self.gpu and device != "cuda":
+            return self.gpu
+        missing = [name for name in self.needs if not (shutil.which(name) or find_spec(name))]
+        return f"{', '.join(missing)} not found" if missing else ""
+
+
+def parts_for(device: str) -> list[Part]:
+    """All parts; those that can run on the CPU have tiny sizes there."""
+    dry = device != "cuda"
+    python, where = sys.executable, ["--device", device]
+    script = lambda name, *options: [python, f"{HERE}/{name}.py", *where, *options]
+    torchrun = lambda ranks: [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=3"]
+    workers = ["-n", "8"] if find_spec("xdist") and not dry else []
+    figures = ["--out", "{out}"]
+
+    def overlap(kind: str) -> Part:
+        needs = ["deepspeed"] if kind.startswith("zero") else []
+        return Part(f"overlap-{kind}", script("overlap", "--kind", kind, *dry * TINY["overlap"], *figures), 90, needs)
+
+    def train(framework: str) -> Part:
+        needs = {"deepspeed": ["deepspeed"], "accelerate": ["accelerate"]}.get(framework, [])
+        options = ["--framework", framework, "--config", CONFIG, "--replica-size", "1"]
+        small = ["--steps", "2", "--dim", "12", "--layers", "1", "--context", "16"] if dry else ["--steps", "200"]
+        command = [*torchrun(1), "examples/train.py", *options, *small]
+        gpu = "" if framework == "ddp" else ELSEWHERE
+        return Part(f"train-{framework}", command, 90, [*needs, "psutil", "rich"], gpu)
+
+    return [
+        Part("smoke", script("smoke"), 90),
+        Part("kernels", script("kernels", "--quick" if dry else "--big"), 300),
+        Part(
+            "sanitizer",
+            ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *script("kernels", "--quick")],
+            180,
+            ["compute-sanitizer"],
+            gpu=ITSELF,
+        ),
+        Part(
+            "tests-kernels",
+            [*pytest, *(["-k", "found_inf or twice", "tests/test_native.py"] if dry else [*workers, *KERNEL_TESTS])],
+            240,
+            ["pytest", "hypothesis"],
+        ),
+        Part("bandwidth", script("bandwidth", *dry * TINY["bandwidth"], *figures), 150),
+        overlap("plain"),
+        overlap("zero2"),
+        overlap("zero3"),
+        overlap("ddp"),
+        overlap("fsdp2"),
+        Part("frameworks", [*torchrun(2 if dry else 4), *script("frameworks", *dry * ["--quick"])[1:]], 180),
+        Part(
+            "doctor",
+            [*torchrun(1), "-m", "deslo_plugin.cli", "doctor", "--config", CONFIG],
+            90,
+            ["typer", "rich"],
+            COMPILES,
+        ),
+        *(train(framework) for framework in ("ddp", "fsdp", "accelerate", "deepspeed")),
+        Part(
+            "tests-worlds", [*pytest, "tests/test_torch.py", "tests/test_torch_use.py"], 400, ["hypothesis"], gpu=ITSELF
+        ),
+        Part(
+            "ncu",
+            [
+                *("ncu", "--kernel-name", "regex:update", "--launch-skip", "3", "--launch-count", "1"),
+                *("--section", "SpeedOfLight", "--section", "Occupancy", "--section", "MemoryWorkloadAnalysis"),
+                *script("bandwidth", "--millions", "128", "--rounds", "3"),
+            ],
+            120,
+            ["ncu"],
+            gpu=ITSELF,
+        ),
+    ]
