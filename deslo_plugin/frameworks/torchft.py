@@ -249,6 +249,7 @@ DESLO = {
     "initial_params": ("auto", "check"),
     "replica_size": ("auto", 1),
     "state_dict": ("refuse",),
+    "transport": ("device",),  # the manager's process group carries averages
     "telemetry": (None,),  # files are named by replica
 }
 
