@@ -34,8 +34,8 @@ class Attachment:
 
     ``groups`` is None where replicas come and go. ``gradient_bytes`` are per param group, on this rank;
     ``buffer_bytes`` is what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer
-    alone; ``fixed_numels`` are the ``numels`` where its param groups do not show them. ``route`` is the way that averages
-    take.
+    alone; ``fixed_numels`` are the ``numels`` where its param groups do not show them. ``route`` is the way of
+    averages.
     """
 
     averaging: StateAverager

@@ -44,7 +44,7 @@ class _Parcel:
         self._error: Exception | None = None
 
     def hand_over(self, gloo: Any) -> None:
-        """Starts the all-reduce once the chunk is in host memory. The courier's part: an error is raised by ``wait``."""
+        """The courier's part: starts the all-reduce once the chunk is in host memory. ``wait`` raises its errors."""
         try:
             self._staging.wait(self._staged)
             options = dist.AllreduceOptions()
@@ -94,7 +94,8 @@ class Courier:
             ) from error
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._gloo, self._stagings = gloo, dict[torch.device, Staging]()
-        Thread(target=_serve, args=(self._queue, gloo), daemon=True, name="deslo courier").start()
+        self._thread = Thread(target=_serve, args=(self._queue, gloo), daemon=True, name="deslo courier")
+        self._thread.start()
         _couriers.add(self)
 
     def send(self, chunk: Tensor) -> _Parcel:
@@ -110,10 +111,11 @@ class Courier:
         return self._stagings[device]
 
     def drain(self, seconds: float) -> None:
-        """Waits, for so long at most, until all that was sent is handed over."""
-        done = Event()
-        self._queue.put(done.set)
-        done.wait(seconds)
+        """Waits, for so long at most, until all that was sent is handed over. In a forked process there is nothing."""
+        if self._thread.is_alive():
+            done = Event()
+            self._queue.put(done.set)
+            done.wait(seconds)
 
 
 def _serve(queue: "SimpleQueue[Any]", gloo: Any) -> None:

@@ -16,7 +16,7 @@ from deslo_plugin.errors import ConfigError
 
 @dataclass(frozen=True)
 class Staged:
-    """A chunk in host memory: ``buffer`` is valid once ``arrived``, an event of the device, has come (None: at once)."""
+    """A chunk in host memory: ``buffer`` holds it once ``arrived`` has come, an event of the device (None: at once)."""
 
     buffer: Tensor
     arrived: Any = None
@@ -26,7 +26,7 @@ class Staging(Protocol):
     """The way between one device and host memory."""
 
     def to_host(self, chunk: Tensor) -> Staged:
-        """Starts to copy ``chunk`` as the current stream leaves it. The caller keeps ``chunk`` alive and unchanged until
+        """Starts to copy ``chunk`` as the current stream leaves it. The caller keeps it alive and unchanged until
         ``wait`` has returned."""
 
     def wait(self, staged: Staged) -> None:

@@ -48,8 +48,9 @@ def probe(
 ) -> Measured:
     """B and l of 2 b/B (1 - 1/M) + l, from ``rounds`` samples each of ``nbytes`` float32 from every rank.
 
-    ``host``: by way of host memory, as with ``deslo.transport: "host"``. Needs two replicas or more. Collective over all ranks; every rank gets the same answer. Raises ``AverageError`` if a
-    rank does not answer within ``timeout_s`` seconds.
+    ``host``: by way of host memory, as with ``deslo.transport: "host"``. Needs two replicas or more. Collective over
+    all ranks; every rank gets the same answer. Raises ``AverageError`` if a rank does not answer within ``timeout_s``
+    seconds.
     """
     topology = groups.topology
     average = (HostTransport if host else ReplicaTransport)(groups, timeout_s=timeout_s)

@@ -55,10 +55,8 @@ class Plan:
 
     @property
     def _sent_at_once(self) -> int:
-        sent = (
-            group.bytes_per_event[state] for group in self.groups for state in group.periods if group.periods[state]
-        )
-        return sum(sent) + self.buffer_bytes
+        averaged = ((group, state) for group in self.groups for state, period in group.periods.items() if period)
+        return sum(group.bytes_per_event[state] for group, state in averaged) + self.buffer_bytes
 
     @property
     def vectors_per_step(self) -> float:
