@@ -60,10 +60,10 @@ class FakeCuda:
     def __init__(self) -> None:
         self._default, self._here = Stream(), threading.local()
 
-    def Stream(self, device: object) -> Stream:  # noqa: N802  (torch's name)
+    def Stream(self, device: object) -> Stream:
         return Stream()
 
-    def Event(self, blocking: bool = False) -> Event:  # noqa: N802  (torch's name)
+    def Event(self, blocking: bool = False) -> Event:
         return Event(self)
 
     def current_stream(self, device: object = None) -> Stream:
