@@ -24,6 +24,7 @@ from deslo_plugin.kernels.availability import kernels_on, settle
 from deslo_plugin.log import announce, log_rank0
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.planning.plan import Plan, make_plan
+from deslo_plugin.planning.route import Route
 from deslo_plugin.renamed import Renamed
 from deslo_plugin.telemetry.recorder import Recorder
 
@@ -34,7 +35,8 @@ class Attachment:
 
     ``groups`` is None where replicas come and go. ``gradient_bytes`` are per param group, on this rank;
     ``buffer_bytes`` is what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer
-    alone; ``fixed_numels`` are the ``numels`` where its param groups do not show them.
+    alone; ``fixed_numels`` are the ``numels`` where its param groups do not show them. ``route`` is the way of
+    averages.
     """
 
     averaging: StateAverager
@@ -45,6 +47,7 @@ class Attachment:
     buffer_bytes: int = 0
     engine_steps: bool = False
     watch: Watch | None = None
+    route: Route | None = None
 
     @property
     def numels(self) -> Sequence[int]:
@@ -179,6 +182,7 @@ class Attachment:
                 self.averaging.state_numels(group) if isinstance(self.averaging, AnyOptimizerAverager) else {}
                 for group in self.averaging.groups
             ],
+            route=self.route,
         )
 
     @property

@@ -73,7 +73,9 @@ def _with_config(path: Path | None, device: torch.device) -> list[Check]:
 def _between_replicas(config: Config, device: torch.device) -> list[Check]:
     groups = groups_of(config.deslo)
     found = [checks.topology(groups)]
-    return found + ([checks.link(groups, device)] if groups.topology.replicas > 1 else [])
+    if groups.topology.replicas > 1:
+        found.append(checks.link(groups, device, host=config.deslo.transport == "host"))
+    return found
 
 
 def _tried(name: str, look: Callable[[], list[Check]]) -> list[Check]:

@@ -102,9 +102,9 @@ def topology(groups: Groups) -> Check:
     return Check("replicas", WARNING if wrong else OK, "; ".join([found, *wrong]), do)
 
 
-def link(groups: Groups, device: torch.device) -> Check:
-    """The link between replicas. Collective."""
-    measured = probe(groups, device, nbytes=8 << 20, rounds=5)
+def link(groups: Groups, device: torch.device, host: bool) -> Check:
+    """The link between replicas, measured the way that averages take. Collective."""
+    measured = probe(groups, device, nbytes=8 << 20, rounds=5, host=host)
     found = "; ".join(lines(measured, groups.topology, hosts_of(groups.topology))[1:3])
     return Check("link", WARNING if measured.unsteady else OK, found, "; ".join(unsteadiness(measured)))
 

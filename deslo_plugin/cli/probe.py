@@ -50,7 +50,7 @@ def probe(
                 f"one of {groups.topology.replica_size} rank(s)",
                 "start more ranks, or give a smaller --replica-size",
             )
-        measured = measure(groups, device, nbytes=mb << 20, rounds=rounds)
+        measured = measure(groups, device, nbytes=mb << 20, rounds=rounds, host=deslo.transport == "host")
         hosts = hosts_of(groups.topology)
     if as_json:
         show_json(as_dict(measured, groups.topology, hosts))

@@ -160,8 +160,12 @@ class ReplicaTransport(Fixed):
         own = chunk.chunk(self.divisor)[self.copies.rank() if self.copies else 0]
         launch, at = self.progress.launches, time.monotonic()
         with self.named_errors(launch, at):
-            work = dist.all_reduce(own, op=dist.ReduceOp.AVG, group=self.groups.replica, async_op=True)
+            work = self._all_reduce(own)
         return _Pending(self, work, chunk, own, launch, at)
+
+    def _all_reduce(self, own: Tensor) -> dist.Work:
+        """Starts the mean of ``own`` over the ranks of ``groups.replica``, in place."""
+        return dist.all_reduce(own, op=dist.ReduceOp.AVG, group=self.groups.replica, async_op=True)
 
     @contextmanager
     def named_errors(self, launch: int, at: float) -> Iterator[None]:

@@ -24,6 +24,7 @@ from deslo_plugin.config.schema import (
     REPLICA_WEIGHTS,
     STATE_DICTS,
     STATE_DTYPES,
+    TRANSPORTS,
     WIRE_DTYPES,
     Config,
     DesloConfig,
@@ -149,6 +150,7 @@ def read_deslo(block: Any) -> DesloConfig:
         replica_weights=reader.choice(
             "replica_weights", default.replica_weights, REPLICA_WEIGHTS, renamed=RENAMED_VALUES
         ),
+        transport=reader.choice("transport", default.transport, TRANSPORTS),
         telemetry=read_telemetry(reader),
     )
     reader.finish()

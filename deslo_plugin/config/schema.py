@@ -18,6 +18,7 @@ REPLICA_WEIGHTS = ("uniform", "samples")
 INITIAL_PARAMS = ("auto", "broadcast", "check")
 STATE_DICTS = ("refuse", "averaged", "last_average")
 DIGESTS = ("crc32", "sha256")
+TRANSPORTS = ("device", "host", "auto")
 STATE_DTYPES = ("float32", "bfloat16")
 
 
@@ -94,7 +95,7 @@ class DesloConfig:
     ``checkpoint_digest`` what proves its files; ``state_dict`` is what ``state_dict()`` of the model does while
     replicas differ; ``telemetry`` is what is written down, if anything. ``initial_params`` is what becomes of replicas
     that start unequal: "auto" makes them equal to replica 0 and says what differed, "broadcast" does so without a word,
-    "check" is an error."""
+    "check" is an error. ``transport`` is the way averages take: from device to device, or through host memory."""
 
     replica_size: int | str = "auto"
     synchronous_steps: int = 0
@@ -111,6 +112,7 @@ class DesloConfig:
     state_dict: str = "refuse"
     checkpoint_digest: str = "crc32"
     replica_weights: str = "uniform"
+    transport: str = "device"
     telemetry: Telemetry | None = None
 
 

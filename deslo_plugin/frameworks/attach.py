@@ -30,7 +30,7 @@ from deslo_plugin.checks.replica_checks import (
 from deslo_plugin.checks.replica_watch import Watch
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank, make_groups
 from deslo_plugin.comm.topology import contiguous
-from deslo_plugin.comm.transport import ReplicaTransport, SingleReplica, Transport
+from deslo_plugin.comm.transport import SingleReplica, Transport
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks import ddp, fsdp2, torchft
@@ -46,6 +46,7 @@ from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager, Everyone
 from deslo_plugin.optim.any_optimizer_step import schedule
 from deslo_plugin.optim.desloc import DesLoc
 from deslo_plugin.planning.plan import BYTES
+from deslo_plugin.planning.transport_choice import choose_route, make_transport
 
 
 def attach(
@@ -123,7 +124,8 @@ def attach(
     if sharded:
         fsdp2.keep_inside_replicas(model, replicate)
     copies = groups.shard if ddps else fsdp2.copies_of(model) if sharded else None
-    average = ReplicaTransport(groups, timeout_s=config.deslo.timeout_s, copies=copies)
+    way = choose_route(config.deslo, groups, trained.values())
+    average = make_transport(way, groups, config.deslo, copies)
     averaging = _averaging_of(
         optimizer, config, average, lambda value: list(all_gather_by_rank(value, groups.world).values()), on_average
     )
@@ -142,6 +144,7 @@ def attach(
         gradient_bytes=[_gradient_bytes(ddps, each, config, average.divisor) for each in params],
         buffer_bytes=sum(buffer.numel() for buffer in buffers) * BYTES[config.deslo.wire_dtype],
         watch=Watch(averaging, groups, named, plain, names_left_out=first),
+        route=way,
     )
     averaging.members.names = {param: name for name, param in named.items()}
     optimizer.deslo = attachment
@@ -260,7 +263,9 @@ def _keep_inside_replicas(
     """Whatever wrapped the model reduces gradients inside replicas only; buffers follow the parameters' averages."""
     if buffers:
         everyone = replace(groups, replica=groups.world)
-        average = ReplicaTransport(everyone, timeout_s=averaging.deslo.timeout_s, progress=averaging.transport.progress)
+        average = type(averaging.transport)(  # the way of the parameters
+            everyone, timeout_s=averaging.deslo.timeout_s, progress=averaging.transport.progress
+        )
         averaging.add_buffers(buffers, average)
     for each in ddps:
         ddp.hook(each, averaging, groups)

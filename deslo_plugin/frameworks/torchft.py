@@ -254,6 +254,7 @@ DESLO = {
     "initial_params": ("auto", "check"),
     "replica_size": ("auto", 1),
     "state_dict": ("refuse",),
+    "transport": ("device",),  # the manager's process group carries averages
     "telemetry": (None,),  # files are named by replica
 }
 

@@ -8,6 +8,7 @@ from statistics import median, quantiles
 import torch
 import torch.distributed as dist
 
+from deslo_plugin.comm.host_transport import HostTransport
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
 from deslo_plugin.comm.transport import ReplicaTransport
 from deslo_plugin.planning.forecast import Link
@@ -43,14 +44,17 @@ class Measured:
         return self.gbit_per_s.high - self.gbit_per_s.low > UNSTEADY * self.gbit_per_s.median
 
 
-def probe(groups: Groups, device: torch.device, *, nbytes: int, rounds: int, timeout_s: float = 60.0) -> Measured:
+def probe(
+    groups: Groups, device: torch.device, *, nbytes: int, rounds: int, timeout_s: float = 60.0, host: bool = False
+) -> Measured:
     """B and l of 2 b/B (1 - 1/M) + l, from ``rounds`` samples each of ``nbytes`` float32 from every rank.
 
-    Needs two replicas or more. Collective over all ranks; every rank gets the same answer. Raises ``AverageError`` if a
-    rank does not answer within ``timeout_s`` seconds.
+    ``host``: by way of host memory, as with ``deslo.transport: "host"``. Needs two replicas or more. Collective over
+    all ranks; every rank gets the same answer. Raises ``AverageError`` if a rank does not answer within ``timeout_s``
+    seconds.
     """
     topology = groups.topology
-    average = ReplicaTransport(groups, timeout_s=timeout_s)
+    average = (HostTransport if host else ReplicaTransport)(groups, timeout_s=timeout_s)
     small, large = (torch.zeros(numel, dtype=torch.float32, device=device) for numel in (1, max(1, nbytes // 4)))
 
     def calls(chunk: torch.Tensor, count: int) -> Callable[[], None]:

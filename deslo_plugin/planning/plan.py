@@ -10,6 +10,7 @@ from deslo_plugin.algorithm.schedule import Periods, due, vectors_per_step
 from deslo_plugin.algorithm.state_names import BUFFERS, GRADIENTS, PARAMS
 from deslo_plugin.comm.topology import Topology
 from deslo_plugin.config.schema import Config, OptimizerConfig
+from deslo_plugin.planning.route import Route
 
 BYTES = {"float32": 4, "float64": 8}
 HORIZON = 100_000  # steps that next_sync looks ahead
@@ -34,6 +35,7 @@ class Plan:
     groups: tuple[GroupPlan, ...]
     buffer_bytes: int = 0
     divisor: int = 1
+    route: Route = Route()
 
     @property
     def synchronous_bytes(self) -> int:
@@ -44,10 +46,17 @@ class Plan:
     def flight_bytes(self) -> int:
         """Memory that averages take on this rank while all states fly at once: copies in wire dtype, two with a
         delay."""
-        sent = sum(
-            group.bytes_per_event[state] for group in self.groups for state, period in group.periods.items() if period
-        )
-        return (sent + self.buffer_bytes) * self.divisor * (2 if self.config.deslo.sync_delay > 1 else 1)
+        return self._sent_at_once * self.divisor * (2 if self.config.deslo.sync_delay > 1 else 1)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that averages through it take on this rank while all states fly at once."""
+        return self._sent_at_once if self.route.host else 0
+
+    @property
+    def _sent_at_once(self) -> int:
+        averaged = ((group, state) for group in self.groups for state, period in group.periods.items() if period)
+        return sum(group.bytes_per_event[state] for group, state in averaged) + self.buffer_bytes
 
     @property
     def vectors_per_step(self) -> float:
@@ -131,6 +140,8 @@ class Plan:
             )
         if opt is not None and opt.reset_momenta:
             lines.append("  momenta are reset after each average of params")
+        if way := self.route.describe():
+            lines.append(f"  {way}")
         if not any(group.numel for group in self.groups):
             return lines[0] + "\n  nothing averages: all parameters are frozen"
         moved = dict.fromkeys(self._vectors_per_step(at) for at in (longest, shortest))  # one number, or from and to
@@ -139,6 +150,7 @@ class Plan:
             f"{' to '.join(f'{1 / each:.1f}' for each in reversed(moved))} times fewer than synchronous training"
         )
         memory = f"  memory: up to {self.flight_bytes:,} bytes on each rank while averages fly"
+        memory += f", and {self.host_bytes:,} of the host" * self.route.host
         measured = deslo.telemetry is not None and deslo.telemetry.pseudo_gradient
         lines.append(memory + ", and one more copy of the parameters for the pseudo-gradient" * measured)
         never = dict.fromkeys(state for group in self.groups for state, period in group.periods.items() if not period)
@@ -169,12 +181,14 @@ def make_plan(
     gradient_bytes: Sequence[int] | None = None,
     buffer_bytes: int = 0,
     others: Sequence[Mapping[str, int]] | None = None,
+    route: Route | None = None,
 ) -> Plan:
     """A plan for param groups of ``numels`` elements on this rank; ``divisor`` ranks split each average between them.
 
     Args:
         gradient_bytes: what a step of the warm-up sends for each group, by default as much as an average of one state.
         others: for each group, the elements of those states that are not of the parameters' sizes.
+        route: the way of averages, by default what the config says.
     """
 
     # the latter travels with states whose periods adapt
@@ -200,4 +214,5 @@ def make_plan(
         )
         for index, (numel, own) in enumerate(zip(numels, periods, strict=True))
     )
-    return Plan(config, topology, groups, buffer_bytes + weight if buffer_bytes else 0, divisor)
+    buffer_bytes += weight if buffer_bytes else 0
+    return Plan(config, topology, groups, buffer_bytes, divisor, route or Route(config.deslo.transport == "host"))

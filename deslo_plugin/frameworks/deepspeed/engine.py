@@ -25,7 +25,6 @@ from deslo_plugin.checks.replica_checks import (
 from deslo_plugin.checks.replica_watch import Watch
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
-from deslo_plugin.comm.transport import ReplicaTransport
 from deslo_plugin.config.load import read_deslo
 from deslo_plugin.config.schema import Config, DesloConfig
 from deslo_plugin.errors import ConfigError
@@ -43,6 +42,7 @@ from deslo_plugin.frameworks.versions import expect, release
 from deslo_plugin.log import log_rank0
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.desloc import DesLoc
+from deslo_plugin.planning.transport_choice import choose_route, make_transport
 
 OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_checkpoint")  # ask for groups after init
 
@@ -156,9 +156,10 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     stock = not isinstance(optimizer, DesLoc)
     config = Config(optimizer=None, deslo=deslo) if stock else optimizer.config
     copies = None if engine.zero_optimization() else groups.shard
-    average = ReplicaTransport(groups, timeout_s=deslo.timeout_s, copies=copies)
     zero.zero_padding(engine)
     partitions = list(zero.partitions(engine))
+    way = choose_route(deslo, groups, (param for params in partitions for param in params))
+    average = make_transport(way, groups, deslo, copies)
     if stock:
         of_engine = [{"params": params} for params in partitions]
         averaging = AnyOptimizerAverager(
@@ -179,7 +180,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
         for i, param in enumerate(params)
     }
     watch = Watch(averaging, groups, stepped, [] if engine.zero_optimization() else stepped, in_engine=True)
-    engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True, watch=watch)
+    engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True, watch=watch, route=way)
     engine._take_model_step = EngineStep(engine, engine._take_model_step)
     let_averages_travel(engine)
     rehearse(engine.deslo)
