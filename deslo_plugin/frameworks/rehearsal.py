@@ -13,8 +13,6 @@ def rehearse(attachment: Attachment) -> None:
     """Opens the communicators, and on a GPU takes and gives back the memory of all averages in flight. Collective.
 
     Raises ``ConfigError`` for ranks that do not reach each other, and for memory that is not there."""
-    if attachment.topology.world_size == 1 or attachment.topology.replicas == 1:
-        return
     params = [param for group in attachment.averaging.groups for param in group["params"]]
     if not params:
         return

@@ -10,7 +10,7 @@ from deslo_plugin.log import log_rank0
 
 def let_averages_travel(engine: DeepSpeedEngine) -> None:
     """Turns off what would end the overlap of averages of ``engine`` at every step, and says what a setting costs."""
-    if not engine.deslo.config.deslo.overlap_comm or engine.deslo.topology.replicas == 1:
+    if not engine.deslo.config.deslo.overlap_comm:
         return
     if get_accelerator().resolves_data_dependency():  # as the CPU does, which nothing waits for
         return
