@@ -1,9 +1,12 @@
 import os
+import re
 import subprocess
 from pathlib import Path
 
+import device
 import pytest
 import torch
+from device import DEVICE, ON_CPU
 from worlds import Processes
 
 from deslo_plugin.kernels import update as ops
@@ -11,6 +14,22 @@ from deslo_plugin.kernels import update as ops
 ROOT = Path(__file__).resolve().parent.parent
 # replicas share the cores, and threads that wait for each other there cost more than they bring
 torch.set_num_threads(1)
+device.install()
+device.hide_gpus()
+
+
+ON_A_GPU_SKIP = {  # pattern in a test's name or file -> why it asks nothing of a GPU
+    r"deepspeed|engine|zero.?\d": "DeepSpeed's ranks would share a device over gloo: benchmarks/gpu has it on NCCL",
+    "accelerate": "Accelerate takes a GPU for each rank: benchmarks/gpu has it on one",
+    "torchft": "torchft's gloo takes tensors of the CPU",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in () if ON_CPU else items:
+        for pattern, reason in ON_A_GPU_SKIP.items():
+            if re.search(pattern, item.nodeid.lower()):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +54,8 @@ def kernels():
         if os.environ.get("DESLO_NATIVE") == "off":
             pytest.skip("deslo_plugin._C is missing because DESLO_NATIVE=off asked for none")
         pytest.fail("deslo_plugin._C is not built: run pip install -v --no-build-isolation -e . and read what it says")
+    if DEVICE.type not in ops.native():
+        pytest.fail(f"deslo_plugin._C has no kernels for {DEVICE.type}: build it with DESLO_NATIVE={DEVICE.type}")
     import deslo_plugin._C
 
     return deslo_plugin._C
@@ -42,7 +63,10 @@ def kernels():
 
 @pytest.fixture(scope="session")
 def emulated(kernels, tmp_path_factory):
-    """The CUDA operators, compiled for the CPU, as torch.ops.deslo_emulated."""
+    """The CUDA operators, compiled for the CPU, as torch.ops.deslo_emulated; on a GPU themselves."""
+    if not ON_CPU:
+        yield torch.ops.deslo
+        return
     from torch.utils.cpp_extension import include_paths, library_paths
 
     built = tmp_path_factory.mktemp("emulated") / "operators.so"
@@ -79,6 +103,8 @@ def emulated(kernels, tmp_path_factory):
 def everywhere(kernels):
     """Goes through the instruction sets of this machine and some counts of threads; what was set before is set
     again."""
+    if not ON_CPU:
+        pytest.skip("instruction sets and threads: a question for the CPU alone")
     threads, widest = torch.get_num_threads(), kernels.isa()
 
     def settings(counts=(1, 2, 5)):

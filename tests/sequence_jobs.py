@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -36,7 +37,8 @@ def loss_of(model: Callable[[Tensor], Tensor], rank: int, step: int, micro: int,
     generator = torch.Generator().manual_seed(10_000 * rank + 10 * step + micro)
     words = torch.randint(0, WORDS, (3,), generator=generator)
     target = torch.randn(3, OUTPUTS, generator=generator)
-    return (model(words) - target.to(dtype)).square().mean()
+    output = model(words)
+    return (output - target.to(output.device, dtype)).square().mean()
 
 
 class Job:
@@ -173,7 +175,7 @@ _meshes: list[Any] = []
 def mesh_of_two_replicas() -> Any:
     """One for all jobs of a process: every group keeps threads and sockets."""
     if not _meshes:
-        _meshes.append(init_device_mesh("cpu", (2, RANKS // 2), mesh_dim_names=("replicate", "shard")))
+        _meshes.append(init_device_mesh(DEVICE.type, (2, RANKS // 2), mesh_dim_names=("replicate", "shard")))
     return _meshes[0]
 
 

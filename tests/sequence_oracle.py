@@ -15,7 +15,7 @@ class Oracle:
     STATES = ("params", "exp_avg", "exp_avg_sq")
 
     def __init__(self, replicas: int, periods: dict[str, int | None], deslo: dict[str, Any], stock: bool):
-        start = dict(Net().double().named_parameters())
+        start = dict(Net().cpu().double().named_parameters())
         self.replicas, self.periods, self.step, self.kept, self.stock = replicas, periods, 0, None, stock
         self.after = deslo.get("average_at") == "after_step"
         self.trained, self.frozen, self.settled = ["rows", "matrix", "scale"], set(), set()
@@ -54,10 +54,9 @@ class Oracle:
         names = [name for name in self.trained if name not in self.frozen]
         params = {name: x.clone().requires_grad_(name in names) for name, x in self.state[replica]["params"].items()}
         ranks = [rank for rank in range(RANKS) if replica_of(rank, self.replicas) == replica]
+        model = lambda words: torch.func.functional_call(SHAPE, params, words.cpu())
         total = sum(
-            loss_of(
-                lambda words: torch.func.functional_call(SHAPE, params, words), rank, self.step, micro, torch.float64
-            )
+            loss_of(model, rank, self.step, micro, torch.float64)
             for rank in ranks
             for micro in range(micro_batches(how, replica))
         ) / len(ranks)
@@ -130,7 +129,7 @@ class Oracle:
                 updates[name] = furthest
 
 
-SHAPE = Net().double()
+SHAPE = Net().cpu().double()
 
 
 def apart(value: Tensor, expected: Tensor) -> float:

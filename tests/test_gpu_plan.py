@@ -14,7 +14,7 @@ from device import cpu_only
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "gpu"
-PLENTY_S = 900  # against hangs
+PLENTY_S = 1800  # against hangs
 
 pytestmark = cpu_only("the plan runs this suite there, not the other way round")
 
@@ -41,13 +41,13 @@ def summary(folder: Path) -> dict:
 
 
 def test_the_dry_run_passes_and_says_what_needs_a_gpu(tmp_path):
-    command = [sys.executable, FOLDER / "plan.py", "--device", "cpu", "--folder", tmp_path, "--limit", "800"]
+    command = [sys.executable, FOLDER / "plan.py", "--device", "cpu", "--folder", tmp_path, "--limit", "1500"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PLENTY_S)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     parts = summary(tmp_path)
     assert {row["status"] for row in parts.values()} == {"passed", "skipped"}
     ran = {name for name, row in parts.items() if row["status"] == "passed"}
-    assert {"smoke", "kernels", "tests-kernels", "bandwidth", "overlap-plain", "frameworks", "train-ddp"} <= ran
+    assert {"smoke", "kernels", "tests-kernels", "bandwidth", "overlap-plain", "frameworks"} <= ran
     assert parts["sanitizer"]["reason"] == "needs a GPU"
     measured = [row["what"] for row in parts["bandwidth"]["figures"]["rows"]]
     assert "adam N=3, 0.125M, x float32, states float32" in measured

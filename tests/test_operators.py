@@ -3,11 +3,15 @@ tensors."""
 
 import pytest
 import torch
-from cases import FLOAT32, Case, assert_same_bits
+from cases import FLOAT32, Case, assert_close, assert_same_bits
+from device import ON_CPU
 from test_native import BRIEF, MIXED
 
 from deslo_plugin import DesLoc
 from deslo_plugin.kernels import update as ops
+
+# a GPU forms factors by its own pow and division: to one rounding, says the operators' docstring
+near = assert_same_bits if ON_CPU else assert_close
 
 
 def in_tensors(case, *names):
@@ -62,8 +66,8 @@ def test_step_and_rate_may_be_tensors(kernels, emulated, rule, t, names):
     ):
         by_value = Case(rule, 2, MIXED, types, t=t, **options)
         by_tensor = in_tensors(Case(rule, 2, MIXED, types, t=t, **options), *names)
-        assert_same_bits(by_tensor.native(), by_value.native())
-        assert_same_bits(by_tensor.run(getattr(emulated, f"{rule}_")), by_value.native())
+        near(by_tensor.native(), by_value.native())
+        near(by_tensor.run(getattr(emulated, f"{rule}_")), by_value.native())
         assert_same_bits(by_tensor.reference(), by_value.reference())
 
 

@@ -151,7 +151,7 @@ def adamw(model):
 
 def theory_of(rank_of: list[list[int]], steps: int, rests: bool, own_period: bool = True) -> list[dict]:
     """replica -> name -> parameter, replicas of ``rank_of`` ranks on the batches of ``torch_jobs.batch_of``."""
-    model = jobs.net().double()
+    model = jobs.net().cpu().double()
     groups = deepspeed_jobs.two_groups(model)
     base = dict(vars(RULES["des-loc-adam"]))
     settings = [
@@ -166,7 +166,7 @@ def theory_of(rank_of: list[list[int]], steps: int, rests: bool, own_period: boo
         for rank in rank_of[replica]:
             if not jobs.batch_of(rank, step, rests):
                 return None
-            inputs, targets = (each.double() for each in jobs.batch(rank, step, 0))
+            inputs, targets = (each.cpu().double() for each in jobs.batch(rank, step, 0))
             ((model(inputs) - targets).square().mean() / len(rank_of[replica])).backward()
         return [torch.cat([p.grad.flatten() for p in group["params"]]) for group in groups]
 

@@ -27,7 +27,7 @@ def oracle_states(
     """replica -> state -> parameter name -> flat tensor. ``own_period``: the biases meet every 2 steps, as in
     jobs.py."""
     shards = ranks // replicas
-    model = jobs.net().double()
+    model = jobs.net().cpu().double()
     groups = jobs.two_groups(model)
     names = {id(p): name for name, p in model.named_parameters()}
     settings = [
@@ -43,7 +43,7 @@ def oracle_states(
         model.zero_grad()
         for rank in range(replica * shards, (replica + 1) * shards):
             for micro in range(ACCUMULATION):
-                inputs, targets = (each.double() for each in jobs.batch(rank, step, micro))
+                inputs, targets = (each.cpu().double() for each in jobs.batch(rank, step, micro))
                 ((model(inputs) - targets).square().mean() / (shards * ACCUMULATION)).backward()
         return [torch.cat([p.grad.flatten() for p in group["params"]]) for group in groups]
 

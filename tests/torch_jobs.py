@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from jobs import batch, loss_of, net, two_groups
 from theory import ACCUMULATION, CLIP
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def ddp(model: nn.Module, **options: Any) -> tuple[nn.Module, dict]:
 @cache
 def mesh_of(shape: tuple, names: tuple) -> DeviceMesh:
     """One for all jobs of a process: every group keeps threads and sockets."""
-    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+    return init_device_mesh(DEVICE.type, shape, mesh_dim_names=names)
 
 
 def fsdp(
@@ -304,7 +305,7 @@ def scaled(wrap: str, stock: bool, steps: int) -> dict:
     )
     make = (lambda model: torch.optim.AdamW(model.parameters(), foreach=True)) if stock else None
     model, optimizer, attachment = attached(wrap, blocks, None, make)
-    scaler, moved = torch.amp.GradScaler("cpu", init_scale=8.0), None
+    scaler, moved = torch.amp.GradScaler(DEVICE.type, init_scale=8.0), None
     for step in range(steps):
         before = [p.detach().clone() for p in model.parameters()]
         loss = loss_of(model, batch(dist.get_rank(), step, 0))

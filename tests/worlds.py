@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import device
 import torch
 from torch import Tensor
 
@@ -167,8 +168,10 @@ class Processes:
 
 def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    device.install()
+    local = rank if device.ON_CPU else 0  # frameworks take it for the index of a GPU, and all share one
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"DS_ACCELERATOR": device.ACCELERATOR, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     torch.distributed.init_process_group(
         "gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=PLENTY_S)
     )
@@ -179,6 +182,6 @@ def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
             return
         try:
             torch.manual_seed(0)
-            pipe.send((function(*args), None))
+            pipe.send((device.on_cpu(function(*args)), None))
         except BaseException:
             pipe.send((None, traceback.format_exc()))

@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +13,7 @@ CONFIG = "configs/des-loc-adam.json"
 KERNEL_TESTS = [
     f"tests/test_{name}.py" for name in ("native", "operators", "drift", "landing", "rounding", "optimizer")
 ]
-ELSEWHERE = "the dry run trains under DDP alone; tests/test_example.py has the other frameworks"
+ELSEWHERE = "tests/test_example.py trains on the CPU"
 WORLD_TESTS = ["tests/test_torch.py", "tests/test_torch_use.py"]
 DOCTOR = ["-m", "deslo_plugin.cli", "doctor", "--config", CONFIG]
 ITSELF, COMPILES = "needs a GPU", "DeepSpeed would compile an operator of its own for the CPU first"
@@ -62,12 +62,10 @@ def parts_for(device: str) -> list[Part]:
     def train(framework: str) -> Part:
         needs = {"deepspeed": ["deepspeed"], "accelerate": ["accelerate"]}.get(framework, [])
         options = ["--framework", framework, "--config", CONFIG, "--replica-size", "1"]
-        small = ["--steps", "2", "--dim", "12", "--layers", "1", "--context", "16"] if dry else ["--steps", "200"]
-        command = [*torchrun(1), "examples/train.py", *options, *small]
-        gpu = "" if framework == "ddp" else ELSEWHERE
-        return Part(f"train-{framework}", command, 90, [*needs, "psutil", "rich"], gpu)
+        command = [*torchrun(1), "examples/train.py", *options, "--steps", "200"]
+        return Part(f"train-{framework}", command, 90, [*needs, "psutil", "rich"], ELSEWHERE)
 
-    return [
+    parts = [
         Part("smoke", script("smoke"), 90),
         Part("kernels", script("kernels", "--quick" if dry else "--big"), 300),
         Part(
@@ -79,7 +77,7 @@ def parts_for(device: str) -> list[Part]:
         ),
         Part(
             "tests-kernels",
-            [*pytest, *(["-k", "found_inf or twice", "tests/test_native.py"] if dry else [*workers, *KERNEL_TESTS])],
+            [*pytest, *(["-k", "found_inf", "tests/test_native.py"] if dry else [*workers, *KERNEL_TESTS])],
             240,
             ["pytest", "hypothesis"],
         ),
@@ -113,3 +111,5 @@ def parts_for(device: str) -> list[Part]:
             gpu=ITSELF,
         ),
     ]
+    # a CPU that others use, too, is given time
+    return [replace(part, limit=part.limit * (5 if dry else 1)) for part in parts]

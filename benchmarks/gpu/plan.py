@@ -30,7 +30,6 @@ from parts import ROOT, Part, parts_for
 KEPT = 64 << 10  # bytes of each part's output
 LEAST_S = 5  # a part is not begun with less
 CODE = ("deslo_plugin", "csrc", "benchmarks/gpu", "tests", "examples")
-DONE = ("passed",)
 
 
 def main(given: Sequence[str] | None = None, parts: list[Part] | None = None) -> int:
@@ -99,12 +98,12 @@ class Plan:
         """Runs ``part``, unless it has passed or cannot run here, and writes down what came of it."""
         self.names.append(part.name)
         before = self.parts.get(part.name, {})
-        if not again and before.get("status") in DONE and before.get("code") == self.about["code"]:
+        if not again and before.get("status") == "passed" and before.get("code") == self.about["code"]:
             return self.say(f"{part.name}: passed before")
         left = self.limit - (time.monotonic() - self.start)
         reason = part.lacks(self.device) or ("" if left >= LEAST_S else f"{self.limit:g} s are over")
         if reason:
-            if before.get("status") not in DONE:
+            if before.get("status") != "passed":
                 self.parts[part.name] = {"status": "skipped", "reason": reason}
             self.say(f"{part.name}: skipped, {reason}")
         else:
@@ -210,24 +209,30 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def described(device: str) -> dict[str, Any]:
-    """What the results are of: the card, torch, the driver, and the code."""
-    import torch
+ASK = """
+import json, sys, torch
+there = torch.cuda.is_available()
+name = torch.cuda.get_device_name() if there else None
+print(json.dumps({"device": name, "torch": torch.__version__, "python": sys.version.split()[0]}))
+"""
 
-    about = {"device": "cpu", "torch": torch.__version__, "driver": None, "python": sys.version.split()[0]}
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            sys.exit("--device cuda: expected a GPU that torch can use, found none; --device cpu is the dry run")
-        about["device"] = torch.cuda.get_device_name()
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        about["driver"] = (first_line(asked) or "").split("\n")[0]
+
+def described(device: str) -> dict[str, Any]:
+    """What the results are of: the card, torch, the driver, and the code. This process takes no memory of the card."""
+    answer = first_line([sys.executable, "-c", ASK])
+    about = json.loads(answer) if answer else {"device": None, "torch": None}
+    if device == "cpu":
+        about["device"] = "cpu"
+    elif not about["device"]:
+        sys.exit("--device cuda: expected a GPU that torch can use, found none; --device cpu is the dry run")
+    about["driver"] = first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     about["commit"] = first_line(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
     return about | {"code": digest()}
 
 
 def first_line(command: Sequence[str]) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip().partition("\n")[0] if done.returncode == 0 else None
