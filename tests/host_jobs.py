@@ -66,8 +66,8 @@ def two_optimizers(transport: str, steps: int) -> tuple[list[Tensor], int]:
 def many_at_once(averages: int, seed: int) -> list[float]:
     """Starts that many averages of other sizes before it waits for the first; the value of each mean."""
     from deslo_plugin.comm.host_transport import HostTransport
-    from deslo_plugin.comm.topology import contiguous
     from deslo_plugin.comm.process_groups import make_groups
+    from deslo_plugin.comm.topology import contiguous
 
     rank, world = dist.get_rank(), dist.get_world_size()
     groups = make_groups(contiguous(world, rank, 1), 600.0)

@@ -193,6 +193,7 @@ class Idle:
             {"initial_params": "broadcast"},
             "deslo.initial_params: expected check with a torchft manager, got broadcast",
         ),
+        ({}, {"transport": "host"}, "deslo.transport: expected device with a torchft manager, got host"),
         ({}, {"replica_size": 2}, "deslo.replica_size: expected 1 with a torchft manager, got 2"),
     ],
 )

@@ -20,6 +20,7 @@ ITSELF, COMPILES = "needs a GPU", "DeepSpeed would compile an operator of its ow
 TINY = {  # of the dry run
     "bandwidth": ["--millions", "0.015625", "0.125", "--rounds", "3", "--tensors", "20"],
     "overlap": ["--width", "64", "--rows", "32", "--layers", "2", "--steps", "4", "--every", "2", "--link-ms", "2"],
+    "host": ["--mb", "1", "--link-ms", "20", "--width", "64", "--rounds", "2"],
 }
 
 
@@ -87,6 +88,7 @@ def parts_for(device: str) -> list[Part]:
         overlap("zero3"),
         overlap("ddp"),
         overlap("fsdp2"),
+        Part("host", script("host", *dry * TINY["host"], *figures), 120),
         Part("frameworks", [*torchrun(2 if dry else 4), *script("frameworks", *dry * ["--quick"])[1:]], 180),
         Part(
             "doctor",
