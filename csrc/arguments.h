@@ -34,11 +34,21 @@ inline std::string shown(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   return sizes.empty() ? "[]" : text.str() + "]";
 }
 
-inline std::string at(const char* name, size_t index) { return std::string(name) + "[" + std::to_string(index) + "]"; }
+// The name of an argument, or of one tensor of a list. It becomes text in an error alone: a step names thousands.
+struct Name {
+  const char* list;
+  size_t index = size_t(-1);
+};
+
+inline std::ostream& operator<<(std::ostream& to, const Name& name) {
+  return name.index == size_t(-1) ? to << name.list : to << name.list << '[' << name.index << ']';
+}
+
+inline Name at(const char* list, size_t index) { return {list, index}; }
 
 const char* const kNames[] = {"float32", "float64", "bfloat16", "float16"};  // by Dtype
 
-inline Dtype dtype_of(const Tensor& tensor, const std::string& name) {
+inline Dtype dtype_of(const Tensor& tensor, const Name& name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return Dtype::kFloat32;
     case ScalarType::Double: return Dtype::kFloat64;

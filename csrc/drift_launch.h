@@ -34,7 +34,7 @@ class DriftLaunch {
   DriftTask task;
 
  private:
-  static Dtype checked(const std::string& name, const Tensor& tensor, const Tensor& first) {
+  static Dtype checked(const Name& name, const Tensor& tensor, const Tensor& first) {
     if (!same_device(tensor, first)) refuse(name, ": expected the device of local[0], got another");
     if (!tensor.is_contiguous()) refuse(name, ": expected a contiguous tensor");
     return dtype_of(tensor, name);

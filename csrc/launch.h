@@ -51,6 +51,10 @@ class Launch {
       hyper_.rule = Rule::kAdoptStart;
       hyper_.momenta = 0;
     }
+    const size_t tensors = count * (4 + call.hyper.momenta);
+    stretches_.reserve(tensors);
+    single_.slots.reserve(count);
+    single_.u.reserve(count * call.hyper.momenta);
     for (size_t i = 0; i < count; ++i) {
       const Dtype state = dtype_of((*call.u)[i], at("u", i));
       switch (state) {
@@ -89,7 +93,7 @@ class Launch {
     if (got != expected) refuse(name, ": expected ", expected, " tensors, got ", got);
   }
 
-  void expect_device(const Tensor& tensor, const std::string& name) const {
+  void expect_device(const Tensor& tensor, const Name& name) const {
     if (tensor.is_cuda() != cuda_ || (!cuda_ && !tensor.is_cpu()) || tensor.get_device_index() != device_) {
       refuse(name, ": expected the device of x[0], got another");
     }
@@ -98,7 +102,7 @@ class Launch {
   template <typename T>
   const T* number(const char* name, const std::optional<Tensor>& tensor, ScalarType type, const char* type_name) const {
     if (!tensor) return nullptr;
-    expect_device(*tensor, name);
+    expect_device(*tensor, {name});
     if (tensor->scalar_type() != type || tensor->numel() != 1) {
       refuse(name, ": expected one ", type_name, " number, got shape ", shown(tensor->sizes()));
     }
@@ -123,7 +127,7 @@ class Launch {
   }
 
   template <typename S>
-  Dtype parameter_type(const Tensor& tensor, const std::string& name) const {
+  Dtype parameter_type(const Tensor& tensor, const Name& name) const {
     const Dtype type = dtype_of(tensor, name);
     if ((type == Dtype::kFloat64) != (kDtype<S> == Dtype::kFloat64)) {
       refuse(name, kDtype<S> == Dtype::kFloat64 ? ": expected float64" : ": expected float32, bfloat16 or float16", " with ",
@@ -154,17 +158,17 @@ class Launch {
       slot.copy_type = parameter_type<S>((*call_.copy)[i], at("copy", i));
       slot.copy = checked("copy", i, (*call_.copy)[i], i, width(slot.copy_type), true);
     }
-    std::vector<S*> momenta;
+    S* momenta[kMaxMomenta];
     for (int j = 0; j < call_.hyper.momenta; ++j) {
       const size_t index = j * count + i;
-      momenta.push_back(state<S>("u", index, (*call_.u)[index], i));
+      momenta[j] = state<S>("u", index, (*call_.u)[index], i);
     }
     slot.numel = (*call_.x)[i].numel();
     if (slot.numel == 0) return;
     slot.first_block = table.blocks;
     table.blocks += (slot.numel + kBlock - 1) / kBlock;
     table.slots.push_back(slot);
-    table.u.insert(table.u.end(), momenta.begin(), momenta.begin() + hyper_.momenta);
+    table.u.insert(table.u.end(), momenta, momenta + hyper_.momenta);
   }
 
   template <typename S>
