@@ -4,6 +4,7 @@ Each parameter's state still has a tensor of its own, without dimensions, which 
 write shows in the vector's version, and a replaced one is found by looking."""
 
 from collections.abc import MutableMapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -21,12 +22,10 @@ class CountVector:
             state[key] = element
         self._read()
 
-    def holds(self, states: Sequence[MutableMapping[str, Any]]) -> bool:
+    def holds(self, states: States) -> bool:
         """Whether these are the states that it was made of, with the counters that it made."""
-        key, elements = self._key, self._elements
-        return len(states) == len(elements) and all(
-            state.get(key) is element for state, element in zip(states, elements)
-        )
+        now = [state.get(self._key) for state in states]
+        return len(now) == len(self._elements) and all(map(is_, now, self._elements))
 
     @property
     def values(self) -> list[int]:

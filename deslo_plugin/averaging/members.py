@@ -65,6 +65,9 @@ class Members:
         periods."""
         cohorts, newcomers = [], []
         for group in groups:
+            if all(map(self._known.get, map(id, group["params"]))):  # as in most steps
+                cohorts += clock.cohorts(group, list(group["params"]))
+                continue
             for cohort in clock.cohorts(group, self.active(group)):
                 averages = [self.averages(param) for param in cohort.params]
                 if all(averages):

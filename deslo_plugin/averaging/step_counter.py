@@ -1,7 +1,7 @@
 """How many steps a parameter has completed: the clock that periods are counted on."""
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from itertools import groupby
+from itertools import cycle, groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -50,7 +50,8 @@ class ParameterClock:
         return max((int(state[STEP]) for state in states if STEP in state), default=0)
 
     def cohorts(self, group: MutableMapping[str, Any], params: Sequence[Tensor]) -> Iterator[Cohort]:
-        self._begin([param for param in params if not self._optimizer.state.get(param)], group["params"])
+        if not all(map(self._optimizer.state.get, params)):
+            self._begin([param for param in params if not self._optimizer.state.get(param)], group["params"])
         for steps, abreast in self.by_steps(params):
             for periods, same in self._by_periods(group["sync_every"], abreast):
                 yield Cohort(steps, group, same, periods)
@@ -81,18 +82,18 @@ class ParameterClock:
             yield {**schedule, **periods}, list(same)
 
     def by_steps(self, params: Sequence[Tensor], since: str | None = None) -> Iterator[tuple[int, list[Tensor]]]:
-        """Parameters by clock and device; with ``since`` by the steps since that state's value."""
+        """Parameters by clock and device; with ``since``, of one device by the steps since that state's value."""
         if not params:
             return iter(())
         states = [self._optimizer.state[param] for param in params]
         counts = self._counts.read(states, STEP)
         if since:
             counts = [steps - start for steps, start in zip(counts, self._counts.read(states, since))]
-        devices = [param.device for param in params]
+        devices = [None] if since else [param.device for param in params]
         if len(set(counts)) == len(set(devices)) == 1:
             return iter([(counts[0], list(params))])
         cohorts: dict[tuple[int, torch.device], list[Tensor]] = {}
-        for *place, param in zip(counts, devices, params):
+        for *place, param in zip(counts, cycle(devices), params):
             cohorts.setdefault(tuple(place), []).append(param)
         return ((steps, cohort) for (steps, _), cohort in cohorts.items())
 

@@ -220,6 +220,8 @@ def _define() -> None:
         tensors = [schema for letter, schema in _TENSORS.items() if letter != "v" or rule.has_second_moment]
         numbers = [part for part in (_NUMBERS, _second_moment(rule), _OPTIONS) if part]
         availability.define(_library, f"{name}_({', '.join(tensors)}, *, {', '.join(numbers)}) -> ()", reference(name))
+        # an update is nothing to differentiate: autograd would look at every tensor on the way
+        _library.impl(f"{name}_", torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"deslo::{name}_", lambda *tensors, **numbers: None, lib=_library)
 
 
