@@ -88,7 +88,7 @@ def main() -> None:
 
 def net(device: str) -> nn.Module:
     torch.manual_seed(0)  # the same numbers on every device
-    return nn.Sequential(nn.Linear(33, 65), nn.BatchNorm1d(65), nn.Tanh(), nn.Linear(65, 7)).to(device)
+    return nn.Sequential(nn.Linear(33, 65, bias=False), nn.BatchNorm1d(65), nn.Tanh(), nn.Linear(65, 7)).to(device)
 
 
 def batch(step: int, device: str) -> torch.Tensor:

@@ -3,9 +3,10 @@
     python benchmarks/gpu/overlap.py [--kind plain|ddp|fsdp2|zero2|zero3] [--link-ms 20] [--device cuda] [--out x.json]
 
 A world of one rank over NCCL, with an artificial link that needs --link-ms, then ten times that, before each average.
-On a GPU the link is a kernel that waits on a stream of its own. For each link the script prints the time of a step,
-what one average has added to its steps, and the seconds that the meter says were waited. An average overlaps if it adds
-max(0, link - step); the meter is true if both grow alike with the link, to 5 %.
+On a GPU the link is copies from the host on a stream of its own, which leave all multiprocessors to the model; with
+--link kernel it is one thread that waits on one of them, as NCCL's kernels wait for a slow link. For each link the
+script prints the time of a step, what one average has added to its steps, and the seconds that the meter says were
+waited. An average overlaps if it adds max(0, link - step); the meter is true if both grow alike with the link, to 5 %.
 """
 
 import argparse
@@ -38,10 +39,10 @@ Step = Callable[[], None]
 class Link:
     """Delays every average of this process by ``ms``."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, kernel: bool):
         self.ms, self.device, self._start = 0.0, device, ReplicaTransport.start
         if device == "cuda":
-            self._stream, self._cycles = torch.cuda.Stream(), cycles_per_ms()
+            self._stream, self._occupy = torch.cuda.Stream(), waiting_kernel() if kernel else copies()
         link = self
         ReplicaTransport.start = lambda transport, chunk: link.start(transport, chunk)
 
@@ -52,7 +53,7 @@ class Link:
             return _Late(self._start(transport, chunk), time.perf_counter() + self.ms / 1e3)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            torch.cuda._sleep(int(self.ms * self._cycles))
+            self._occupy(self.ms)
             return self._start(transport, chunk)
 
 
@@ -67,14 +68,36 @@ class _Late:
         self.work.wait()
 
 
-def cycles_per_ms() -> float:
+def copies() -> Callable[[float], None]:
+    """Occupies the current stream for some milliseconds by what no multiprocessor does."""
+    host, there = (
+        torch.empty(1 << 24, dtype=torch.uint8, pin_memory=True),
+        torch.empty(1 << 24, dtype=torch.uint8, device="cuda"),
+    )
+    each = ms_of(lambda: [there.copy_(host, non_blocking=True) for _ in range(100)]) / 100
+
+    def occupy(ms: float) -> None:
+        for _ in range(round(ms / each)):
+            there.copy_(host, non_blocking=True)
+
+    return occupy
+
+
+def waiting_kernel() -> Callable[[float], None]:
+    """Occupies the current stream, and a place on one multiprocessor, by its clock as it is when nothing else runs."""
+    cycles = 100_000_000
+    each = ms_of(lambda: torch.cuda._sleep(cycles))
+    return lambda ms: torch.cuda._sleep(int(ms * cycles / each))
+
+
+def ms_of(work: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(1000)
+    work()
     start.record()
-    torch.cuda._sleep(100_000_000)
+    work()
     end.record()
     end.synchronize()
-    return 100_000_000 / start.elapsed_time(end)
+    return start.elapsed_time(end)
 
 
 def main() -> None:
@@ -82,6 +105,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, default="plain")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--link-ms", type=float, default=20)
+    parser.add_argument("--link", choices=("copies", "kernel"), default="copies", help="what the link is on a GPU")
     parser.add_argument("--every", type=int, default=4, help="steps between averages of the parameters")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--width", type=int, default=8192)
@@ -97,7 +121,7 @@ def main() -> None:
         torch.set_num_threads(1)
     if not given.kind.startswith("zero"):  # DeepSpeed makes its own
         dist.init_process_group("nccl" if given.device == "cuda" else "gloo")
-    rows = measure(given, Link(given.device))
+    rows = measure(given, Link(given.device, given.link == "kernel"))
     if given.out:
         given.out.write_text(json.dumps({"kind": given.kind, "rows": rows}, indent=1) + "\n")
     os._exit(0)  # frameworks may hang as they take themselves apart

@@ -56,9 +56,10 @@ def parts_for(device: str) -> list[Part]:
     workers = ["-n", "8"] if find_spec("xdist") and not dry else []
     figures = ["--out", "{out}"]
 
-    def overlap(kind: str) -> Part:
+    def overlap(kind: str, link: str = "copies") -> Part:
         needs = ["deepspeed"] if kind.startswith("zero") else []
-        return Part(f"overlap-{kind}", script("overlap", "--kind", kind, *dry * TINY["overlap"], *figures), 90, needs)
+        options = ["--kind", kind, "--link", link, *dry * TINY["overlap"], *figures]
+        return Part(f"overlap-{kind}{'-kernel' * (link == 'kernel')}", script("overlap", *options), 90, needs)
 
     def train(framework: str) -> Part:
         needs = {"deepspeed": ["deepspeed"], "accelerate": ["accelerate"]}.get(framework, [])
@@ -88,6 +89,7 @@ def parts_for(device: str) -> list[Part]:
         overlap("zero3"),
         overlap("ddp"),
         overlap("fsdp2"),
+        overlap("plain", "kernel"),
         Part("host", script("host", *dry * TINY["host"], *figures), 120),
         Part("frameworks", [*torchrun(2 if dry else 4), *script("frameworks", *dry * ["--quick"])[1:]], 180),
         Part(

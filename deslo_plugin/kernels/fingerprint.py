@@ -1,9 +1,8 @@
-"""Whether tensors still hold what they held before: one number of their bits, on their device, in one pass.
+"""Whether tensors still hold what they held before: one number of their bits, on their device, in two passes.
 
-Each word, of 32 bits at most, is multiplied by an odd number of its column and each row of columns by one of the row,
-and all of it is summed modulo 2^64: one word that changes always shows, and where several do, even in their signs
-alone, they cancel each other out once in 2^33.
-"""
+Words, of 32 bits at most, lie in rows of ``COLUMNS``. Each row and each column is summed, and each of these sums
+multiplied by an odd number of its own, modulo 2^64: one word that changes always shows. Where several do, they cancel
+each other out in their rows and in their columns alike, or once in 2^33."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,41 +10,42 @@ import torch
 from torch import Tensor
 
 COLUMNS = 1 << 12
-# words multiplied at a time: few for the caches of a CPU, many for the queue of a GPU
-CACHED, QUEUED = 1 << 16, 1 << 22
+# words summed at a time: few for the caches of a CPU, many for the queue of a GPU
+CACHED, QUEUED = 1 << 18, 1 << 26
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by bytes of an element
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
     """Int64 without dimensions, of ``tensors`` (one or more, of one device, any shapes, strides and dtypes)."""
     device = tensors[0].device
-    column = _odd(COLUMNS, device)
-    rows = [row for part in _parts(tensors, CACHED if device.type == "cpu" else QUEUED) for row in _rows(part, column)]
-    sums = torch.cat([torch.zeros(1, dtype=torch.int64, device=device), *rows])  # of no words: 0
-    return (sums * _odd(len(sums), device)).sum()
+    columns, sums = torch.zeros(COLUMNS, dtype=torch.int64, device=device), []
+    for words in _parts(tensors, CACHED if device.type == "cpu" else QUEUED):
+        whole = words.numel() // COLUMNS * COLUMNS
+        if whole:
+            rows = words[:whole].view(-1, COLUMNS)
+            columns += rows.sum(0, dtype=torch.int64)
+            sums.append(rows.sum(1, dtype=torch.int64))
+        sums.append(words[whole:].to(torch.int64))  # each as a column of its own
+    flat = torch.cat([columns, *sums])
+    return (flat * _odd(len(flat), device)).sum()
 
 
 def _parts(tensors: Sequence[Tensor], size: int) -> Iterator[Tensor]:
     """The words of ``tensors`` in order, about ``size`` at once: small tensors are joined, large ones cut."""
     joined: list[Tensor] = []
+    held = 0  # words in joined
     for tensor in tensors:
         words = tensor.detach().contiguous().view(-1).view(WORDS[tensor.element_size()])
-        if joined and sum(map(len, joined)) + len(words) > size:
+        if joined and held + words.numel() > size:
             yield torch.cat(joined)
-            joined = []
-        if len(words) > size:
+            joined, held = [], 0
+        if words.numel() > size:
             yield from words.split(size)
         else:
             joined.append(words)
+            held += words.numel()
     if joined:
         yield torch.cat(joined)
-
-
-def _rows(words: Tensor, column: Tensor) -> Iterator[Tensor]:
-    whole = len(words) // COLUMNS * COLUMNS
-    for rows in (words[:whole].view(-1, COLUMNS), words[whole:].view(1, -1)):
-        if rows.numel():
-            yield rows.to(torch.int64).mul_(column[: rows.shape[1]]).sum(1)
 
 
 def _odd(count: int, device: torch.device) -> Tensor:
