@@ -48,6 +48,7 @@ def test_plan_prints_hand_computed_figures():
     assert synchronous["hours"] == pytest.approx(193 * (1 + vector) / 3600)
     assert own["times_faster_than_synchronous"] == pytest.approx(synchronous["hours"] / own["hours"])
     assert plan["memory_bytes_per_rank"] == {"states": 4 * 10**9, "in_flight": 6 * 10**9}
+    assert plan["pinned_host_bytes_per_rank"] == 0
     assert plan["sweep"][-1]["gbit_per_s"] == 1000 and plan["sweep"][0]["hours"]["synchronous"] > synchronous["hours"]
 
 
