@@ -55,9 +55,7 @@ def main() -> None:
     )
     for line in [COLUMNS, *result["rows"]]:
         print("  ".join(f"{each:>16.1f}" if isinstance(each, float) else f"{each:>16}" for each in line))
-    print(
-        f"means compared with those on {result['reference']}: {result['compared']}, wrong: {result['wrong'] or 'none'}"
-    )
+    print(f"means against those on {result['reference']}: {result['compared']}, wrong: {result['wrong'] or 'none'}")
     if given.out:
         given.out.write_text(json.dumps(result, indent=1))
     sys.exit(1 if result["wrong"] else 0)
