@@ -205,7 +205,7 @@ def torchft_manager(name: str) -> Any:
 
 
 def ours(
-    periods: dict[str, int], overlap: bool, momentum: dict[str, float], shard: bool
+    periods: dict[str, int], overlap: bool, momentum: dict[str, float], shard: bool, transport: str = "device"
 ) -> Callable[[Setting], Running]:
     """``periods`` in units of K."""
 
@@ -217,7 +217,7 @@ def ours(
             model.parameters(),
             {
                 "optimizer": {"params": params},
-                "deslo": {"overlap_comm": overlap, "replica_size": "auto" if shard else 1},
+                "deslo": {"overlap_comm": overlap, "replica_size": "auto" if shard else 1, "transport": transport},
             },
         )
         attachment = attach(model, optimizer, mesh=mesh() if shard else None)
@@ -259,6 +259,9 @@ CONTESTANTS: dict[str, Contestant] = {
     **_ours("local-adam", "Local Adam", TOGETHER),
     **_ours("mt-dao", "MT-DAO", TOGETHER, {"beta": 0.97, "weight": 0.9}),
     **_ours("des-loc", "DES-LOC", APART),
+    "des-loc-host": Contestant(
+        "DES-LOC, through host memory", ours(APART, True, {}, False, "host"), longest=6, hides=True, ours=True
+    ),
     "fsdp-alone": Contestant("no communication, FSDP2", fsdp_alone, 1, per_node=2, silent=True),
     "fsdp-alone-again": Contestant("the same again", fsdp_alone, 1, per_node=2, silent=True),
     "hsdp": Contestant("FSDP2-HSDP", hsdp, 0, per_node=2),

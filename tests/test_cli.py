@@ -48,7 +48,17 @@ def test_plan_prints_hand_computed_figures():
     assert synchronous["hours"] == pytest.approx(193 * (1 + vector) / 3600)
     assert own["times_faster_than_synchronous"] == pytest.approx(synchronous["hours"] / own["hours"])
     assert plan["memory_bytes_per_rank"] == {"states": 4 * 10**9, "in_flight": 6 * 10**9}
+    assert plan["pinned_host_bytes_per_rank"] == 0
     assert plan["sweep"][-1]["gbit_per_s"] == 1000 and plan["sweep"][0]["hours"]["synchronous"] > synchronous["hours"]
+
+
+def test_plan_says_what_averages_pin_of_the_hosts_memory(tmp_path):
+    file = json.loads(Path(DES_LOC).read_text())
+    file["deslo"]["transport"] = "host"
+    (tmp_path / "host.json").write_text(json.dumps(file))
+    given = ["plan", "--config", str(tmp_path / "host.json"), *PLAN[3:], "--params", "1B", "--step-ms", "1000"]
+    assert answer(*given)["pinned_host_bytes_per_rank"] == 6 * 10**9  # three states, half of each on a rank
+    assert "through host memory pin up to 6 GB" in " ".join(run(*given).stdout.split())
 
 
 def test_plan_works_the_time_of_a_step_out_of_tokens_and_mfu():

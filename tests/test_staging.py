@@ -112,6 +112,20 @@ def test_the_training_thread_waits_for_no_copy(cuda):
     assert stream.begun == begun  # the copy back is queued
 
 
+def test_a_mean_that_was_waited_for_twice_lands_once(cuda):
+    """As where parameters of one launch land at different times; its buffer carries another average by then."""
+    staging = FakeStaging(cuda)
+    first = pack(cuda, 3.0)
+    parcel = send(staging, first)
+    parcel.wait()
+    other = send(staging, pack(cuda, 5.0))
+    parcel.wait()
+    other.wait()
+    cuda.synchronize()
+    assert torch.equal(first, torch.full((5,), 6.0))
+    assert len(staging.allocated) == 1 and staging.buffers.used == 0
+
+
 def test_an_error_of_the_courier_is_raised_by_wait_and_its_buffer_is_not_used_again(cuda):
     class Broken(Doubling):
         def allreduce(self, tensors, options):

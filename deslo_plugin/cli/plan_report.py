@@ -33,6 +33,11 @@ class PlanReport:
         link = Link(gbit_per_s, self.link.latency_s)
         return {method.name: method.on(link).hours for method in self.methods}
 
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that averages pin on each rank; 0 if they go from device to device."""
+        return self.forecasts[OWN][0].plan.host_bytes
+
     def as_dict(self) -> dict[str, Any]:
         own, job = self.forecasts[OWN][0], self.job
         return {
@@ -47,6 +52,7 @@ class PlanReport:
             "states": self._states(),
             "methods": [self._row(method, seen) for method, seen in self.forecasts.values()],
             "memory_bytes_per_rank": vars(memory(own.plan, own.moved)),
+            "pinned_host_bytes_per_rank": self.host_bytes,
             "hiding_delay": hiding_delay(job, self.link),
             "sweep": [{"gbit_per_s": each, "hours": self.hours(each)} for each in SWEEP],
             "assumptions": self.assumptions,
@@ -67,7 +73,9 @@ class PlanReport:
             _sweep_table(content["sweep"]),
             "",
             f"Memory on each rank: {bytes_of(needs['states'])} of optimizer states, and at most "
-            f"{bytes_of(needs['in_flight'])} of copies in flight, beside parameters, gradients and activations.",
+            f"{bytes_of(needs['in_flight'])} of copies in flight, beside parameters, gradients and activations."
+            + f" Averages through host memory pin up to {bytes_of(self.host_bytes)} there."
+            * bool(self.host_bytes),
             self._advice(content),
             "",
             "What this assumes:",

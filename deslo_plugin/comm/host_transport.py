@@ -43,6 +43,7 @@ class _Parcel:
         self._handed_over = Event()
         self._work: Any = None
         self._error: Exception | None = None
+        self._landed = False
 
     def hand_over(self, gloo: Any) -> None:
         """The courier's part: starts the all-reduce once the chunk is in host memory. ``wait`` raises its errors."""
@@ -59,15 +60,18 @@ class _Parcel:
         return self._handed_over.is_set() and (self._error is not None or self._work.is_completed())
 
     def wait(self) -> None:
-        """The mean is in the chunk for all that is queued on the current stream from now on. Once only.
+        """The mean is in the chunk for all that is queued on the current stream from now on.
 
         The buffer of an average that failed is not used again: gloo may still write into it.
         """
+        if self._landed:  # its buffer carries others by now
+            return
         self._handed_over.wait()
         if self._error is not None:
             raise self._error
         self._work.wait()
         self._staging.to_device(self._staged, self._chunk)
+        self._landed = True
 
 
 class Courier:
