@@ -114,7 +114,7 @@ def test_what_has_passed_for_this_code_is_not_run_again(plan, tmp_path, monkeypa
 
 def test_time_that_is_over_skips_the_rest(plan, tmp_path):
     parts = [plan.Part("long", python("import time; time.sleep(999)"), 900), plan.Part("late", python(""), 60)]
-    assert plan.main(["--device", "cpu", "--folder", str(tmp_path), "--limit", "7"], parts) == 1
+    assert plan.main(["--device", "cpu", "--folder", str(tmp_path), "--limit", "9"], parts) == 1
     assert {name: row["status"] for name, row in summary(tmp_path).items()} == {"long": "timeout", "late": "skipped"}
 
 
