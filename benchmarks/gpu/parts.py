@@ -15,7 +15,7 @@ KERNEL_TESTS = [
 ]
 ELSEWHERE = "tests/test_example.py trains on the CPU"
 WORLD_TESTS = ["tests/test_torch.py", "tests/test_torch_use.py"]
-DOCTOR = ["-m", "deslo_plugin.cli", "doctor", "--config", CONFIG]
+DOCTOR = ["-m", "deslo_plugin.cli", "doctor", "--config", f"{HERE}/one-replica.json"]
 ITSELF, COMPILES = "needs a GPU", "DeepSpeed would compile an operator of its own for the CPU first"
 TINY = {  # of the dry run
     "bandwidth": ["--millions", "0.015625", "0.125", "--rounds", "3", "--tensors", "20"],
@@ -92,13 +92,7 @@ def parts_for(device: str) -> list[Part]:
         overlap("plain", "kernel"),
         Part("host", script("host", *dry * TINY["host"], *figures), 120),
         Part("frameworks", [*torchrun(2 if dry else 4), *script("frameworks", *dry * ["--quick"])[1:]], 180),
-        Part(
-            "doctor",
-            [*torchrun(1), "-m", "deslo_plugin.cli", "doctor", "--config", CONFIG],
-            90,
-            ["typer", "rich"],
-            COMPILES,
-        ),
+        Part("doctor", [*torchrun(1), *DOCTOR], 90, ["typer", "rich"], COMPILES),
         *(train(framework) for framework in ("ddp", "fsdp", "accelerate", "deepspeed")),
         Part(
             "tests-worlds", [*pytest, "tests/test_torch.py", "tests/test_torch_use.py"], 400, ["hypothesis"], gpu=ITSELF

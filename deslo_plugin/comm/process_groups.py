@@ -62,12 +62,13 @@ def uses_nccl(group: dist.ProcessGroup | None = None) -> bool:
     return "nccl" in dist.get_backend_config(group)
 
 
-def open_groups(groups: Groups, device: torch.device) -> None:
+def open_groups(groups: Groups, device: torch.device, *, averages: bool = True) -> None:
     """Sends one element over each group: NCCL's communicators come into being now, with their memory and their links,
-    and not inside the first average. Collective.
+    and not inside the first average. Collective. ``averages``: whether these travel over ``groups.replica``.
 
     Raises ``ConfigError`` for ranks that do not reach each other."""
-    for name, group in (("all ranks", groups.world), ("a replica", groups.shard), ("averages", groups.replica)):
+    used = [("all ranks", groups.world), ("a replica", groups.shard), ("averages", groups.replica)][: 2 + averages]
+    for name, group in used:
         try:
             where = device if device.type in dist.get_backend_config(group) else device_of(group)
             dist.all_reduce(torch.zeros(1, device=where), group=group)

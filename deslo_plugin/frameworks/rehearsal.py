@@ -4,6 +4,7 @@ of everything at once."""
 import torch
 
 from deslo_plugin.attachment import Attachment
+from deslo_plugin.comm.host_transport import HostTransport
 from deslo_plugin.comm.process_groups import open_groups
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.local_tensors import local
@@ -17,7 +18,8 @@ def rehearse(attachment: Attachment) -> None:
     if not params:
         return
     device = local(params[:1])[0].device
-    open_groups(attachment.groups, device)
+    by_host = isinstance(attachment.averaging.transport, HostTransport)
+    open_groups(attachment.groups, device, averages=not by_host)
     if device.type == "cuda":
         reserve(attachment, device)
 
