@@ -101,12 +101,15 @@ struct Stretch {
   bool written;
 };
 
-inline void refuse_overlap(std::vector<Stretch>& stretches) {
-  const auto before = [](const Stretch& a, const Stretch& b) { return a.begin < b.begin; };
-  std::sort(stretches.begin(), stretches.end(), before);
+inline void refuse_overlap(const std::vector<Stretch>& stretches) {
+  std::vector<std::pair<const char*, const Stretch*>> ordered;  // small to move: a step sorts thousands
+  ordered.reserve(stretches.size());
+  for (const Stretch& stretch : stretches) ordered.emplace_back(stretch.begin, &stretch);
+  std::sort(ordered.begin(), ordered.end());
   const Stretch* reaching = nullptr;  // of those so far, the one that ends last
   const Stretch* writing = nullptr;   // of the written ones, the one that ends last
-  for (const Stretch& next : stretches) {
+  for (const auto& [begin, stretch] : ordered) {
+    const Stretch& next = *stretch;
     const Stretch* const other = next.written ? reaching : writing;
     if (other && other->end > next.begin) {
       refuse(at(next.name, next.index), ": expected memory of its own, but it overlaps ", at(other->name, other->index));

@@ -91,6 +91,7 @@ def parts_for(device: str) -> list[Part]:
         overlap("fsdp2"),
         overlap("plain", "kernel"),
         Part("host", script("host", *dry * TINY["host"], *figures), 120),
+        Part("late", script("late"), 60, gpu=ITSELF),
         Part("frameworks", [*torchrun(2 if dry else 4), *script("frameworks", *dry * ["--quick"])[1:]], 180),
         Part("doctor", [*torchrun(1), *DOCTOR], 90, ["typer", "rich"], COMPILES),
         *(train(framework) for framework in ("ddp", "fsdp", "accelerate", "deepspeed")),

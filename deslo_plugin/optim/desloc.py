@@ -189,10 +189,11 @@ class DesLoc(torch.optim.Optimizer):
             self._tick([cohort._replace(params=[p for p in cohort.params if p.grad is None])])
             trained = [p for p in cohort.params if p.grad is not None]
             for t, params in self._clock.by_steps(trained, since=ORIGIN):
+                states = [self.state[p] for p in params]
                 tensors = {"x": params, "g": [p.grad for p in params]}
-                tensors["u"] = [gather(state, params) for state in optimizer.momenta]
+                tensors["u"] = [[state[momentum] for state in states] for momentum in optimizer.momenta]
                 if optimizer.beta2 is not None:
-                    tensors["v"] = gather(SECOND_MOMENT, params)
+                    tensors["v"] = [state[SECOND_MOMENT] for state in states]
                 lr, decay = _rate(cohort.group["lr"], params[0].device), float(cohort.group["weight_decay"])
                 try:
                     self._operator(**tensors, t=t, lr=lr, weight_decay=decay, **options)
