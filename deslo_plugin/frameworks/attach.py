@@ -39,7 +39,7 @@ from deslo_plugin.frameworks.parameter_kinds import refuse_kinds, refuse_nonfini
 from deslo_plugin.frameworks.rehearsal import rehearse
 from deslo_plugin.frameworks.requested import agreed, checked, refuse_together
 from deslo_plugin.frameworks.telemetry_sinks import start_telemetry
-from deslo_plugin.frameworks.which_replica import refuse_across_replicas, topology_of
+from deslo_plugin.frameworks.which_replica import group_inside, refuse_across_replicas, topology_of
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import announce, log_rank0
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager, Everyone
@@ -123,6 +123,7 @@ def attach(
     buffers = [buffer for buffer in _floating_buffers(model) if not any(buffer is each for each in _averaged_buffers())]
     if sharded:
         fsdp2.keep_inside_replicas(model, replicate)
+    groups = replace(groups, shard=group_inside(model, ddps, groups))
     copies = groups.shard if ddps else fsdp2.copies_of(model) if sharded else None
     way = choose_route(config.deslo, groups, trained.values())
     average = make_transport(way, groups, config.deslo, copies)

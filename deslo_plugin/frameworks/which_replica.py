@@ -7,7 +7,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from deslo_plugin.checkpoint.resharding import param_groups
 from deslo_plugin.checks import module_wrappers as wrappers
+from deslo_plugin.comm.process_groups import Groups
 from deslo_plugin.comm.topology import Topology
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
@@ -44,6 +46,14 @@ def topology_of(
             "remove it, or wrap the model in DDP or FSDP2, which reduce gradients inside a replica",
         )
     return topology
+
+
+def group_inside(model: nn.Module, ddps: Sequence[DistributedDataParallel], groups: Groups) -> dist.ProcessGroup:
+    """The process group of this replica: that of the model's wrapper, so that NCCL keeps one communicator, or ours."""
+    meshes = [group.mesh_info for group in param_groups(model)]
+    theirs = [each.process_group for each in ddps] + [getattr(mesh, "shard_process_group", None) for mesh in meshes]
+    own = groups.topology.shard_group
+    return next((each for each in theirs if each and dist.get_process_group_ranks(each) == own), groups.shard)
 
 
 def refuse_across_replicas(
