@@ -37,12 +37,12 @@ def reference(tensors: Sequence[Tensor]) -> Tensor:
     _check(tensors)
     device = tensors[0].device
     total, first = torch.zeros((), dtype=torch.int64, device=device), 0
-    columns = _mixed(torch.arange(1, COLUMNS + 1, device=device)) | 1
+    columns = (_mixed(torch.arange(1, COLUMNS + 1, device=device)) | 1).to(torch.int32)  # signed, as words are
     for blocks in _blocks(tensors, CACHED if device.type == "cpu" else QUEUED):
         x = COLUMNS + 1 + 3 * torch.arange(first, first + len(blocks), device=device)
         flipped, factor = _mixed(x) & ~1, (_mixed(x + 1) << 32 | _mixed(x + 2)) | 1
-        weights = (columns ^ flipped[:, None]).to(torch.int32)  # signed, as words are
-        total += ((blocks.to(torch.int64) * weights).sum(1) * factor).sum()
+        words = blocks.to(torch.int64).mul_(columns ^ flipped[:, None].to(torch.int32))
+        total += (words.sum(1) * factor).sum()
         first += len(blocks)
     return total
 
