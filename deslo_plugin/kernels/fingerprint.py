@@ -4,8 +4,8 @@
 
 A tensor, contiguous and of any dtype, is words of 32 bits in blocks of ``COLUMNS``; zeros fill up its last block. Each
 word is multiplied by an odd number of its column and block, each block by an odd number of its own, and all of it is
-summed modulo 2^64, in one pass over memory. So one word that changes always shows. Where several do, even in their signs
-alone, they cancel each other out once in about 2^32. Shapes and dtypes are no part of it.
+summed modulo 2^64, in one pass over memory. So one word that changes always shows. Where several do, even in their
+signs alone, they cancel each other out once in about 2^32. Shapes and dtypes are no part of it.
 
 Here are the schema and the meaning, after csrc/fingerprint.h; the native module adds CPU and CUDA kernels. All give the
 same number, whatever the device, the alignment, the threads and the instruction set."""
