@@ -2,6 +2,7 @@
 #pragma once
 
 #include "drift.h"
+#include "fingerprint.h"
 #include "land.h"
 
 namespace deslo {
@@ -14,6 +15,7 @@ namespace deslo {
   void update_blocks(const Task<BFloat16>& task, int64_t begin, int64_t end);            \
   void drift_blocks(const DriftTask& task, int64_t begin, int64_t end, double* sums);    \
   void land_blocks(const LandTask& task, int64_t begin, int64_t end);                    \
+  uint64_t fingerprint_blocks(const FingerprintTask& task, int64_t begin, int64_t end);  \
   }
 
 DESLO_DECLARE_ISA(baseline)

@@ -99,7 +99,50 @@ void land_run(T factor, const Landing& landing, int64_t offset, int64_t count) {
   }
 }
 
+struct ColumnWeights {
+  uint32_t of[kColumns];
+
+  constexpr ColumnWeights() : of() {
+    for (int64_t k = 0; k < kColumns; ++k) of[k] = column_weight(k);
+  }
+};
+
+constexpr ColumnWeights kColumnWeights;
+
+// The first words of a block, each by its weight. They need not be aligned.
+uint64_t weighted_words(const char* from, int64_t count, uint32_t flipped) {
+  uint64_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < count; ++k) {
+    uint32_t word;
+    memcpy(&word, from + 4 * k, 4);
+    sum += weighted(word, kColumnWeights.of[k] ^ flipped);
+  }
+  return sum;
+}
+
 }  // namespace
+
+uint64_t fingerprint_blocks(const FingerprintTask& task, int64_t begin, int64_t end) {
+  int64_t index = slot_of(task.spans, task.count, begin);
+  uint64_t total = 0;
+  for (int64_t block = begin; block < end; ++block) {
+    while (index + 1 < task.count && task.spans[index + 1].first_block <= block) ++index;
+    const Span& span = task.spans[index];
+    const int64_t offset = (block - span.first_block) * kBlockBytes, left = span.bytes - offset;
+    const char* const from = static_cast<const char*>(span.data) + offset;
+    const BlockWeight weight = block_weight(block);
+    const int64_t words = left < kBlockBytes ? left / 4 : kColumns;
+    uint64_t sum = weighted_words(from, words, weight.flipped);
+    if (words < kColumns && left % 4) {
+      uint32_t last = 0;
+      memcpy(&last, from + 4 * words, left % 4);
+      sum += weighted(last, kColumnWeights.of[words] ^ weight.flipped);
+    }
+    total += sum * weight.factor;
+  }
+  return total;
+}
 
 void land_blocks(const LandTask& task, int64_t begin, int64_t end) {
   const FlushSubnormals flush;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "drift.h"
+#include "fingerprint.h"
 #include "land.h"
 
 namespace deslo {
@@ -26,6 +27,10 @@ int64_t drift_columns(int device);
 void drift_cuda(const DriftTask& task, int device, void* stream, double* sums);
 
 void land_cuda(const LandTask& task, int device, void* stream);
+
+// Likewise: adds to `sums`, fingerprint_columns(task, device) numbers that add up to the result.
+int64_t fingerprint_columns(const FingerprintTask& task, int device);
+void fingerprint_cuda(const FingerprintTask& task, int device, void* stream, uint64_t* sums);
 
 // What a kernel of this module would meet on `device`. Nothing runs.
 struct CudaStatus {

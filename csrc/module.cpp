@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <cstring>
 
 #include "cpu.h"
@@ -22,9 +23,12 @@ struct Isa {
   void (*brief)(const Task<BFloat16>&, int64_t, int64_t);
   void (*drift)(const DriftTask&, int64_t, int64_t, double*);
   void (*land)(const LandTask&, int64_t, int64_t);
+  uint64_t (*fingerprint)(const FingerprintTask&, int64_t, int64_t);
 };
 
-#define DESLO_KERNELS(isa) isa::update_blocks, isa::update_blocks, isa::update_blocks, isa::drift_blocks, isa::land_blocks
+#define DESLO_KERNELS(isa)                                                                                  \
+  isa::update_blocks, isa::update_blocks, isa::update_blocks, isa::drift_blocks, isa::land_blocks, \
+      isa::fingerprint_blocks
 
 // From the widest to the one that every machine of the architecture has.
 const Isa kIsas[] = {
@@ -85,6 +89,18 @@ struct Cpu {
     const Isa& isa = *chosen;
     torch::stable::parallel_for(0, task.blocks, kGrain, [&](int64_t begin, int64_t end) { isa.land(task, begin, end); });
   }
+
+  // Integers: the order of the threads changes no bit.
+  static Tensor fingerprint(const FingerprintTask& task, const Tensor& like) {
+    const Isa& isa = *chosen;
+    std::atomic<uint64_t> sum{0};
+    torch::stable::parallel_for(0, task.blocks, 4 * kGrain * kBlock / kColumns, [&](int64_t begin, int64_t end) {
+      sum += isa.fingerprint(task, begin, end);
+    });
+    const Tensor words = zero_words(like, 1);
+    *static_cast<uint64_t*>(words.mutable_data_ptr()) = sum;
+    return words;
+  }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(deslo, CPU, library) { implement<Cpu>(library); }
@@ -131,6 +147,14 @@ struct Cuda {
     const int32_t device = like.get_device_index();
     const DeviceGuard guard(device);
     land_cuda(task, device, stream(device));
+  }
+
+  static Tensor fingerprint(const FingerprintTask& task, const Tensor& like) {
+    const int32_t device = like.get_device_index();
+    const DeviceGuard guard(device);
+    const Tensor sums = zero_words(like, fingerprint_columns(task, device));
+    fingerprint_cuda(task, device, stream(device), static_cast<uint64_t*>(sums.mutable_data_ptr()));
+    return sums;
   }
 
  private:

@@ -1,14 +1,16 @@
-// The operators of deslo_plugin/ops.py, drift.py and landing.py for one backend, as the dispatcher calls them.
+// The operators of deslo_plugin/kernels/ for one backend, as the dispatcher calls them.
 //
 // A backend is a class with kHostReads, whether the host may read its tensors without waiting, and with static functions
 // run(Task<S>, like) for every dtype S of states, like being a tensor on their device; drift(DriftTask, like): a tensor of
-// kSums rows on the device of `like` whose columns add up to the sums; and land(LandTask, like).
+// kSums rows on the device of `like` whose columns add up to the sums; land(LandTask, like); and
+// fingerprint(FingerprintTask, like): a row of integers there that add up to the number.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
 #include "cuda.h"
 #include "drift_launch.h"
+#include "fingerprint_launch.h"
 #include "land_launch.h"
 #include "launch.h"
 
@@ -78,12 +80,19 @@ void land_(const Tensors& x, const Tensors& local, const Tensors& mean, double f
 }
 
 template <class Backend>
+Tensor fingerprint(const Tensors& tensors) {
+  const FingerprintLaunch launch(tensors);
+  return added_up(launch.task.blocks ? Backend::fingerprint(launch.task, tensors[0]) : zero_words(tensors[0], 1));
+}
+
+template <class Backend>
 void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("sgdm_", TORCH_BOX(&sgdm_<Backend>));
   library.impl("adam_", TORCH_BOX(&adam_<Backend>));
   library.impl("adopt_", TORCH_BOX(&adopt_<Backend>));
   library.impl("drift", TORCH_BOX(&drift<Backend>));
   library.impl("land_", TORCH_BOX(&land_<Backend>));
+  library.impl("fingerprint", TORCH_BOX(&fingerprint<Backend>));
 }
 
 }  // namespace deslo

@@ -135,7 +135,7 @@ def test_operators_that_were_given_to_torch_run_there(kernels):
         "    update.sgdm_([x], [g], [[u]], t=3, lr=0.1, weight_decay=0.0, betas=[0.9], weights=[1.0])\n"
         "    return u.any().item()\n"
         "print(moved()); availability._give_to_torch('CPU'); print(moved())\n"
-        "for name in ('sgdm_', 'adam_', 'adopt_', 'drift', 'land_'):\n"
+        "for name in ('sgdm_', 'adam_', 'adopt_', 'drift', 'land_', 'fingerprint'):\n"
         "    assert name in {operator.name for operator in availability._operators}\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)

@@ -135,6 +135,9 @@ def averages(clock: Clock, n: int) -> None:
     drift = lambda l, m: lambda: torch.ops.deslo.drift([l], [m])
     clock.row(f"drift, {label(n)} float32", clock.ms(drift(local, mean)), 8 * n)
     clock.row(f"drift, {label(n)} float32, unaligned by one", clock.ms(drift(local[1:], mean[1:])), 8 * (n - 1))
+    fingerprint = lambda tensor: lambda: torch.ops.deslo.fingerprint([tensor])
+    clock.row(f"fingerprint, {label(n)} float32", clock.ms(fingerprint(local)), 4 * n)
+    clock.row(f"fingerprint, {label(n)} float32, unaligned by one", clock.ms(fingerprint(local[1:])), 4 * (n - 1))
     land = lambda: torch.ops.deslo.land_([x], [local], [mean], 0.9)
     clock.row(f"land_, {label(n)} float32", clock.ms(land), 16 * n)
 

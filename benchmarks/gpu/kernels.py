@@ -51,6 +51,7 @@ def main() -> None:
         "arguments on two devices, or that overlap, are refused": lambda: refused(device),
         "drift: float64, deterministic, sees NaN": lambda: drifts(device),
         "land_": lambda: landings(device),
+        "fingerprint: dtypes, tails, unaligned, many": lambda: fingerprints(device),
     }
     if device == "cuda":
         checks |= {"the current stream": side_stream, "a CUDA graph with other steps and rates": graph}
@@ -178,6 +179,18 @@ def landings(device: str) -> Verdict:
             return f"{kind} {wide} offset {offset}"
 
 
+def fingerprints(device: str) -> Verdict:
+    number = lambda tensors, where: torch.ops.deslo.fingerprint([like(tensor, where) for tensor in tensors]).item()
+    cases = {
+        (kind, offset): unaligned(kind, offset, 0) for kind in (F32, F64, BF, HF, torch.int8) for offset in (0, 1, 2)
+    }
+    cases["3,000 tensors"] = [torch.randn(i % 700) for i in range(3000)]
+    for name, tensors in cases.items():
+        ours, theirs = number(tensors, device), number(tensors, "cpu")
+        if ours != theirs:
+            return f"{name}: expected {theirs} of the CPU, got {ours}"
+
+
 def side_stream() -> Verdict:
     case = Case("adam", 1, [(1 << 20,)], [SINGLE], device="cpu")
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -220,7 +233,11 @@ def big() -> Verdict:
         return f"sgdm: expected 0.5, 0.5, 0.5, 1, got {found}"
     del g, u
     square = torch.ops.deslo.drift([x], [torch.ones(n, device="cuda")])[2].item()
-    return None if abs(square - n) <= 1e-3 * n**0.5 else f"drift: expected {n}, got {square}"
+    if abs(square - n) > 1e-3 * n**0.5:
+        return f"drift: expected {n}, got {square}"
+    before = torch.ops.deslo.fingerprint([x])
+    x[-1] = -x[-1]
+    return "fingerprint: the last element changed unseen" if before == torch.ops.deslo.fingerprint([x]) else None
 
 
 if __name__ == "__main__":

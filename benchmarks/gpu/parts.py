@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = "benchmarks/gpu"
 CONFIG = "configs/des-loc-adam.json"
 KERNEL_TESTS = [
-    f"tests/test_{name}.py" for name in ("native", "operators", "drift", "landing", "rounding", "optimizer")
+    f"tests/test_{name}.py"
+    for name in ("native", "operators", "drift", "landing", "fingerprint", "rounding", "optimizer")
 ]
 ELSEWHERE = "tests/test_example.py trains on the CPU"
 WORLD_TESTS = ["tests/test_torch.py", "tests/test_torch_use.py"]

@@ -31,6 +31,7 @@ def main() -> None:
         update([x], [g], [[u]], [v], beta2=0.95, eps=1e-8, **numbers, **more)
     print("drift", torch.ops.deslo.drift([x], [g]).tolist())
     torch.ops.deslo.land_([x], [g], [u], 0.5)
+    print("fingerprint", torch.ops.deslo.fingerprint([x, g]).item())
     p = torch.nn.Parameter(torch.ones(1000, device=device))
     optimizer = deslo_plugin.DesLoc([p], lr=0.1)
     for _ in range(3):

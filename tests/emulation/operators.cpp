@@ -3,6 +3,7 @@
 
 #include "../../csrc/cuda.cu"
 #include "../../csrc/drift.cu"
+#include "../../csrc/fingerprint.cu"
 #include "../../csrc/land.cu"
 
 namespace deslo {
@@ -23,6 +24,12 @@ struct Emulated {
   }
 
   static void land(const LandTask& task, const Tensor&) { land_cuda(task, 0, nullptr); }
+
+  static Tensor fingerprint(const FingerprintTask& task, const Tensor& like) {
+    const Tensor sums = zero_words(like, fingerprint_columns(task, 0));
+    fingerprint_cuda(task, 0, nullptr, static_cast<uint64_t*>(sums.mutable_data_ptr()));
+    return sums;
+  }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(deslo_emulated, CPU, library) { implement<Emulated>(library); }

@@ -9,6 +9,7 @@
 #include "../../csrc/cpu.h"
 #include "../../csrc/cuda.cu"
 #include "../../csrc/drift.cu"
+#include "../../csrc/fingerprint.cu"
 #include "../../csrc/land.cu"
 
 using namespace deslo;
@@ -152,9 +153,36 @@ bool agree_on_landing() {
   return on_cpu == landed([](const LandTask& task) { land_cuda(task, 0, nullptr); });
 }
 
+bool agree_on_fingerprint() {
+  std::vector<std::vector<unsigned char>> buffers;
+  std::vector<Span> spans;
+  FingerprintTask task{};
+  for (const int64_t bytes : {1, 2, 3, 4, 15, 16, 17, 4095, 16383, 16384, 16385, 40000, 40002}) {
+    for (const int64_t offset : {0, 1, 2, 4, 8}) {
+      buffers.emplace_back(bytes + offset);
+      for (unsigned char& byte : buffers.back()) byte = (unsigned char)(std::rand());
+      spans.push_back({buffers.back().data() + offset, bytes, task.blocks});
+      task.blocks += (bytes + kBlockBytes - 1) / kBlockBytes;
+    }
+  }
+  task.spans = spans.data();
+  task.count = int64_t(spans.size());
+  std::vector<uint64_t> sums(fingerprint_columns(task, 0));
+  fingerprint_cuda(task, 0, nullptr, sums.data());
+  uint64_t on_gpu = 0;
+  for (const uint64_t sum : sums) on_gpu += sum;
+  const int64_t half = task.blocks / 2;
+  const uint64_t on_cpu = baseline::fingerprint_blocks(task, 0, half) + baseline::fingerprint_blocks(task, half, task.blocks);
+  return on_cpu == on_gpu;
+}
+
 }  // namespace
 
 int main() {
+  if (!agree_on_fingerprint()) {
+    std::printf("fingerprint: CPU and CUDA differ\n");
+    return 1;
+  }
   if (!agree_on_landing()) {
     std::printf("landing: CPU and CUDA differ\n");
     return 1;
