@@ -81,54 +81,43 @@ def scaled_by_accelerate(kind: str, way: str, overflow: int | None = None) -> di
     }
 
 
-@contextlib.contextmanager
-def more_groups(members: list[int] | None, local: bool = False) -> Iterator[None]:
-    """``members`` are in a process group that others are not in; ``local``: the others know nothing of it."""
-    if members is None:
-        yield
-        return
-    extra = None
+def join_more_groups(members: list[int], local: bool) -> None:
+    """From now on ``members`` are in a process group that others are not in; ``local``: the others know nothing of
+    it. (Where a group is destroyed, torch may give its successors names that are taken.)"""
     if not local or dist.get_rank() in members:
-        extra = dist.new_group(members, use_local_synchronization=local)
-    try:
-        yield
-    finally:
-        dist.barrier()
-        if extra is not None and dist.get_rank() in members:
-            dist.destroy_process_group(extra)
+        dist.new_group(members, use_local_synchronization=local)
 
 
 def beside_other_groups(members: list[int], local: bool, wrap: str, blocks: dict, steps: int) -> dict:
     """The job of ``wrap`` attached while ranks are in unequally many groups."""
-    with more_groups(members, local):
-        if wrap == "deepspeed":
-            return jobs.run(blocks, steps)
-        return torch_jobs.run(wrap, blocks, steps)
+    join_more_groups(members, local)
+    return jobs.run(blocks, steps) if wrap == "deepspeed" else torch_jobs.run(wrap, blocks, steps)
 
 
-def attach_a_subset(members: list[int] | None, bound: bool = False) -> str:
-    """What attaching ranks 0 and 1 alone says there; on the others "". ``bound``: as ``init_process_group`` with a
-    device_id."""
+def attach_a_subset(timeout_s: float, members: list[int] | None = None, bound: bool = False) -> str:
+    """What attaching ranks 0 and 1 alone says there, with ``members`` in a group more; on the others "". ``bound``: as
+    ``init_process_group`` with a device_id."""
     import deslo_plugin
 
     _quiet()
     group = dist.new_group([0, 1])
+    if members:
+        join_more_groups(members, False)
     try:
-        with more_groups(members):
-            if dist.get_rank() > 1:
-                return ""
-            model = jobs.net()
-            optimizer, config = _optimizer("AdamW", model)
-            config["deslo"]["timeout_s"] = 50.0 + 10 * bound + (members is not None)  # groups of its own
-            if bound:
-                dist.group.WORLD.bound_device_id = torch.device("cuda", 0)
-            try:
-                deslo_plugin.attach(model, optimizer, config, process_group=group)
-            except ValueError as error:
-                return f"{type(error).__name__}: {error}"
-            finally:
-                dist.group.WORLD.bound_device_id = None
-            return "attached"
+        if dist.get_rank() > 1:
+            return ""
+        model = jobs.net()
+        optimizer, config = _optimizer("AdamW", model)
+        config["deslo"]["timeout_s"] = timeout_s  # groups of its own
+        if bound:
+            dist.group.WORLD.bound_device_id = torch.device("cuda", 0)
+        try:
+            deslo_plugin.attach(model, optimizer, config, process_group=group)
+        except ValueError as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            dist.group.WORLD.bound_device_id = None
+        return "attached"
     finally:
         dist.barrier()
 
@@ -241,7 +230,7 @@ def waits_of_an_engine(ds: dict, steps: int, stock: bool) -> dict:
     logger = logging.getLogger("deslo_plugin")
     logger.addHandler(handler)
     try:
-        with device_that_waits() as seen, (jobs.stock_engine(ds) if stock else jobs.engine_for(ds)) as engine:
+        with device_that_waits() as seen, jobs.stock_engine(ds) if stock else jobs.engine_for(ds) as engine:
             logger.setLevel(logging.ERROR)
             jobs.train(engine, range(steps))
             return {

@@ -93,23 +93,24 @@ def gpu(monkeypatch):
     return clock
 
 
-def states():
-    x, u = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
-    return {"params": [x], "exp_avg": [u]}
+def flown(wire, clock, while_it_flies):
+    """Launches two states after step 3, and lands them after ``while_it_flies(clock)``."""
+    x, u = torch.nn.Parameter(torch.ones(5)), torch.ones(5)
+    with torch.no_grad():
+        wire.launch(3, [x], {"params": [x], "exp_avg": [u]})
+        while_it_flies(clock)
+        wire.land(3, [x], {"params": [x], "exp_avg": [u]})
 
 
 @pytest.mark.parametrize("queued, travel", [(100, 130), (100, 60), (0, 40), (3, 3)])
 def test_the_meter_counts_waiting_and_not_what_the_host_ran_ahead_of(gpu, queued, travel):
     """The host arrives at the landing with ``queued`` seconds of computation behind it in the queue."""
-    wire, (events) = metered(gpu, Travel(gpu, travel))
+    wire, events = metered(gpu, Travel(gpu, travel))
     gpu.compute(7)  # the step before, which the average begins after
-    tensors = states()
-    wire.launch(3, tensors)
-    gpu.compute(queued)
-    wire.land(3, tensors)
+    flown(wire, gpu, lambda clock: clock.compute(queued))
     (event,) = events
     assert event.seconds_exposed == pytest.approx(max(0, travel - queued))
-    assert all(flown == pytest.approx(max(travel, queued)) for flown in event.in_flight_s.values())
+    assert event.seconds_in_flight == pytest.approx(dict.fromkeys(("params", "exp_avg"), max(travel, queued)))
 
 
 def test_the_mean_of_a_warm_up_is_metered_without_the_backward_before_it(gpu):
@@ -124,12 +125,13 @@ def test_on_a_cpu_the_meter_is_the_gate(monkeypatch, ahead, travel):
     clock = Clock()
     monkeypatch.setattr(instants.time, "perf_counter", lambda: clock.host)
     wire, events = metered(clock, Travel(clock, travel, on_gpu=False))
-    tensors = states()
-    wire.launch(3, tensors)
-    clock.host += ahead
-    wire.land(3, tensors)
+
+    def compute(clock):
+        clock.host += ahead
+
+    flown(wire, clock, compute)
     assert events[0].seconds_exposed == pytest.approx(max(0.0, travel - ahead), rel=0.05)
-    assert events[0].in_flight_s["params"] == pytest.approx(max(travel, ahead), rel=0.05)
+    assert events[0].seconds_in_flight["params"] == pytest.approx(max(travel, ahead), rel=0.05)
 
 
 SIZES = st.lists(st.integers(0, 41), min_size=1, max_size=12).filter(any)
@@ -177,9 +179,10 @@ def test_a_step_inside_of_a_cuda_graph_is_refused_before_anything_changes(kind, 
     for _ in range(2):
         model(torch.ones(1, 3)).sum().backward()
         optimizer.step()
-    of = lambda: [p.detach().clone() for p in model.parameters()] + [
-        value.clone() for p in model.parameters() for value in optimizer.state[p].values()
-    ]
+    of = lambda: (
+        [p.detach().clone() for p in model.parameters()]
+        + [value.clone() for p in model.parameters() for value in optimizer.state[p].values()]
+    )
     before, asked = of(), []
     request.getfixturevalue("capturing")
     for step in (optimizer.step, lambda: optimizer.step(lambda: asked.append(1) or torch.ones(()))):
@@ -190,9 +193,9 @@ def test_a_step_inside_of_a_cuda_graph_is_refused_before_anything_changes(kind, 
 
 
 def small_attachment(**deslo):
-    config = load_config({"deslo": {"replica_size": 2, "sync_every": {"params": 2, "exp_avg": 3}, **deslo}})
-    periods = {"params": 2, "exp_avg": 3, "exp_avg_sq": None}
-    plan = make_plan(config, contiguous(4, 0, 2), [1000, 10], [periods, periods], divisor=2)
+    block = {"lr": 1e-3, "sync_every": {"params": 4, "exp_avg": 8, "exp_avg_sq": None}}
+    config = load_config({"optimizer": {"params": block}, "deslo": {"replica_size": 2, **deslo}})
+    plan = make_plan(config, [1000, 10], [config.optimizer.periods] * 2, contiguous(4, 0, 2), divisor=2)
     return SimpleNamespace(plan=plan)
 
 
