@@ -1,7 +1,8 @@
 """Counters of parameters that step together, as elements of one vector: read and advanced at once.
 
-Each parameter's state still has a tensor of its own, without dimensions, which others may read, write and replace: a
-write shows in the vector's version, and a replaced one is found by looking."""
+Each parameter's state still has a tensor of its own, without dimensions, which others may read, write and replace: what
+is written is read with the vector, even by a collective, which leaves no trace in a tensor's version; a replaced one is
+found by looking."""
 
 from collections.abc import MutableMapping, Sequence
 from operator import is_
@@ -20,7 +21,6 @@ class CountVector:
         self._elements = [self._vector[i] for i in range(len(states))]
         for state, element in zip(states, self._elements):
             state[key] = element
-        self._read()
 
     def holds(self, states: States) -> bool:
         """Whether these are the states that it was made of, with the counters that it made."""
@@ -30,17 +30,11 @@ class CountVector:
     @property
     def values(self) -> list[int]:
         """The counters now."""
-        if self._vector._version != self._version:
-            self._read()
-        return self._values
+        return self._vector.tolist()
 
     def fill(self, value: int) -> None:
         """Sets all of them."""
         self._vector.fill_(value)
-        self._version, self._values = self._vector._version, [value] * len(self._elements)
-
-    def _read(self) -> None:
-        self._version, self._values = self._vector._version, self._vector.tolist()
 
 
 class CountVectors:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.capture import refuse_capture
@@ -17,7 +18,7 @@ def schedule(averaging: AnyOptimizerAverager) -> None:
     """From now on every ``optimizer.step()`` is a step of Algorithm 1, and loads and new param groups are taken in.
     Wraps ``step`` and ``add_param_group`` of the instance."""
     optimizer = averaging.optimizer
-    inner, scales = optimizer.step, getattr(optimizer, "_step_supports_amp_scaling", False)
+    inner, scales = _taken_through_ours(optimizer), getattr(optimizer, "_step_supports_amp_scaling", False)
     # torch's own call the closure once, before the update; others may call it where they like, so they get it
     # themselves
     asks_first = type(optimizer).__module__.startswith("torch.optim.")
@@ -64,6 +65,32 @@ def schedule(averaging: AnyOptimizerAverager) -> None:
     optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: averaging.loading(state_dict))
     optimizer.register_load_state_dict_post_hook(lambda _: averaging.loaded())
     optimizer._step_supports_amp_scaling = True  # GradScaler: call ``step`` always, so that every replica's clock ticks
+
+
+def _taken_through_ours(optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
+    """The ``step`` of now, for the one that replaces it. Whoever kept it and calls it himself gets a ``ConfigError``
+    instead of an update that nobody counts."""
+    inner, ours = optimizer.step, [False]
+
+    def expect_ours(*_: Any) -> None:
+        if not ours[0]:
+            raise ConfigError(
+                f"{type(optimizer).__name__}.step",
+                "the step that attach has installed",
+                "the one before it, which a wrapper of the optimizer has kept",
+                "give attach that wrapper, or call it before the wrapper is made",
+            )
+
+    @functools.wraps(inner)
+    def step(*args: Any) -> Any:
+        ours[0] = True
+        try:
+            return inner(*args)
+        finally:
+            ours[0] = False
+
+    optimizer.register_step_pre_hook(expect_ours)
+    return step
 
 
 def _only_creates_states(optimizer: torch.optim.Optimizer) -> bool:
