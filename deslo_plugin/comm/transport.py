@@ -232,8 +232,13 @@ class ReplicaTransport(Fixed):
 
     def _abort(self) -> None:
         """Takes an NCCL average that waits for ever off the GPU: the interpreter could not end beside it."""
-        if uses_nccl(self.groups.replica):
-            nccl = self.groups.replica._get_backend(torch.device("cuda"))
-            aborting = Thread(target=suppress(Exception)(nccl.abort), daemon=True)
-            aborting.start()
-            aborting.join(ABORT_S)
+        if not uses_nccl(self.groups.replica):
+            return
+
+        def abort() -> None:
+            with suppress(Exception):  # the error to tell is the one that led here
+                self.groups.replica._get_backend(torch.device("cuda")).abort()
+
+        aborting = Thread(target=abort, daemon=True)
+        aborting.start()
+        aborting.join(ABORT_S)
