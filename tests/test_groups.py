@@ -1,4 +1,4 @@
-"""What one device hides from a CPU, asked of real processes: whose step is called, which groups there are, who waits."""
+"""What one device hides from a CPU, asked of real processes: whose step is called, which groups there are."""
 
 import gpu_fault_jobs as jobs
 import pytest
