@@ -126,7 +126,7 @@ def unreachable(which: str) -> str:
     """What ``open_groups`` says where the group named ``which`` cannot be reached."""
     from deslo_plugin.comm import process_groups
 
-    _, _, attachment = torch_jobs.attached("plain", _blocks(replica_size=2, timeout_s=60.0))
+    _, _, attachment = torch_jobs.attached("ddp", _blocks(replica_size=2, timeout_s=60.0))
     groups, all_reduce = attachment.groups, dist.all_reduce
     broken = getattr(groups, which)
 
@@ -192,6 +192,9 @@ class Stream:
     def wait(self, *_: Any) -> None:
         pass
 
+    def query(self) -> bool:
+        return True
+
     wait_stream = wait_event = record_event = record = synchronize = wait
 
 
@@ -226,6 +229,7 @@ def device_that_waits() -> Iterator[SimpleNamespace]:
         mock.patch.object(transport.ReplicaTransport, "start", starts),
         mock.patch.object(transport._Pending, "wait", waits),
         mock.patch.object(kind, "resolves_data_dependency", lambda self: False),
+        mock.patch.object(kind, "is_synchronized_device", lambda self: False),
         mock.patch.object(kind, "synchronize", synchronize),
         mock.patch.object(kind, "Stream", Stream),
         mock.patch.object(kind, "Event", Stream),
@@ -239,6 +243,8 @@ def device_that_waits() -> Iterator[SimpleNamespace]:
 
 def waits_of_an_engine(ds: dict, steps: int, stock: bool) -> dict:
     """Where an engine waits for the device while averages fly; and what it says of that."""
+    import deepspeed  # noqa: F401  (before what hooks into it)
+
     from deslo_plugin.frameworks.deepspeed import synchronisation
 
     said: list[str] = []
