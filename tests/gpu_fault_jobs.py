@@ -1,5 +1,5 @@
-"""What one device hides from a CPU, run on every rank of a ``Processes`` world: whose step is called, which groups there
-are, who waits for a whole device while an average travels."""
+"""What one device hides from a CPU, run on every rank of a ``Processes`` world: whose step is called, which groups
+there are, who waits for a whole device while an average travels."""
 
 import contextlib
 import logging
@@ -126,7 +126,7 @@ def unreachable(which: str) -> str:
     """What ``open_groups`` says where the group named ``which`` cannot be reached."""
     from deslo_plugin.comm import process_groups
 
-    _, _, attachment = torch_jobs.attached("plain", _blocks(replica_size=2, timeout_s=60.0))
+    _, _, attachment = torch_jobs.attached("ddp", _blocks(replica_size=2, timeout_s=60.0))
     groups, all_reduce = attachment.groups, dist.all_reduce
     broken = getattr(groups, which)
 
@@ -186,6 +186,18 @@ def divided_average(divisor: int) -> tuple[list[float], list[float]]:
     return chunk.tolist(), torch.stack(replicas).mean(0).tolist()
 
 
+class Stream:
+    """One of a device that computes at once."""
+
+    def wait(self, *_: Any) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    wait_stream = wait_event = record_event = record = synchronize = wait
+
+
 @contextlib.contextmanager
 def device_that_waits() -> Iterator[SimpleNamespace]:
     """DeepSpeed believes in streams; ``waits`` are the places where it waited for the device, and how many averages
@@ -217,30 +229,38 @@ def device_that_waits() -> Iterator[SimpleNamespace]:
         mock.patch.object(transport.ReplicaTransport, "start", starts),
         mock.patch.object(transport._Pending, "wait", waits),
         mock.patch.object(kind, "resolves_data_dependency", lambda self: False),
+        mock.patch.object(kind, "is_synchronized_device", lambda self: False),
         mock.patch.object(kind, "synchronize", synchronize),
+        mock.patch.object(kind, "Stream", Stream),
+        mock.patch.object(kind, "Event", Stream),
+        mock.patch.object(kind, "stream", lambda self, stream: contextlib.nullcontext()),
+        mock.patch.object(kind, "current_stream", lambda self, index=None: Stream()),
+        mock.patch.object(kind, "default_stream", lambda self, index=None: Stream()),
+        mock.patch.object(torch.Tensor, "record_stream", lambda self, stream: None),
     ):
         yield seen
 
 
 def waits_of_an_engine(ds: dict, steps: int, stock: bool) -> dict:
     """Where an engine waits for the device while averages fly; and what it says of that."""
+    import deepspeed  # noqa: F401  (before what hooks into it)
+
+    from deslo_plugin.frameworks.deepspeed import synchronisation
+
     said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("deslo_plugin")
-    logger.addHandler(handler)
-    try:
-        with device_that_waits() as seen, jobs.stock_engine(ds) if stock else jobs.engine_for(ds) as engine:
-            logger.setLevel(logging.ERROR)
-            jobs.train(engine, range(steps))
-            return {
-                "in the air": [place for place, air in seen.waits if air],
-                "launched": seen.launched,
-                "synchronized": engine.tput_timer.config.synchronized,
-                "said": said,
-            }
-    finally:
-        logger.removeHandler(handler)
+    with (
+        device_that_waits() as seen,
+        mock.patch.object(synchronisation, "log_rank0", lambda message, *_: said.append(message)),
+        jobs.stock_engine(ds) if stock else jobs.engine_for(ds) as engine,
+    ):
+        jobs.train(engine, range(steps))
+        return {
+            "in the air": [place for place, air in seen.waits if air],
+            "waits": len(seen.waits),
+            "launched": seen.launched,
+            "synchronized": engine.tput_timer.config.synchronized,
+            "said": said,
+        }
 
 
 def plain_engine_beside(ds: dict) -> tuple[bool, bool]:

@@ -1,4 +1,4 @@
-"""What was found by reading for a GPU, asked of a CPU: a device that runs behind the host, alignment, memory, graphs."""
+"""What was found by reading for a GPU, asked of a CPU: a device behind the host, alignment, memory, graphs."""
 
 import itertools
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What one device hides from a CPU, asked of real processes: whose step is called, which groups there are, who waits."""
+"""What one device hides from a CPU, asked of real processes: whose step is called, which groups there are."""
 
 import gpu_fault_jobs as jobs
 import pytest
@@ -111,10 +111,15 @@ def test_an_engine_waits_for_no_average_that_travels(four, stage, stock):
         assert result["synchronized"] is False
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_an_engine_waits_for_no_average_that_travels_for_two_steps(four, stage):
-    for result in four().run(jobs.waits_of_an_engine, of_engine(stage, False, sync_delay=2), 10, False):
-        assert result["in the air"] == [] and result["launched"] > 4
+@pytest.mark.parametrize("stage, persistent", [(0, None), (2, None), (3, 0), (3, 10**5)])
+def test_an_engine_waits_for_no_average_that_travels_for_two_steps_or_says_so(four, stage, persistent):
+    """ZeRO-3 ends each step with a wait for the parameters that it keeps whole, which falls into the flight."""
+    zero = {} if persistent is None else {"stage3_param_persistence_threshold": persistent}
+    results = four().run(jobs.waits_of_an_engine, of_engine(stage, False, zero, sync_delay=2), 10, False)
+    for result in results:
+        assert result["launched"] > 4 and bool(result["in the air"]) == bool(persistent)
+        assert all("allgather_params" in place for place in result["in the air"])
+    assert any("stage3_param_persistence_threshold" in line for line in results[0]["said"]) == bool(persistent)
 
 
 def of_engine(stage, stock, zero=None, **deslo):

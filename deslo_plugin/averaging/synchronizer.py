@@ -89,8 +89,9 @@ class Synchronizer:
         seats = {state: [self._flights.pop((param, state)) for param in params] for state in states}
         flights = {state: list({id(flight): flight for flight, _ in taken}.values()) for state, taken in seats.items()}
 
-        device = next(iter(states.values()))[0].device
-        start = now(device)
+        devices = {state: tensors[0].device for state, tensors in states.items()}  # an optimizer may offload some
+        first = next(iter(devices.values()))
+        start = now(first)
         with torch.profiler.record_function("deslo::wait"):
             for flight in (flight for each in flights.values() for flight in each):
                 if flight.steps != steps:
@@ -99,16 +100,19 @@ class Synchronizer:
                     work.wait()
         if not self.transport.should_commit():
             return None
-        arrived = now(device)
+        arrived = {device: now(device) for device in set(devices.values())}
         means = {state: [flight.bucket.views[seat] for flight, seat in taken] for state, taken in seats.items()}
         sums = {state: measure(states[state], mean) for state, mean in means.items()}
-        drift = dict(zip(sums, map(drift_of, torch.stack([*sums.values()]).tolist())))
+        drift = dict(zip(sums, map(drift_of, torch.stack([each.to(first) for each in sums.values()]).tolist())))
         self._refuse_nonfinite(steps, flights, states, drift)
 
         sent = Counter({state: sum(flight.bytes for flight in each) for state, each in flights.items()})
         sent.update(told.bytes)
-        flown = {state: max(seconds_between(f.start, arrived) for f in each) for state, each in flights.items()}
-        waited = seconds_between(start, arrived) + told.seconds
+        flown = {
+            state: max(seconds_between(flight.start, arrived[devices[state]]) for flight in each)
+            for state, each in flights.items()
+        }
+        waited = seconds_between(start, arrived[first]) + told.seconds
         self._on_average(SyncEvent(steps, dict(sent), waited, drift, flown))
         return means
 
