@@ -165,3 +165,11 @@ def test_gradients_beside_fsdp_are_the_mean_of_all_in_the_warm_up(four, how):
         expected = jobs.gradients_of_all(params, step)
         for result in results:
             assert (result["gradients"][step] - expected).abs().max() < 1e-6
+
+
+def test_a_tensor_goes_where_a_group_without_a_cpu_reaches_it(monkeypatch):
+    from deslo_plugin.comm import process_groups
+
+    for config, where in (("cpu:gloo,cuda:nccl", "cpu"), ("meta:nccl", "meta")):
+        monkeypatch.setattr(process_groups.dist, "get_backend_config", lambda group, config=config: config)
+        assert process_groups.reachable(torch.ones(2), None).device.type == where

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deslo_plugin.comm.process_groups import Groups
+from deslo_plugin.comm.process_groups import Groups, reachable
 
 EXTRA = "_extra_state"  # how torch ends the names of what ``get_extra_state()`` of a module gives: no weights
 
@@ -28,7 +28,7 @@ def mean_of(full: Tensor, group: dist.ProcessGroup | None, dtype: torch.dtype | 
 def mean_shard(shard: Tensor, groups: Groups) -> Tensor:
     """The mean of a DTensor over replicas, sharded as it is, in its dtype and on its device. Collective."""
     own = shard.detach().to_local()
-    mean = _mean(own, groups.replica).to(own.dtype)
+    mean = _mean(own, groups.replica).to(own.device, own.dtype)
     return type(shard.detach()).from_local(
         mean, shard.device_mesh, shard.placements, shape=shard.shape, stride=shard.stride()
     )
@@ -38,9 +38,11 @@ def _mean(own: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if not (own.is_floating_point() or own.is_complex()):
         first = own.contiguous().clone()
         if group is not None:
+            first = reachable(first, group)
             dist.broadcast(first.view(-1).view(torch.uint8), group_src=0, group=group)
         return first
     mean = own.to(torch.promote_types(own.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
     if group is not None:  # over the world: the ranks of a replica hold the same, so that it is the replicas' mean
+        mean = reachable(mean, group)
         dist.all_reduce(torch.view_as_real(mean) if mean.is_complex() else mean, op=dist.ReduceOp.AVG, group=group)
     return mean

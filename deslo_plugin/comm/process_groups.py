@@ -175,6 +175,12 @@ def device_of(group: dist.ProcessGroup | None) -> str:
     return "cpu" if "cpu" in devices else devices[0]
 
 
+def reachable(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """``tensor`` where the backend of ``group`` reaches it: NCCL alone knows no CPU."""
+    known = f"{tensor.device.type}:" in dist.get_backend_config(group)
+    return tensor if known else tensor.to(device_of(group))
+
+
 def _error_as_text(error: Any) -> dict[str, Any]:
     if not isinstance(error, ConfigError):
         raise TypeError(f"all_gather_by_rank: expected plain data or a ConfigError, got {type(error).__name__}")

@@ -28,7 +28,7 @@ from deslo_plugin.checks.replica_checks import (
     say_placement,
 )
 from deslo_plugin.checks.replica_watch import Watch
-from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank, make_groups
+from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank, make_groups, reachable
 from deslo_plugin.comm.topology import contiguous
 from deslo_plugin.comm.transport import SingleReplica, Transport
 from deslo_plugin.config.schema import Config
@@ -114,7 +114,11 @@ def attach(
         refuse_parts(plain, groups, fsdp2.forgotten(model) if sharded else ())
     whole = plain | wrappers.saved_buffers(model)
     broadcast_or_check_params(
-        whole, dict(zip(pieces, local(list(pieces.values())))), config.deslo.initial_params, groups, _reachable
+        whole,
+        dict(zip(pieces, local(list(pieces.values())))),
+        config.deslo.initial_params,
+        groups,
+        lambda tensor: reachable(tensor, groups.world),
     )
 
     trained = {name: param for name, param in named.items() if param.requires_grad}
@@ -224,11 +228,6 @@ def _any_on_cpu(model: nn.Module, optimizer: torch.optim.Optimizer, group: dist.
     """Whether averages carry tensors on the CPU, on any rank. Collective."""
     tensors = [*_params_of(model, optimizer).values(), *wrappers.saved_buffers(model).values()]
     return any(all_gather_by_rank(any(each.device.type == "cpu" for each in tensors), group).values())
-
-
-def _reachable(tensor: Tensor) -> Tensor:
-    """Where the world's process group reaches it: NCCL alone knows no CPU."""
-    return tensor.cuda() if tensor.device.type == "cpu" and "cpu:" not in dist.get_backend_config() else tensor
 
 
 def _averaged_buffers() -> Iterator[Tensor]:
