@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 States = Sequence[MutableMapping[str, Any]]
+FEW = 8  # counters that are as quickly read one by one
 
 
 class CountVector:
@@ -70,6 +71,3 @@ class CountVectors:
             return None
         self._made[place] = CountVector(states, key)
         return self._made[place]
-
-
-FEW = 8  # counters that are as quickly read one by one

@@ -155,7 +155,7 @@ def attach(
     optimizer.deslo = attachment
     attached.setdefault(model, []).append(attachment)
     refuse_one_replica(attachment, optimizer, around)
-    rehearse(attachment)
+    rehearse(attachment, [param for of_group in params for param in of_group])
     attachment.announce()
     say_placement(topology, groups.world)
     if sharded and topology.replica_size > 1 and (beside := fsdp2.not_sharded(model)):

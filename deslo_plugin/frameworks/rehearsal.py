@@ -1,23 +1,25 @@
 """What averages will need is made at the start: a job that lacks it ends now, and not hours later in its first average
 of everything at once."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from deslo_plugin.attachment import Attachment
 from deslo_plugin.comm.host_transport import HostTransport
 from deslo_plugin.comm.process_groups import open_groups
 from deslo_plugin.errors import ConfigError
-from deslo_plugin.kernels.local_tensors import local
 
 
-def rehearse(attachment: Attachment) -> None:
+def rehearse(attachment: Attachment, averaged: Sequence[Tensor]) -> None:
     """Opens the communicators, and on a GPU takes and gives back the memory of all averages in flight. Collective.
+    ``averaged`` are parameters as this rank holds them.
 
     Raises ``ConfigError`` for ranks that do not reach each other, and for memory that is not there."""
-    params = [param for group in attachment.averaging.groups for param in group["params"]]
-    if not params:
+    if not averaged:
         return
-    device = local(params[:1])[0].device
+    device = averaged[0].device
     by_host = isinstance(attachment.averaging.transport, HostTransport)
     open_groups(attachment.groups, device, averages=not by_host)
     if device.type == "cuda":

@@ -183,7 +183,7 @@ def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: R
     engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True, watch=watch, route=way)
     engine._take_model_step = EngineStep(engine, engine._take_model_step)
     let_averages_travel(engine)
-    rehearse(engine.deslo)
+    rehearse(engine.deslo, [param for params in partitions for param in params])
     checkpoint.install_checkpoint_methods(engine)
     for name in OUTSIDE:
         setattr(engine, name, _with_groups(unit, getattr(engine, name)))
