@@ -208,7 +208,7 @@ def test_a_harmed_checkpoint_is_named_and_refused_on_every_rank(four, tmp_path, 
 
 
 def test_a_rank_killed_inside_a_save_leaves_the_one_before(four, tmp_path):
-    said = four().outcomes(jobs.killed_in_a_save, blocks(S), str(tmp_path / "c"), timeout=300)
+    said = four().outcomes(jobs.killed_in_a_save, blocks(S), str(tmp_path / "c"), timeout=60)
     assert "no error" not in said and "the process died" in said[2]
     assert deslo_plugin.latest_checkpoint(tmp_path) == tmp_path / "c"
     assert four().run(jobs.loaded, "plain", blocks(S), str(tmp_path / "c"))[0]["steps"] == 2
