@@ -137,13 +137,13 @@ class StateAverager:
     @contextmanager
     def launches_held(self) -> Iterator[None]:
         """Averages that are due inside start to travel at the end: what waits for a whole GPU would wait for them."""
-        self._held = []
+        self._held = held = []
         try:
             yield
-            held, self._held = self._held, None
-            self._start_due_averages(held)
         finally:
             self._held = None
+        if held:
+            self._start_due_averages(held)
 
     def _cohorts(self) -> list[Cohort]:
         """What averages, by clock, and what trains and does not average yet, without periods."""
@@ -164,7 +164,7 @@ class StateAverager:
 
     @property
     def diverged(self) -> bool:
-        """Whether this replica has taken steps of its own since all were equal, whatever averaged since then."""
+        """Whether this replica has taken steps of its own since all were equal, whatever averaged since."""
         return self.steps > max(self._met, self.deslo.synchronous_steps)
 
     def mark_synchronized(self) -> None:

@@ -26,7 +26,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deslo_plugin.comm.process_groups import Groups
-from deslo_plugin.comm.progress import Progress
 from deslo_plugin.comm.staging import Staged, Staging, staging_of
 from deslo_plugin.comm.transport import ReplicaTransport
 from deslo_plugin.errors import ConfigError
@@ -152,15 +151,8 @@ class HostTransport(ReplicaTransport):
     What else a replica does together, the gathering of parts over ``copies`` included, stays on its own groups.
     """
 
-    def __init__(
-        self,
-        groups: Groups,
-        *,
-        timeout_s: float,
-        copies: dist.ProcessGroup | None = None,
-        progress: Progress | None = None,
-    ):
-        super().__init__(groups, timeout_s=timeout_s, copies=copies, progress=progress)
+    def __init__(self, groups: Groups, *, timeout_s: float, **options: Any):
+        super().__init__(groups, timeout_s=timeout_s, **options)
         self.courier = courier_between(self.ranks, groups.world, timeout_s)
 
     def _all_reduce(self, own: Tensor) -> _Parcel:
