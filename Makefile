@@ -52,7 +52,7 @@ cuda-build: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/cuda_build.py $(ARGS)
 
 # torch comes first and nothing is built in isolation: an isolated build would fetch another torch, of gigabytes
-$(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel ninja
 	$(PIP) --no-build-isolation -e '.[dev]'

@@ -5,11 +5,12 @@ DESLO_NATIVE = auto  what can be built: CUDA with nvcc and a CUDA torch, nothing
                cuda  the CPU and CUDA kernels, or an error
                off   nothing: the package runs on torch's operators
 
-CUDA code is made for the GPUs that csrc/cuda_toolkit.py lists and nvcc knows, or for those of TORCH_CUDA_ARCH_LIST.
+CUDA code is made for the GPUs that csrc/cuda/toolkit.py lists and nvcc knows, or for those of TORCH_CUDA_ARCH_LIST.
 An isolated build sees no torch, and so builds no kernels: use pip install --no-build-isolation.
 """
 
 import copy
+import importlib.util
 import os
 import platform
 import shutil
@@ -22,10 +23,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-sys.path.insert(0, str(Path(__file__).parent / "csrc"))
-import cuda_toolkit
-
 NATIVE = os.environ.get("DESLO_NATIVE", "auto")
+CPU_SOURCES = ["csrc/cpu/update.cpp", "csrc/cpu/averages.cpp"]
 TORCH_ABI = "0x020a000000000000"  # torch 2.10: the oldest that the binary runs on
 PYTHON_ABI = "0x030a0000"
 
@@ -46,6 +45,19 @@ X86 = {
 }
 
 
+def load_toolkit():
+    """The module csrc/cuda/toolkit.py, which lies in no package and on no path."""
+    spec = importlib.util.spec_from_file_location(
+        "cuda_toolkit", Path(__file__).parent / "csrc" / "cuda" / "toolkit.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_toolkit = load_toolkit()
+
+
 class BuildPackage(build_py):
     """A wheel has the folder configs/ inside the package; a checkout, and what is installed from it with -e, uses it as
     it lies."""
@@ -57,7 +69,7 @@ class BuildPackage(build_py):
 
 
 class BuildKernels(build_ext):
-    """Compiles csrc/cpu*.cpp once per instruction set, csrc/*.cu with nvcc, and links them into one module."""
+    """Compiles csrc/cpu/*.cpp once per instruction set, csrc/cuda/*.cu with nvcc, and links them into one module."""
 
     def build_extension(self, extension):
         self.force = True  # the date of a file does not tell with which settings it was built
@@ -110,7 +122,7 @@ class BuildKernels(build_ext):
         x86 = platform.machine() in ("x86_64", "AMD64")
         for isa, flags in {"baseline": [], **(X86 if x86 else {})}.items():
             extension.extra_objects += self.compiler.compile(
-                ["csrc/cpu.cpp", "csrc/cpu_average.cpp"],
+                CPU_SOURCES,
                 output_dir=f"{self.build_temp}/{isa}",
                 macros=[("DESLO_ISA", isa)],
                 extra_postargs=FLAGS + flags,
@@ -123,7 +135,7 @@ class BuildKernels(build_ext):
         architectures = cuda_toolkit.choose_architectures(toolkit, os.environ.get("TORCH_CUDA_ARCH_LIST"))
         extension.library_dirs.append(str(cuda_toolkit.runtime_folder(toolkit)))
         flags = [*cuda_toolkit.FLAGS, *cuda_toolkit.code_flags(architectures)]
-        for source in sorted(Path("csrc").glob("*.cu")):
+        for source in sorted(Path("csrc/cuda").glob("*.cu")):
             target = Path(self.build_temp) / f"{source.name}.o"
             target.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run([nvcc, *flags, "-c", source, "-o", target], check=True)
@@ -134,13 +146,13 @@ class BuildKernels(build_ext):
 
 kernels = Extension(
     "deslo_plugin._C",
-    ["csrc/module.cpp"],
+    ["csrc/torch/bindings.cpp"],
     extra_compile_args=FLAGS,
     # libtorch brings the CUDA part of torch, and linkers drop it, since nothing here refers to it. The flag holds for
     # what stands behind it
     extra_link_args=["-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else [],
     py_limited_api=True,
-    depends=[str(path) for path in sorted(Path("csrc").iterdir())],
+    depends=[str(path) for path in sorted(Path("csrc").rglob("*.*"))],
 )
 setup(
     ext_modules=[] if NATIVE == "off" else [kernels],

@@ -71,6 +71,7 @@ def main() -> None:
 
 def build() -> Kernels:
     """The module by setup.py, and what ptxas says about registers."""
+    shutil.rmtree(BUILT, ignore_errors=True)  # objects of sources that were moved would be counted too
     environ = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
     # one at a time, so that what ptxas says of several GPUs is not mixed
     environ |= {"DESLO_NATIVE": "cuda", "NVCC_APPEND_FLAGS": "-Xptxas -v --threads 1"}
@@ -91,7 +92,7 @@ def code_is_missing(kernels: Kernels, cuobjdump: str | None) -> Iterator[str]:
     if not names:
         yield "ptxas named no kernel"
     if cuobjdump:
-        sources = len(list(ROOT.glob("csrc/*.cu")))
+        sources = len(list(ROOT.glob("csrc/cuda/*.cu")))
         listed = run(cuobjdump, "--list-elf", str(MODULE)) + run(cuobjdump, "--list-ptx", str(MODULE))
         for kind, sm in [*(("cubin", sm) for sm in GPUS), ("ptx", PTX)]:
             parts = len(re.findall(rf"\.sm_{sm}\.{kind}\b", listed))

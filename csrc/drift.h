@@ -1,7 +1,7 @@
 // How far a state went from its average over replicas: three sums over all elements, and what the kernels for them are given.
 #pragma once
 
-#include "task.h"
+#include "update.h"
 
 namespace deslo {
 

@@ -5,7 +5,7 @@
 // always shows, and neither order nor alignment changes a bit.
 #pragma once
 
-#include "task.h"
+#include "update.h"
 
 namespace deslo {
 

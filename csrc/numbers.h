@@ -111,7 +111,7 @@ struct Rounding {
 
 // bfloat16 keeps 8 bits of a moving average that changes by less than that: rounded to nearest it would stand still. So
 // it is rounded at random, by a hash of (t, state, index): no seed, nothing that depends on threads, on the instruction set
-// or on the shape of a launch. deslo_plugin/rounding.py draws the same numbers.
+// or on the shape of a launch. deslo_plugin/algorithm/stochastic_rounding.py draws the same numbers.
 template <>
 struct Rounding<BFloat16> {
   struct Key {

@@ -5,7 +5,7 @@
 //     u_j <- beta_j u_j + (1 - beta_j) z                 z = g, or the normalised gradient of ADOPT
 //     d    = (1 - sum_j w_j) z + sum_j w_j u_j           MT-DAO, arXiv 2510.05361, Alg. 1; DES-LOC is N = 1, w = 1
 //
-// deslo_plugin/rules.py is the same in Python and says where text and code of the papers differ.
+// deslo_plugin/algorithm/rules.py is the same in Python and says where text and code of the papers differ.
 // Sums, products, quotients and square roots are rounded one by one (no contraction to fused multiply-add, see setup.py),
 // so every instruction set and the GPU give the same bits.
 #pragma once

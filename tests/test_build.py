@@ -18,7 +18,7 @@ ELF_LOAD, ELF_DYNAMIC, NEEDED, STRTAB = 1, 2, 1, 5
 
 
 def load_toolkit():
-    spec = spec_from_file_location("cuda_toolkit", ROOT / "csrc" / "cuda_toolkit.py")
+    spec = spec_from_file_location("cuda_toolkit", ROOT / "csrc" / "cuda" / "toolkit.py")
     sys.modules["cuda_toolkit"] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -193,15 +193,15 @@ def test_a_build_with_cuda_links_its_runtime_and_torchs_cuda_part(build, fake_nv
     assert "-lcudart_static" in link and f"-L{folder}" in link
     assert "-ltorch" in link.split("-Wl,--no-as-needed")[1].split()  # in front of the flag a linker may drop it
     calls = (folder / "calls").read_text()
-    sources = {path.name for path in ROOT.glob("csrc/*.cu")}
-    assert len(sources) >= 4 and all(f"csrc/{name}" in calls for name in sources)
+    sources = {path.name for path in ROOT.glob("csrc/cuda/*.cu")}
+    assert len(sources) >= 4 and all(f"csrc/cuda/{name}" in calls for name in sources)
     assert "compute_120,code=compute_120" in calls and "--threads=0" in calls
 
 
 def test_a_cuda_link_that_fails_leaves_the_cpu_kernels(build, fake_nvcc):
     done, (link,) = build(fake_nvcc("13.0"), fails_to_link="-lcudart_static")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "-lcudart_static" not in link and "cuda.cu.o" not in link and "cpu_average.o" in link
+    assert "-lcudart_static" not in link and ".cu.o" not in link and "averages.o" in link
     assert "the CUDA kernels were not built, CUDA tensors will run on torch's operators" in done.stderr
     done, links = build(fake_nvcc("12.8"), native="cuda", fails_to_link="-lcudart_static")
     assert done.returncode != 0 and len(links) == 1
@@ -250,8 +250,8 @@ def test_the_module_brings_torchs_cuda_part(kernels):
 def test_a_source_release_has_what_a_build_needs(tmp_path):
     tree = tmp_path / "checkout"
     shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
-    (tree / "csrc" / "__pycache__").mkdir()
-    (tree / "csrc" / "__pycache__" / "cuda_toolkit.cpython-310.pyc").touch()
+    (tree / "csrc" / "cuda" / "__pycache__").mkdir()
+    (tree / "csrc" / "cuda" / "__pycache__" / "toolkit.cpython-310.pyc").touch()
     shutil.copytree(ROOT / "configs", tree / "configs")
     (tree / "deslo_plugin").mkdir()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
@@ -262,5 +262,8 @@ def test_a_source_release_has_what_a_build_needs(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tree, check=True, capture_output=True, timeout=300)
     (archive,) = (tree / "out").glob("*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
-    assert {f"csrc/{path.name}" for path in ROOT.glob("csrc/*.*")} <= names
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".pyc"}
+    assert (
+        {"csrc/rules.h", "csrc/cpu/update.cpp", "csrc/cuda/toolkit.py", "csrc/torch/bindings.cpp"} <= sources <= names
+    )
     assert not any(name.endswith(".pyc") for name in names)

@@ -133,7 +133,7 @@ def test_the_cuda_kernels_take_more_tensors_than_one_launch_holds(emulated):
 
 @cpu_only("sanitizers of the host's compiler")
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(kernels, tmp_path):
-    built, sources = tmp_path / "sanitized", [ROOT / "tests/emulation/sanitized.cpp", *ROOT.glob("csrc/cpu*.cpp")]
+    built, sources = tmp_path / "sanitized", [ROOT / "tests/emulation/sanitized.cpp", *ROOT.glob("csrc/cpu/*.cpp")]
     subprocess.run(
         [
             "g++",

@@ -1,4 +1,4 @@
-"""How operators refuse their arguments: errors that name the argument, as csrc/arguments.h words them."""
+"""How operators refuse their arguments: errors that name the argument, as csrc/torch/argument_checks.h words them."""
 
 from collections.abc import Collection, Mapping, Sequence
 

@@ -42,7 +42,7 @@ def reference(x: Sequence[Tensor], local: Sequence[Tensor], mean: Sequence[Tenso
 
 
 def _check(x: Sequence[Tensor], local: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
-    """What csrc/land_launch.h refuses, in its words."""
+    """What csrc/torch/delayed_update_checks.h refuses, in its words."""
     if not x:
         refuse("x: expected one tensor or more, got an empty list")
     lists = {"x": x, "local": local, "mean": mean}

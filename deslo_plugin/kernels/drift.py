@@ -77,7 +77,7 @@ def reference(local: Sequence[Tensor], mean: Sequence[Tensor]) -> Tensor:
 
 
 def _check(local: Sequence[Tensor], mean: Sequence[Tensor]) -> None:
-    """What csrc/drift_launch.h refuses, in its words."""
+    """What csrc/torch/drift_checks.h refuses, in its words."""
     if not local:
         refuse("local: expected one tensor or more, got an empty list")
     if len(mean) != len(local):

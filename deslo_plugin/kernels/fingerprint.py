@@ -73,7 +73,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _check(tensors: Sequence[Tensor]) -> None:
-    """What csrc/fingerprint_launch.h refuses, in its words."""
+    """What csrc/torch/fingerprint_checks.h refuses, in its words."""
     if not tensors:
         refuse("tensors: expected one tensor or more, got an empty list")
     for i, tensor in enumerate(tensors):

@@ -152,7 +152,7 @@ def _check(
     clip_value: float | None,
     scalars: Mapping[str, Tensor | None],
 ) -> None:
-    """What csrc/launch.h refuses, in its words."""
+    """What csrc/torch/update_checks.h refuses, in its words."""
     if not 1 <= len(betas) <= MAX_MOMENTA:
         refuse(f"betas: expected 1 to {MAX_MOMENTA} momenta, got {len(betas)}")
     if len(weights) != len(betas):

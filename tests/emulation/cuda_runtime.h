@@ -1,4 +1,4 @@
-// Just enough of CUDA for a C++ compiler to build csrc/cuda.cu and run its threads one after the other on the CPU.
+// Just enough of CUDA for a C++ compiler to build csrc/cuda/*.cu and run their threads one after the other on the CPU.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,10 @@
-// The CUDA operators on CPU tensors, under the name deslo_emulated: csrc/*.cu as tests/emulation/cuda_runtime.h runs them.
-#include "../../csrc/operators.h"
+// The CUDA operators on CPU tensors, under the name deslo_emulated: csrc/cuda/*.cu as tests/emulation/cuda_runtime.h runs them.
+#include "../../csrc/torch/operators.h"
 
-#include "../../csrc/cuda.cu"
-#include "../../csrc/drift.cu"
-#include "../../csrc/fingerprint.cu"
-#include "../../csrc/land.cu"
+#include "../../csrc/cuda/delayed_update.cu"
+#include "../../csrc/cuda/drift.cu"
+#include "../../csrc/cuda/fingerprint.cu"
+#include "../../csrc/cuda/update.cu"
 
 namespace deslo {
 

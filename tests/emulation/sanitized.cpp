@@ -6,11 +6,11 @@
 #include <memory>
 #include <vector>
 
-#include "../../csrc/cpu.h"
-#include "../../csrc/cuda.cu"
-#include "../../csrc/drift.cu"
-#include "../../csrc/fingerprint.cu"
-#include "../../csrc/land.cu"
+#include "../../csrc/cpu/kernels.h"
+#include "../../csrc/cuda/delayed_update.cu"
+#include "../../csrc/cuda/drift.cu"
+#include "../../csrc/cuda/fingerprint.cu"
+#include "../../csrc/cuda/update.cu"
 
 using namespace deslo;
 

@@ -1,7 +1,7 @@
 // An average that lands late: x += factor (mean - local), and what the kernels for it are given.
 #pragma once
 
-#include "task.h"
+#include "update.h"
 
 namespace deslo {
 

@@ -3,8 +3,8 @@
 
 #include <optional>
 
-#include "arguments.h"
-#include "task.h"
+#include "../update.h"
+#include "argument_checks.h"
 
 namespace deslo {
 

@@ -1,8 +1,8 @@
 // From a call of deslo::land_ to its task: checks that name the argument, then plain pointers.
 #pragma once
 
-#include "arguments.h"
-#include "land.h"
+#include "../delayed_update.h"
+#include "argument_checks.h"
 
 namespace deslo {
 

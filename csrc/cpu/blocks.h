@@ -4,7 +4,7 @@
 // end up compiled for instructions that the machine lacks.
 #pragma once
 
-#include "cpu.h"
+#include "kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// deslo_plugin._C: importing it adds CPU (and CUDA) implementations to the operators that deslo_plugin/ops.py defines.
+// deslo_plugin._C: importing it adds CPU (and CUDA) implementations to the operators that deslo_plugin/kernels/ defines.
 #include <Python.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "cpu.h"
+#include "../cpu/kernels.h"
 #include "operators.h"
 #ifdef DESLO_CUDA
 #include <dlfcn.h>

@@ -1,4 +1,4 @@
-// What the kernels are given: plain pointers and numbers, checked by launch.h.
+// What the kernels are given: plain pointers and numbers, checked by torch/update_checks.h.
 #pragma once
 
 #include "rules.h"

@@ -3,8 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "arguments.h"
-#include "drift.h"
+#include "../drift.h"
+#include "argument_checks.h"
 
 namespace deslo {
 

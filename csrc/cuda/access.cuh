@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "task.h"
+#include "../update.h"
 
 namespace deslo {
 namespace {

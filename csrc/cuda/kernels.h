@@ -1,9 +1,9 @@
 // The CUDA kernels as the host sees them, on plain pointers: the .cu files know nothing of torch.
 #pragma once
 
-#include "drift.h"
-#include "fingerprint.h"
-#include "land.h"
+#include "../delayed_update.h"
+#include "../drift.h"
+#include "../fingerprint.h"
 
 namespace deslo {
 

@@ -2,7 +2,7 @@
 //
 // tests/emulation lets a C++ compiler build this file for machines without a GPU.
 #include "access.cuh"
-#include "cuda.h"
+#include "kernels.h"
 
 namespace deslo {
 namespace {

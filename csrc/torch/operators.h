@@ -8,11 +8,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cuda.h"
-#include "drift_launch.h"
-#include "fingerprint_launch.h"
-#include "land_launch.h"
-#include "launch.h"
+#include "../cuda/kernels.h"
+#include "delayed_update_checks.h"
+#include "drift_checks.h"
+#include "fingerprint_checks.h"
+#include "update_checks.h"
 
 namespace deslo {
 

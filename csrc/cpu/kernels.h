@@ -1,9 +1,9 @@
 // The CPU kernels as each instruction set has them.
 #pragma once
 
-#include "drift.h"
-#include "fingerprint.h"
-#include "land.h"
+#include "../delayed_update.h"
+#include "../drift.h"
+#include "../fingerprint.h"
 
 namespace deslo {
 

@@ -1,4 +1,4 @@
-// The CPU kernels of the averages, built once per instruction set as cpu.cpp is.
+// The CPU kernels of the averages, built once per instruction set as update.cpp is.
 #include "blocks.h"
 
 namespace deslo::DESLO_ISA {

@@ -1,5 +1,5 @@
-// The CPU kernels of the rules. setup.py compiles this file once per instruction set, with DESLO_ISA as its name; module.cpp
-// chooses.
+// The CPU kernels of the rules. setup.py compiles this file once per instruction set, with DESLO_ISA as its name;
+// torch/bindings.cpp chooses.
 #include "blocks.h"
 
 namespace deslo::DESLO_ISA {

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "numbers.h"
+#include "../numbers.h"
 
 namespace deslo {
 

@@ -1,7 +1,7 @@
 // Whether the CUDA kernels of this module can run: they are all compiled for the architectures of this file.
 #include <cuda_runtime.h>
 
-#include "cuda.h"
+#include "kernels.h"
 
 namespace deslo {
 namespace {
