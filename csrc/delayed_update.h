@@ -1,4 +1,4 @@
-// An average that lands late: x += factor (mean - local), and what the kernels for it are given.
+// Applies an average that arrives some steps late: x += factor (mean - local). Also the arguments of its kernels.
 #pragma once
 
 #include "update.h"
@@ -22,7 +22,7 @@ struct LandTask {
   int64_t blocks;
 };
 
-// X is what x is held in, float for the 16-bit formats too; T is what mean has and what is computed in.
+// X is the type of x, float for the 16-bit formats too; T is the type of mean and of the arithmetic.
 template <typename X, typename T>
 DESLO_INLINE void land(T factor, X& x, T local, T mean) {
   x = X(T(x) + factor * (mean - local));

@@ -1,4 +1,4 @@
-// How far a state went from its average over replicas: three sums over all elements, and what the kernels for them are given.
+// How far a state is from its average over replicas: three sums over all elements, and the arguments of their kernels.
 #pragma once
 
 #include "update.h"
@@ -23,7 +23,7 @@ struct DriftTask {
   int64_t blocks;
 };
 
-// sums += |l - m|^2, l m, |m|^2, the terms of one element, or of many side by side. A NaN or inf in m stays in the third.
+// sums += |l - m|^2, l m, |m|^2, the terms of one element or of a vector of them. A NaN or inf in m stays in the third.
 template <typename V>
 DESLO_INLINE void add_drift(V l, V m, V& distance, V& product, V& square) {
   const V d = l - m;

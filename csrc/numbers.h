@@ -1,4 +1,4 @@
-// The numbers that tensors are made of: their formats in memory, and how a result becomes a state again.
+// Formats of numbers in memory, their conversions, and how a result is rounded to a state.
 #pragma once
 
 #include <stdint.h>
@@ -30,20 +30,20 @@ DESLO_INLINE float float_of(uint32_t bits) {
   return a;
 }
 
-// bfloat16 and IEEE half as bits; to_float is exact, of_float rounds to nearest, ties to even.
+// bfloat16 and IEEE half as bits; to_float is exact, from_float rounds to nearest, ties to even.
 struct BFloat16 {
   uint16_t bits;
 
   DESLO_INLINE float to_float() const { return float_of(uint32_t(bits) << 16); }
 
-  static DESLO_INLINE BFloat16 of_float(float a) {
+  static DESLO_INLINE BFloat16 from_float(float a) {
     const uint32_t b = bits_of(a);
     const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
     return {uint16_t(a != a ? 0x7fc0u : rounded)};
   }
 
   // Up with the probability of what is cut off, if the 16 bits of `noise` are uniform.
-  static DESLO_INLINE BFloat16 of_float(float a, uint32_t noise) {
+  static DESLO_INLINE BFloat16 from_float(float a, uint32_t noise) {
     return {uint16_t(a != a ? 0x7fc0u : (bits_of(a) + noise) >> 16)};
   }
 };
@@ -64,7 +64,7 @@ struct Float16 {
 #endif
   }
 
-  static DESLO_INLINE Float16 of_float(float a) {
+  static DESLO_INLINE Float16 from_float(float a) {
 #ifdef __CUDA_ARCH__
     return {__half_as_ushort(__float2half_rn(a))};
 #else
@@ -86,7 +86,7 @@ constexpr Dtype kDtype<double> = Dtype::kFloat64;
 template <>
 constexpr Dtype kDtype<BFloat16> = Dtype::kBFloat16;
 
-// What states of type S are computed in.
+// The type of the arithmetic on states of type S.
 template <typename S>
 struct Computed {
   using Type = S;
@@ -98,15 +98,15 @@ struct Computed<BFloat16> {
 template <typename S>
 using Arithmetic = typename Computed<S>::Type;
 
-DESLO_INLINE float widened(float a) { return a; }
-DESLO_INLINE double widened(double a) { return a; }
-DESLO_INLINE float widened(BFloat16 a) { return a.to_float(); }
+DESLO_INLINE float to_arithmetic(float a) { return a; }
+DESLO_INLINE double to_arithmetic(double a) { return a; }
+DESLO_INLINE float to_arithmetic(BFloat16 a) { return a.to_float(); }
 
 // How the new value of a state is stored. `state` is 0 for v and j for u_j, `index` counts the elements of its tensor in
 // memory.
 template <typename S>
 struct Rounding {
-  DESLO_INLINE S stored(S a, int, uint32_t) const { return a; }
+  DESLO_INLINE S round_state(S a, int, uint32_t) const { return a; }
 };
 
 // bfloat16 keeps 8 bits of a moving average that changes by less than that: rounded to nearest it would stand still. So
@@ -120,7 +120,7 @@ struct Rounding<BFloat16> {
   Key keys[1 + kMaxMomenta];
 
   // SplitMix64 of (t, state)
-  static DESLO_INLINE Key key(int64_t t, int state) {
+  static DESLO_INLINE Key make_key(int64_t t, int state) {
     uint64_t z = (uint64_t(t) * 32 + uint64_t(state) + 1) * 0x9e3779b97f4a7c15u;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
@@ -129,7 +129,7 @@ struct Rounding<BFloat16> {
   }
 
   // 16 bits; the multipliers are those of lowbias32
-  static DESLO_INLINE uint32_t noise(Key key, uint32_t index) {
+  static DESLO_INLINE uint32_t draw_noise(Key key, uint32_t index) {
     uint32_t h = index ^ key.first;
     h = (h ^ (h >> 16)) * 0x7feb352du;
     h ^= key.second;
@@ -137,8 +137,8 @@ struct Rounding<BFloat16> {
     return h >> 16;
   }
 
-  DESLO_INLINE BFloat16 stored(float a, int state, uint32_t index) const {
-    return BFloat16::of_float(a, noise(keys[state], index));
+  DESLO_INLINE BFloat16 round_state(float a, int state, uint32_t index) const {
+    return BFloat16::from_float(a, draw_noise(keys[state], index));
   }
 };
 

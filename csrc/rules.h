@@ -18,8 +18,8 @@ namespace deslo {
 
 enum class Rule : uint8_t { kSgdm, kAdam, kAdopt, kAdoptStart };
 
-// What the user set, in double.
-struct Hyper {
+// The user's settings, in double.
+struct Hyperparameters {
   Rule rule;
   bool bias_correction;
   int momenta;
@@ -28,7 +28,7 @@ struct Hyper {
   double beta[kMaxMomenta], weight[kMaxMomenta];
 };
 
-// What an element needs, rounded once from double. beta* and one_minus_* are formed in double: 1 - 0.9999 in float is
+// The constants of the arithmetic, rounded once from double. beta* and one_minus_* are formed in double: 1 - 0.9999 in float is
 // wrong in the fourth digit.
 template <typename T>
 struct Constants {
@@ -40,7 +40,7 @@ struct Constants {
 };
 
 template <typename T>
-DESLO_INLINE Constants<T> constants(const Hyper& h) {
+DESLO_INLINE Constants<T> make_constants(const Hyperparameters& h) {
   const bool correct = h.rule == Rule::kAdam && h.bias_correction;
   // sqrt(1 - beta2^(t+1)) multiplies eps and the step instead of dividing every sqrt(v)
   const double root = correct ? sqrt(1 - pow(h.beta2, double(h.t + 1))) : 1.0;
@@ -65,37 +65,37 @@ DESLO_INLINE Constants<T> constants(const Hyper& h) {
   return c;
 }
 
-// All that a call with states of type S needs. The rounding takes no space where there is none.
+// All constants of a call with states of type S. Rounding takes no space where states are not rounded at random.
 template <typename S>
-struct Recipe : Constants<Arithmetic<S>>, Rounding<S> {};
+struct Coefficients : Constants<Arithmetic<S>>, Rounding<S> {};
 
 template <typename S>
-DESLO_INLINE Recipe<S> recipe(const Hyper& h) {
-  Recipe<S> r{};
-  static_cast<Constants<Arithmetic<S>>&>(r) = constants<Arithmetic<S>>(h);
+DESLO_INLINE Coefficients<S> make_coefficients(const Hyperparameters& h) {
+  Coefficients<S> r{};
+  static_cast<Constants<Arithmetic<S>>&>(r) = make_constants<Arithmetic<S>>(h);
   if constexpr (kDtype<S> == Dtype::kBFloat16) {
-    for (int state = 0; state <= h.momenta; ++state) r.keys[state] = Rounding<S>::key(h.t, state);
+    for (int state = 0; state <= h.momenta; ++state) r.keys[state] = Rounding<S>::make_key(h.t, state);
   }
   return r;
 }
 
-DESLO_INLINE float root(float a) { return sqrtf(a); }
-DESLO_INLINE double root(double a) { return sqrt(a); }
+DESLO_INLINE float square_root(float a) { return sqrtf(a); }
+DESLO_INLINE double square_root(double a) { return sqrt(a); }
 
 // a within [low, high]; NaN stays NaN, which fmin and fmax would drop.
 template <typename T>
-DESLO_INLINE T clamped(T a, T low, T high) {
+DESLO_INLINE T clamp(T a, T low, T high) {
   a = a < low ? low : a;
   return a > high ? high : a;
 }
 
 // g within [-rho, rho], the clipping of the papers' theory; infinities become NaN, not rho.
 template <typename T>
-DESLO_INLINE T clipped(T g, T rho) {
-  return clamped(g, -rho, rho) + g * T(0);
+DESLO_INLINE T clip(T g, T rho) {
+  return clamp(g, -rho, rho) + g * T(0);
 }
 
-// A rule is what it makes of g before the momenta see it, z = direction, and how it moves x along d, apply. v points to
+// A rule has two functions: normalize_gradient computes z from g for the momenta, and apply moves x along d. v points to
 // the second momentum; sgdm, which has none, never reads it.
 
 // SGD with momenta in exponential-average form: DES-LOC-SGDM (arXiv 2505.22549, Alg. 4), MT-DAO-SGDM.
@@ -103,7 +103,7 @@ struct Sgdm {
   static constexpr bool kSecondMoment = false;
 
   template <typename T>
-  static DESLO_INLINE T direction(const Constants<T>&, T g, const T*) {
+  static DESLO_INLINE T normalize_gradient(const Constants<T>&, T g, const T*) {
     return g;
   }
 
@@ -118,14 +118,14 @@ struct Adam {
   static constexpr bool kSecondMoment = true;
 
   template <typename T>
-  static DESLO_INLINE T direction(const Constants<T>&, T g, const T*) {
+  static DESLO_INLINE T normalize_gradient(const Constants<T>&, T g, const T*) {
     return g;
   }
 
   template <typename T>
   static DESLO_INLINE void apply(const Constants<T>& c, T& x, T d, T g, T* v) {
     *v = c.beta2 * *v + c.one_minus_beta2 * (g * g);
-    x = c.decay * x - c.step * (d / (root(*v) + c.eps));
+    x = c.decay * x - c.step * (d / (square_root(*v) + c.eps));
   }
 };
 
@@ -134,9 +134,9 @@ struct Adopt {
   static constexpr bool kSecondMoment = true;
 
   template <typename T>
-  static DESLO_INLINE T direction(const Constants<T>& c, T g, const T* v) {
-    const T r = root(*v);
-    return clamped(g / (r < c.eps ? c.eps : r), -c.limit, c.limit);
+  static DESLO_INLINE T normalize_gradient(const Constants<T>& c, T g, const T* v) {
+    const T r = square_root(*v);
+    return clamp(g / (r < c.eps ? c.eps : r), -c.limit, c.limit);
   }
 
   template <typename T>
@@ -151,7 +151,7 @@ struct AdoptStart {
   static constexpr bool kSecondMoment = true;
 
   template <typename T>
-  static DESLO_INLINE T direction(const Constants<T>&, T, const T*) {
+  static DESLO_INLINE T normalize_gradient(const Constants<T>&, T, const T*) {
     return T(0);
   }
 
@@ -161,18 +161,18 @@ struct AdoptStart {
   }
 };
 
-// One momentum: u_j follows z, and d gathers w_j u_j.
+// Updates one momentum u_j towards z, and adds w_j u_j to d.
 template <typename T>
-DESLO_INLINE void follow(const Constants<T>& c, int j, T z, T& u, T& d) {
+DESLO_INLINE void update_momentum(const Constants<T>& c, int j, T z, T& u, T& d) {
   u = c.beta[j] * u + c.one_minus_beta[j] * z;
   d = d + c.weight[j] * u;
 }
 
 // Unscaling (or a norm-clip factor) and value clipping.
 template <typename T>
-DESLO_INLINE T prepared(const Constants<T>& c, T scale, T g) {
+DESLO_INLINE T prepare_gradient(const Constants<T>& c, T scale, T g) {
   const T scaled = g * scale;
-  return c.clip_value > T(0) ? clipped(scaled, c.clip_value) : scaled;
+  return c.clip_value > T(0) ? clip(scaled, c.clip_value) : scaled;
 }
 
 }  // namespace deslo

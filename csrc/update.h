@@ -1,4 +1,4 @@
-// What the kernels are given: plain pointers and numbers, checked by torch/update_checks.h.
+// The arguments of the update kernels: plain pointers and numbers, checked by torch/update_checks.h.
 #pragma once
 
 #include "rules.h"
@@ -7,9 +7,10 @@ namespace deslo {
 
 constexpr int kBlock = 64;  // elements; no block spans two tensors
 
-// One parameter, its gradient (never written) and second momentum. v is null for sgdm, copy where none is asked for.
+// One parameter, its gradient (never written) and second momentum. v is null for sgdm; copy is null if no copy is asked
+// for.
 template <typename S>
-struct Slot {
+struct ParamSlot {
   void* x;
   void* g;
   S* v;
@@ -21,22 +22,22 @@ struct Slot {
 
 // One call of one rule on tensors whose states have type S.
 template <typename S>
-struct Task {
-  Recipe<S> recipe;
-  Hyper hyper;
-  const Slot<S>* slots;
+struct UpdateTask {
+  Coefficients<S> coefficients;
+  Hyperparameters hyper;
+  const ParamSlot<S>* slots;
   S* const* u;  // u[slot * momenta + j]
   int64_t slot_count;
   int64_t blocks;
   const float* grad_scale;  // on the tensors' device; null: 1
   const float* found_inf;   // likewise; not 0: nothing is written
-  const int64_t* t;         // likewise; not null: the kernels make the recipe of *t and *lr where they run
+  const int64_t* t;         // likewise; not null: the kernels compute the coefficients from *t and *lr on the device
   const double* lr;
 };
 
-// The one of `count` slots that holds a block.
+// The index of the slot that holds a block, among `count` slots.
 template <typename S>
-DESLO_INLINE int64_t slot_of(const S* slots, int64_t count, int64_t block) {
+DESLO_INLINE int64_t find_slot(const S* slots, int64_t count, int64_t block) {
   int64_t low = 0;
   while (count > 1) {
     const int64_t half = count / 2;

@@ -26,10 +26,10 @@ struct DriftSums {
 };
 
 template <typename T>
-DESLO_INLINE Doubles doubles(const T* from) {
-  typename Wide<T>::Type some;
-  memcpy(&some, from, sizeof some);
-  return __builtin_convertvector(some, Doubles);
+DESLO_INLINE Doubles load_doubles(const T* from) {
+  typename Wide<T>::Type values;
+  memcpy(&values, from, sizeof values);
+  return __builtin_convertvector(values, Doubles);
 }
 
 // `length` is a multiple of kLanes. The copy of the sums stays in registers.
@@ -40,13 +40,13 @@ DESLO_INLINE void drift_run(int64_t length, const L* local, const M* mean, Drift
 #pragma GCC unroll 8
     for (int p = 0; p < kLanes / kWide; ++p) {
       const int64_t at = e + p * kWide;
-      add_drift(doubles(local + at), doubles(mean + at), s.distance[p], s.product[p], s.square[p]);
+      add_drift(load_doubles(local + at), load_doubles(mean + at), s.distance[p], s.product[p], s.square[p]);
     }
   }
   sums = s;
 }
 
-DESLO_INLINE double added(const Doubles* lanes) {
+DESLO_INLINE double add_lanes(const Doubles* lanes) {
   double sum = 0;
   for (int k = 0; k < kLanes; ++k) sum += lanes[k / kWide][k % kWide];
   return sum;
@@ -67,9 +67,9 @@ void drift_block(const Pair& pair, int64_t offset, int64_t count, double* to) {
     const M* const m = load(pair.mean, kDtype<M>, offset + e, left, m_block);
     drift_run(kBlock, l, m, sums);
   }
-  to[0] = added(sums.distance);
-  to[1] = added(sums.product);
-  to[2] = added(sums.square);
+  to[0] = add_lanes(sums.distance);
+  to[1] = add_lanes(sums.product);
+  to[2] = add_lanes(sums.square);
 }
 
 template <typename M>
@@ -110,13 +110,13 @@ struct ColumnWeights {
 constexpr ColumnWeights kColumnWeights;
 
 // The first words of a block, each by its weight. They need not be aligned.
-uint64_t weighted_words(const char* from, int64_t count, uint32_t flipped) {
+uint64_t sum_weighted_words(const char* from, int64_t count, uint32_t flipped) {
   uint64_t sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t k = 0; k < count; ++k) {
     uint32_t word;
     memcpy(&word, from + 4 * k, 4);
-    sum += weighted(word, kColumnWeights.of[k] ^ flipped);
+    sum += apply_weight(word, kColumnWeights.of[k] ^ flipped);
   }
   return sum;
 }
@@ -124,7 +124,7 @@ uint64_t weighted_words(const char* from, int64_t count, uint32_t flipped) {
 }  // namespace
 
 uint64_t fingerprint_blocks(const FingerprintTask& task, int64_t begin, int64_t end) {
-  int64_t index = slot_of(task.spans, task.count, begin);
+  int64_t index = find_slot(task.spans, task.count, begin);
   uint64_t total = 0;
   for (int64_t block = begin; block < end; ++block) {
     while (index + 1 < task.count && task.spans[index + 1].first_block <= block) ++index;
@@ -133,11 +133,11 @@ uint64_t fingerprint_blocks(const FingerprintTask& task, int64_t begin, int64_t 
     const char* const from = static_cast<const char*>(span.data) + offset;
     const BlockWeight weight = block_weight(block);
     const int64_t words = left < kBlockBytes ? left / 4 : kColumns;
-    uint64_t sum = weighted_words(from, words, weight.flipped);
+    uint64_t sum = sum_weighted_words(from, words, weight.flipped);
     if (words < kColumns && left % 4) {
       uint32_t last = 0;
       memcpy(&last, from + 4 * words, left % 4);
-      sum += weighted(last, kColumnWeights.of[words] ^ weight.flipped);
+      sum += apply_weight(last, kColumnWeights.of[words] ^ weight.flipped);
     }
     total += sum * weight.factor;
   }
@@ -146,11 +146,11 @@ uint64_t fingerprint_blocks(const FingerprintTask& task, int64_t begin, int64_t 
 
 void land_blocks(const LandTask& task, int64_t begin, int64_t end) {
   const FlushSubnormals flush;
-  int64_t index = slot_of(task.landings, task.count, begin);
+  int64_t index = find_slot(task.landings, task.count, begin);
   for (int64_t block = begin; block < end; ++index) {
     const Landing& landing = task.landings[index];
-    const int64_t offset = (block - landing.first_block) * kBlock, room = (end - block) * kBlock;
-    const int64_t left = landing.numel - offset, count = left < room ? left : room;
+    const int64_t offset = (block - landing.first_block) * kBlock, available = (end - block) * kBlock;
+    const int64_t left = landing.numel - offset, count = left < available ? left : available;
     if (landing.mean_type == Dtype::kFloat32) {
       land_run<float>(float(task.factor), landing, offset, count);
     } else if (landing.x_type == Dtype::kFloat64) {
@@ -164,7 +164,7 @@ void land_blocks(const LandTask& task, int64_t begin, int64_t end) {
 
 void drift_blocks(const DriftTask& task, int64_t begin, int64_t end, double* sums) {
   const FlushSubnormals flush;
-  int64_t index = slot_of(task.pairs, task.pair_count, begin);
+  int64_t index = find_slot(task.pairs, task.pair_count, begin);
   for (int64_t block = begin; block < end; ++block, sums += kSums) {
     while (index + 1 < task.pair_count && task.pairs[index + 1].first_block <= block) ++index;
     const Pair& pair = task.pairs[index];

@@ -1,4 +1,4 @@
-// What the CPU kernels share: whole blocks of elements, widened and narrowed where a tensor has another format.
+// Shared by the CPU kernels, which work on whole blocks of elements and convert 16-bit formats block by block.
 //
 // Everything here is inlined or in the namespace of the instruction set: a function shared with another object file could
 // end up compiled for instructions that the machine lacks.
@@ -13,7 +13,7 @@
 namespace deslo::DESLO_ISA {
 namespace {
 
-// Treats subnormal numbers as zero while it lives: momenta that fade out would slow every later step tenfold.
+// Treats subnormal numbers as zero during its lifetime: momenta that decay to subnormals slow every later step tenfold.
 class FlushSubnormals {
 #if defined(__x86_64__)
  public:
@@ -40,7 +40,7 @@ struct Block {
   alignas(64) T at[kBlock];
 };
 
-// The 16-bit formats pay for a call, so that the kernels stay small.
+// Not inlined: a call for each block of a 16-bit format keeps the kernels small.
 template <typename T, typename S>
 __attribute__((noinline)) void widen(const S* from, int64_t count, T* to) {
   if (count == kBlock) {
@@ -55,27 +55,27 @@ template <typename T, typename S>
 __attribute__((noinline)) void narrow(const T* from, int64_t count, S* to) {
   if (count == kBlock) {
 #pragma omp simd
-    for (int e = 0; e < kBlock; ++e) to[e] = S::of_float(float(from[e]));
+    for (int e = 0; e < kBlock; ++e) to[e] = S::from_float(float(from[e]));
   } else {
-    for (int64_t e = 0; e < count; ++e) to[e] = S::of_float(float(from[e]));
+    for (int64_t e = 0; e < count; ++e) to[e] = S::from_float(float(from[e]));
   }
 }
 
-// `count` elements, where they lie if they are a whole block, else in `block`.
+// Returns `count` elements: in place if they are a whole block, else as a copy in `block`.
 template <typename T>
-DESLO_INLINE T* reach(T* data, int64_t count, Block<T>& block) {
+DESLO_INLINE T* load_block(T* data, int64_t count, Block<T>& block) {
   if (count == kBlock) return data;
   memcpy(block.at, data, count * sizeof(T));
   return block.at;
 }
 
-// Brings `from` to its place, if it is not there already.
+// Copies the result back, unless load_block gave the memory of the tensor itself.
 template <typename T>
-DESLO_INLINE void put(const T* from, T* place, int64_t count) {
+DESLO_INLINE void store_block(const T* from, T* place, int64_t count) {
   if (place != from) memcpy(place, from, count * sizeof(T));
 }
 
-// The same for elements that may have another format in memory: at `offset`, as T.
+// As load_block and store_block, for a tensor whose format in memory may differ from T.
 template <typename T>
 DESLO_INLINE T* load(void* data, Dtype type, int64_t offset, int64_t count, Block<T>& block) {
   if (type == Dtype::kBFloat16) {
@@ -83,7 +83,7 @@ DESLO_INLINE T* load(void* data, Dtype type, int64_t offset, int64_t count, Bloc
   } else if (type == Dtype::kFloat16) {
     widen(static_cast<Float16*>(data) + offset, count, block.at);
   } else {
-    return reach(static_cast<T*>(data) + offset, count, block);
+    return load_block(static_cast<T*>(data) + offset, count, block);
   }
   return block.at;
 }
@@ -95,7 +95,7 @@ DESLO_INLINE void store(const T* from, void* data, Dtype type, int64_t offset, i
   } else if (type == Dtype::kFloat16) {
     narrow(from, count, static_cast<Float16*>(data) + offset);
   } else {
-    put(from, static_cast<T*>(data) + offset, count);
+    store_block(from, static_cast<T*>(data) + offset, count);
   }
 }
 

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: elements to and from memory in whole accesses of 16 or 8 bytes, and how they are launched.
+// Shared by the CUDA kernels: loads and stores in whole accesses of 16 or 8 bytes, and launches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,27 +17,27 @@ constexpr int kArguments = 32000;  // bytes of kernel arguments; CUDA allows 32,
 template <typename T>
 constexpr int kWidth = 16 / sizeof(T);
 
-// 16 bytes of memory, or 8 of a 16-bit format, as they came: converted only after all loads are on their way.
+// 16 bytes of memory, or 8 of a 16-bit format, not yet converted: conversions wait until all loads are in flight.
 struct Raw {
   uint32_t words[4];
 };
 
 // One access of 16 or 8 bytes. Plain stores of vectors are taken apart by the compiler behind a square root or a
 // quotient. __stcs: nothing is read again before the next step.
-__device__ __forceinline__ void write_whole(const float* from, float* to) {
+__device__ __forceinline__ void store_vector(const float* from, float* to) {
   __stcs(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
 }
 
-__device__ __forceinline__ void write_whole(const double* from, double* to) {
+__device__ __forceinline__ void store_vector(const double* from, double* to) {
   __stcs(reinterpret_cast<double2*>(to), make_double2(from[0], from[1]));
 }
 
-__device__ __forceinline__ void write_whole(const BFloat16* from, BFloat16* to) {
+__device__ __forceinline__ void store_vector(const BFloat16* from, BFloat16* to) {
   __stcs(reinterpret_cast<ushort4*>(to), make_ushort4(from[0].bits, from[1].bits, from[2].bits, from[3].bits));
 }
 
 template <typename V>
-__device__ __forceinline__ void read_whole(const void* from, void* to) {
+__device__ __forceinline__ void load_vector(const void* from, void* to) {
   const V vector = *static_cast<const V*>(from);
   memcpy(to, &vector, sizeof vector);
 }
@@ -51,7 +51,7 @@ __device__ __forceinline__ Raw load(const void* data, Dtype type, int64_t offset
   if (is_half(type)) {
     const uint16_t* const from = static_cast<const uint16_t*>(data) + offset;
     if (whole) {
-      read_whole<uint2>(from, &raw);
+      load_vector<uint2>(from, &raw);
     } else {
       for (int e = 0; e < kWidth<T>; ++e) {
         if (e < count) raw.words[e / 2] |= uint32_t(from[e]) << (16 * (e % 2));
@@ -60,13 +60,13 @@ __device__ __forceinline__ Raw load(const void* data, Dtype type, int64_t offset
   } else {
     const T* const from = static_cast<const T*>(data) + offset;
     if (whole) {
-      read_whole<uint4>(from, &raw);
+      load_vector<uint4>(from, &raw);
     } else {
-      T some[kWidth<T>] = {};
+      T values[kWidth<T>] = {};
       for (int e = 0; e < kWidth<T>; ++e) {
-        if (e < count) some[e] = from[e];
+        if (e < count) values[e] = from[e];
       }
-      memcpy(&raw, some, sizeof raw);
+      memcpy(&raw, values, sizeof raw);
     }
   }
   return raw;
@@ -84,11 +84,11 @@ __device__ __forceinline__ void widen(const Raw& raw, Dtype type, T* to) {
   }
 }
 
-// kWidth elements of the format that memory has.
+// Stores kWidth elements that have the format of the memory already.
 template <typename S, int W>
 __device__ __forceinline__ void store(const S (&from)[W], S* data, int64_t offset, int count, bool whole) {
   if (whole) {
-    write_whole(from, data + offset);
+    store_vector(from, data + offset);
   } else {
     for (int e = 0; e < W; ++e) {
       if (e < count) data[offset + e] = from[e];
@@ -100,18 +100,18 @@ template <typename T, int W>
 __device__ __forceinline__ void store(
     const T (&from)[W], void* data, Dtype type, int64_t offset, int count, bool whole) {
   if (is_half(type)) {
-    BFloat16 some[4] = {};  // Float16 too is 16 bits
+    BFloat16 values[4] = {};  // Float16 too is 16 bits
     for (int e = 0; e < W; ++e) {
       const float a = float(from[e]);
-      some[e].bits = type == Dtype::kBFloat16 ? BFloat16::of_float(a).bits : Float16::of_float(a).bits;
+      values[e].bits = type == Dtype::kBFloat16 ? BFloat16::from_float(a).bits : Float16::from_float(a).bits;
     }
-    store(some, static_cast<BFloat16*>(data), offset, count, whole);
+    store(values, static_cast<BFloat16*>(data), offset, count, whole);
   } else {
     store(from, static_cast<T*>(data), offset, count, whole);
   }
 }
 
-// kAtOnce elements as they came; float64 takes both halves.
+// kAtOnce elements that are not yet converted; float64 takes both halves.
 constexpr int kAtOnce = 4;
 
 struct Elements {
@@ -119,7 +119,7 @@ struct Elements {
 };
 
 // Those of the elements offset .. offset + kAtOnce that are among the first `count`; the others are 0.
-__device__ __forceinline__ Elements read(const void* data, Dtype type, int64_t offset, int count, bool whole) {
+__device__ __forceinline__ Elements load_elements(const void* data, Dtype type, int64_t offset, int count, bool whole) {
   Elements elements{};
   if (type == Dtype::kFloat64) {
     elements.raw[0] = load<double>(data, type, offset, count, whole);
@@ -133,41 +133,41 @@ __device__ __forceinline__ Elements read(const void* data, Dtype type, int64_t o
 template <typename T>
 __device__ __forceinline__ void widen(const Elements& elements, Dtype type, T (&to)[kAtOnce]) {
   if (type == Dtype::kFloat64) {
-    double some[kAtOnce];
-    memcpy(some, &elements, sizeof some);
-    for (int e = 0; e < kAtOnce; ++e) to[e] = T(some[e]);
+    double values[kAtOnce];
+    memcpy(values, &elements, sizeof values);
+    for (int e = 0; e < kAtOnce; ++e) to[e] = T(values[e]);
     return;
   }
-  float some[kAtOnce];
-  widen(elements.raw[0], type, some);
-  for (int e = 0; e < kAtOnce; ++e) to[e] = T(some[e]);
+  float values[kAtOnce];
+  widen(elements.raw[0], type, values);
+  for (int e = 0; e < kAtOnce; ++e) to[e] = T(values[e]);
 }
 
 // Whether whole accesses may begin at `data`.
-__device__ __forceinline__ bool aligned(const void* data, Dtype type) {
+__device__ __forceinline__ bool is_aligned(const void* data, Dtype type) {
   return reinterpret_cast<uintptr_t>(data) % (is_half(type) ? 8 : 16) == 0;
 }
 
-void check(cudaError_t error) {
+void check_cuda(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("deslo: CUDA: ") + cudaGetErrorString(error));
 }
 
-// Thread blocks of `kernel` that the device, which is current, holds at once.
+// How many thread blocks of `kernel` the device runs at once. `device` must be current.
 template <typename Kernel>
-int64_t resident_blocks(Kernel kernel, int device) {
+int64_t count_resident_blocks(Kernel kernel, int device) {
   int processors = 0, resident = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0));
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0));
   return int64_t(processors) * resident;
 }
 
 template <typename... Parameters, typename... Arguments>
-void queue(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream, const Arguments&... arguments) {
+void queue_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(threads));
   config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...));
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 }  // namespace

@@ -19,9 +19,9 @@ struct LandBatch {
 
 template <typename X, typename T>
 __device__ __forceinline__ void land_elements(T factor, const Landing& landing, int64_t offset, int count, bool whole) {
-  const Elements x_raw = read(landing.x, landing.x_type, offset, count, whole);
-  const Elements local_raw = read(landing.local, landing.mean_type, offset, count, whole);
-  const Elements mean_raw = read(landing.mean, landing.mean_type, offset, count, whole);
+  const Elements x_raw = load_elements(landing.x, landing.x_type, offset, count, whole);
+  const Elements local_raw = load_elements(landing.local, landing.mean_type, offset, count, whole);
+  const Elements mean_raw = load_elements(landing.mean, landing.mean_type, offset, count, whole);
   X x[kAtOnce];
   T local[kAtOnce], mean[kAtOnce];
   widen(x_raw, landing.x_type, x);
@@ -29,21 +29,21 @@ __device__ __forceinline__ void land_elements(T factor, const Landing& landing, 
   widen(mean_raw, landing.mean_type, mean);
   for (int e = 0; e < kAtOnce; ++e) land(factor, x[e], local[e], mean[e]);
   for (int e = 0; e < kAtOnce; e += kWidth<X>) {
-    X some[kWidth<X>];
-    memcpy(some, x + e, sizeof some);
-    store(some, landing.x, landing.x_type, offset + e, count - e, whole);
+    X values[kWidth<X>];
+    memcpy(values, x + e, sizeof values);
+    store(values, landing.x, landing.x_type, offset + e, count - e, whole);
   }
 }
 
 __global__ void __launch_bounds__(kThreads) land_means(const __grid_constant__ LandBatch batch) {
   for (int64_t chunk = blockIdx.x; chunk < batch.chunks; chunk += gridDim.x) {
-    const Landing& landing = batch.landings[slot_of(batch.landings, batch.landing_count, chunk)];
+    const Landing& landing = batch.landings[find_slot(batch.landings, batch.landing_count, chunk)];
     const int64_t offset = ((chunk - landing.first_block) * kThreads + threadIdx.x) * kAtOnce;
     const int64_t left = landing.numel - offset;
     if (left <= 0) continue;
     const int count = left < kAtOnce ? int(left) : kAtOnce;
-    const bool whole = count == kAtOnce && aligned(landing.x, landing.x_type) && aligned(landing.local, landing.mean_type) &&
-                       aligned(landing.mean, landing.mean_type);
+    const bool whole = count == kAtOnce && is_aligned(landing.x, landing.x_type) && is_aligned(landing.local, landing.mean_type) &&
+                       is_aligned(landing.mean, landing.mean_type);
     if (landing.mean_type == Dtype::kFloat32) {
       land_elements<float>(float(batch.factor), landing, offset, count, whole);
     } else if (landing.x_type == Dtype::kFloat64) {
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) land_means(const __grid_constant__ L
 
 void land_cuda(const LandTask& task, int device, void* stream) {
   constexpr int64_t chunk = kThreads * kAtOnce;
-  const int64_t room = resident_blocks(land_means, device);
+  const int64_t resident = count_resident_blocks(land_means, device);
   LandBatch batch{};
   batch.factor = task.factor;
   for (int64_t begin = 0; begin < task.count; begin += batch.landing_count) {
@@ -70,7 +70,7 @@ void land_cuda(const LandTask& task, int device, void* stream) {
       batch.landings[i].first_block = batch.chunks;
       batch.chunks += (batch.landings[i].numel + chunk - 1) / chunk;
     }
-    queue(land_means, batch.chunks < room ? batch.chunks : room, kThreads, static_cast<cudaStream_t>(stream), batch);
+    queue_kernel(land_means, batch.chunks < resident ? batch.chunks : resident, kThreads, static_cast<cudaStream_t>(stream), batch);
   }
 }
 

@@ -19,31 +19,31 @@ struct DriftBatch {
 
 __global__ void __launch_bounds__(kThreads) drift_sums(const __grid_constant__ DriftBatch batch) {
   const int64_t columns = int64_t(gridDim.x) * kThreads;
-  double* const mine = batch.sums + int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  double* const thread_sums = batch.sums + int64_t(blockIdx.x) * kThreads + threadIdx.x;
   double distance = 0, product = 0, square = 0;
   for (int64_t chunk = blockIdx.x; chunk < batch.chunks; chunk += gridDim.x) {
-    const Pair& pair = batch.pairs[slot_of(batch.pairs, batch.pair_count, chunk)];
+    const Pair& pair = batch.pairs[find_slot(batch.pairs, batch.pair_count, chunk)];
     const int64_t offset = ((chunk - pair.first_block) * kThreads + threadIdx.x) * kAtOnce;
     const int64_t left = pair.numel - offset;
     if (left <= 0) continue;
     const int count = left < kAtOnce ? int(left) : kAtOnce;
-    const bool whole = count == kAtOnce && aligned(pair.local, pair.local_type) && aligned(pair.mean, pair.mean_type);
-    const Elements local = read(pair.local, pair.local_type, offset, count, whole);
-    const Elements mean = read(pair.mean, pair.mean_type, offset, count, whole);
+    const bool whole = count == kAtOnce && is_aligned(pair.local, pair.local_type) && is_aligned(pair.mean, pair.mean_type);
+    const Elements local = load_elements(pair.local, pair.local_type, offset, count, whole);
+    const Elements mean = load_elements(pair.mean, pair.mean_type, offset, count, whole);
     double l[kAtOnce], m[kAtOnce];
     widen(local, pair.local_type, l);
     widen(mean, pair.mean_type, m);
     for (int e = 0; e < kAtOnce; ++e) add_drift(l[e], m[e], distance, product, square);
   }
-  mine[0] += distance;
-  mine[columns] += product;
-  mine[2 * columns] += square;
+  thread_sums[0] += distance;
+  thread_sums[columns] += product;
+  thread_sums[2 * columns] += square;
 }
 
 }  // namespace
 
 int64_t drift_columns(int device) {
-  return resident_blocks(drift_sums, device) * kThreads;
+  return count_resident_blocks(drift_sums, device) * kThreads;
 }
 
 void drift_cuda(const DriftTask& task, int device, void* stream, double* sums) {
@@ -60,7 +60,7 @@ void drift_cuda(const DriftTask& task, int device, void* stream, double* sums) {
       batch.chunks += (batch.pairs[i].numel + chunk - 1) / chunk;
     }
     // every launch adds to the same columns, and so is of one size
-    queue(drift_sums, resident_blocks(drift_sums, device), kThreads, static_cast<cudaStream_t>(stream), batch);
+    queue_kernel(drift_sums, count_resident_blocks(drift_sums, device), kThreads, static_cast<cudaStream_t>(stream), batch);
   }
 }
 

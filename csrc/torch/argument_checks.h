@@ -1,4 +1,4 @@
-// What every operator asks of its arguments, and how it refuses them: in errors that name the argument.
+// Checks that all operators share. An error names the argument.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -28,27 +28,27 @@ template <typename... Parts>
   throw std::invalid_argument(message.str());
 }
 
-inline std::string shown(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+inline std::string format_shape(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::ostringstream text;
   for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "[") << sizes[i];
   return sizes.empty() ? "[]" : text.str() + "]";
 }
 
-// The name of an argument, or of one tensor of a list. It becomes text in an error alone: a step names thousands.
-struct Name {
+// The name of an argument, or of one tensor of a list. It becomes text only in an error, since a step names thousands.
+struct ArgumentName {
   const char* list;
   size_t index = size_t(-1);
 };
 
-inline std::ostream& operator<<(std::ostream& to, const Name& name) {
+inline std::ostream& operator<<(std::ostream& to, const ArgumentName& name) {
   return name.index == size_t(-1) ? to << name.list : to << name.list << '[' << name.index << ']';
 }
 
-inline Name at(const char* list, size_t index) { return {list, index}; }
+inline ArgumentName name_of(const char* list, size_t index) { return {list, index}; }
 
-const char* const kNames[] = {"float32", "float64", "bfloat16", "float16"};  // by Dtype
+const char* const kDtypeNames[] = {"float32", "float64", "bfloat16", "float16"};  // by Dtype
 
-inline Dtype dtype_of(const Tensor& tensor, const Name& name) {
+inline Dtype dtype_of(const Tensor& tensor, const ArgumentName& name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return Dtype::kFloat32;
     case ScalarType::Double: return Dtype::kFloat64;
@@ -58,11 +58,11 @@ inline Dtype dtype_of(const Tensor& tensor, const Name& name) {
   }
 }
 
-inline bool same(torch::headeronly::IntHeaderOnlyArrayRef a, torch::headeronly::IntHeaderOnlyArrayRef b) {
+inline bool are_equal(torch::headeronly::IntHeaderOnlyArrayRef a, torch::headeronly::IntHeaderOnlyArrayRef b) {
   return std::equal(a.begin(), a.end(), b.begin(), b.end());
 }
 
-// Whether the elements fill one stretch of memory, in whatever order of dimensions.
+// Whether the elements fill one range of memory, in whatever order of dimensions.
 inline bool is_dense(const Tensor& tensor) {
   if (tensor.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
@@ -80,42 +80,42 @@ inline bool is_dense(const Tensor& tensor) {
 
 // Whether equal offsets from the first element mean equal indices. Both tensors are dense and of one shape.
 inline bool same_layout(const Tensor& a, const Tensor& b) {
-  if (same(a.strides(), b.strides()) || (a.is_contiguous() && b.is_contiguous())) return true;
+  if (are_equal(a.strides(), b.strides()) || (a.is_contiguous() && b.is_contiguous())) return true;
   for (int64_t d = 0; d < a.dim(); ++d) {
     if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
   }
   return true;
 }
 
-inline size_t width(Dtype type) { return type == Dtype::kFloat64 ? 8 : type == Dtype::kFloat32 ? 4 : 2; }
+inline size_t element_size(Dtype type) { return type == Dtype::kFloat64 ? 8 : type == Dtype::kFloat32 ? 4 : 2; }
 
 inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
 // The memory of one argument.
-struct Stretch {
+struct MemoryRange {
   const char *begin, *end;
   const char* name;
   size_t index;
   bool written;
 };
 
-inline void refuse_overlap(const std::vector<Stretch>& stretches) {
-  std::vector<std::pair<const char*, const Stretch*>> ordered;  // small to move: a step sorts thousands
-  ordered.reserve(stretches.size());
-  for (const Stretch& stretch : stretches) ordered.emplace_back(stretch.begin, &stretch);
+inline void refuse_overlap(const std::vector<MemoryRange>& ranges) {
+  std::vector<std::pair<const char*, const MemoryRange*>> ordered;  // small to move: a step sorts thousands
+  ordered.reserve(ranges.size());
+  for (const MemoryRange& range : ranges) ordered.emplace_back(range.begin, &range);
   std::sort(ordered.begin(), ordered.end());
-  const Stretch* reaching = nullptr;  // of those so far, the one that ends last
-  const Stretch* writing = nullptr;   // of the written ones, the one that ends last
-  for (const auto& [begin, stretch] : ordered) {
-    const Stretch& next = *stretch;
-    const Stretch* const other = next.written ? reaching : writing;
+  const MemoryRange* last_range = nullptr;  // of those so far, the one that ends last
+  const MemoryRange* last_written = nullptr;   // of the written ones, the one that ends last
+  for (const auto& [begin, range] : ordered) {
+    const MemoryRange& next = *range;
+    const MemoryRange* const other = next.written ? last_range : last_written;
     if (other && other->end > next.begin) {
-      refuse(at(next.name, next.index), ": expected memory of its own, but it overlaps ", at(other->name, other->index));
+      refuse(name_of(next.name, next.index), ": expected memory of its own, but it overlaps ", name_of(other->name, other->index));
     }
-    if (!reaching || next.end > reaching->end) reaching = &next;
-    if (next.written && (!writing || next.end > writing->end)) writing = &next;
+    if (!last_range || next.end > last_range->end) last_range = &next;
+    if (next.written && (!last_written || next.end > last_written->end)) last_written = &next;
   }
 }
 

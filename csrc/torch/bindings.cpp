@@ -18,9 +18,9 @@ namespace {
 struct Isa {
   const char* name;
   bool (*supported)();
-  void (*single)(const Task<float>&, int64_t, int64_t);
-  void (*twice)(const Task<double>&, int64_t, int64_t);
-  void (*brief)(const Task<BFloat16>&, int64_t, int64_t);
+  void (*update_f32)(const UpdateTask<float>&, int64_t, int64_t);
+  void (*update_f64)(const UpdateTask<double>&, int64_t, int64_t);
+  void (*update_bf16)(const UpdateTask<BFloat16>&, int64_t, int64_t);
   void (*drift)(const DriftTask&, int64_t, int64_t, double*);
   void (*land)(const LandTask&, int64_t, int64_t);
   uint64_t (*fingerprint)(const FingerprintTask&, int64_t, int64_t);
@@ -44,13 +44,13 @@ const Isa kIsas[] = {
     {"baseline", [] { return true; }, DESLO_KERNELS(baseline)},
 };
 
-const Isa* widest() {
+const Isa* find_widest_isa() {
   const Isa* isa = kIsas;
   while (!isa->supported()) ++isa;
   return isa;
 }
 
-const Isa* chosen = widest();
+const Isa* active_isa = find_widest_isa();
 
 // Each thread takes a contiguous run of blocks. Elements do not depend on one another, so their number changes no bit.
 struct Cpu {
@@ -58,52 +58,52 @@ struct Cpu {
   static constexpr int64_t kGrain = 32768 / kBlock;  // below about 30 microseconds of work a second thread costs more
 
   template <typename S>
-  static void run(const Task<S>& task, const Tensor&) {
+  static void run(const UpdateTask<S>& task, const Tensor&) {
     if (task.found_inf && *task.found_inf != 0.0f) return;
-    const Isa& isa = *chosen;
+    const Isa& isa = *active_isa;
     torch::stable::parallel_for(0, task.blocks, kGrain, [&](int64_t begin, int64_t end) {
       if constexpr (kDtype<S> == Dtype::kFloat32) {
-        isa.single(task, begin, end);
+        isa.update_f32(task, begin, end);
       } else if constexpr (kDtype<S> == Dtype::kFloat64) {
-        isa.twice(task, begin, end);
+        isa.update_f64(task, begin, end);
       } else {
-        isa.brief(task, begin, end);
+        isa.update_bf16(task, begin, end);
       }
     });
   }
 
-  // Blocks are added up in their order, whoever summed them.
+  // The sums of blocks are added in the order of blocks, so the number of threads changes no bit.
   static Tensor drift(const DriftTask& task, const Tensor& like) {
-    const Isa& isa = *chosen;
+    const Isa& isa = *active_isa;
     std::vector<double> blocks(task.blocks * kSums);
     torch::stable::parallel_for(0, task.blocks, kGrain * kBlock / kDriftBlock, [&](int64_t begin, int64_t end) {
       isa.drift(task, begin, end, blocks.data() + begin * kSums);
     });
-    Tensor sums = zero_sums(like, 1);
+    Tensor sums = make_zero_sums(like, 1);
     double* const to = static_cast<double*>(sums.mutable_data_ptr());
     for (size_t i = 0; i < blocks.size(); ++i) to[i % kSums] += blocks[i];
     return sums;
   }
 
   static void land(const LandTask& task, const Tensor&) {
-    const Isa& isa = *chosen;
+    const Isa& isa = *active_isa;
     torch::stable::parallel_for(0, task.blocks, kGrain, [&](int64_t begin, int64_t end) { isa.land(task, begin, end); });
   }
 
   // Integers: the order of the threads changes no bit.
   static Tensor fingerprint(const FingerprintTask& task, const Tensor& like) {
-    const Isa& isa = *chosen;
+    const Isa& isa = *active_isa;
     std::atomic<uint64_t> sum{0};
     torch::stable::parallel_for(0, task.blocks, 4 * kGrain * kBlock / kColumns, [&](int64_t begin, int64_t end) {
       sum += isa.fingerprint(task, begin, end);
     });
-    const Tensor words = zero_words(like, 1);
+    const Tensor words = make_zero_words(like, 1);
     *static_cast<uint64_t*>(words.mutable_data_ptr()) = sum;
     return words;
   }
 };
 
-STABLE_TORCH_LIBRARY_IMPL(deslo, CPU, library) { implement<Cpu>(library); }
+STABLE_TORCH_LIBRARY_IMPL(deslo, CPU, library) { register_operators<Cpu>(library); }
 
 #ifdef DESLO_CUDA
 using torch::stable::accelerator::DeviceGuard;
@@ -111,7 +111,7 @@ using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
 
 // torch's function for the current stream, null in a torch without CUDA. It is looked up where torch lies in this process: a
 // symbol that the linker leaves open would be null in silence, and the first step would call it.
-CurrentStream current_stream() {
+CurrentStream find_current_stream_function() {
   static const CurrentStream found = []() -> CurrentStream {
     for (const char* const name : {"libtorch_cuda.so", "libtorch.so"}) {
       void* const library = dlopen(name, RTLD_NOLOAD | RTLD_LAZY);
@@ -128,51 +128,51 @@ struct Cuda {
   static constexpr bool kHostReads = false;
 
   template <typename S>
-  static void run(const Task<S>& task, const Tensor& like) {
+  static void run(const UpdateTask<S>& task, const Tensor& like) {
     const int32_t device = like.get_device_index();
     const DeviceGuard guard(device);
-    const Tensor prepared = room_for_prepared(task, like);
-    update_cuda(task, device, stream(device), static_cast<Prepared<S>*>(prepared.mutable_data_ptr()));
+    const Tensor prepared = allocate_prepared(task, like);
+    update_cuda(task, device, get_current_stream(device), static_cast<PreparedUpdate<S>*>(prepared.mutable_data_ptr()));
   }
 
   static Tensor drift(const DriftTask& task, const Tensor& like) {
     const int32_t device = like.get_device_index();
     const DeviceGuard guard(device);
-    const Tensor sums = zero_sums(like, drift_columns(device));
-    drift_cuda(task, device, stream(device), static_cast<double*>(sums.mutable_data_ptr()));
+    const Tensor sums = make_zero_sums(like, drift_columns(device));
+    drift_cuda(task, device, get_current_stream(device), static_cast<double*>(sums.mutable_data_ptr()));
     return sums;
   }
 
   static void land(const LandTask& task, const Tensor& like) {
     const int32_t device = like.get_device_index();
     const DeviceGuard guard(device);
-    land_cuda(task, device, stream(device));
+    land_cuda(task, device, get_current_stream(device));
   }
 
   static Tensor fingerprint(const FingerprintTask& task, const Tensor& like) {
     const int32_t device = like.get_device_index();
     const DeviceGuard guard(device);
-    const Tensor sums = zero_words(like, fingerprint_columns(task, device));
-    fingerprint_cuda(task, device, stream(device), static_cast<uint64_t*>(sums.mutable_data_ptr()));
+    const Tensor sums = make_zero_words(like, fingerprint_columns(task, device));
+    fingerprint_cuda(task, device, get_current_stream(device), static_cast<uint64_t*>(sums.mutable_data_ptr()));
     return sums;
   }
 
  private:
-  static void* stream(int32_t device) {
-    const CurrentStream ask = current_stream();
-    if (!ask) {
+  static void* get_current_stream(int32_t device) {
+    const CurrentStream function = find_current_stream_function();
+    if (!function) {
       throw std::runtime_error(
           "deslo: this torch does not say which CUDA stream is current: expected aoti_torch_get_current_cuda_stream in "
           "libtorch_cuda.so, found none; install a CUDA build of torch 2.10 or newer, or set DESLO_NATIVE=cpu and install "
           "deslo_plugin again");
     }
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(ask(device, &current));
+    STABLE_TORCH_ERROR_CODE_CHECK(function(device, &current));
     return current;
   }
 };
 
-STABLE_TORCH_LIBRARY_IMPL(deslo, CUDA, library) { implement<Cuda>(library); }
+STABLE_TORCH_LIBRARY_IMPL(deslo, CUDA, library) { register_operators<Cuda>(library); }
 
 // cuda_status(device) -> (error, driver, runtime): the name of the CUDA error that a kernel of this module would meet on the
 // device, "" if none; and the CUDA versions of the driver and of the runtime in this module, as 1000 major + 10 minor.
@@ -182,7 +182,7 @@ PyObject* cuda_status(PyObject*, PyObject* arguments) {
   try {
     const DeviceGuard guard(device);
     const CudaStatus status = status_cuda(device);
-    const char* const error = *status.error || current_stream() ? status.error : "no current stream";
+    const char* const error = *status.error || find_current_stream_function() ? status.error : "no current stream";
     return Py_BuildValue("sii", error, status.driver, status.runtime);
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
@@ -198,13 +198,13 @@ PyObject* isa(PyObject*, PyObject* arguments) {
   if (name) {
     for (const Isa& candidate : kIsas) {
       if (!std::strcmp(candidate.name, name) && candidate.supported()) {
-        chosen = &candidate;
+        active_isa = &candidate;
         return PyUnicode_FromString(name);
       }
     }
     return PyErr_Format(PyExc_ValueError, "isa: expected one that this machine has, got '%s'", name);
   }
-  return PyUnicode_FromString(chosen->name);
+  return PyUnicode_FromString(active_isa->name);
 }
 
 PyMethodDef kMethods[] = {

@@ -1,4 +1,4 @@
-// From a call of deslo::drift to its task: checks that name the argument, then plain pointers.
+// Checks the arguments of deslo::drift and makes the task of its kernels.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,20 +8,20 @@
 
 namespace deslo {
 
-class DriftLaunch {
+class CheckedDrift {
  public:
-  DriftLaunch(const Tensors& local, const Tensors& mean) {
+  CheckedDrift(const Tensors& local, const Tensors& mean) {
     if (local.empty()) refuse("local: expected one tensor or more, got an empty list");
     if (mean.size() != local.size()) refuse("mean: expected ", local.size(), " tensors, got ", mean.size());
     int64_t blocks = 0;
     for (size_t i = 0; i < local.size(); ++i) {
-      const Dtype local_type = checked(at("local", i), local[i], local[0]);
-      const Dtype mean_type = checked(at("mean", i), mean[i], local[0]);
+      const Dtype local_type = check_tensor(name_of("local", i), local[i], local[0]);
+      const Dtype mean_type = check_tensor(name_of("mean", i), mean[i], local[0]);
       if (mean_type != Dtype::kFloat32 && mean_type != Dtype::kFloat64) {
-        refuse(at("mean", i), ": expected float32 or float64, got ", kNames[int(mean_type)]);
+        refuse(name_of("mean", i), ": expected float32 or float64, got ", kDtypeNames[int(mean_type)]);
       }
-      if (!same(mean[i].sizes(), local[i].sizes())) {
-        refuse(at("mean", i), ": expected shape ", shown(local[i].sizes()), " of local[", i, "], got ", shown(mean[i].sizes()));
+      if (!are_equal(mean[i].sizes(), local[i].sizes())) {
+        refuse(name_of("mean", i), ": expected shape ", format_shape(local[i].sizes()), " of local[", i, "], got ", format_shape(mean[i].sizes()));
       }
       const int64_t numel = local[i].numel();
       if (numel == 0) continue;
@@ -34,7 +34,7 @@ class DriftLaunch {
   DriftTask task;
 
  private:
-  static Dtype checked(const Name& name, const Tensor& tensor, const Tensor& first) {
+  static Dtype check_tensor(const ArgumentName& name, const Tensor& tensor, const Tensor& first) {
     if (!same_device(tensor, first)) refuse(name, ": expected the device of local[0], got another");
     if (!tensor.is_contiguous()) refuse(name, ": expected a contiguous tensor");
     return dtype_of(tensor, name);
@@ -43,13 +43,13 @@ class DriftLaunch {
   std::vector<Pair> pairs_;
 };
 
-// kSums rows of zeros on the device of `like`, and what rows of partial sums add up to.
-inline Tensor zero_sums(const Tensor& like, int64_t columns) {
+// kSums rows of zeros on the device of `like`; add_columns adds up such rows of partial sums.
+inline Tensor make_zero_sums(const Tensor& like, int64_t columns) {
   const int64_t sizes[] = {kSums, columns};
   return torch::stable::new_zeros(like, {sizes, 2}, ScalarType::Double);
 }
 
-inline Tensor total(const Tensor& sums) {
+inline Tensor add_columns(const Tensor& sums) {
   const int64_t columns = 1;
   return torch::stable::sum(sums, torch::headeronly::IntHeaderOnlyArrayRef(&columns, 1));
 }

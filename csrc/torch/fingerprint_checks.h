@@ -1,4 +1,4 @@
-// From a call of deslo::fingerprint to its task: checks that name the argument, then plain pointers.
+// Checks the arguments of deslo::fingerprint and makes the task of its kernels.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,14 +8,14 @@
 
 namespace deslo {
 
-class FingerprintLaunch {
+class CheckedFingerprint {
  public:
-  explicit FingerprintLaunch(const Tensors& tensors) {
+  explicit CheckedFingerprint(const Tensors& tensors) {
     if (tensors.empty()) refuse("tensors: expected one tensor or more, got an empty list");
     int64_t blocks = 0;
     spans_.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
-      const Name name = at("tensors", i);
+      const ArgumentName name = name_of("tensors", i);
       if (!same_device(tensors[i], tensors[0])) refuse(name, ": expected the device of tensors[0], got another");
       if (!tensors[i].is_contiguous()) refuse(name, ": expected a contiguous tensor");
       const int64_t bytes = tensors[i].numel() * int64_t(tensors[i].element_size());
@@ -32,12 +32,12 @@ class FingerprintLaunch {
   std::vector<Span> spans_;
 };
 
-// Zeros on the device of `like`, and what such a row of partial sums adds up to.
-inline Tensor zero_words(const Tensor& like, int64_t count) {
+// A row of zeros on the device of `like`; add_words adds up such a row of partial sums.
+inline Tensor make_zero_words(const Tensor& like, int64_t count) {
   return torch::stable::new_zeros(like, {&count, 1}, ScalarType::Long);
 }
 
-inline Tensor added_up(const Tensor& words) {
+inline Tensor add_words(const Tensor& words) {
   const int64_t row = 0;
   return torch::stable::sum(words, torch::headeronly::IntHeaderOnlyArrayRef(&row, 1));
 }

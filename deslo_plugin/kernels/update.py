@@ -209,7 +209,7 @@ def _check_tensor(name: str, tensor: Tensor, x: Tensor, i: int, state: torch.dty
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
+    """Whether the elements fill one range of memory, in whatever order of dimensions."""
     dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)
     ends = accumulate((size for _, size in dims), mul, initial=1)
     return tensor.numel() == 0 or all(stride == end for (stride, _), end in zip(dims, ends))

@@ -1,4 +1,4 @@
-// The CUDA operators on CPU tensors, under the name deslo_emulated: csrc/cuda/*.cu as tests/emulation/cuda_runtime.h runs them.
+// The CUDA operators on CPU tensors, under the name deslo_emulated: csrc/cuda/*.cu with the cuda_runtime.h of this folder.
 #include "../../csrc/torch/operators.h"
 
 #include "../../csrc/cuda/delayed_update.cu"
@@ -12,13 +12,13 @@ struct Emulated {
   static constexpr bool kHostReads = false;
 
   template <typename S>
-  static void run(const Task<S>& task, const Tensor& like) {
-    const Tensor prepared = room_for_prepared(task, like);
-    update_cuda(task, 0, nullptr, static_cast<Prepared<S>*>(prepared.mutable_data_ptr()));
+  static void run(const UpdateTask<S>& task, const Tensor& like) {
+    const Tensor prepared = allocate_prepared(task, like);
+    update_cuda(task, 0, nullptr, static_cast<PreparedUpdate<S>*>(prepared.mutable_data_ptr()));
   }
 
   static Tensor drift(const DriftTask& task, const Tensor& like) {
-    const Tensor sums = zero_sums(like, drift_columns(0));
+    const Tensor sums = make_zero_sums(like, drift_columns(0));
     drift_cuda(task, 0, nullptr, static_cast<double*>(sums.mutable_data_ptr()));
     return sums;
   }
@@ -26,12 +26,12 @@ struct Emulated {
   static void land(const LandTask& task, const Tensor&) { land_cuda(task, 0, nullptr); }
 
   static Tensor fingerprint(const FingerprintTask& task, const Tensor& like) {
-    const Tensor sums = zero_words(like, fingerprint_columns(task, 0));
+    const Tensor sums = make_zero_words(like, fingerprint_columns(task, 0));
     fingerprint_cuda(task, 0, nullptr, static_cast<uint64_t*>(sums.mutable_data_ptr()));
     return sums;
   }
 };
 
-STABLE_TORCH_LIBRARY_IMPL(deslo_emulated, CPU, library) { implement<Emulated>(library); }
+STABLE_TORCH_LIBRARY_IMPL(deslo_emulated, CPU, library) { register_operators<Emulated>(library); }
 
 }  // namespace deslo

@@ -25,8 +25,8 @@ struct Buffer {
       switch (type) {
         case Dtype::kFloat32: reinterpret_cast<float*>(data.get())[i] = a; break;
         case Dtype::kFloat64: reinterpret_cast<double*>(data.get())[i] = a; break;
-        case Dtype::kBFloat16: reinterpret_cast<BFloat16*>(data.get())[i] = BFloat16::of_float(a); break;
-        case Dtype::kFloat16: reinterpret_cast<Float16*>(data.get())[i] = Float16::of_float(a); break;
+        case Dtype::kBFloat16: reinterpret_cast<BFloat16*>(data.get())[i] = BFloat16::from_float(a); break;
+        case Dtype::kFloat16: reinterpret_cast<Float16*>(data.get())[i] = Float16::from_float(a); break;
       }
     }
   }
@@ -39,9 +39,9 @@ struct Buffer {
 template <typename S, typename Update>
 std::vector<unsigned char> run(Rule rule, int momenta, double clip_value, Update update) {
   std::vector<Buffer> buffers;
-  std::vector<Slot<S>> slots;
+  std::vector<ParamSlot<S>> slots;
   std::vector<S*> u;
-  Task<S> task{};
+  UpdateTask<S> task{};
   const auto made = [&](int64_t numel, Dtype type) {
     buffers.emplace_back(numel, type, unsigned(buffers.size()));
     return static_cast<void*>(buffers.back().data.get());
@@ -50,7 +50,7 @@ std::vector<unsigned char> run(Rule rule, int momenta, double clip_value, Update
   int kind = 0;
   for (const int64_t numel : {1, 3, 63, 64, 65, 1023, 1025, 5000}) {
     const Dtype type = sizeof(S) == 8 ? kDtype<S> : types[kind++ % 3];
-    Slot<S> slot{made(numel, type), made(numel, type), nullptr, nullptr, numel, task.blocks, type, type, type};
+    ParamSlot<S> slot{made(numel, type), made(numel, type), nullptr, nullptr, numel, task.blocks, type, type, type};
     if (rule != Rule::kSgdm) slot.v = static_cast<S*>(made(numel, kDtype<S>));
     if (kind % 2) slot.copy = made(numel, type);
     slots.push_back(slot);
@@ -59,7 +59,7 @@ std::vector<unsigned char> run(Rule rule, int momenta, double clip_value, Update
   }
   task.hyper = {rule, true, momenta, 3, 0.01, 0.1, 0.99, 1e-8, clip_value, {}, {}};
   for (int j = 0; j < momenta; ++j) task.hyper.beta[j] = 0.9, task.hyper.weight[j] = 0.5 / momenta;
-  task.recipe = recipe<S>(task.hyper);
+  task.coefficients = make_coefficients<S>(task.hyper);
   task.slots = slots.data();
   task.u = u.data();
   task.slot_count = int64_t(slots.size());
@@ -71,15 +71,15 @@ std::vector<unsigned char> run(Rule rule, int momenta, double clip_value, Update
 
 template <typename S>
 bool agree(Rule rule, int momenta, double clip_value) {
-  const auto on_cpu = run<S>(rule, momenta, clip_value, [](const Task<S>& task) {
+  const auto on_cpu = run<S>(rule, momenta, clip_value, [](const UpdateTask<S>& task) {
     baseline::update_blocks(task, 0, task.blocks / 2);
     baseline::update_blocks(task, task.blocks / 2, task.blocks);
   });
-  const auto on_gpu = run<S>(rule, momenta, clip_value, [](const Task<S>& task) { update_cuda(task, 0, nullptr, nullptr); });
-  const auto prepared = run<S>(rule, momenta, clip_value, [](Task<S> task) {
+  const auto on_gpu = run<S>(rule, momenta, clip_value, [](const UpdateTask<S>& task) { update_cuda(task, 0, nullptr, nullptr); });
+  const auto prepared = run<S>(rule, momenta, clip_value, [](UpdateTask<S> task) {
     const int64_t t = task.hyper.t;
     const double lr = task.hyper.lr;
-    Prepared<S> room{};
+    PreparedUpdate<S> room{};
     task.lr = &lr;
     task.hyper.lr = 7;
     if (task.hyper.rule != Rule::kAdoptStart) task.t = &t, task.hyper.t = 77;  // a first step is known by its t
