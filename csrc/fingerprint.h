@@ -1,8 +1,8 @@
 // Whether tensors still hold the same bits: one number computed from them, and the arguments of its kernels.
 //
-// A tensor is words of 32 bits, in blocks of kColumns; zeros fill up its last one. Every word is multiplied by an odd number
-// of its column and block, every block by an odd number of its own, and all is added up modulo 2^64. So a word that changes
-// always shows, and neither order nor alignment changes a bit.
+// A tensor is words of 32 bits, in blocks of kColumns; zeros fill up its last one. Every word is multiplied by an odd
+// number of its column and block, every block by an odd number of its own, and all is added up modulo 2^64. So a word
+// that changes always shows, and neither order nor alignment changes a bit.
 #pragma once
 
 #include "update.h"
@@ -34,8 +34,9 @@ DESLO_INLINE constexpr uint32_t mix_bits(uint32_t x) {
 
 DESLO_INLINE constexpr uint32_t column_weight(int64_t column) { return mix_bits(uint32_t(column) + 1) | 1; }
 
-// `flipped` changes the column weights of a block, which stay odd; `factor` is the weight of their sum. Without `flipped`
-// all blocks had the same column weights, and changes in the same columns of several blocks would cancel more often.
+// `flipped` changes the column weights of a block, which stay odd; `factor` is the weight of their sum. Without
+// `flipped` all blocks had the same column weights, and changes in the same columns of several blocks would cancel more
+// often.
 struct BlockWeight {
   uint32_t flipped;
   uint64_t factor;

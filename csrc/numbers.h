@@ -102,16 +102,16 @@ DESLO_INLINE float to_arithmetic(float a) { return a; }
 DESLO_INLINE double to_arithmetic(double a) { return a; }
 DESLO_INLINE float to_arithmetic(BFloat16 a) { return a.to_float(); }
 
-// How the new value of a state is stored. `state` is 0 for v and j for u_j, `index` counts the elements of its tensor in
-// memory.
+// How the new value of a state is stored. `state` is 0 for v and j for u_j, `index` counts the elements of its tensor
+// in memory.
 template <typename S>
 struct Rounding {
   DESLO_INLINE S round_state(S a, int, uint32_t) const { return a; }
 };
 
 // bfloat16 keeps 8 bits of a moving average that changes by less than that: rounded to nearest it would stand still. So
-// it is rounded at random, by a hash of (t, state, index): no seed, nothing that depends on threads, on the instruction set
-// or on the shape of a launch. deslo_plugin/algorithm/stochastic_rounding.py draws the same numbers.
+// it is rounded at random, by a hash of (t, state, index): no seed, nothing that depends on threads, on the instruction
+// set or on the shape of a launch. deslo_plugin/algorithm/stochastic_rounding.py draws the same numbers.
 template <>
 struct Rounding<BFloat16> {
   struct Key {

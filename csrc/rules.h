@@ -6,8 +6,8 @@
 //     d    = (1 - sum_j w_j) z + sum_j w_j u_j           MT-DAO, arXiv 2510.05361, Alg. 1; DES-LOC is N = 1, w = 1
 //
 // deslo_plugin/algorithm/rules.py is the same in Python and says where text and code of the papers differ.
-// Sums, products, quotients and square roots are rounded one by one (no contraction to fused multiply-add, see setup.py),
-// so every instruction set and the GPU give the same bits.
+// Sums, products, quotients and square roots are rounded one by one (no contraction to fused multiply-add, see
+// setup.py), so every instruction set and the GPU give the same bits.
 #pragma once
 
 #include <math.h>
@@ -28,8 +28,8 @@ struct Hyperparameters {
   double beta[kMaxMomenta], weight[kMaxMomenta];
 };
 
-// The constants of the arithmetic, rounded once from double. beta* and one_minus_* are formed in double: 1 - 0.9999 in float is
-// wrong in the fourth digit.
+// The constants of the arithmetic, rounded once from double. beta* and one_minus_* are formed in double: 1 - 0.9999 in
+// float is wrong in the fourth digit.
 template <typename T>
 struct Constants {
   int momenta;
@@ -95,8 +95,8 @@ DESLO_INLINE T clip(T g, T rho) {
   return clamp(g, -rho, rho) + g * T(0);
 }
 
-// A rule has two functions: normalize_gradient computes z from g for the momenta, and apply moves x along d. v points to
-// the second momentum; sgdm, which has none, never reads it.
+// A rule has two functions: normalize_gradient computes z from g for the momenta, and apply moves x along d. v points
+// to the second momentum; sgdm, which has none, never reads it.
 
 // SGD with momenta in exponential-average form: DES-LOC-SGDM (arXiv 2505.22549, Alg. 4), MT-DAO-SGDM.
 struct Sgdm {

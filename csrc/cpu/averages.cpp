@@ -4,8 +4,8 @@
 namespace deslo::DESLO_ISA {
 namespace {
 
-// Lane k of a block's sums gathers the elements k, k + kLanes, ...; at the end lanes are added one after the other. So the
-// width of the registers changes no bit.
+// Lane k of a block's sums gathers the elements k, k + kLanes, ...; at the end lanes are added one after the other. So
+// the width of the registers changes no bit.
 constexpr int kLanes = 16;
 #if defined(__AVX512F__)
 constexpr int kWide = 8;

@@ -1,7 +1,7 @@
 // Shared by the CPU kernels, which work on whole blocks of elements and convert 16-bit formats block by block.
 //
-// Everything here is inlined or in the namespace of the instruction set: a function shared with another object file could
-// end up compiled for instructions that the machine lacks.
+// Everything here is inlined or in the namespace of the instruction set: a function shared with another object file
+// could end up compiled for instructions that the machine lacks.
 #pragma once
 
 #include "kernels.h"

@@ -8,14 +8,14 @@
 namespace deslo {
 
 // drift_blocks writes the sums of each block of begin..end to `sums`, one block after the other.
-#define DESLO_DECLARE_ISA(isa)                                                           \
-  namespace isa {                                                                        \
-  void update_blocks(const UpdateTask<float>& task, int64_t begin, int64_t end);               \
-  void update_blocks(const UpdateTask<double>& task, int64_t begin, int64_t end);              \
-  void update_blocks(const UpdateTask<BFloat16>& task, int64_t begin, int64_t end);            \
-  void drift_blocks(const DriftTask& task, int64_t begin, int64_t end, double* sums);    \
-  void land_blocks(const LandTask& task, int64_t begin, int64_t end);                    \
-  uint64_t fingerprint_blocks(const FingerprintTask& task, int64_t begin, int64_t end);  \
+#define DESLO_DECLARE_ISA(isa)                                                          \
+  namespace isa {                                                                       \
+  void update_blocks(const UpdateTask<float>& task, int64_t begin, int64_t end);        \
+  void update_blocks(const UpdateTask<double>& task, int64_t begin, int64_t end);       \
+  void update_blocks(const UpdateTask<BFloat16>& task, int64_t begin, int64_t end);     \
+  void drift_blocks(const DriftTask& task, int64_t begin, int64_t end, double* sums);   \
+  void land_blocks(const LandTask& task, int64_t begin, int64_t end);                   \
+  uint64_t fingerprint_blocks(const FingerprintTask& task, int64_t begin, int64_t end); \
   }
 
 DESLO_DECLARE_ISA(baseline)

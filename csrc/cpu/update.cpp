@@ -15,8 +15,8 @@ DESLO_INLINE Arithmetic<S> second_moment(const S* v, int64_t e) {
 // N known: a single loop, however long. One stream per tensor is what the hardware prefetches best: shorter loops with
 // software prefetching were slower. `first` is the index of the first element in its tensor.
 template <class UpdateRule, int N, typename S, typename T>
-DESLO_INLINE void update_run(
-    const Coefficients<S>& c, int64_t length, uint32_t first, T* x, const T* g, S* const* u, S* v) {
+DESLO_INLINE void update_run(const Coefficients<S>& c, int64_t length, uint32_t first, T* x, const T* g, S* const* u,
+                             S* v) {
   uint32_t index = first;
 #pragma omp simd linear(index)
   for (int64_t e = 0; e < length; ++e) {

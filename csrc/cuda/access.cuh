@@ -97,8 +97,8 @@ __device__ __forceinline__ void store(const S (&from)[W], S* data, int64_t offse
 }
 
 template <typename T, int W>
-__device__ __forceinline__ void store(
-    const T (&from)[W], void* data, Dtype type, int64_t offset, int count, bool whole) {
+__device__ __forceinline__ void store(const T (&from)[W], void* data, Dtype type, int64_t offset, int count,
+                                      bool whole) {
   if (is_half(type)) {
     BFloat16 values[4] = {};  // Float16 too is 16 bits
     for (int e = 0; e < W; ++e) {
@@ -162,7 +162,8 @@ int64_t count_resident_blocks(Kernel kernel, int device) {
 }
 
 template <typename... Parameters, typename... Arguments>
-void queue_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream, const Arguments&... arguments) {
+void queue_kernel(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+                  const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(threads));

@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kThreads) land_means(const __grid_constant__ L
     const int64_t left = landing.numel - offset;
     if (left <= 0) continue;
     const int count = left < kAtOnce ? int(left) : kAtOnce;
-    const bool whole = count == kAtOnce && is_aligned(landing.x, landing.x_type) && is_aligned(landing.local, landing.mean_type) &&
-                       is_aligned(landing.mean, landing.mean_type);
+    const bool whole = count == kAtOnce && is_aligned(landing.x, landing.x_type) &&
+                       is_aligned(landing.local, landing.mean_type) && is_aligned(landing.mean, landing.mean_type);
     if (landing.mean_type == Dtype::kFloat32) {
       land_elements<float>(float(batch.factor), landing, offset, count, whole);
     } else if (landing.x_type == Dtype::kFloat64) {
@@ -70,7 +70,8 @@ void land_cuda(const LandTask& task, int device, void* stream) {
       batch.landings[i].first_block = batch.chunks;
       batch.chunks += (batch.landings[i].numel + chunk - 1) / chunk;
     }
-    queue_kernel(land_means, batch.chunks < resident ? batch.chunks : resident, kThreads, static_cast<cudaStream_t>(stream), batch);
+    queue_kernel(land_means, batch.chunks < resident ? batch.chunks : resident, kThreads,
+                 static_cast<cudaStream_t>(stream), batch);
   }
 }
 

@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kThreads) drift_sums(const __grid_constant__ D
     const int64_t left = pair.numel - offset;
     if (left <= 0) continue;
     const int count = left < kAtOnce ? int(left) : kAtOnce;
-    const bool whole = count == kAtOnce && is_aligned(pair.local, pair.local_type) && is_aligned(pair.mean, pair.mean_type);
+    const bool whole =
+        count == kAtOnce && is_aligned(pair.local, pair.local_type) && is_aligned(pair.mean, pair.mean_type);
     const Elements local = load_elements(pair.local, pair.local_type, offset, count, whole);
     const Elements mean = load_elements(pair.mean, pair.mean_type, offset, count, whole);
     double l[kAtOnce], m[kAtOnce];
@@ -42,9 +43,7 @@ __global__ void __launch_bounds__(kThreads) drift_sums(const __grid_constant__ D
 
 }  // namespace
 
-int64_t drift_columns(int device) {
-  return count_resident_blocks(drift_sums, device) * kThreads;
-}
+int64_t drift_columns(int device) { return count_resident_blocks(drift_sums, device) * kThreads; }
 
 void drift_cuda(const DriftTask& task, int device, void* stream, double* sums) {
   constexpr int64_t chunk = kThreads * kAtOnce;
@@ -60,7 +59,8 @@ void drift_cuda(const DriftTask& task, int device, void* stream, double* sums) {
       batch.chunks += (batch.pairs[i].numel + chunk - 1) / chunk;
     }
     // every launch adds to the same columns, and so is of one size
-    queue_kernel(drift_sums, count_resident_blocks(drift_sums, device), kThreads, static_cast<cudaStream_t>(stream), batch);
+    queue_kernel(drift_sums, count_resident_blocks(drift_sums, device), kThreads, static_cast<cudaStream_t>(stream),
+                 batch);
   }
 }
 

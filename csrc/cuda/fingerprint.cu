@@ -1,4 +1,5 @@
-// The CUDA kernel of deslo::fingerprint: many tensors in one launch, every thread with a sum of its own, and no atomics.
+// The CUDA kernel of deslo::fingerprint: many tensors in one launch, every thread with a sum of its own, and no
+// atomics.
 //
 // tests/emulation lets a C++ compiler build this file for machines without a GPU.
 #include "access.cuh"
@@ -71,7 +72,8 @@ __global__ void __launch_bounds__(kThreads) fingerprint_sums(const __grid_consta
       } else {
         for (int p = 0; p < kPasses; ++p) read_pieces<uint32_t>(from + p * kPass, 16, raw[p]);
       }
-      for (int p = 0; p < kPasses; ++p) sum += sum_weighted_words(raw[p], (p * kPass + thread_offset) / 4, weight.flipped);
+      for (int p = 0; p < kPasses; ++p)
+        sum += sum_weighted_words(raw[p], (p * kPass + thread_offset) / 4, weight.flipped);
     } else {
 #pragma unroll 1
       for (int at = thread_offset; at < kBlockBytes && at < span.bytes - offset; at += kPass) {

@@ -8,13 +8,14 @@
 namespace deslo {
 namespace {
 
-// What one launch does. It travels by value, so there is no copy to the device to wait for and a CUDA graph can hold it.
-// Source is Coefficients<S>, or const Coefficients<S>* where a kernel computes them on the device. first_block of a slot
-// counts chunks here: kThreads accesses of kWidth elements.
+// What one launch does. It travels by value, so there is no copy to the device to wait for and a CUDA graph can hold
+// it. Source is Coefficients<S>, or const Coefficients<S>* where a kernel computes them on the device. first_block of a
+// slot counts chunks here: kThreads accesses of kWidth elements.
 template <int N, typename S, typename Source>
 struct UpdateBatch {
   static constexpr int kMomenta = N ? N : kMaxMomenta;
-  static constexpr int kSlots = (kArguments - int(sizeof(Coefficients<S>))) / int(sizeof(ParamSlot<S>) + kMomenta * sizeof(S*));
+  static constexpr int kSlots =
+      (kArguments - int(sizeof(Coefficients<S>))) / int(sizeof(ParamSlot<S>) + kMomenta * sizeof(S*));
 
   Source coefficients;
   const float* grad_scale;
@@ -46,8 +47,8 @@ __device__ __forceinline__ bool is_aligned(const ParamSlot<S>& slot, S* const* u
 
 // Rounds and stores new values of a state: 0 is v, 1 + j is u[j].
 template <typename S, typename T>
-__device__ __forceinline__ void store_state(
-    const Coefficients<S>& c, const T* from, S* data, int state, int64_t offset, int count, bool whole) {
+__device__ __forceinline__ void store_state(const Coefficients<S>& c, const T* from, S* data, int state, int64_t offset,
+                                            int count, bool whole) {
   S values[kWidth<T>];
   for (int e = 0; e < kWidth<T>; ++e) values[e] = c.round_state(from[e], state, uint32_t(offset + e));
   store(values, data, offset, count, whole);
@@ -55,8 +56,8 @@ __device__ __forceinline__ void store_state(
 
 // Updates kWidth elements of one slot.
 template <class UpdateRule, int N, typename S, typename T = Arithmetic<S>>
-__device__ __forceinline__ void update_elements(
-    const Coefficients<S>& c, T scale, const ParamSlot<S>& slot, S* const* slot_u, int64_t offset, int count, bool whole) {
+__device__ __forceinline__ void update_elements(const Coefficients<S>& c, T scale, const ParamSlot<S>& slot,
+                                                S* const* slot_u, int64_t offset, int count, bool whole) {
   constexpr int W = kWidth<T>;
   const Raw x_raw = load<T>(slot.x, slot.x_type, offset, count, whole);
   const Raw g_raw = load<T>(slot.g, slot.g_type, offset, count, whole);
@@ -146,7 +147,8 @@ void launch(const UpdateTask<S>& task, Source coefficients, int device, cudaStre
       batch.chunks += (batch.slots[i].numel + chunk - 1) / chunk;
       for (int j = 0; j < momenta; ++j) batch.u[i * momenta + j] = task.u[(begin + i) * momenta + j];
     }
-    queue_kernel(update<UpdateRule, N, S, Source>, batch.chunks < resident ? batch.chunks : resident, kThreads, stream, batch);
+    queue_kernel(update<UpdateRule, N, S, Source>, batch.chunks < resident ? batch.chunks : resident, kThreads, stream,
+                 batch);
   }
 }
 

@@ -106,13 +106,14 @@ inline void refuse_overlap(const std::vector<MemoryRange>& ranges) {
   ordered.reserve(ranges.size());
   for (const MemoryRange& range : ranges) ordered.emplace_back(range.begin, &range);
   std::sort(ordered.begin(), ordered.end());
-  const MemoryRange* last_range = nullptr;  // of those so far, the one that ends last
-  const MemoryRange* last_written = nullptr;   // of the written ones, the one that ends last
+  const MemoryRange* last_range = nullptr;    // of those so far, the one that ends last
+  const MemoryRange* last_written = nullptr;  // of the written ones, the one that ends last
   for (const auto& [begin, range] : ordered) {
     const MemoryRange& next = *range;
     const MemoryRange* const other = next.written ? last_range : last_written;
     if (other && other->end > next.begin) {
-      refuse(name_of(next.name, next.index), ": expected memory of its own, but it overlaps ", name_of(other->name, other->index));
+      refuse(name_of(next.name, next.index), ": expected memory of its own, but it overlaps ",
+             name_of(other->name, other->index));
     }
     if (!last_range || next.end > last_range->end) last_range = &next;
     if (next.written && (!last_written || next.end > last_written->end)) last_written = &next;

@@ -1,4 +1,5 @@
-// deslo_plugin._C: importing it adds CPU (and CUDA) implementations to the operators that deslo_plugin/kernels/ defines.
+// deslo_plugin._C: importing it implements the operators of deslo_plugin/kernels/ for CPU, and for CUDA if it was
+// built.
 #include <Python.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -26,7 +27,7 @@ struct Isa {
   uint64_t (*fingerprint)(const FingerprintTask&, int64_t, int64_t);
 };
 
-#define DESLO_KERNELS(isa)                                                                                  \
+#define DESLO_KERNELS(isa)                                                                         \
   isa::update_blocks, isa::update_blocks, isa::update_blocks, isa::drift_blocks, isa::land_blocks, \
       isa::fingerprint_blocks
 
@@ -87,16 +88,16 @@ struct Cpu {
 
   static void land(const LandTask& task, const Tensor&) {
     const Isa& isa = *active_isa;
-    torch::stable::parallel_for(0, task.blocks, kGrain, [&](int64_t begin, int64_t end) { isa.land(task, begin, end); });
+    torch::stable::parallel_for(0, task.blocks, kGrain,
+                                [&](int64_t begin, int64_t end) { isa.land(task, begin, end); });
   }
 
   // Integers: the order of the threads changes no bit.
   static Tensor fingerprint(const FingerprintTask& task, const Tensor& like) {
     const Isa& isa = *active_isa;
     std::atomic<uint64_t> sum{0};
-    torch::stable::parallel_for(0, task.blocks, 4 * kGrain * kBlock / kColumns, [&](int64_t begin, int64_t end) {
-      sum += isa.fingerprint(task, begin, end);
-    });
+    torch::stable::parallel_for(0, task.blocks, 4 * kGrain * kBlock / kColumns,
+                                [&](int64_t begin, int64_t end) { sum += isa.fingerprint(task, begin, end); });
     const Tensor words = make_zero_words(like, 1);
     *static_cast<uint64_t*>(words.mutable_data_ptr()) = sum;
     return words;
@@ -109,8 +110,8 @@ STABLE_TORCH_LIBRARY_IMPL(deslo, CPU, library) { register_operators<Cpu>(library
 using torch::stable::accelerator::DeviceGuard;
 using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
 
-// torch's function for the current stream, null in a torch without CUDA. It is looked up where torch lies in this process: a
-// symbol that the linker leaves open would be null in silence, and the first step would call it.
+// torch's function for the current stream, null in a torch without CUDA. It is looked up where torch lies in this
+// process: a symbol that the linker leaves open would be null in silence, and the first step would call it.
 CurrentStream find_current_stream_function() {
   static const CurrentStream found = []() -> CurrentStream {
     for (const char* const name : {"libtorch_cuda.so", "libtorch.so"}) {
@@ -163,8 +164,8 @@ struct Cuda {
     if (!function) {
       throw std::runtime_error(
           "deslo: this torch does not say which CUDA stream is current: expected aoti_torch_get_current_cuda_stream in "
-          "libtorch_cuda.so, found none; install a CUDA build of torch 2.10 or newer, or set DESLO_NATIVE=cpu and install "
-          "deslo_plugin again");
+          "libtorch_cuda.so, found none; install a CUDA build of torch 2.10 or newer, or set DESLO_NATIVE=cpu and "
+          "install deslo_plugin again");
     }
     void* current = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(function(device, &current));
@@ -174,8 +175,9 @@ struct Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(deslo, CUDA, library) { register_operators<Cuda>(library); }
 
-// cuda_status(device) -> (error, driver, runtime): the name of the CUDA error that a kernel of this module would meet on the
-// device, "" if none; and the CUDA versions of the driver and of the runtime in this module, as 1000 major + 10 minor.
+// cuda_status(device) -> (error, driver, runtime): the name of the CUDA error that a kernel of this module would meet
+// on the device, "" if none; and the CUDA versions of the driver and of the runtime in this module, as 1000 major + 10
+// minor.
 PyObject* cuda_status(PyObject*, PyObject* arguments) {
   int device = 0;
   if (!PyArg_ParseTuple(arguments, "i", &device)) return nullptr;
@@ -212,9 +214,10 @@ PyMethodDef kMethods[] = {
 #ifdef DESLO_CUDA
     {"cuda_status", cuda_status, METH_VARARGS, "Whether the CUDA kernels run on a device."},
 #endif
-    {nullptr, nullptr, 0, nullptr}};
-PyModuleDef kModule = {PyModuleDef_HEAD_INIT, "_C", "Native kernels of deslo_plugin.", -1, kMethods,
-                       nullptr, nullptr, nullptr, nullptr};
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef kModule = {
+    PyModuleDef_HEAD_INIT, "_C", "Native kernels of deslo_plugin.", -1, kMethods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 }  // namespace deslo

@@ -21,15 +21,16 @@ class CheckedLanding {
         refuse(name_of("mean", i), ": expected float32 or float64, got ", kDtypeNames[int(types[2])]);
       }
       if (types[1] != types[2]) {
-        refuse(name_of("local", i), ": expected ", kDtypeNames[int(types[2])], " as mean[", i, "] is, got ", kDtypeNames[int(types[1])]);
+        refuse(name_of("local", i), ": expected ", kDtypeNames[int(types[2])], " as mean[", i, "] is, got ",
+               kDtypeNames[int(types[1])]);
       }
       if (types[0] == Dtype::kFloat64 && !is_f64) {
         refuse(name_of("x", i), ": expected float32, bfloat16 or float16 with a float32 mean, got float64");
       }
       const int64_t numel = x[i].numel();
       if (numel == 0) continue;
-      landings_.push_back({x[i].mutable_data_ptr(), local[i].mutable_data_ptr(), mean[i].mutable_data_ptr(), numel, blocks,
-                           types[0], types[2]});
+      landings_.push_back({x[i].mutable_data_ptr(), local[i].mutable_data_ptr(), mean[i].mutable_data_ptr(), numel,
+                           blocks, types[0], types[2]});
       blocks += (numel + kBlock - 1) / kBlock;
     }
     refuse_overlap(ranges_);
@@ -43,7 +44,8 @@ class CheckedLanding {
     if (!same_device(tensor, x[0])) refuse(name_of(name, i), ": expected the device of x[0], got another");
     if (!tensor.is_contiguous()) refuse(name_of(name, i), ": expected a contiguous tensor");
     if (!are_equal(tensor.sizes(), x[i].sizes())) {
-      refuse(name_of(name, i), ": expected shape ", format_shape(x[i].sizes()), " of x[", i, "], got ", format_shape(tensor.sizes()));
+      refuse(name_of(name, i), ": expected shape ", format_shape(x[i].sizes()), " of x[", i, "], got ",
+             format_shape(tensor.sizes()));
     }
     const Dtype type = dtype_of(tensor, name_of(name, i));
     const char* const data = static_cast<const char*>(tensor.const_data_ptr());

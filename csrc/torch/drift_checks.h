@@ -21,7 +21,8 @@ class CheckedDrift {
         refuse(name_of("mean", i), ": expected float32 or float64, got ", kDtypeNames[int(mean_type)]);
       }
       if (!are_equal(mean[i].sizes(), local[i].sizes())) {
-        refuse(name_of("mean", i), ": expected shape ", format_shape(local[i].sizes()), " of local[", i, "], got ", format_shape(mean[i].sizes()));
+        refuse(name_of("mean", i), ": expected shape ", format_shape(local[i].sizes()), " of local[", i, "], got ",
+               format_shape(mean[i].sizes()));
       }
       const int64_t numel = local[i].numel();
       if (numel == 0) continue;

@@ -37,33 +37,34 @@ inline double check_clip_value(const std::optional<double>& clip_value) {
 }
 
 template <class Backend>
-void sgdm_(
-    const Tensors& x, const Tensors& g, const Tensors& u, const Tensors& copy, int64_t t, double lr, double weight_decay,
-    const std::vector<double>& betas, const std::vector<double>& weights, const std::optional<double>& clip_value,
-    const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-    const std::optional<Tensor>& t_tensor, const std::optional<Tensor>& lr_tensor) {
+void sgdm_(const Tensors& x, const Tensors& g, const Tensors& u, const Tensors& copy, int64_t t, double lr,
+           double weight_decay, const std::vector<double>& betas, const std::vector<double>& weights,
+           const std::optional<double>& clip_value, const std::optional<Tensor>& grad_scale,
+           const std::optional<Tensor>& found_inf, const std::optional<Tensor>& t_tensor,
+           const std::optional<Tensor>& lr_tensor) {
   Hyperparameters hyper{Rule::kSgdm, false, 0, t, lr, weight_decay, 0.0, 0.0, check_clip_value(clip_value), {}, {}};
   set_momenta(hyper, betas, weights);
   update<Backend>({hyper, &x, &g, &u, nullptr, &copy, &grad_scale, &found_inf, &t_tensor, &lr_tensor});
 }
 
 template <class Backend>
-void adam_(
-    const Tensors& x, const Tensors& g, const Tensors& u, const Tensors& v, const Tensors& copy, int64_t t, double lr,
-    double weight_decay, const std::vector<double>& betas, const std::vector<double>& weights, double beta2, double eps,
-    bool bias_correction, const std::optional<double>& clip_value, const std::optional<Tensor>& grad_scale,
-    const std::optional<Tensor>& found_inf, const std::optional<Tensor>& t_tensor, const std::optional<Tensor>& lr_tensor) {
-  Hyperparameters hyper{Rule::kAdam, bias_correction, 0, t, lr, weight_decay, beta2, eps, check_clip_value(clip_value), {}, {}};
+void adam_(const Tensors& x, const Tensors& g, const Tensors& u, const Tensors& v, const Tensors& copy, int64_t t,
+           double lr, double weight_decay, const std::vector<double>& betas, const std::vector<double>& weights,
+           double beta2, double eps, bool bias_correction, const std::optional<double>& clip_value,
+           const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+           const std::optional<Tensor>& t_tensor, const std::optional<Tensor>& lr_tensor) {
+  Hyperparameters hyper{
+      Rule::kAdam, bias_correction, 0, t, lr, weight_decay, beta2, eps, check_clip_value(clip_value), {}, {}};
   set_momenta(hyper, betas, weights);
   update<Backend>({hyper, &x, &g, &u, &v, &copy, &grad_scale, &found_inf, &t_tensor, &lr_tensor});
 }
 
 template <class Backend>
-void adopt_(
-    const Tensors& x, const Tensors& g, const Tensors& u, const Tensors& v, const Tensors& copy, int64_t t, double lr,
-    double weight_decay, const std::vector<double>& betas, const std::vector<double>& weights, double beta2, double eps,
-    const std::optional<double>& clip_value, const std::optional<Tensor>& grad_scale,
-    const std::optional<Tensor>& found_inf, const std::optional<Tensor>& t_tensor, const std::optional<Tensor>& lr_tensor) {
+void adopt_(const Tensors& x, const Tensors& g, const Tensors& u, const Tensors& v, const Tensors& copy, int64_t t,
+            double lr, double weight_decay, const std::vector<double>& betas, const std::vector<double>& weights,
+            double beta2, double eps, const std::optional<double>& clip_value, const std::optional<Tensor>& grad_scale,
+            const std::optional<Tensor>& found_inf, const std::optional<Tensor>& t_tensor,
+            const std::optional<Tensor>& lr_tensor) {
   Hyperparameters hyper{Rule::kAdopt, false, 0, t, lr, weight_decay, beta2, eps, check_clip_value(clip_value), {}, {}};
   set_momenta(hyper, betas, weights);
   update<Backend>({hyper, &x, &g, &u, &v, &copy, &grad_scale, &found_inf, &t_tensor, &lr_tensor});
@@ -84,7 +85,8 @@ void land_(const Tensors& x, const Tensors& local, const Tensors& mean, double f
 template <class Backend>
 Tensor fingerprint(const Tensors& tensors) {
   const CheckedFingerprint checked(tensors);
-  return add_words(checked.task.blocks ? Backend::fingerprint(checked.task, tensors[0]) : make_zero_words(tensors[0], 1));
+  return add_words(checked.task.blocks ? Backend::fingerprint(checked.task, tensors[0])
+                                       : make_zero_words(tensors[0], 1));
 }
 
 template <class Backend>

@@ -12,8 +12,10 @@ namespace deslo {
 struct UpdateArgs {
   Hyperparameters hyper;
   const Tensors *x, *g, *u, *v, *copy;  // v is null for sgdm; copy may be empty
-  const std::optional<Tensor> *grad_scale, *found_inf;
-  const std::optional<Tensor> *t, *lr;  // in place of those of hyper
+  const std::optional<Tensor>* grad_scale;
+  const std::optional<Tensor>* found_inf;
+  const std::optional<Tensor>* t;   // in place of that of hyper
+  const std::optional<Tensor>* lr;  // likewise
 };
 
 inline void set_momenta(Hyperparameters& hyper, const std::vector<double>& betas, const std::vector<double>& weights) {
@@ -31,7 +33,8 @@ inline void set_momenta(Hyperparameters& hyper, const std::vector<double>& betas
 // Builds the tasks of one call: one for each dtype of states. Where the host may read tensors, it reads t and lr.
 class CheckedUpdate {
  public:
-  CheckedUpdate(const UpdateArgs& args, bool host_reads) : args_(args), device_(first_parameter(args).get_device_index()), cuda_(first_parameter(args).is_cuda()) {
+  CheckedUpdate(const UpdateArgs& args, bool host_reads)
+      : args_(args), device_(first_parameter(args).get_device_index()), cuda_(first_parameter(args).is_cuda()) {
     const size_t count = args.x->size();
     expect_length("g", args.g->size(), count);
     if (args.v) expect_length("v", args.v->size(), count);
@@ -62,7 +65,8 @@ class CheckedUpdate {
         case Dtype::kFloat64: add_parameter(i, f64_); break;
         case Dtype::kBFloat16: add_parameter(i, bf16_); break;
         case Dtype::kFloat16:
-          refuse(name_of("u", i), ": expected float32, float64 or bfloat16, got float16; squares of gradients vanish in it");
+          refuse(name_of("u", i),
+                 ": expected float32, float64 or bfloat16, got float16; squares of gradients vanish in it");
       }
     }
     refuse_overlap(ranges_);
@@ -100,7 +104,8 @@ class CheckedUpdate {
   }
 
   template <typename T>
-  const T* check_scalar(const char* name, const std::optional<Tensor>& tensor, ScalarType type, const char* type_name) const {
+  const T* check_scalar(const char* name, const std::optional<Tensor>& tensor, ScalarType type,
+                        const char* type_name) const {
     if (!tensor) return nullptr;
     expect_device(*tensor, {name});
     if (tensor->scalar_type() != type || tensor->numel() != 1) {
@@ -114,11 +119,13 @@ class CheckedUpdate {
     const Tensor& x = (*args_.x)[i];
     expect_device(tensor, name_of(name, index));
     if (!are_equal(tensor.sizes(), x.sizes())) {
-      refuse(name_of(name, index), ": expected shape ", format_shape(x.sizes()), " of x[", i, "], got ", format_shape(tensor.sizes()));
+      refuse(name_of(name, index), ": expected shape ", format_shape(x.sizes()), " of x[", i, "], got ",
+             format_shape(tensor.sizes()));
     }
     if (!is_dense(tensor)) refuse(name_of(name, index), ": expected a contiguous (or densely strided) tensor");
     if (!same_layout(tensor, x)) {
-      refuse(name_of(name, index), ": expected strides ", format_shape(x.strides()), " of x[", i, "], got ", format_shape(tensor.strides()));
+      refuse(name_of(name, index), ": expected strides ", format_shape(x.strides()), " of x[", i, "], got ",
+             format_shape(tensor.strides()));
     }
     char* const data = static_cast<char*>(tensor.mutable_data_ptr());
     const int64_t numel = tensor.numel();
@@ -130,8 +137,8 @@ class CheckedUpdate {
   Dtype check_parameter_type(const Tensor& tensor, const ArgumentName& name) const {
     const Dtype type = dtype_of(tensor, name);
     if ((type == Dtype::kFloat64) != (kDtype<S> == Dtype::kFloat64)) {
-      refuse(name, kDtype<S> == Dtype::kFloat64 ? ": expected float64" : ": expected float32, bfloat16 or float16", " with ",
-             kDtypeNames[int(kDtype<S>)], " momenta, got ", kDtypeNames[int(type)]);
+      refuse(name, kDtype<S> == Dtype::kFloat64 ? ": expected float64" : ": expected float32, bfloat16 or float16",
+             " with ", kDtypeNames[int(kDtype<S>)], " momenta, got ", kDtypeNames[int(type)]);
     }
     return type;
   }
@@ -140,7 +147,8 @@ class CheckedUpdate {
   S* check_state(const char* name, size_t index, const Tensor& tensor, size_t i) {
     const Dtype type = dtype_of(tensor, name_of(name, index));
     if (type != kDtype<S>) {
-      refuse(name_of(name, index), ": expected ", kDtypeNames[int(kDtype<S>)], " as u[", i, "] is, got ", kDtypeNames[int(type)]);
+      refuse(name_of(name, index), ": expected ", kDtypeNames[int(kDtype<S>)], " as u[", i, "] is, got ",
+             kDtypeNames[int(type)]);
     }
     return static_cast<S*>(check_tensor(name, index, tensor, i, sizeof(S), true));
   }
@@ -173,8 +181,16 @@ class CheckedUpdate {
 
   template <typename S>
   UpdateTask<S> make_task(const Table<S>& table) const {
-    return {make_coefficients<S>(hyper_), hyper_, table.slots.data(), table.u.data(), int64_t(table.slots.size()), table.blocks,
-            grad_scale_, found_inf_, t_, lr_};
+    return {make_coefficients<S>(hyper_),
+            hyper_,
+            table.slots.data(),
+            table.u.data(),
+            int64_t(table.slots.size()),
+            table.blocks,
+            grad_scale_,
+            found_inf_,
+            t_,
+            lr_};
   }
 
   const UpdateArgs& args_;

@@ -18,11 +18,21 @@ struct dim3 {
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
-struct alignas(8) uint2 { uint32_t x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) double2 { double x, y; };
-struct alignas(8) ushort4 { uint16_t x, y, z, w; };
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+struct alignas(8) ushort4 {
+  uint16_t x, y, z, w;
+};
 
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
@@ -52,7 +62,8 @@ struct cudaLaunchConfig_t {
 
 // Six thread blocks at most, as the two numbers above say: a large tensor takes several rounds of the grid.
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {

@@ -1,4 +1,5 @@
-// The CUDA operators on CPU tensors, under the name deslo_emulated: csrc/cuda/*.cu with the cuda_runtime.h of this folder.
+// The CUDA operators on CPU tensors, under the name deslo_emulated: csrc/cuda/*.cu with the cuda_runtime.h of this
+// folder.
 #include "../../csrc/torch/operators.h"
 
 #include "../../csrc/cuda/delayed_update.cu"

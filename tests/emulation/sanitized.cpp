@@ -1,5 +1,5 @@
-// Runs the CPU kernels and the emulated CUDA kernels side by side on buffers that end where their tensors end, for a build
-// with -fsanitize=address,undefined. Exits with 1 if the two differ: in a bit, or for sums in their order.
+// Runs the CPU kernels and the emulated CUDA kernels side by side on buffers that end where their tensors end, for a
+// build with -fsanitize=address,undefined. Exits with 1 if the two differ: in a bit, or for sums in their order.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +18,10 @@ namespace {
 
 struct Buffer {
   Buffer(int64_t numel, Dtype type, unsigned seed)
-      : bytes(numel * (type == Dtype::kFloat64 ? 8 : type == Dtype::kFloat32 ? 4 : 2)), data(new unsigned char[bytes]) {
+      : bytes(numel * (type == Dtype::kFloat64   ? 8
+                       : type == Dtype::kFloat32 ? 4
+                                                 : 2)),
+        data(new unsigned char[bytes]) {
     std::srand(seed);
     for (int64_t i = 0; i < numel; ++i) {
       const float a = float(std::rand() % 2001) / 1000;
@@ -65,7 +68,8 @@ std::vector<unsigned char> run(Rule rule, int momenta, double clip_value, Update
   task.slot_count = int64_t(slots.size());
   update(task);
   std::vector<unsigned char> written;
-  for (const Buffer& buffer : buffers) written.insert(written.end(), buffer.data.get(), buffer.data.get() + buffer.bytes);
+  for (const Buffer& buffer : buffers)
+    written.insert(written.end(), buffer.data.get(), buffer.data.get() + buffer.bytes);
   return written;
 }
 
@@ -75,7 +79,8 @@ bool agree(Rule rule, int momenta, double clip_value) {
     baseline::update_blocks(task, 0, task.blocks / 2);
     baseline::update_blocks(task, task.blocks / 2, task.blocks);
   });
-  const auto on_gpu = run<S>(rule, momenta, clip_value, [](const UpdateTask<S>& task) { update_cuda(task, 0, nullptr, nullptr); });
+  const auto on_gpu =
+      run<S>(rule, momenta, clip_value, [](const UpdateTask<S>& task) { update_cuda(task, 0, nullptr, nullptr); });
   const auto prepared = run<S>(rule, momenta, clip_value, [](UpdateTask<S> task) {
     const int64_t t = task.hyper.t;
     const double lr = task.hyper.lr;
@@ -141,7 +146,8 @@ std::vector<unsigned char> landed(Land land) {
   task.count = int64_t(landings.size());
   land(task);
   std::vector<unsigned char> written;
-  for (const Buffer& buffer : buffers) written.insert(written.end(), buffer.data.get(), buffer.data.get() + buffer.bytes);
+  for (const Buffer& buffer : buffers)
+    written.insert(written.end(), buffer.data.get(), buffer.data.get() + buffer.bytes);
   return written;
 }
 
@@ -172,7 +178,8 @@ bool agree_on_fingerprint() {
   uint64_t on_gpu = 0;
   for (const uint64_t sum : sums) on_gpu += sum;
   const int64_t half = task.blocks / 2;
-  const uint64_t on_cpu = baseline::fingerprint_blocks(task, 0, half) + baseline::fingerprint_blocks(task, half, task.blocks);
+  const uint64_t on_cpu =
+      baseline::fingerprint_blocks(task, 0, half) + baseline::fingerprint_blocks(task, half, task.blocks);
   return on_cpu == on_gpu;
 }
 
