@@ -7,6 +7,7 @@ FOLDER ?= build/matrix
 GPU_ARGS ?=
 GPU_PACK ?= build/gpu-pack
 GPU_MODULE ?=
+CPP    := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' -o -name '*.c')
 PIP    := $(VENV)/bin/pip --disable-pip-version-check -q install -c constraints.txt
 
 .PHONY: train test check format bench gpu gpu-pack docs matrix cuda-build clean
@@ -20,10 +21,12 @@ test: check
 check: $(VENV)/ready
 	$(VENV)/bin/ruff format --check --quiet
 	$(VENV)/bin/ruff check --quiet
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix --quiet
 	$(VENV)/bin/ruff format
+	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/overhead.py $(ARGS)
