@@ -1,6 +1,6 @@
 """How a job with live membership takes what happens to replicas: rounds of deaths and hangs, at seeded moments.
 
-    python benchmarks/survival.py --rounds 30
+    python -m benchmarks.fault_tolerance.survival --rounds 30
 
 Three replicas train a small model on this machine, each a process, with a lighthouse (heartbeat timeout 1 s) and
 torchft's gloo transport (timeout 3 s). In each round one of them is hit: killed while it computes, killed inside an
@@ -14,7 +14,6 @@ import argparse
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,9 +23,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-
-from torchft_jobs import Replicas
+from tests.support.torchft_jobs import Replicas
 
 NAMES = "abc"
 HITS = ("killed while computing", "killed inside an average", "stopped for 5 s")
@@ -112,7 +109,9 @@ def main() -> None:
     table = Table("order", "one of three replicas is", "rounds", "seconds to the next average: median", "max")
     for (when, how), each in seconds.items():
         table.add_row(when, how, str(len(each)), f"{median(each):.2f}", f"{max(each):.2f}")
-    console.print(f"python benchmarks/survival.py --rounds {options.rounds} --seed {options.seed}", table)
+    console.print(
+        f"python -m benchmarks.fault_tolerance.survival --rounds {options.rounds} --seed {options.seed}", table
+    )
     for when, verdict in verdicts.items():
         console.print(f"{when}: {verdict}")
 

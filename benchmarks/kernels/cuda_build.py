@@ -1,7 +1,7 @@
 """``make cuda-build``: builds the module with CUDA into build/cuda/, as a release has it, and looks at what came out,
 on machines without a GPU.
 
-    python benchmarks/cuda_build.py [--cuobjdump cuobjdump]
+    python -m benchmarks.kernels.cuda_build [--cuobjdump cuobjdump]
 
 The checkout's own module stays as it is. Ends with 1 if a kernel lacks code for a GPU, if the loader would bring other
 libraries than it should, or if the module asks torch for more than TORCH_ABI has. With cuobjdump, which is in the CUDA
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from torch.utils.cpp_extension import include_paths
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "benchmarks" / "results" / "cuda-build.txt"
 BUILT = ROOT / "build" / "cuda"
 MODULE = BUILT / "deslo_plugin" / "_C.abi3.so"

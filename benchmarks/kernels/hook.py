@@ -1,6 +1,6 @@
 """What DDP costs per step once its all-reduce is replaced: bare module, DDP with our hook, plain DDP, in one run.
 
-    python benchmarks/hook.py
+    python -m benchmarks.kernels.hook
 
 Two gloo processes of one thread each run the three contestants in turn, round after round; no average is due meanwhile.
 Prints the median over rounds of each contestant's mean step, and its ratio to the bare module in the same round.

@@ -1,6 +1,6 @@
 """What a step costs on which nothing is averaged: DesLoc against torch's AdamW, in one run.
 
-    python benchmarks/overhead.py [--tensors 1000] [--rounds 60]
+    python -m benchmarks.kernels.overhead [--tensors 1000] [--rounds 60]
 
 Prints medians of paired rounds (ours, AdamW, ours, AdamW, ...) and writes them to benchmarks/results/overhead.json.
 """
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from deslo_plugin import DesLoc
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 QUASI_HYPERBOLIC = {"momenta": [{"beta": 0.99, "weight": 0.9}]}
 TWO = {"momenta": [{"beta": 0.9, "weight": 0.5}, {"beta": 0.99, "weight": 0.4}]}
 FAR = {"sync_every": {"params": 10**9}}  # no average within the benchmark
@@ -72,7 +72,7 @@ def main() -> None:
     Console().print(table)
     RESULTS.mkdir(exist_ok=True)
     facts = {
-        "command": "python benchmarks/overhead.py",
+        "command": "python -m benchmarks.kernels.overhead",
         "arguments": vars(args),
         "torch": torch.__version__,
         "machine": platform.machine(),

@@ -1,7 +1,7 @@
 """How long one optimizer step takes on the CPU, against its peers and against the memory traffic that it cannot avoid.
 
-    python benchmarks/step.py [--threads 1 2] [--millions 1 16 128] [--momenta 1 2 3] [--rounds 15]
-    python benchmarks/step.py --averages [--threads 1 2] [--millions 1 16 128] [--rounds 15]
+    python -m benchmarks.kernels.step [--threads 1 2] [--millions 1 16 128] [--momenta 1 2 3] [--rounds 15]
+    python -m benchmarks.kernels.step --averages [--threads 1 2] [--millions 1 16 128] [--rounds 15]
 
 Every contestant has buffers of its own and steps once per round, in an order that changes; the table shows medians over
 rounds, the median of each round's ratio to the kernels, and the share of the speed of ``stream``: the same bytes in one
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--averages", action="store_true", help="drift and landing in place of the step")
     parser.add_argument("--out", type=Path, help="by default results/step.json, with --averages results/averages.json")
     options = parser.parse_args()
-    options.out = options.out or HERE / "results" / ("averages.json" if options.averages else "step.json")
+    options.out = options.out or HERE.parent / "results" / ("averages.json" if options.averages else "step.json")
     if len(options.threads) > 1:  # torch.compile bakes the number of threads in: one process for each
         parts = [_in_own_process(threads, options) for threads in options.threads]
         save(options.out, [run for part in parts for run in part["runs"]])
@@ -264,7 +264,8 @@ def _in_own_process(threads: int, options: argparse.Namespace) -> dict:
     subprocess.run(
         [
             sys.executable,
-            __file__,
+            "-m",
+            "benchmarks.kernels.step",
             "--threads",
             str(threads),
             "--millions",

@@ -1,7 +1,7 @@
 """Hours at 1B to 13B parameters on 10 and 100 Gbit/s, by the planner: what docs/results.md shows beside the papers'
 figures.
 
-    python benchmarks/extrapolate.py
+    python -m benchmarks.quality.extrapolate
 
 Assumed: 4 replicas of one node of 8 GPUs, 989 TFLOP/s each at an MFU of 40%, 20 tokens for each parameter, bfloat16
 gradients, float32 averages, and a latency of 1 ms. Everything else is what ``deslo plan`` assumes.
@@ -15,7 +15,7 @@ from deslo_plugin.config.schema import Config
 from deslo_plugin.planning.comparison import HIDDEN, OWN, SYNCHRONOUS, Job, methods
 from deslo_plugin.planning.forecast import Link, compute_seconds
 
-FILES = Path(__file__).resolve().parent.parent / "configs"
+FILES = Path(__file__).resolve().parents[2] / "configs"
 REPLICAS, GPUS, PEAK, MFU = 4, 8, 989e12, 0.4
 TOKENS_PER_PARAMETER = 20
 LATENCY = 1e-3

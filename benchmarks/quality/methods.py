@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from small_gpt import GPTConfig
-
+from benchmarks.simulation.small_gpt import GPTConfig
 from deslo_plugin.config.file import read_file
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -1,6 +1,6 @@
 """Adaptive periods against fixed ones, in simulation: loss and bytes of the byte-level GPT of examples/.
 
-    OMP_NUM_THREADS=1 python benchmarks/adaptive.py [--processes 1]
+    OMP_NUM_THREADS=1 python -m benchmarks.simulation.adaptive [--processes 1]
 
 Four replicas, parameters averaged every 8 steps by all; momenta as each contestant says. Writes
 benchmarks/results/adaptive.json and prints the tables of docs/adaptive.md.
@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from small_gpt import GPTConfig, small_gpt
 
+from benchmarks.simulation.small_gpt import GPTConfig, small_gpt
 from deslo_plugin.simulation import simulate, warmup_cosine
 
-RESULTS = Path(__file__).resolve().parent / "results" / "adaptive.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "adaptive.json"
 SHAPE = GPTConfig(dim=64, layers=2, heads=4, context=64)
 REPLICAS, SEQUENCES, STEPS, PARAMS, LONGEST = 4, 4, 384, 8, 128
 LR, NORM_CLIP, SEEDS = 2e-3, 1.0, [0, 1, 2]
@@ -153,7 +153,7 @@ def run_all(args: Namespace) -> dict[str, Any]:
         "longest": LONGEST,
     }
     return {
-        "command": shlex.join(["python", "benchmarks/adaptive.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.simulation.adaptive", *sys.argv[1:]]),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

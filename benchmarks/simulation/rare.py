@@ -1,7 +1,7 @@
 """Coordinates whose gradient is often zero on some replicas: what averages of momenta on unequal periods do to them.
 
-    OMP_NUM_THREADS=1 python benchmarks/rare.py --processes 2       # minutes on two cores
-    python benchmarks/rare.py --show                                # the tables and the figure of what is there
+    OMP_NUM_THREADS=1 python -m benchmarks.simulation.rare --processes 2   # minutes on two cores
+    python -m benchmarks.simulation.rare --show                            # the tables and the figure of what is there
 
 Simulated replicas, periods 16 / 48 / 96, three seeds. Rare tokens: a language of Zipf-distributed tokens with an untied
 embedding, which the next layer takes as it is, or normalised. Dead ReLUs: a small convolutional network on synthetic
@@ -36,8 +36,8 @@ from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
 from deslo_plugin.simulation import Network, Objective, simulate, warmup_cosine
 from deslo_plugin.simulation.byte_lm import language, read_text, standard_library
 
-RESULTS = Path(__file__).resolve().parent / "results" / "rare.json"
-FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "rare.png"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "rare.json"
+FIGURE = Path(__file__).resolve().parents[2] / "docs" / "figures" / "rare.png"
 REPLICAS, SEEDS, PERIOD, NORM_CLIP = 4, (0, 1, 2), 16, 1.0
 VOCABULARY, CLASSES, COMMON = 600, 12, 60  # tokens; what the next one depends on; those that are not called rare
 BATCH = 16  # tokens of a replica in a step
@@ -320,7 +320,7 @@ def run_all(processes: int) -> dict[str, Any]:
         },
     }
     return {
-        "command": shlex.join(["python", "benchmarks/rare.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.simulation.rare", *sys.argv[1:]]),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

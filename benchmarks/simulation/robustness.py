@@ -1,7 +1,7 @@
 """Replicas that join and replicas that fail, in simulation: DES-LOC against Local Adam, FAVG+OPT and synchronous
 training.
 
-    OMP_NUM_THREADS=1 python benchmarks/robustness.py [--processes 1]
+    OMP_NUM_THREADS=1 python -m benchmarks.simulation.robustness [--processes 1]
 
 Trains the byte-level GPT of examples/ in one process for each run, hyper-parameters from configs/, and writes
 benchmarks/results/robustness.json and the figures of docs/robustness.md.
@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curves import draw
 from rich.console import Console
 from rich.progress import Progress
-from small_gpt import GPTConfig, small_gpt
 
+from benchmarks.simulation.curves import draw
+from benchmarks.simulation.small_gpt import GPTConfig, small_gpt
 from deslo_plugin.config.file import read_file
 from deslo_plugin.simulation import Failures, Growth, simulate, warmup_cosine
 from deslo_plugin.simulation.membership import Membership, constant
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "robustness.json"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "robustness.json"
 SHAPE = GPTConfig(dim=64, layers=2, heads=4, context=64)
 SEQUENCES = 4  # of 64 bytes, for each replica and step
 BETAS = {"short memory": [0.9, 0.95], "long memory": [0.9, 0.999]}  # as in configs/, and torch's own defaults
@@ -99,7 +99,7 @@ EXPERIMENTS = {
 
 def config_of(run: Run) -> tuple[dict[str, Any], float]:
     """The two blocks of a run, and the bound on a replica's gradient norm, from its file in configs/."""
-    blocks = read_file(HERE.parent / "configs" / f"{run.config}.json")
+    blocks = read_file(ROOT / "configs" / f"{run.config}.json")
     params = blocks["optimizer"]["params"] | {"betas": BETAS[run.betas]}
     params["sync_every"] = {state: every and every // SHORTER for state, every in params["sync_every"].items()}
     deslo = {"synchronous_steps": run.scene.steps} if run.synchronous else {}
@@ -180,7 +180,7 @@ def run_all(args: Namespace) -> dict[str, Any]:
         for each in runs.values():
             each["curves"].sort(key=lambda curve: args.seeds.index(curve["seed"]))
 
-    command = shlex.join(["python", "benchmarks/robustness.py", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks.simulation.robustness", *sys.argv[1:]])
     model = asdict(SHAPE) | {"parameters": small_gpt(SHAPE, sequences=1, replicas=1, seed=0).start.numel()}
     head = {
         "command": command,
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="experiments (all)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="(%(default)s)")
     parser.add_argument("--show", action="store_true", help="run nothing: tables and figures of what --out holds")
-    parser.add_argument("--figures", type=Path, default=HERE.parent / "docs" / "figures", help="folder (%(default)s)")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures", help="folder (%(default)s)")
     args = parser.parse_args()
 
     if not args.show:

@@ -1,20 +1,15 @@
 """The byte-level GPT of examples/ as an objective of simulated replicas."""
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from deslo_plugin.simulation import Network
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
-
-from corpus import Windows, load_bytes, split
-from gpt import GPT, GPTConfig
+from examples.harness.corpus import Windows, load_bytes, split
+from examples.harness.gpt import GPT, GPTConfig
 
 HELD_OUT = 64  # windows of a held-out batch
 

@@ -1,6 +1,6 @@
 """The toy problem of DES-LOC (arXiv 2505.22549, Fig. 2), simulated: 256 replicas on Rosenbrock's function under noise.
 
-    OMP_NUM_THREADS=1 python benchmarks/toy.py
+    OMP_NUM_THREADS=1 python -m benchmarks.simulation.toy
 
 Writes benchmarks/results/toy.json and docs/figures/toy.png. The paper gives the function, 256 workers, the noise (sigma
 1.5 for all; or, non-IID, a deviation for each worker drawn from N(0, 3)) and the periods; rates, betas and start are
@@ -18,17 +18,17 @@ import matplotlib
 matplotlib.use("Agg")
 
 import torch
-from curves import COLOURS
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.simulation.curves import COLOURS
 from deslo_plugin.simulation import simulate
 from deslo_plugin.simulation.comparison import follow, read_contestants
 from deslo_plugin.simulation.settings import START, SimulationConfig
 
-HERE = Path(__file__).resolve().parent
-RESULTS, FIGURE = HERE / "results" / "toy.json", HERE.parent / "docs" / "figures" / "toy.png"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, FIGURE = ROOT / "benchmarks" / "results" / "toy.json", ROOT / "docs" / "figures" / "toy.png"
 REPLICAS, STEPS, LOOK, SEEDS = 256, 7680, 16, [0, 1, 2]
 PERIOD = 192
 ALGORITHMS = {
@@ -47,7 +47,7 @@ SCENES = {  # -> rate, and how replicas' noise differs
 def curve(scene: str, name: str, seed: int, *, steps: int = STEPS) -> list[float]:
     """f at the mean of the replicas' parameters, every 16 steps."""
     lr, noniid = SCENES[scene]
-    (contestant,) = read_contestants([str(HERE.parent / "configs" / f"{ALGORITHMS[name]}.json")], lr=lr)
+    (contestant,) = read_contestants([str(ROOT / "configs" / f"{ALGORITHMS[name]}.json")], lr=lr)
     objective = SimulationConfig(replicas=REPLICAS, steps=steps, noniid=noniid).build(seed)
     moments = simulate(objective, contestant.config, replicas=REPLICAS, steps=steps)
     return follow(objective, moments, every=LOOK, seed=seed).losses
@@ -100,7 +100,7 @@ def main() -> None:
     for scene, name, seed in track(runs, console=Console(stderr=True)):
         results[scene][name].append([float(f"{value:.3g}") for value in curve(scene, name, seed)])
     head = {
-        "command": "python benchmarks/toy.py",
+        "command": "python -m benchmarks.simulation.toy",
         "torch": torch.__version__,
         "machine": platform.machine(),
         "replicas": REPLICAS,

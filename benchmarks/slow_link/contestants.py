@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gpt import GPT, GPTConfig
-from network import ADDRESSES
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.slow_link.network import ADDRESSES
 from deslo_plugin import DesLoc, attach
 from deslo_plugin.comm.transport import SingleReplica
+from examples.harness.gpt import GPT, GPTConfig
 
 NEVER = 10**9
 LIGHTHOUSES: list[Any] = []  # torchft's servers live as long as their process

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from network import WIRE_PER_PAYLOAD
-from others import QUIET
+from benchmarks.slow_link.network import WIRE_PER_PAYLOAD
+from benchmarks.slow_link.others import QUIET
 
 NODES = 2
 RING = 2 * (NODES - 1) / NODES  # a ring all-reduce of b bytes sends so many times b from each node

@@ -1,6 +1,6 @@
-"""What ``deslo plan`` predicts for the link of benchmarks/link.py, beside what was measured there.
+"""What ``deslo plan`` predicts for the link of benchmarks/slow_link/link.py, beside what was measured there.
 
-    python benchmarks/forecast.py
+    python -m benchmarks.slow_link.forecast
 
 Reads benchmarks/results/link.json and measures nothing itself. The planner is told the rate of the link, less headers,
 and the time of a step without communication; everything else it works out.
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from network import WIRE_PER_PAYLOAD
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.slow_link.network import WIRE_PER_PAYLOAD
 from deslo_plugin import load_config
 from deslo_plugin.planning.comparison import HIDDEN, IN_TURN, OWN, SYNCHRONOUS, Job, methods
 from deslo_plugin.planning.forecast import Link
 
-RESULTS = Path(__file__).resolve().parent / "results" / "link.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "link.json"
 PARAMETERS = 635_776  # of the GPT that link.py trains
 CYCLES = 100  # longest periods: as good as endless
 TIMES = {"des-loc": (1, 3, 6), "local-adam": (1, 1, 1), "mt-dao": (1, 1, 1), "ddp": (1, 1, 1), "hsdp": (1, 1, 1)}

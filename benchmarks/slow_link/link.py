@@ -1,6 +1,6 @@
 """What a slow link between two nodes costs: DDP, FSDP2-HSDP and local methods against training without communication.
 
-    python benchmarks/link.py [--rates 100 500 1000 unshaped] [--period 32] [--only NAME ...] [--quick]
+    python -m benchmarks.slow_link.link [--rates 100 500 1000 unshaped] [--period 32] [--only NAME ...] [--quick]
 
 Two network namespaces are the nodes; a token bucket shapes the cable between them. Needs Linux, root and iproute2;
 removes what it makes. How a cost is measured: ``exposure.py``. Writes benchmarks/results/link.json and link.txt.
@@ -14,17 +14,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "examples"))
-
-from contestants import CONTESTANTS, FLOORS
-from exposure import Row
-from network import Cable, NetworkError
-from race import Race, called, laps_of
-from ranks import RankError, World
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tables import WIDTH, save, shown
+
+from benchmarks.slow_link.contestants import CONTESTANTS, FLOORS
+from benchmarks.slow_link.exposure import Row
+from benchmarks.slow_link.network import Cable, NetworkError
+from benchmarks.slow_link.race import Race, called, laps_of
+from benchmarks.slow_link.ranks import RankError, World
+from benchmarks.slow_link.tables import WIDTH, save, shown
 
 # seconds for each cycle, beside patience, after which a rank ends by itself whatever became of the rest
 LIFETIME = 1500.0
@@ -41,7 +40,7 @@ def main() -> None:
         sys.exit(130)
     Console(width=WIDTH).print(shown(results, args.period))
     if not args.quick:
-        save(results, args.period, HERE / "results")
+        save(results, args.period, RESULTS)
 
 
 def arguments() -> Namespace:

@@ -1,9 +1,9 @@
 """What ``deslo probe`` says of links whose rate and delay are known.
 
-    python benchmarks/probed.py [--rates 100 500 1000]
+    python -m benchmarks.slow_link.probed [--rates 100 500 1000]
 
-Two network namespaces are the nodes, as in benchmarks/link.py, with one and with two ranks on each. Needs Linux, root
-and iproute2; removes what it makes.
+Two network namespaces are the nodes, as in benchmarks/slow_link/link.py, with one and with two ranks on each. Needs
+Linux, root and iproute2; removes what it makes.
 """
 
 import json
@@ -13,11 +13,12 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from network import ADDRESSES, DEVICE, WIRE_PER_PAYLOAD, Cable
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.slow_link.network import ADDRESSES, DEVICE, WIRE_PER_PAYLOAD, Cable
+
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 180
 
 
@@ -85,7 +86,7 @@ def probe(cable: Cable, ranks: int, mbit: float) -> dict:
         out, _ = processes[0].communicate(timeout=TIMEOUT_S)
         for process in processes:
             if process.wait(timeout=30):
-                sys.exit(f"probed.py: a rank ended with status {process.returncode}")
+                sys.exit(f"probed: a rank ended with status {process.returncode}")
         return json.loads(out)
     finally:
         for process in processes:

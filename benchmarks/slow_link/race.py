@@ -3,13 +3,13 @@
 import random
 from collections.abc import Callable, Mapping
 
-import exposure
-from contestants import CONTESTANTS, FLOORS, Contestant, Setting
-from exposure import Lap, Row
-from gpt import GPTConfig
-from network import Cable
-from others import QUIET, Others
-from ranks import World
+from benchmarks.slow_link import exposure
+from benchmarks.slow_link.contestants import CONTESTANTS, FLOORS, Contestant, Setting
+from benchmarks.slow_link.exposure import Lap, Row
+from benchmarks.slow_link.network import Cable
+from benchmarks.slow_link.others import QUIET, Others
+from benchmarks.slow_link.ranks import World
+from examples.harness.gpt import GPTConfig
 
 SHAPE = GPTConfig(dim=128, layers=3, context=144)
 SEQUENCES = {1: 4, 2: 1}  # ranks per node -> of each rank and step; four ranks share the machine that two have

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import CONTESTANTS, Running, Setting
-from exposure import Segment
+
+from benchmarks.slow_link.contestants import CONTESTANTS, Running, Setting
+from benchmarks.slow_link.exposure import Segment
 
 
 class Rank:

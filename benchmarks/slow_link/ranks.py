@@ -10,9 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from network import ADDRESSES, DEVICE
-
-HERE = Path(__file__).resolve().parent
+from benchmarks.slow_link.network import ADDRESSES, DEVICE
 
 
 class RankError(RuntimeError):
@@ -21,12 +19,20 @@ class RankError(RuntimeError):
 
 class World:
     """``per_node`` single-threaded gloo ranks on each of ``nodes`` (network namespaces), node by node, that run
-    ``script``.
+    ``module``.
 
     A context: at its end every process is gone, in peace if all went well, else killed.
     """
 
-    def __init__(self, nodes: Sequence[str], per_node: int, logs: Path, *, lifetime_s: float, script: str = "rank.py"):
+    def __init__(
+        self,
+        nodes: Sequence[str],
+        per_node: int,
+        logs: Path,
+        *,
+        lifetime_s: float,
+        module: str = "benchmarks.slow_link.rank",
+    ):
         self.size = len(nodes) * per_node
         self._pipes: list[Connection] = []
         self._processes: list[subprocess.Popen] = []
@@ -43,7 +49,7 @@ class World:
                 "GLOO_SOCKET_IFNAME": DEVICE,
                 "OMP_NUM_THREADS": "1",
                 "TORCHELASTIC_RUN_ID": "link",
-                "PYTHONPATH": os.pathsep.join([str(HERE.parent / "examples"), *sys.path]),
+                "PYTHONPATH": os.pathsep.join(sys.path),
             }
             command = [
                 "ip",
@@ -51,7 +57,8 @@ class World:
                 "exec",
                 nodes[rank // per_node],
                 sys.executable,
-                str(HERE / script),
+                "-m",
+                module,
                 str(theirs.fileno()),
                 str(lifetime_s),
             ]

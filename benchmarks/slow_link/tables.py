@@ -10,14 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from contestants import CONTESTANTS, FLOORS
-from exposure import NODES, Row
-from gpt import GPT
-from network import MTU, WIRE_PER_PAYLOAD
-from race import SEQUENCES, SHAPE
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+
+from benchmarks.slow_link.contestants import CONTESTANTS, FLOORS
+from benchmarks.slow_link.exposure import NODES, Row
+from benchmarks.slow_link.network import MTU, WIRE_PER_PAYLOAD
+from benchmarks.slow_link.race import SEQUENCES, SHAPE
+from examples.harness.gpt import GPT
 
 SYNCHRONOUS = {1: "ddp", 2: "hsdp"}  # ranks per node -> what sends every gradient
 SMALL = 0.02
@@ -33,7 +34,7 @@ def shown(results: Results, period: int) -> Group:
 
 def save(results: Results, period: int, folder: Path) -> None:
     """``link.txt`` and ``link.json`` in ``folder``, with the command and the kind of machine at their heads."""
-    command = shlex.join(["python", "benchmarks/link.py", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "benchmarks.slow_link.link", *sys.argv[1:]])
     machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}"
     folder.mkdir(exist_ok=True)
     with (folder / "link.txt").open("w") as file:

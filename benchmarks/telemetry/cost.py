@@ -1,6 +1,6 @@
 """What telemetry costs a step: written, not written, and not written once more, by turns in one run.
 
-    python benchmarks/telemetry.py
+    python -m benchmarks.telemetry.cost
 
 Two gloo processes of one thread each train the GPT of examples/, every rank a replica, DES-LOC with periods 32 / 96 /
 192. A lap is 32 steps with one average; laps of the contestants take turns, in an order that turns round. The log of
@@ -18,7 +18,6 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +29,7 @@ import deslo_plugin
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.kernels.drift import Drift
 from deslo_plugin.telemetry.jsonl_writer import EVERY
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
-
-from gpt import GPT, GPTConfig
+from examples.harness.gpt import GPT, GPTConfig
 
 SHAPE, SEQUENCES = GPTConfig(dim=96, layers=3, heads=3, context=128), 4
 LAP, CALLS = 32, 20_000
@@ -112,7 +108,7 @@ def report(seconds: dict[str, list[tuple[float, float]]], log: float, event: flo
             cells += [f"{middle:.4f}", f"{low:.3f} - {high:.3f}"]
         table.add_row(*cells)
     console = Console(width=120)
-    console.print(f"$ python benchmarks/telemetry.py --laps {len(base)}        (torch {torch.__version__})")
+    console.print(f"$ python -m benchmarks.telemetry.cost --laps {len(base)}        (torch {torch.__version__})")
     console.print(table)
     share = 100 * (log + event / LAP) / step
     console.print(

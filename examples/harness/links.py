@@ -10,7 +10,7 @@ from deslo_plugin.planning.comparison import HIDDEN, Job, methods
 from deslo_plugin.planning.forecast import Link
 
 if TYPE_CHECKING:
-    from report import Result
+    from .report import Result
 
 GBIT_PER_S = (0.1, 1.0, 10.0)
 

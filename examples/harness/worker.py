@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from corpus import Windows, load_bytes, split
-from frameworks import start
-from frameworks.blocks import refuse_unread
-from frameworks.job import Batch, local_ranks
-from gpt import GPT, GPTConfig
-from report import Result, Status, display
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Subset
+
+from .corpus import Windows, load_bytes, split
+from .frameworks import start
+from .frameworks.blocks import refuse_unread
+from .frameworks.job import Batch, local_ranks
+from .gpt import GPT, GPTConfig
+from .report import Result, Status, display
 
 VALIDATION_FRACTION = 0.05
 VALIDATION_WINDOWS = 2048  # at most: enough for the third digit of the loss, a few seconds on two cores

@@ -3,16 +3,8 @@ plan."""
 
 import logging
 
-import adaptive_jobs
-import checkpoint_jobs
 import pytest
 import torch
-from oracle import Setting, blocks
-from test_checkpoint import same
-from test_deepspeed import ds_config
-from test_oracle import assert_equal, expected, run_ours
-from theory import assert_oracle, oracle_states
-from worlds import threads
 
 from deslo_plugin import ConfigError, DesLoc, load_config
 from deslo_plugin.algorithm.adaptive_periods import Adaptive
@@ -21,6 +13,13 @@ from deslo_plugin.planning.plan import make_plan
 from deslo_plugin.simulation import Replicas
 from deslo_plugin.telemetry.report.page import rows
 from deslo_plugin.telemetry.report.run import Run
+from tests.support import adaptive_jobs, checkpoint_jobs
+from tests.support.checkpoint_configs import same
+from tests.support.engine_configs import ds_config
+from tests.support.oracle import Setting, blocks
+from tests.support.quadratic import assert_equal, expected, run_ours
+from tests.support.theory import assert_oracle, oracle_states
+from tests.support.worlds import threads
 
 S = Setting(
     "adam", {"x": 3, "u1": 6, "v": 6}, [0.9], [1.0], eps=1e-3, lr=3e-2, adaptive={"u1": (12, 1.4), "v": (24, 0.32)}

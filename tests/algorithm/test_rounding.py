@@ -5,12 +5,12 @@ import copy
 
 import pytest
 import torch
-from cases import FLOAT32, Case, assert_close, assert_same_bits
-from worlds import threads
 
 from deslo_plugin import ConfigError, DesLoc
 from deslo_plugin.algorithm import stochastic_rounding as rounding
 from deslo_plugin.kernels import update as ops
+from tests.support.cases import FLOAT32, Case, assert_close, assert_same_bits
+from tests.support.worlds import threads
 
 BRIEF = (torch.float32, torch.float32, torch.bfloat16, None)
 NATIVE = [True, False]

@@ -6,12 +6,12 @@ import io
 
 import pytest
 import torch
-from device import cpu_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deslo_plugin import DesLoc
 from deslo_plugin.algorithm.state_names import ORIGIN, STEP
+from tests.support.device import cpu_only
 
 PARAMS = 11  # enough for a vector
 PERIODS = {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}

@@ -6,7 +6,6 @@ from unittest import mock
 
 import pytest
 import torch
-from device import cpu_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from deslo_plugin.comm.transport import Fixed
 from deslo_plugin.config.load import load_config
 from deslo_plugin.frameworks import rehearsal
 from deslo_plugin.planning.plan import make_plan
+from tests.support.device import cpu_only
 
 CUDA = torch.device("cuda", 0)
 PERIODS = {"params": 2, "exp_avg": 2, "exp_avg_sq": 2}

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import Setting, blocks, train
-from test_oracle import MOMENTA, SIZE, STEPS, assert_equal, expected, noisy_quadratic, rare, run_ours
-from worlds import threads
 
 from deslo_plugin import ConfigError, DesLoc, NonFiniteError, load_config
 from deslo_plugin.kernels.drift import Drift
+from tests.support.oracle import Setting, blocks, train
+from tests.support.quadratic import MOMENTA, SIZE, STEPS, assert_equal, expected, noisy_quadratic, rare, run_ours
+from tests.support.worlds import threads
 
 EVERY = {"x": 4, "u1": 3, "u2": 5, "u3": None, "v": 7}
 

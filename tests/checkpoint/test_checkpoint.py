@@ -4,35 +4,20 @@ import json
 import random
 import time
 
-import checkpoint_jobs as jobs
 import pytest
 import torch
-import torch_jobs
-from device import cpu_only
-from oracle import blocks
-from test_deepspeed import ds_config
-from theory import RULES
-from worlds import RankError
 
 import deslo_plugin
+from tests.support import checkpoint_jobs as jobs
+from tests.support import torch_jobs
+from tests.support.checkpoint_configs import S, config_for, same
+from tests.support.device import cpu_only
+from tests.support.oracle import blocks
+from tests.support.theory import RULES
+from tests.support.worlds import RankError
 
-S = RULES["mt-dao-adam-n2"]
 STOCK = {"deslo": {"sync_every": {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}}}
 KINDS = ["plain", "ddp", "fsdp", "hsdp", "zero 0", "zero 1", "zero 2", "zero 3"]
-
-
-def config_for(kind: str, **deslo) -> dict:
-    if kind.startswith("zero"):
-        return ds_config(S, int(kind[-1]), deslo=deslo)
-    return blocks(S, **({"replica_size": 2} if kind == "ddp" else {}), **deslo)
-
-
-def same(a: dict, b: dict, tolerance: float = 0.0) -> None:
-    assert a.keys() == b.keys()
-    for state, tensors in a.items():
-        for name, tensor in tensors.items():
-            error = (tensor.double() - b[state][name].double()).abs().max()
-            assert error <= tolerance, f"{state} of {name}: {error:.3g}"
 
 
 @pytest.mark.parametrize("before", [3, 4, 5])  # an average in flight, one step after it, in the middle of a period

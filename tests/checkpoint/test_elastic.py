@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "--max-restarts", "1"]
 LAUNCHES = {
     "torchrun": [*TORCHRUN, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"],
@@ -44,7 +44,7 @@ def trained(launch: list[str], folder: Path, *death: int) -> tuple[int, str]:
         "PYTHONPATH": str(ROOT),
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-    script = [str(ROOT / "tests" / "elastic_job.py"), str(folder), *map(str, death)]
+    script = [str(ROOT / "tests" / "support" / "elastic_job.py"), str(folder), *map(str, death)]
     run = subprocess.run([*launch, *script], capture_output=True, text=True, timeout=180, cwd=folder, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     results = re.findall(r"trained from (\d+) to 14: (\w+)", run.stdout)

@@ -2,10 +2,12 @@
 
 import copy
 
-import jobs
 import pytest
-from test_deepspeed import RULES, ds_config
-from worlds import Processes
+
+from tests.support import jobs
+from tests.support.engine_configs import ds_config
+from tests.support.theory import RULES
+from tests.support.worlds import Processes
 
 GOOD = ds_config(RULES["des-loc-adam"], 2)
 

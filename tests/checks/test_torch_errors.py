@@ -3,9 +3,10 @@
 import re
 
 import pytest
-import torch_jobs as jobs
-from oracle import blocks
-from theory import RULES
+
+from tests.support import torch_jobs as jobs
+from tests.support.oracle import blocks
+from tests.support.theory import RULES
 
 S = RULES["des-loc-adam"]
 

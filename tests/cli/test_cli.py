@@ -15,7 +15,7 @@ from deslo_plugin import cli
 from deslo_plugin.cli.app import app
 from deslo_plugin.cli.model_size import parse_count
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DES_LOC = str(ROOT / "configs" / "des-loc-adam.json")  # 2 ranks per replica, 32 / 96 / 192
 PLAN = ["plan", "--config", DES_LOC, "--replicas", "4", "--gbps", "10", "--latency-ms", "1"]
 GPT2 = {"model_type": "gpt2", "vocab_size": 100, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2}

@@ -16,7 +16,7 @@ from deslo_plugin.simulation.byte_lm import language, read_text, standard_librar
 from deslo_plugin.simulation.comparison import read_contestants
 from deslo_plugin.simulation.settings import OPTIONS, SimulationConfig, read_spectrum
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOY = [str(ROOT / "configs" / "toy" / f"{name}.json") for name in ("des-loc", "local-adam", "favg+opt", "favg-opt")]
 ADAM = load_config({"optimizer": {"params": {"lr": 0.01, "sync_every": {"params": 4}}}})
 FAVG = load_config({"optimizer": {"params": {"sync_every": {"params": 4, "exp_avg": None, "exp_avg_sq": None}}}})

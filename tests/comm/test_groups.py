@@ -1,13 +1,13 @@
 """What one device hides from a CPU, asked of real processes: whose step is called, which groups there are."""
 
-import gpu_fault_jobs as jobs
 import pytest
 import torch
-from oracle import blocks
-from test_deepspeed import ds_config
-from test_stock import stock_ds
-from theory import RULES, assert_oracle, oracle_states
-from worlds import Processes
+
+from tests.support import gpu_fault_jobs as jobs
+from tests.support.engine_configs import ds_config, stock_ds
+from tests.support.oracle import blocks
+from tests.support.theory import RULES, assert_oracle, oracle_states
+from tests.support.worlds import Processes
 
 S = RULES["mt-dao-adam-n2"]
 

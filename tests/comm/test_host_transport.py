@@ -6,21 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import host_jobs
-import jobs as engine_jobs
 import pytest
 import torch
-import torch_jobs as jobs
-from oracle import Setting, blocks
-from test_deepspeed import ds_config
-from theory import RULES
-from worlds import Processes
 
 from deslo_plugin import load_config
 from deslo_plugin.comm.topology import contiguous
 from deslo_plugin.planning import transport_choice
 from deslo_plugin.planning.plan import make_plan
 from deslo_plugin.planning.route import Route
+from tests.support import host_jobs
+from tests.support import jobs as engine_jobs
+from tests.support import torch_jobs as jobs
+from tests.support.engine_configs import ds_config
+from tests.support.oracle import Setting, blocks
+from tests.support.theory import RULES
+from tests.support.worlds import Processes
 
 S = RULES["mt-dao-adam-n2"]
 SIZES = {"plain": "auto", "ddp": 2, "fsdp": "auto", "zero-2": 2}
@@ -146,9 +146,8 @@ def test_host_memory_is_as_planned(four):
 
 
 def test_a_script_that_ends_while_an_average_hangs_ends(tmp_path):
-    tests, command = Path(host_jobs.__file__).parent, [sys.executable, host_jobs.__file__]
-    command.append(f"file://{tmp_path / 'rendezvous'}")
-    environment = os.environ | {"PYTHONPATH": f"{tests.parent}:{tests}"}
+    command = [sys.executable, "-m", host_jobs.__name__, f"file://{tmp_path / 'rendezvous'}"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     stays = subprocess.Popen([*command, "1"], stdin=subprocess.PIPE, env=environment)
     try:
         leaves = subprocess.run([*command, "0"], capture_output=True, text=True, timeout=240, env=environment)

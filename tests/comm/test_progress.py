@@ -5,13 +5,13 @@ import re
 import socket
 
 import pytest
-import torch_jobs as jobs
-from oracle import blocks
-from theory import RULES
-from worlds import Processes
 
 from deslo_plugin.comm import step_rate
 from deslo_plugin.comm.step_rate import StepRate, Stragglers
+from tests.support import torch_jobs as jobs
+from tests.support.oracle import blocks
+from tests.support.theory import RULES
+from tests.support.worlds import Processes
 
 S = RULES["des-loc-adam"]  # params every 3 steps, biases every 2
 

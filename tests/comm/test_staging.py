@@ -5,10 +5,10 @@ import threading
 
 import pytest
 import torch
-from fake_cuda import FakeCuda, FakeStaging, Stream
 
 from deslo_plugin.comm.host_transport import _Parcel
 from deslo_plugin.comm.staging import CopyStaging, HostBuffers
+from tests.support.fake_cuda import FakeCuda, FakeStaging, Stream
 
 
 class Doubling:

@@ -1,16 +1,16 @@
 """Averages in which a replica counts by what it has seen, against the float64 oracle, and what is told wrongly."""
 
-import jobs as deepspeed_jobs
 import pytest
 import torch
-import torch_jobs as jobs
-from oracle import Setting, blocks, states, train
-from test_deepspeed import ds_config
-from test_oracle import SIZE, assert_equal, noisy_quadratic
-from theory import RULES
-from worlds import threads
 
 from deslo_plugin import AverageError, ConfigError, DesLoc
+from tests.support import jobs as deepspeed_jobs
+from tests.support import torch_jobs as jobs
+from tests.support.engine_configs import ds_config
+from tests.support.oracle import Setting, blocks, states, train
+from tests.support.quadratic import SIZE, assert_equal, noisy_quadratic
+from tests.support.theory import RULES
+from tests.support.worlds import threads
 
 STEPS = 26
 S = Setting("adam", {"x": 3, "u1": 6, "v": 12}, [0.9], [1.0], eps=1e-3)

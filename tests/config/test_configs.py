@@ -3,15 +3,15 @@
 import json
 from pathlib import Path
 
-import jobs
 import pytest
 import torch
 
 from deslo_plugin import DesLoc, load_config
 from deslo_plugin.comm.topology import contiguous
 from deslo_plugin.planning.plan import make_plan
+from tests.support import jobs
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
 NAMED = {
     "local-adam",
     "favg+opt",

@@ -1,11 +1,12 @@
 """Accelerate in 4 processes: our one line on either side of ``prepare``, over DDP, FSDP2 and DeepSpeed."""
 
-import accelerate_jobs as jobs
 import pytest
 import torch
-from oracle import blocks
-from test_deepspeed import ds_config
-from theory import RULES, assert_oracle, oracle_states
+
+from tests.support import accelerate_jobs as jobs
+from tests.support.engine_configs import ds_config
+from tests.support.oracle import blocks
+from tests.support.theory import RULES, assert_oracle, oracle_states
 
 S = RULES["des-loc-adam"]
 SYNC_EVERY = {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}

@@ -1,25 +1,14 @@
 """Real DeepSpeed engines, 4 processes = 2 replicas x 2 ranks, against the float64 oracle."""
 
-import jobs
 import pytest
 import torch
-from oracle import Setting, blocks
-from theory import ACCUMULATION, CLIP, RULES, assert_oracle, oracle_states
 
-SHARDS, STEPS = 2, 42
+from tests.support import jobs
+from tests.support.engine_configs import SHARDS, assert_same_states, ds_config
+from tests.support.oracle import Setting
+from tests.support.theory import RULES, assert_oracle, oracle_states
 
-
-def ds_config(s: Setting, stage: int, **more) -> dict:
-    deslo = {"replica_size": SHARDS} | more.pop("deslo", {})
-    return (
-        blocks(s, **deslo)
-        | {
-            "zero_optimization": {"stage": stage},
-            "gradient_accumulation_steps": ACCUMULATION,
-            "gradient_clipping": CLIP,
-        }
-        | more
-    )
+STEPS = 42
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -159,11 +148,3 @@ def test_lr_schedulers_stay_equal_when_one_replica_skips(four):
     results = four().run(jobs.run, ds_config(RULES["des-loc-adam"], 2, scheduler=schedule), 10, (0, 4))
     assert len({tuple(result["lr"]) for result in results}) == 1
     assert 0 < results[0]["lr"][0] < 0.01
-
-
-def assert_same_states(some: list[dict], others: list[dict], tolerance: float) -> None:
-    for one, other in zip(some, others, strict=True):
-        for state, tensors in one["states"].items():
-            for name, tensor in tensors.items():
-                error = (tensor - other["states"][state][name]).abs().max()
-                assert error <= tolerance, f"{state} of {name}: {error:.3g}"

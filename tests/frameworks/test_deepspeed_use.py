@@ -1,9 +1,11 @@
 """What a DeepSpeed user does around training: other ways in, resuming, exporting, other engines."""
 
-import jobs
 import pytest
 import torch
-from test_deepspeed import RULES, assert_oracle, assert_same_states, ds_config, oracle_states
+
+from tests.support import jobs
+from tests.support.engine_configs import assert_same_states, ds_config
+from tests.support.theory import RULES, assert_oracle, oracle_states
 
 N2 = RULES["mt-dao-adam-n2"]
 

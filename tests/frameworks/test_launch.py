@@ -1,25 +1,12 @@
 """Whole launches: ``accelerate launch``, torchrun and the Hugging Face Trainer, 4 processes each."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
-EXAMPLE = [
-    str(ROOT / "examples" / "hf_trainer.py"),
-    "--config",
-    str(ROOT / "configs" / "des-loc-adam.json"),
-    "--steps",
-    "40",
-]
-TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "4"]
+from tests.support.trainer_example import BIN, ROOT, TORCHRUN, run_example
+
 LAUNCHES = {
     "DDP, accelerate launch": [
         str(BIN / "accelerate"),
@@ -34,7 +21,7 @@ LAUNCHES = {
         "--dynamo_backend",
         "no",
     ],  # the script itself says CPU
-    "FSDP2, torchrun": [*TORCHRUN, str(ROOT / "tests" / "fsdp_on_cpu.py")],
+    "FSDP2, torchrun": [*TORCHRUN, str(ROOT / "tests" / "support" / "fsdp_on_cpu.py")],
     "DeepSpeed, torchrun": TORCHRUN,
 }
 
@@ -69,15 +56,6 @@ def test_what_the_trainer_saves_is_one_model_for_plain_transformers_and_resumes(
     assert (
         run_example(launch, [*more, "--save", str(tmp_path), "--resume", str(tmp_path / "checkpoint-20")])["loss"] < 3
     )
-
-
-def run_example(launch, options):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    run = subprocess.run(
-        [*launch, *EXAMPLE, *options], capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment
-    )
-    assert run.returncode == 0, run.stderr[-20_000:]
-    return json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"loss"')))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

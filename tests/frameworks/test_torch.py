@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-import torch_jobs as jobs
-from oracle import Setting, blocks
-from theory import ACCUMULATION, RULES, assert_oracle, oracle_states
-from worlds import Processes
+
+from tests.support import torch_jobs as jobs
+from tests.support.oracle import Setting, blocks
+from tests.support.theory import ACCUMULATION, RULES, assert_oracle, oracle_states
+from tests.support.worlds import Processes
 
 STEPS = 42
 WORLDS = {  # wrap -> replicas, replica_size as written

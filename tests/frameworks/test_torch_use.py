@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-import torch_jobs as jobs
-from oracle import blocks
-from theory import RULES, assert_oracle, oracle_states
 
 import deslo_plugin
+from tests.support import torch_jobs as jobs
+from tests.support.oracle import blocks
+from tests.support.theory import RULES, assert_oracle, oracle_states
 
 S = RULES["mt-dao-adam-n2"]
 LOCAL = blocks(S, replica_size=1)

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from torchft_jobs import Replicas, net
 
 import deslo_plugin
+from tests.support.torchft_jobs import Replicas, net
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EVERY = {"params": 4, "exp_avg": 8, "exp_avg_sq": 8}
 
 

@@ -14,7 +14,7 @@ import deslo_plugin
 from deslo_plugin.cli import doctor_checks
 from deslo_plugin.kernels import availability
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GPU = torch.device("cuda", 0)
 
 

@@ -6,24 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import threads
 
 from deslo_plugin import DesLoc, NonFiniteError
 from deslo_plugin.averaging.synchronizer import Synchronizer
 from deslo_plugin.comm.transport import SingleReplica
 from deslo_plugin.kernels import drift
 from deslo_plugin.kernels.drift import Drift, drift_of, measure
+from tests.support.vectors import SIZES, randn
+from tests.support.worlds import threads
 
 LOCAL = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WIRE = [torch.float32, torch.float64]
-SIZES = [0, 1, 3, 15, 16, 17, 63, 64, 65, 1000, 4095, 4096, 4097, 100_003]
 BOUND = 1e-12  # of the sums, relative to the sums of absolute terms
-
-
-def randn(numel, dtype, seed, offset=0):
-    """Standard normal numbers, ``offset`` elements into their storage: unaligned if that is odd."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(offset + numel, generator=generator, dtype=torch.float64).to(dtype)[offset:]
 
 
 def tensors(sizes, local=torch.float32, mean=torch.float32, offset=0):

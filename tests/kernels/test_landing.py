@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_drift import SIZES, randn
 
 from deslo_plugin.kernels import delayed_update as landing
+from tests.support.vectors import SIZES, randn
 
 # largest error, relative to the size of x, local and mean: one rounding of x, and of float32 arithmetic
 BOUND = {torch.float64: 1e-15, torch.float32: 4e-7, torch.bfloat16: 2**-8 + 4e-7, torch.float16: 2**-11 + 4e-7}

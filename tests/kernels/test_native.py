@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FLOAT32, HALF, SIZES, Case, assert_close, assert_same_bits
-from device import cpu_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deslo_plugin.kernels import update as ops
+from tests.support.cases import BRIEF, FLOAT32, HALF, MIXED, SIZES, TYPES, Case, assert_close, assert_same_bits
+from tests.support.device import cpu_only
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SINGLE = st.tuples(
     st.sampled_from([torch.float32, *HALF]),
     st.sampled_from([torch.float32, *HALF]),
@@ -78,14 +78,7 @@ def test_a_permuted_layout_is_updated_in_place(kernels):
     assert_same_bits(case.native(), plain)
 
 
-MIXED = [(n,) for n in [*SIZES, 300_001]]
-TYPES = [
-    FLOAT32,
-    (torch.bfloat16, torch.bfloat16, torch.float32, None),
-    (torch.float16, torch.float32, torch.float32, None),
-] * 3
 TYPES += [(torch.float64,) * 3 + (None,)]
-BRIEF = [(x, g, torch.bfloat16, None) for x in (torch.float32, *HALF) for g in (torch.float32, *HALF)] + [TYPES[-1]]
 of_states = pytest.mark.parametrize("types", [TYPES, BRIEF], ids=["float32", "bfloat16"])
 
 

@@ -3,12 +3,11 @@ tensors."""
 
 import pytest
 import torch
-from cases import FLOAT32, Case, assert_close, assert_same_bits
-from device import ON_CPU
-from test_native import BRIEF, MIXED
 
 from deslo_plugin import DesLoc
 from deslo_plugin.kernels import update as ops
+from tests.support.cases import BRIEF, FLOAT32, MIXED, Case, assert_close, assert_same_bits
+from tests.support.device import ON_CPU
 
 # a GPU forms factors by its own pow and division: to one rounding, says the operators' docstring
 near = assert_same_bits if ON_CPU else assert_close

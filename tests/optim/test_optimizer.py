@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from worlds import threads
 
 from deslo_plugin import ConfigError, DesLoc, NonFiniteError
+from tests.support.worlds import threads
 
 F64 = {"deslo": {"wire_dtype": "float64"}}
 

@@ -2,20 +2,18 @@
 
 import re
 
-import jobs as deepspeed_jobs
 import pytest
 import torch
-import torch_jobs as jobs
-from test_deepspeed import ds_config
-from theory import RULES, assert_oracle, oracle_states
 
 from deslo_plugin import ConfigError, load_config
 from deslo_plugin.comm.transport import SingleReplica
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.any_optimizer_step import schedule
+from tests.support import jobs as deepspeed_jobs
+from tests.support import torch_jobs as jobs
+from tests.support.engine_configs import ADAMW, SYNC_EVERY, stock_ds
+from tests.support.theory import RULES, assert_oracle, oracle_states
 
-SYNC_EVERY = {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}
-ADAMW = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.0}
 WORLDS = {"plain": (4, "auto"), "ddp": (2, 2), "hsdp": (2, "auto")}
 
 
@@ -59,13 +57,6 @@ def test_order_and_warm_up_are_those_of_the_oracle(four, wrap, more):
             s, 20, replicas=WORLDS[wrap][0], own_period=False, synchronous_steps=more.get("synchronous_steps", 0)
         ),
     )
-
-
-def stock_ds(stage: int, **more) -> dict:
-    ds = ds_config(RULES["des-loc-adam"], stage) | more
-    ds["optimizer"] = {"type": "AdamW", "params": ADAMW | {"torch_adam": True}}
-    ds["deslo"] = {"replica_size": 2, "sync_every": SYNC_EVERY, "checkpoint_mode": "per_replica"}
-    return ds
 
 
 def params_of_theory(steps, broken=None):

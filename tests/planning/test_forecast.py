@@ -1,21 +1,18 @@
 """What a plan costs on a link: against hand-computed waits, counted bytes, measured steps and published figures."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import forecast_jobs
 import pytest
 import torch
-from worlds import threads
 
+from benchmarks.slow_link.forecast import RESULTS, compare
 from deslo_plugin import DesLoc, load_config
 from deslo_plugin.planning.alternatives import alternatives
 from deslo_plugin.planning.comparison import HIDDEN, IN_TURN, OWN, SYNCHRONOUS, Job, hiding_delay, methods
 from deslo_plugin.planning.forecast import Link, compute_seconds, forecast, memory, transfers
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from tests.support import forecast_jobs
+from tests.support.worlds import threads
 
 NUMEL = 10**8  # beside which the word that travels with an average is none
 WAITS = [  # of one average that needs 2.5 steps
@@ -185,7 +182,6 @@ def test_predicted_bytes_are_those_handed_to_the_collectives(four, wrap, size, d
 
 
 def test_steps_measured_on_shaped_links_are_predicted_within_5_percent():
-    from forecast import RESULTS, compare
 
     compared = list(compare(json.loads(RESULTS.read_text())))
     assert {each.rate for each in compared} == {"100 Mbit/s", "500 Mbit/s", "1000 Mbit/s"} and len(compared) == 30

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GPUS = {"12.0": "80 86 89 90", "12.6": "80 86 89 90", "12.8": "80 90 100 120", "13.0": "75 80 90 100 103 120"}
 ELF_LOAD, ELF_DYNAMIC, NEEDED, STRTAB = 1, 2, 1, 5
 

@@ -6,11 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import example_jobs  # noqa: F401  (finds the examples)
 import pytest
-from train import arguments
+from examples.harness.command import arguments
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
     path for path in (ROOT / "examples" / "launch").iterdir() if path.name not in ("hostfile", "torchft.sh")
 )

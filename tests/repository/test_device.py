@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from device import cpu_only
+from tests.support.device import cpu_only
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 CREATE = """
-import torch, device
+import torch
+from tests.support import device
 from torch import nn
 device.DEVICE = torch.device("meta")
 device.ON_CPU = False
@@ -29,8 +30,7 @@ made = {
 
 
 SCOPES = """
-import json, sys
-sys.path.insert(0, {folder!r})
+import json
 found = {{}}
 for name, code, file in {scopes!r}:
     exec(compile(code, file, "exec"), scope := {{}})
@@ -42,12 +42,14 @@ print(json.dumps(found))
 @cpu_only("it looks for a device that no test runs on")
 def test_tests_create_on_the_device_and_the_package_where_it_wants_to():
     scopes = [
-        ("tests", CREATE, str(HERE / "test_anything.py")),
+        ("tests", CREATE, str(ROOT / "tests" / "kernels" / "test_anything.py")),
         ("package", CREATE.replace("device.install()", ""), "/elsewhere/module.py"),
     ]
-    code = SCOPES.format(folder=str(HERE), scopes=scopes)
+    code = SCOPES.format(scopes=scopes)
     environment = {name: value for name, value in os.environ.items() if name != "DESLO_TEST_DEVICE"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads(done.stdout)
     assert made["tests"].pop("told where") == ["cpu", True]

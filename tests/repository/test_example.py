@@ -6,14 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import example_jobs as jobs  # first of all: it finds examples/
 import pytest
 import torch
-from corpus import Windows, load_bytes, split
-from gpt import GPT, GPTConfig
-from train import arguments, synchronous
+from examples.harness.command import arguments, synchronous
 
-ROOT = Path(__file__).resolve().parent.parent
+from examples.harness.corpus import Windows, load_bytes, split
+from examples.harness.gpt import GPT, GPTConfig
+from tests.support import example_jobs as jobs
+
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--steps", "12", "--dim", "32", "--layers", "2", "--heads", "1", "--context", "32"]
 
 
@@ -146,7 +147,7 @@ def test_the_lr_is_deepspeeds_to_the_bit(four, params):
 
 
 def test_a_key_that_only_deepspeed_has_is_refused_elsewhere(job, tmp_path):
-    from worker import load_config
+    from examples.harness.worker import load_config
 
     config, _ = job
     (tmp_path / "bf16.json").write_text(json.dumps(config | {"bf16": {"enabled": True}}))

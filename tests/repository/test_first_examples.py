@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parent.parent / "examples" / "first"
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "first"
 PLENTY_S = 900  # against hangs
 # an operator for inference only, which DeepSpeed would compile first, and whose lock outlives a killed process
 WITHOUT_COMPILING = 'import deepspeed\n\ndeepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False\n'

@@ -1,7 +1,6 @@
 """``make gpu`` before there is a GPU: its dry run, what is left of a part that hangs or dies, and what is not run
 again."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,26 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
-from device import cpu_only
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.gpu import plan
+from tests.support.device import cpu_only
+
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "gpu"
 PLENTY_S = 1800  # against hangs
 
 pytestmark = cpu_only("the plan runs this suite there, not the other way round")
-
-
-@pytest.fixture(scope="module")
-def plan():
-    """The module plan.py, and parts.py that it imports, as its command line has them."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec = importlib.util.spec_from_file_location("gpu_plan", FOLDER / "plan.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        sys.path.remove(str(FOLDER))
 
 
 def python(code: str) -> list[str]:
@@ -56,7 +44,7 @@ def test_the_dry_run_passes_and_says_what_needs_a_gpu(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw.txt", "summary.json"]
 
 
-def test_parts_that_hang_or_die_stop_no_other_and_leave_no_process(plan, tmp_path, capfd):
+def test_parts_that_hang_or_die_stop_no_other_and_leave_no_process(tmp_path, capfd):
     spawned = tmp_path / "child"
     hang = (  # with a child in a session of its own, as torchrun has
         "import subprocess, sys, time\n"
@@ -98,7 +86,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_what_has_passed_for_this_code_is_not_run_again(plan, tmp_path, monkeypatch):
+def test_what_has_passed_for_this_code_is_not_run_again(tmp_path, monkeypatch):
     counted = tmp_path / "runs"
     count = lambda word: python(f"open({str(counted)!r}, 'a').write({word!r})")
     good, bad = plan.Part("good", count("g"), 60), plan.Part("bad", [*count("b")[:2], count("b")[2] + "; 1/0"], 60)
@@ -107,18 +95,18 @@ def test_what_has_passed_for_this_code_is_not_run_again(plan, tmp_path, monkeypa
     assert run() == 1 and counted.read_text() == "gbb"
     assert run("--only", "good") == 0 and counted.read_text() == "gbb"
     assert run("--only", "good", "--again") == 0 and counted.read_text() == "gbbg"
-    monkeypatch.setattr(plan, "digest", lambda: "other code")
+    monkeypatch.setattr("digest", lambda: "other code")
     assert run("--only", "good") == 0 and counted.read_text() == "gbbgg"
     assert [*summary(tmp_path / "results")] == ["good", "bad"]
 
 
-def test_time_that_is_over_skips_the_rest(plan, tmp_path):
+def test_time_that_is_over_skips_the_rest(tmp_path):
     parts = [plan.Part("long", python("import time; time.sleep(999)"), 900), plan.Part("late", python(""), 60)]
     assert plan.main(["--device", "cpu", "--folder", str(tmp_path), "--limit", "9"], parts) == 1
     assert {name: row["status"] for name, row in summary(tmp_path).items()} == {"long": "timeout", "late": "skipped"}
 
 
-def test_an_unknown_part_is_refused_with_the_known_ones(plan, tmp_path, capsys):
+def test_an_unknown_part_is_refused_with_the_known_ones(tmp_path, capsys):
     with pytest.raises(SystemExit):
         plan.main(["--device", "cpu", "--folder", str(tmp_path), "--only", "smoek"])
     assert "expected some of smoke, kernels, " in capsys.readouterr().err

@@ -13,7 +13,7 @@ import deslo_plugin
 from deslo_plugin.attachment import Attachment
 from deslo_plugin.renamed import MODULES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "deslo_plugin"
 FLOORS = [  # a folder, or a file of the top, with those of its level; imports go to lower levels or stay in the folder
     ["errors", "log", "renamed", "version"],

@@ -1,15 +1,10 @@
-"""The arithmetic of benchmarks/link.py, on laps that are made up: what is exposed, what the link leaves, what is
-planned."""
-
-import sys
-from pathlib import Path
+"""The arithmetic of benchmarks/slow_link/link.py, on laps that are made up: what is exposed, what the link leaves, what
+is planned."""
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-from exposure import Segment, lap, row, unsettled
-from network import WIRE_PER_PAYLOAD
+from benchmarks.slow_link.exposure import Segment, lap, row, unsettled
+from benchmarks.slow_link.network import WIRE_PER_PAYLOAD
 
 STEP, K = 0.1, 4
 

@@ -2,24 +2,18 @@
 out."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "quality")]
-
-import clock
-import extrapolate
-import plots
-import study
-from findings import tables
-from ledger import Ledger
-from methods import LOCAL, METHODS, PRESETS, run, tuning
-from small_gpt import GPTConfig, small_gpt
-from trial import train
+ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.quality import clock, extrapolate, plots, study
+from benchmarks.quality.findings import tables
+from benchmarks.quality.ledger import Ledger
+from benchmarks.quality.methods import LOCAL, METHODS, PRESETS, run, tuning
+from benchmarks.quality.trial import train
+from benchmarks.simulation.small_gpt import GPTConfig, small_gpt
 
 GUESS = 5.545  # nats: one of 256 bytes
 SHORT = PRESETS["short"]

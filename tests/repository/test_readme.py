@@ -9,7 +9,7 @@ import yaml
 from deslo_plugin import load_config
 from deslo_plugin.config.schema import DesloConfig
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
 
 

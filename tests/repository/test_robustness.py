@@ -1,17 +1,12 @@
 """docs/robustness.md shows what benchmarks/results hold."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import curves
-import robustness
-import toy
+ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.simulation import curves, robustness, toy
 
 TEXT = (ROOT / "docs" / "robustness.md").read_text()
 EXPERIMENTS = json.loads(robustness.RESULTS.read_text())["experiments"]

@@ -6,13 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from oracle import Setting, blocks, states, train
-from test_oracle import noisy_quadratic, rare
-from theory import RULES
 from torch import nn
 
 from deslo_plugin import ConfigError, NonFiniteError
 from deslo_plugin.simulation import Failures, Growth, Logistic, Network, Quadratic, Replicas, Rosenbrock, simulate
+from tests.support.oracle import Setting, blocks, states, train
+from tests.support.quadratic import noisy_quadratic, rare
+from tests.support.theory import RULES
 
 REPLICAS, STEPS, SIZE, CLIP = 4, 25, 17, 3.0
 START = torch.linspace(-1, 1, SIZE, dtype=torch.float64)

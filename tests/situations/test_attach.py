@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import batch, loss_of, net
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch_jobs import mesh_of, whole
 
 import deslo_plugin
 from deslo_plugin import log
 from deslo_plugin.checkpoint import resharding
+from tests.support.jobs import batch, loss_of, net
+from tests.support.torch_jobs import mesh_of, whole
 
 EVERY = {"params": 3, "exp_avg": 3, "exp_avg_sq": 3}
 
@@ -340,7 +340,7 @@ def test_check_refuses_and_broadcast_says_nothing(four):
 
 
 def deepspeed_unseeded(stage: int, same_data: bool = False) -> list:
-    from jobs import engine_for, replica_state
+    from tests.support.jobs import engine_for, replica_state
 
     ds = {
         "optimizer": {"type": "DesLoc", "params": {"sync_every": {"params": 4}}},

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_jobs import Job, alone
-from test_checkpoint import config_for
 from typer.testing import CliRunner
 
 import deslo_plugin
 from deslo_plugin.checkpoint.manifest import file_checksums, read_manifest, write_manifest
 from deslo_plugin.cli.app import app
 from deslo_plugin.errors import ConfigError
+from tests.support.checkpoint_configs import config_for
+from tests.support.checkpoint_jobs import Job, alone
 
 
 class Runs:

@@ -6,16 +6,17 @@ import time
 from pathlib import Path
 
 import deepspeed
-import jobs
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import batch, engine_for, loss_of, net
-from test_deepspeed import RULES, ds_config
-from worlds import Processes
 
 from deslo_plugin.config.load import read_deslo
 from deslo_plugin.frameworks.deepspeed.config import refuse_unsupported
+from tests.support import jobs
+from tests.support.engine_configs import ds_config
+from tests.support.jobs import batch, engine_for, loss_of, net
+from tests.support.theory import RULES
+from tests.support.worlds import Processes
 
 GOOD = ds_config(RULES["des-loc-adam"], 2)
 PLAIN = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, "zero_optimization": {"stage": 2}}

@@ -9,15 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch_jobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Setting, blocks, states, train
-from test_oracle import assert_equal
-from theory import RULES
 from torch import nn
 from torch.nn import functional as F
-from worlds import threads
 
 import deslo_plugin
 from deslo_plugin import DesLoc, load_config
@@ -25,6 +20,11 @@ from deslo_plugin.comm.transport import SingleReplica
 from deslo_plugin.config.file import read_file
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.any_optimizer_step import schedule
+from tests.support import torch_jobs
+from tests.support.oracle import Setting, blocks, states, train
+from tests.support.quadratic import assert_equal
+from tests.support.theory import RULES
+from tests.support.worlds import threads
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LR, REPLICAS, ROWS, LABELS = 1e-3, 2, 300, 4

@@ -13,12 +13,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_jobs import Job
-from oracle import blocks
-from test_checkpoint import config_for
-from theory import RULES
 
 from deslo_plugin.comm.progress import Progress
+from tests.support.checkpoint_configs import config_for
+from tests.support.checkpoint_jobs import Job
+from tests.support.oracle import blocks
+from tests.support.theory import RULES
 
 S = RULES["mt-dao-adam-n2"]
 ROOM = 300  # bytes that a full disk still takes
@@ -248,9 +248,8 @@ def test_an_engine_says_it_likewise_and_its_latest_stays(four, tmp_path):
 
 
 def test_a_folder_of_other_things_is_not_replaced(tmp_path):
-    from checkpoint_jobs import alone
-
     import deslo_plugin
+    from tests.support.checkpoint_jobs import alone
 
     model, _ = alone()
     (tmp_path / "runs" / "step_1").mkdir(parents=True)
@@ -266,7 +265,7 @@ def test_a_folder_of_other_things_is_not_replaced(tmp_path):
 
 def accelerator_that_fails(kind: str, blocks_: dict, ds: dict | None, folder: str) -> dict[str, Any]:
     """``save_state`` where Accelerate's own file of one rank does not fit on the disk."""
-    import accelerate_jobs
+    from tests.support import accelerate_jobs
 
     accelerator, model, made = accelerate_jobs.prepared(
         kind, "before", "DesLoc" if ds is None else "DummyOptim", blocks_, ds

@@ -7,10 +7,11 @@ import logging
 import pytest
 import torch
 import torch.distributed as dist
-import torch_jobs
-from checkpoint_jobs import Job
-from oracle import blocks
-from theory import RULES
+
+from tests.support import torch_jobs
+from tests.support.checkpoint_jobs import Job
+from tests.support.oracle import blocks
+from tests.support.theory import RULES
 
 S = RULES["mt-dao-adam-n2"]  # parameters every 4 steps, biases every 2
 EVERY_4 = {"params": {"rule": "adam", "lr": 1e-2, "sync_every": {"params": 4, "exp_avg": 4, "exp_avg_sq": 4}}}

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jobs import MICRO_BATCH, batch, loss_of, net
-from theory import ACCUMULATION, CLIP
 from torch import Tensor
-from torch_jobs import stock_groups, two_groups, whole
+
+from tests.support.jobs import MICRO_BATCH, batch, loss_of, net
+from tests.support.theory import ACCUMULATION, CLIP
+from tests.support.torch_jobs import stock_groups, two_groups, whole
 
 
 def accelerator_for(kind: str, ds: dict | None = None, **options: Any) -> Any:

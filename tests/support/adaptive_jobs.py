@@ -1,9 +1,9 @@
 """Training with adaptive periods, on every rank of a ``Processes`` world."""
 
 import torch.distributed as dist
-from checkpoint_jobs import Job
 
 from deslo_plugin.averaging.metrics import SyncEvent
+from tests.support.checkpoint_jobs import Job
 
 
 def run(kind: str, config: dict, steps: int, folder: str = "") -> dict:

@@ -3,9 +3,9 @@
 import copy as copying
 
 import torch
-from device import DEVICE
 
 from deslo_plugin.kernels import update as ops
+from tests.support.device import DEVICE
 
 HALF = [torch.bfloat16, torch.float16]
 SIZES = [0, 1, 3, 63, 64, 65, 127, 1000, 4097]
@@ -13,6 +13,13 @@ SIZES = [0, 1, 3, 63, 64, 65, 127, 1000, 4097]
 # u + (1 - beta)(g - u) for beta u + (1 - beta) g. A 16-bit result may fall on the other side of a rounding.
 BOUND = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 FLOAT32 = (torch.float32, torch.float32, torch.float32, None)
+TYPES = [
+    FLOAT32,
+    (torch.bfloat16, torch.bfloat16, torch.float32, None),
+    (torch.float16, torch.float32, torch.float32, None),
+] * 3
+MIXED = [(n,) for n in [*SIZES, 300_001]]
+BRIEF = [(x, g, torch.bfloat16, None) for x in (torch.float32, *HALF) for g in (torch.float32, *HALF)] + [TYPES[-1]]
 
 
 def randn(shape, dtype, generator, offset=0):

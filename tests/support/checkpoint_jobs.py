@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch_jobs
-from jobs import engine_for, net, replica_state
-from jobs import train as train_engine
 from torch import Tensor
-from torch_jobs import attached, states_of
+
+from tests.support import torch_jobs
+from tests.support.jobs import engine_for, net, replica_state
+from tests.support.jobs import train as train_engine
+from tests.support.torch_jobs import attached, states_of
 
 
 class Job:

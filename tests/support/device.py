@@ -1,7 +1,7 @@
 """Where tests put tensors and models: ``DESLO_TEST_DEVICE``, by default the CPU. ``DESLO_TEST_DEVICE=cuda`` runs the
 suite on a GPU as it is.
 
-With another device than the CPU, ``install`` makes what a file of this folder creates without ``device=`` lie there:
+With another device than the CPU, ``install`` makes what a file of tests/ creates without ``device=`` lie there:
 tensors of torch's factories and modules of torch.nn, with the numbers that they have on the CPU. What the package,
 torch or a framework creates stays where it puts it, so that a tensor on the wrong device is found. Oracles compute on
 the CPU, and what comes from another device is compared there.
@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_map
 DEVICE = torch.device(os.environ.get("DESLO_TEST_DEVICE", "cpu"))
 ON_CPU = DEVICE.type == "cpu"
 ACCELERATOR = DEVICE.type  # DeepSpeed's name for it
-HERE = f"{Path(__file__).resolve().parent}{os.sep}"
+HERE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 TORCH = f"{Path(torch.__file__).resolve().parent}{os.sep}"
-ORACLES = {f"{HERE}{name}.py" for name in ("device", "oracle", "sequence_oracle", "theory")}
+ORACLES = {f"{HERE}support{os.sep}{name}.py" for name in ("device", "oracle", "sequence_oracle", "theory")}
 FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")
 RANDOM = ("rand", "randint", "randn", "randperm")
 VISIBLE = "DESLO_TEST_VISIBLE"  # what CUDA_VISIBLE_DEVICES is in ranks of a world

@@ -1,6 +1,6 @@
 """A script that survives the death of a rank: started again by its launcher, it goes on from its newest checkpoint.
 
-    torchrun --nproc_per_node 3 --max-restarts 1 tests/elastic_job.py FOLDER [RANK STEP]
+    torchrun --nproc_per_node 3 --max-restarts 1 tests/support/elastic_job.py FOLDER [RANK STEP]
 
 Rank RANK kills itself in step STEP, once. Prints a line ``trained from A to B: DIGEST``.
 """

@@ -4,18 +4,14 @@ import contextlib
 import io
 import logging
 import os
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
 
 
 def trained(framework: str, options: list[str]) -> tuple[float, dict[str, int], int]:
     """(validation loss, bytes by state, replicas) of one run of examples/train.py."""
     from accelerate.state import AcceleratorState, GradientState
-    from train import arguments
-    from worker import train
+    from examples.harness.command import arguments
+
+    from examples.harness.worker import train
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the world that stands is gloo's
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -30,7 +26,8 @@ def learning_rates(steps: int, params: dict) -> tuple[list[float], list[float]]:
     """(ours, DeepSpeed's) lr of the first ``steps`` steps."""
     import torch
     from deepspeed.runtime.lr_schedules import WarmupCosineLR
-    from frameworks.blocks import schedule_for
+
+    from examples.harness.frameworks.blocks import schedule_for
 
     seen = []
     for make in (

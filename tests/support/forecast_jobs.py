@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch_jobs
-from jobs import net
+
+from tests.support import torch_jobs
+from tests.support.jobs import net
 
 FEATURES, ROWS = next(iter(net().parameters())).shape[1], 4
 

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import jobs
 import torch
 import torch.distributed as dist
-import torch_jobs
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+
+from tests.support import jobs, torch_jobs
 
 PERIODS = {"params": 2, "exp_avg": 2, "exp_avg_sq": 2}
 
@@ -39,9 +39,8 @@ def scaled_by_accelerate(kind: str, way: str, overflow: int | None = None) -> di
     """Four steps through Accelerate beside a GradScaler, which it offers on GPUs only; the gradients of replica 1
     overflow at step ``overflow``. ``way``: whether the wrapper, or what is in it, is attached, or ``prepare`` did
     all."""
-    from accelerate_jobs import accelerator_for
-
     import deslo_plugin
+    from tests.support.accelerate_jobs import accelerator_for
 
     _quiet()
     accelerator, model, scaler = accelerator_for("ddp"), jobs.net(), torch.amp.GradScaler("cpu", init_scale=8.0)

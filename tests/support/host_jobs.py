@@ -10,12 +10,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from jobs import batch, loss_of, net
 from torch import Tensor
-from torch_jobs import attached, train
 
 from deslo_plugin.comm import host_transport
 from deslo_plugin.comm.staging import CopyStaging, Staged
+from tests.support.jobs import batch, loss_of, net
+from tests.support.torch_jobs import attached, train
 
 _own = count()
 

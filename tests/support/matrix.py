@@ -20,7 +20,7 @@ import venv
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE, BEGIN, END = ROOT / "docs" / "versions.md", "<!-- make matrix -->\n", "<!-- end -->\n"
 CASES = {
     "kernels": "kernels",
@@ -88,7 +88,9 @@ def run(row: str, folder: Path, wheel: Path, cases: list[str]) -> dict[str, str]
             ["--no-deps", wheel],
         ):
             subprocess.run([*pip, *wanted], check=True)
-        asked = [python, __file__, "--inside", "--row", row, *(word for case in cases for word in ("--case", case))]
+        asked = [python, "-m", "tests.support.matrix", "--inside", "--row", row]
+        asked += [word for case in cases for word in ("--case", case)]
+        (folder / "tests").symlink_to(ROOT / "tests")  # beside the wheel, without the checkout's package
         temporary = folder / "tmp"  # killed ranks leave things in it
         temporary.mkdir()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TMPDIR": str(temporary)}
@@ -107,10 +109,9 @@ def inside(row: str, cases: list[str]) -> dict[str, str]:
     for name, pin in (REFERENCE | ROWS[row]).items():
         installed = version(name).partition("+")[0]
         assert installed == pin, f"{name}: expected {pin}, got {installed}; another package of this row wants that one"
-    from worlds import Processes
-
     import deslo_plugin
     from deslo_plugin.kernels.update import native
+    from tests.support.worlds import Processes
 
     assert Path(deslo_plugin.__file__).is_relative_to(sys.prefix), deslo_plugin.__file__
     found = {}
@@ -140,14 +141,14 @@ def inside(row: str, cases: list[str]) -> dict[str, str]:
 
 def trained(options: list[str]) -> float:
     """The loss of the model that the Hugging Face Trainer's example averages out of its replicas; 4.2 at the start."""
-    from test_launch import TORCHRUN, run_example
+    from tests.support.trainer_example import TORCHRUN, run_example
 
     return run_example(TORCHRUN, options)["loss"]
 
 
 def resumed(world, case: str, folder: str) -> float:
     """How far a job that is built anew and loads an exact save is from the one that went on."""
-    import checkpoint_jobs
+    from tests.support import checkpoint_jobs
 
     kind = case.removesuffix(" resumed")
     results = world.run(
@@ -169,8 +170,8 @@ def resumed(world, case: str, folder: str) -> float:
 
 
 def config_of(case: str) -> dict:
-    from oracle import blocks
-    from theory import ACCUMULATION, CLIP, RULES
+    from tests.support.oracle import blocks
+    from tests.support.theory import ACCUMULATION, CLIP, RULES
 
     s = RULES["des-loc-adam"]
     if case.startswith("zero"):
@@ -184,15 +185,14 @@ def config_of(case: str) -> dict:
 
 def distance(world, case: str) -> float:
     """The largest distance of any state on any rank from the float64 oracle."""
-    import jobs
-    import torch_jobs
-    from theory import RULES, oracle_states
+    from tests.support import jobs, torch_jobs
+    from tests.support.theory import RULES, oracle_states
 
     s, config = RULES["des-loc-adam"], config_of(case)
     if case.startswith("zero"):
         results = world.run(jobs.run, config, STEPS, timeout=600)
     elif case.startswith("accelerate"):
-        import accelerate_jobs
+        from tests.support import accelerate_jobs
 
         kind = case.split()[1]
         ds = config_of("zero-2") | {"train_micro_batch_size_per_gpu": jobs.MICRO_BATCH} if kind == "deepspeed" else None

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from device import DEVICE
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from tests.support.device import DEVICE
 
 RANKS, LR, BETA1, BETA2, EPS, CLIP = 4, 1e-2, 0.9, 0.95, 1e-3, 0.05
 WORDS, WIDTH, OUTPUTS = 8, 4, 2

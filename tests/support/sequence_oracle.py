@@ -5,8 +5,21 @@ import copy
 from typing import Any
 
 import torch
-from sequence_jobs import BETA1, BETA2, CLIP, EPS, LR, RANKS, Net, loss_of, micro_batches, replica_of, scribble
 from torch import Tensor
+
+from tests.support.sequence_jobs import (
+    BETA1,
+    BETA2,
+    CLIP,
+    EPS,
+    LR,
+    RANKS,
+    Net,
+    loss_of,
+    micro_batches,
+    replica_of,
+    scribble,
+)
 
 
 class Oracle:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from jobs import engine_for
-from jobs import train as train_engine
-from torch_jobs import attached, train
+
+from tests.support.jobs import engine_for
+from tests.support.jobs import train as train_engine
+from tests.support.torch_jobs import attached, train
 
 
 def sums(attachment: Any, steps: int) -> dict:
@@ -68,8 +69,9 @@ def engine_recorded(ds: dict, steps: int) -> dict:
 
 def tracked(blocks: dict, steps: int) -> list[tuple[dict, int]]:
     """Accelerate with a tracker of our own: what it was told."""
-    import accelerate_jobs
     from accelerate.tracking import GeneralTracker
+
+    from tests.support import accelerate_jobs
 
     told: list[tuple[dict, int]] = []
 

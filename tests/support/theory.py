@@ -1,8 +1,9 @@
 """What the job in jobs.py must come to, by the float64 oracle: 4 ranks, two param groups, accumulation, clipping."""
 
-import jobs
 import torch
-from oracle import Setting, states, train
+
+from tests.support import jobs
+from tests.support.oracle import Setting, states, train
 
 ACCUMULATION, CLIP = 2, 0.3
 PERIODS = {"x": 3, "u1": 6, "u2": 4, "v": 12}

@@ -14,15 +14,15 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from device import DEVICE
-from jobs import batch, loss_of, net, two_groups
-from theory import ACCUMULATION, CLIP
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.comm.step_rate import StepRate
+from tests.support.device import DEVICE
+from tests.support.jobs import batch, loss_of, net, two_groups
+from tests.support.theory import ACCUMULATION, CLIP
 
 Wrap = Callable[..., tuple[nn.Module, dict[str, Any]]]
 

@@ -14,11 +14,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import device
 import torch
 from torch import Tensor
 
 from deslo_plugin.comm.transport import Fixed
+from tests.support import device
 
 PLENTY_S = 900  # against hangs, on a machine that is ten times as busy
 

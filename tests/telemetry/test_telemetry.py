@@ -10,11 +10,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
-import telemetry_jobs as jobs
 import torch
-from oracle import blocks
-from test_deepspeed import ds_config
-from theory import RULES
 
 import deslo_plugin
 from deslo_plugin import ConfigError, load_config
@@ -23,6 +19,10 @@ from deslo_plugin.kernels.drift import Drift
 from deslo_plugin.telemetry.jsonl_writer import JsonlWriter, read
 from deslo_plugin.telemetry.recorder import Recorder
 from deslo_plugin.telemetry.report.run import Run
+from tests.support import telemetry_jobs as jobs
+from tests.support.engine_configs import ds_config
+from tests.support.oracle import blocks
+from tests.support.theory import RULES
 
 S = RULES["mt-dao-adam-n2"]
 STEPS = 26
@@ -86,9 +86,8 @@ def test_without_the_block_nothing_is_written(four, tmp_path):
 
 def test_the_pseudo_gradient_of_equal_steps_has_cosine_1_and_of_opposite_steps_minus_1():
     """Two replicas from x = 1: by hand, Delta = (0.5, 0.5), then (0.25, -0.75), whose mean points down."""
-    from worlds import threads
-
     from deslo_plugin.averaging.pseudo_gradient import NAME, PseudoGradient
+    from tests.support.worlds import threads
 
     def one(average):
         x = torch.nn.Parameter(torch.ones(3))
@@ -136,7 +135,7 @@ def test_a_run_that_goes_on_writes_what_it_does_over_again_once(four, tmp_path):
 
 
 def test_a_killed_rank_leaves_whole_lines(tmp_path):
-    from worlds import Processes
+    from tests.support.worlds import Processes
 
     world = Processes(2, tmp_path)
     try:

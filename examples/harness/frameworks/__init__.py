@@ -19,10 +19,10 @@ from typing import Any
 
 from torch import nn
 
-from frameworks.job import Job
+from .job import Job
 
 
 def start(framework: str, model: nn.Module, config: Mapping[str, Any], replica_size: int) -> Job:
     """Wraps `model`, the same on every rank, as `framework` does and `config` says; `replica_size` is in ranks."""
     # Only the one that is asked for is imported: no other needs to be installed.
-    return import_module(f"frameworks.{framework}").start(model, config, replica_size)
+    return import_module(f".{framework}", __name__).start(model, config, replica_size)

@@ -9,9 +9,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from deslo_plugin import attach_accelerator
-from frameworks.blocks import optimizer_for, schedule_for
-from frameworks.job import Batch, Job, own_device
-from frameworks.native import weights
+
+from .blocks import optimizer_for, schedule_for
+from .job import Batch, Job, own_device
+from .native import weights
 
 
 def start(model: nn.Module, config: Mapping[str, Any], replica_size: int) -> Job:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from frameworks import native
-from frameworks.job import Job
+from . import native
+from .job import Job
 
 
 def start(model: nn.Module, config: Mapping[str, Any], replica_size: int) -> Job:

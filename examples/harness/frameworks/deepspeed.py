@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from frameworks.job import Batch, Job, own_device
+from .job import Batch, Job, own_device
 
 if own_device().type == "cpu":  # DeepSpeed reads the variable as it is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

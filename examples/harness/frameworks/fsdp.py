@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from frameworks import native
-from frameworks.job import Job
+from . import native
+from .job import Job
 
 
 def start(model: nn.Module, config: Mapping[str, Any], replica_size: int) -> Job:

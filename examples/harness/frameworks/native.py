@@ -13,8 +13,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from deslo_plugin import DesLoc, attach, averaged_state_dict
 from deslo_plugin.attachment import Attachment
-from frameworks.blocks import optimizer_for, schedule_for
-from frameworks.job import Batch, Job, own_device
+
+from .blocks import optimizer_for, schedule_for
+from .job import Batch, Job, own_device
 
 
 def join() -> torch.device:

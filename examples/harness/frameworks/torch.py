@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from frameworks import ddp, native
-from frameworks.job import Job
+from . import ddp, native
+from .job import Job
 
 
 def start(model: nn.Module, config: Mapping[str, Any], replica_size: int) -> Job:

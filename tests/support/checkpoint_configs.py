@@ -1,0 +1,21 @@
+"""Configs of the job that checkpoints are made of, and how its states are compared."""
+
+from tests.support.engine_configs import ds_config
+from tests.support.oracle import blocks
+from tests.support.theory import RULES
+
+S = RULES["mt-dao-adam-n2"]
+
+
+def config_for(kind: str, **deslo) -> dict:
+    if kind.startswith("zero"):
+        return ds_config(S, int(kind[-1]), deslo=deslo)
+    return blocks(S, **({"replica_size": 2} if kind == "ddp" else {}), **deslo)
+
+
+def same(a: dict, b: dict, tolerance: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for state, tensors in a.items():
+        for name, tensor in tensors.items():
+            error = (tensor.double() - b[state][name].double()).abs().max()
+            assert error <= tolerance, f"{state} of {name}: {error:.3g}"
