@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from tests.support import jobs
+from tests.support import engine_error_jobs
 from tests.support.engine_configs import ds_config
 from tests.support.theory import RULES
 from tests.support.worlds import Processes
@@ -47,14 +47,14 @@ def changed(path: str, value) -> dict:
     ],
 )
 def test_a_config_that_cannot_work_is_refused_on_every_rank(four, path, value, message):
-    for error in four().run(jobs.raises, changed(path, value)):
+    for error in four().run(engine_error_jobs.raises, changed(path, value)):
         assert error.startswith("ConfigError: "), error
         assert message in error
 
 
 def test_fp16_without_zero_is_refused_with_the_reason(four):
     ds = ds_config(RULES["des-loc-adam"], 0, fp16={"enabled": True})
-    for error in four().run(jobs.raises, ds):
+    for error in four().run(engine_error_jobs.raises, ds):
         assert "never applied" in error
 
 
@@ -62,59 +62,59 @@ def test_skip_needs_deepspeeds_own_check_in_bf16(four):
     ds = ds_config(
         RULES["des-loc-adam"], 2, bf16={"enabled": True, "check_grad_overflow": False}, deslo={"on_nonfinite": "skip"}
     )
-    for error in four().run(jobs.raises, ds):
+    for error in four().run(engine_error_jobs.raises, ds):
         assert "check_grad_overflow" in error
 
 
 def test_configs_that_differ_between_ranks_are_named(four):
     for key, value in (("optimizer.params.lr", 0.5), ("deslo.average_at", "after_step"), ("gradient_clipping", 9.0)):
         each = [GOOD, GOOD, GOOD, changed(key, value)]
-        for error in four().run(jobs.raises, each):
+        for error in four().run(engine_error_jobs.raises, each):
             assert f"the DeepSpeed config's {key}: expected" in error
             assert f"got {value} on rank(s) [3]" in error
 
 
 def test_a_mistake_on_one_rank_alone_reaches_all_ranks(four):
     for key, value in (("optimizer.params.sync_evry", 3), ("deslo.replica_size", 3), ("optimizer.type", "Desloc")):
-        for error in four().run(jobs.raises, [GOOD, GOOD, changed(key, value), GOOD]):
+        for error in four().run(engine_error_jobs.raises, [GOOD, GOOD, changed(key, value), GOOD]):
             assert f"the DeepSpeed config's {key}: expected" in error and f"got {value} on rank(s) [2]" in error
 
 
 def test_param_groups_that_differ_between_ranks_are_named(four):
-    for error in four().run(jobs.groups_that_differ, GOOD):
+    for error in four().run(engine_error_jobs.groups_that_differ, GOOD):
         assert "optimizer param group 0.sync_every: expected" in error and "on rank(s) [1]" in error
 
 
 def test_seeds_that_differ_between_ranks_are_named(four):
-    for error in four().run(jobs.raises, changed("deslo.initial_params", "check"), 0, [7, 7, 8, 7]):
+    for error in four().run(engine_error_jobs.raises, changed("deslo.initial_params", "check"), 0, [7, 7, 8, 7]):
         assert "initial value of parameter 0.weight" in error
         assert "rank(s) [2]; seed every rank alike" in error
 
 
 def test_broadcast_starts_every_replica_from_the_first(four):
     ds = changed("deslo.initial_params", "broadcast")
-    assert four().run(jobs.raises, ds, 2, [1, 2, 3, 4]) == ["no error"] * 4
+    assert four().run(engine_error_jobs.raises, ds, 2, [1, 2, 3, 4]) == ["no error"] * 4
 
 
 def test_model_shapes_that_differ_between_ranks_are_named(four):
-    for error in four().run(jobs.raise_with_hidden, GOOD, [3, 3, 3, 4]):
+    for error in four().run(engine_error_jobs.raise_with_hidden, GOOD, [3, 3, 3, 4]):
         assert "model parameter 2.weight: expected (3, 8) torch.float32 on every rank" in error
         assert "got (4, 8) torch.float32 on rank(s) [3]" in error
 
 
 def test_an_optimizer_given_twice_is_refused(four):
-    for error in four().run(jobs.given_twice, GOOD):
+    for error in four().run(engine_error_jobs.given_twice, GOOD):
         assert "expected one optimizer, got two" in error
 
 
 def test_a_foreign_mpu_is_refused(four):
-    for error in four().run(jobs.foreign_mpu, GOOD):
+    for error in four().run(engine_error_jobs.foreign_mpu, GOOD):
         assert "model parallelism is not supported yet" in error
 
 
 def test_nan_in_one_replica_stops_every_rank_before_it_spreads(four):
     ds = ds_config(RULES["des-loc-adam"], 0)
-    results = four().run(jobs.average_refused, ds, 12, (1, 4))
+    results = four().run(engine_error_jobs.average_refused, ds, 12, (1, 4))
     assert len({message for message, _ in results}) == 1
     assert "NonFiniteError: average of params" in results[0][0] and "rank(s) [2, 3]" in results[0][0]
     assert [finite for _, finite in results] == [True, True, False, False]
@@ -122,7 +122,7 @@ def test_nan_in_one_replica_stops_every_rank_before_it_spreads(four):
 
 def test_nan_that_bf16_zero_does_not_look_for_stops_every_rank(four):
     ds = ds_config(RULES["des-loc-adam"], 2, bf16={"enabled": True, "check_grad_overflow": False})
-    results = four().run(jobs.average_refused, ds, 12, (0, 4))
+    results = four().run(engine_error_jobs.average_refused, ds, 12, (0, 4))
     assert all("NonFiniteError" in message for message, _ in results)
     assert [finite for _, finite in results] == [False, False, True, True]
 
@@ -135,7 +135,7 @@ def test_an_average_that_a_rank_misses_names_this_rank(tmp_path, overlap, fate, 
     world = Processes(4, tmp_path)
     try:
         ds = ds_config(RULES["des-loc-adam"], 0, deslo={"timeout_s": 4, "overlap_comm": overlap, "replica_size": 1})
-        errors = world.outcomes(jobs.missed_average, ds, fate)
+        errors = world.outcomes(engine_error_jobs.missed_average, ds, fate)
         for error in errors[:3]:
             assert error.startswith(
                 "AverageError: average over replicas: expected ranks [0, 1, 2, 3] to answer within 4 s"

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from tests.support import torch_error_jobs
 from tests.support import torch_jobs as jobs
 from tests.support.oracle import blocks
 from tests.support.theory import RULES
@@ -45,7 +46,7 @@ def test_what_cannot_work_is_refused_on_every_rank(four, wrap, deslo, options, m
 
 
 def test_torch_that_moved_its_internals_is_named(four):
-    for error in four().run(jobs.moved_internals, blocks(S)):
+    for error in four().run(torch_error_jobs.moved_internals, blocks(S)):
         assert "expected FSDP2 as in torch 2.13" in error and 'fully_shard(model, mesh=mesh["shard"])' in error
 
 
@@ -70,14 +71,14 @@ def test_torch_that_moved_its_internals_is_named(four):
     ],
 )
 def test_mistakes_in_calling_attach_are_named_on_every_rank(four, mistake, message):
-    for error in four().run(jobs.misused, mistake, blocks(S)):
+    for error in four().run(torch_error_jobs.misused, mistake, blocks(S)):
         assert re.search(f"ConfigError: .*{message}", error), error
 
 
 def test_a_rank_that_takes_fewer_steps_is_named_by_the_ranks_that_wait_for_it(four):
     """Rank 3 leaves the loop one step before an average is due."""
     config = blocks(S, timeout_s=2.0)
-    outcomes = four().outcomes(jobs.fewer_steps, config)
+    outcomes = four().outcomes(torch_error_jobs.fewer_steps, config)
     assert outcomes[3] == "left"
     for error in outcomes[:3]:
         assert re.search(
@@ -86,5 +87,5 @@ def test_a_rank_that_takes_fewer_steps_is_named_by_the_ranks_that_wait_for_it(fo
 
 
 def test_nan_of_one_replica_stops_every_replica_before_it_is_averaged(four):
-    for message, finite in four().run(jobs.poisoned, blocks(S), 1):
+    for message, finite in four().run(torch_error_jobs.poisoned, blocks(S), 1):
         assert re.search(r"NonFiniteError: average of .* got NaN or inf from rank\(s\) \[1\]", message)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.support import gpu_fault_jobs as jobs
+from tests.support import waiting_jobs
 from tests.support.engine_configs import ds_config, stock_ds
 from tests.support.oracle import blocks
 from tests.support.theory import RULES, assert_oracle, oracle_states
@@ -106,7 +107,7 @@ def test_parts_that_ranks_average_for_each_other_come_back_in_their_places(four,
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_engine_waits_for_no_average_that_travels(four, stage, stock):
     ds = of_engine(stage, stock)
-    for result in four().run(jobs.waits_of_an_engine, ds, 8, stock):
+    for result in four().run(waiting_jobs.waits_of_an_engine, ds, 8, stock):
         assert result["in the air"] == [] and result["launched"] > 4
         assert result["synchronized"] is False
 
@@ -115,7 +116,7 @@ def test_an_engine_waits_for_no_average_that_travels(four, stage, stock):
 def test_an_engine_waits_for_no_average_that_travels_for_two_steps_or_says_so(four, stage, persistent):
     """ZeRO-3 ends each step with a wait for the parameters that it keeps whole, which falls into the flight."""
     zero = {} if persistent is None else {"stage3_param_persistence_threshold": persistent}
-    results = four().run(jobs.waits_of_an_engine, of_engine(stage, False, zero, sync_delay=2), 10, False)
+    results = four().run(waiting_jobs.waits_of_an_engine, of_engine(stage, False, zero, sync_delay=2), 10, False)
     for result in results:
         assert result["launched"] > 4 and bool(result["in the air"]) == bool(persistent)
         assert all("allgather_params" in place for place in result["in the air"])
@@ -130,20 +131,20 @@ def of_engine(stage, stock, zero=None, **deslo):
 
 
 def test_timers_of_engines_without_overlap_and_of_others_are_left_alone(four):
-    for result in four().run(jobs.waits_of_an_engine, of_engine(2, False, overlap_comm=False), 4, False):
+    for result in four().run(waiting_jobs.waits_of_an_engine, of_engine(2, False, overlap_comm=False), 4, False):
         assert result["synchronized"] is True and result["in the air"] == []
-    assert four().run(jobs.plain_engine_beside, of_engine(2, False)) == [(False, True)] * 4
+    assert four().run(waiting_jobs.plain_engine_beside, of_engine(2, False)) == [(False, True)] * 4
 
 
 @pytest.mark.parametrize("stage, warns", [(1, True), (2, True), (3, False)])
 def test_a_setting_of_zero_that_waits_in_each_backward_is_said(four, stage, warns):
-    results = four().run(jobs.waits_of_an_engine, of_engine(stage, False, {"overlap_comm": True}), 3, False)
+    results = four().run(waiting_jobs.waits_of_an_engine, of_engine(stage, False, {"overlap_comm": True}), 3, False)
     assert any("zero_optimization.overlap_comm waits" in line for line in results[0]["said"]) == warns
 
 
 def test_a_rank_that_is_late_is_named_while_it_is_waited_for_and_training_goes_on(four):
     config = blocks(S, replica_size=1)
-    results = four().run(jobs.late_rank, config, 2, 5, 8, 5.0)
+    results = four().run(waiting_jobs.late_rank, config, 2, 5, 8, 5.0)
     for rank, (said, _) in enumerate(results):
         named = [line for line in said if "in an average; rank 2 has not come to it" in line]
         assert bool(named) == (rank != 2), said

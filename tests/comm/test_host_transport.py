@@ -14,7 +14,7 @@ from deslo_plugin.comm.topology import contiguous
 from deslo_plugin.planning import transport_choice
 from deslo_plugin.planning.plan import make_plan
 from deslo_plugin.planning.route import Route
-from tests.support import host_jobs
+from tests.support import host_jobs, torch_error_jobs, torch_use_jobs
 from tests.support import jobs as engine_jobs
 from tests.support import torch_jobs as jobs
 from tests.support.engine_configs import ds_config
@@ -81,14 +81,14 @@ def test_replicas_weighted_by_samples_train_alike(four, wrap):
         if wrap == "zero-2":
             results.append(four().run(engine_jobs.weighted, ds_config(s, 2, deslo=deslo), 12))
         else:
-            results.append(four().run(jobs.weighted, wrap, blocks(s, **deslo), 12, wrap == "plain"))
+            results.append(four().run(torch_use_jobs.weighted, wrap, blocks(s, **deslo), 12, wrap == "plain"))
     assert_same(*results)
 
 
 def test_buffers_of_the_model_take_the_same_way(four):
     config = {"optimizer": {"params": {"sync_every": {"params": 4}}}, "deslo": {"replica_size": 2}}
     config["deslo"]["transport"] = "host"
-    for result in four().run(jobs.batch_norm, config, 5):
+    for result in four().run(torch_use_jobs.batch_norm, config, 5):
         assert not result["equal at 4"] and result["equal at 5"]
 
 
@@ -111,7 +111,7 @@ def test_a_rank_that_is_late_or_dead_is_named(tmp_path, fate, limit, step):
     world = Processes(3, tmp_path)
     try:
         config = blocks(RULES["des-loc-adam"], timeout_s=limit, transport="host")
-        outcomes = world.outcomes(jobs.missing, config, fate, 1, step)
+        outcomes = world.outcomes(torch_error_jobs.missing, config, fate, 1, step)
     finally:
         world.close()
     for error in outcomes[:1] + outcomes[2:]:

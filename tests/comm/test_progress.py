@@ -8,7 +8,7 @@ import pytest
 
 from deslo_plugin.comm import step_rate
 from deslo_plugin.comm.step_rate import StepRate, Stragglers
-from tests.support import torch_jobs as jobs
+from tests.support import torch_error_jobs, torch_use_jobs
 from tests.support.oracle import blocks
 from tests.support.theory import RULES
 from tests.support.worlds import Processes
@@ -35,7 +35,7 @@ def world(request, tmp_path):
 @pytest.mark.parametrize("world, overlap", [("file", True), ("tcp", False)], indirect=["world"])
 def test_a_late_rank_is_named_with_its_last_step_by_all_that_wait_for_it(world, overlap):
     """Rank 1 stops coming before step 5; the average after step 4 has landed, that after step 6 is missed."""
-    outcomes = world.outcomes(jobs.missing, blocks(S, timeout_s=2.0, overlap_comm=overlap), "late", 1, 5)
+    outcomes = world.outcomes(torch_error_jobs.missing, blocks(S, timeout_s=2.0, overlap_comm=overlap), "late", 1, 5)
     for error in outcomes[:1] + outcomes[2:]:
         assert re.search(
             r"AverageError: .*; rank 1 has not come to it \(its last average was after step 4, \d+\.\d s ago\)", error
@@ -47,7 +47,7 @@ def test_a_late_rank_is_named_with_its_last_step_by_all_that_wait_for_it(world, 
 def test_a_rank_that_died_while_an_average_travelled_is_named(world):
     """Rank 1 is killed under the forward of step 4, when the average after step 4 is on its way: it never says whether
     that may land."""
-    outcomes = world.outcomes(jobs.missing, blocks(S, timeout_s=30.0), "dead", 1, 4)
+    outcomes = world.outcomes(torch_error_jobs.missing, blocks(S, timeout_s=30.0), "dead", 1, 4)
     assert outcomes[1] == "the process died"
     for error in outcomes[:1] + outcomes[2:]:
         assert re.search(
@@ -61,7 +61,7 @@ def test_a_store_that_died_with_its_host_is_said(tmp_path):
         free.bind(("127.0.0.1", 0))
         world = Processes(3, tmp_path, f"tcp://127.0.0.1:{free.getsockname()[1]}")
     try:
-        for error in world.outcomes(jobs.missing, blocks(S, timeout_s=30.0), "dead", 0, 4)[1:]:
+        for error in world.outcomes(torch_error_jobs.missing, blocks(S, timeout_s=30.0), "dead", 0, 4)[1:]:
             assert re.search(
                 "AverageError: .*; the store that knows who is late gave no answer in 5 s: its host", error
             )
@@ -110,7 +110,7 @@ def test_a_replica_is_slow_by_a_quarter_three_times_in_a_row(monkeypatch, rounds
 @FILE_AND_TCP
 def test_real_replicas_name_the_slow_one(world):
     """Rank 2 needs three times as long for a step."""
-    results = world.run(jobs.stragglers, blocks(S), 2)
+    results = world.run(torch_use_jobs.stragglers, blocks(S), 2)
     for result in results:
         assert result["rates"] == pytest.approx({0: 1 / 100, 1: 1 / 100, 2: 1 / 300}, rel=0.2)
         assert result["early"] == {}

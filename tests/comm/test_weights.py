@@ -6,6 +6,7 @@ import torch
 from deslo_plugin import AverageError, ConfigError, DesLoc
 from tests.support import jobs as deepspeed_jobs
 from tests.support import torch_jobs as jobs
+from tests.support import torch_use_jobs
 from tests.support.engine_configs import ds_config
 from tests.support.oracle import Setting, blocks, states, train
 from tests.support.quadratic import SIZE, assert_equal, noisy_quadratic
@@ -164,14 +165,14 @@ def theory_of(rank_of: list[list[int]], steps: int, rests: bool, own_period: boo
             torch.nn.utils.vector_to_parameters(vector, group["params"])
         model.zero_grad()
         for rank in rank_of[replica]:
-            if not jobs.batch_of(rank, step, rests):
+            if not torch_use_jobs.batch_of(rank, step, rests):
                 return None
             inputs, targets = (each.cpu().double() for each in jobs.batch(rank, step, 0))
             ((model(inputs) - targets).square().mean() / len(rank_of[replica])).backward()
         return [torch.cat([p.grad.flatten() for p in group["params"]]) for group in groups]
 
     starts = [torch.cat([p.detach().flatten() for p in group["params"]]) for group in groups]
-    samples = lambda replica, step: sum(jobs.batch_of(rank, step, rests) for rank in rank_of[replica])
+    samples = lambda replica, step: sum(torch_use_jobs.batch_of(rank, step, rests) for rank in rank_of[replica])
     names = {id(p): name for name, p in model.named_parameters()}
     out = []
     for replica in train(settings, starts, len(rank_of), steps, gradient, samples=samples):
@@ -198,20 +199,22 @@ def test_real_replicas_weigh_what_they_saw_and_leave_steps_out(four, wrap, optim
     config = blocks(RULES["des-loc-adam"], replica_weights="samples", **({"replica_size": 1} if wrap == "ddp" else {}))
     if optimizer:
         config = {"deslo": config["deslo"] | {"sync_every": {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}}}
-    results = four().run(jobs.weighted, wrap, config, 14, True, optimizer)
+    results = four().run(torch_use_jobs.weighted, wrap, config, 14, True, optimizer)
     assert_trained(results, theory_of([[0], [1], [2], [3]], 14, True, own_period=optimizer is None))
     assert all("replicas weighted by samples" in result["banner"] for result in results)
 
 
 def test_a_replica_of_several_ranks_counts_what_all_of_them_saw(four):
-    results = four().run(jobs.weighted, "fsdp", blocks(RULES["des-loc-adam"], replica_weights="samples"), 14, False)
+    results = four().run(
+        torch_use_jobs.weighted, "fsdp", blocks(RULES["des-loc-adam"], replica_weights="samples"), 14, False
+    )
     theory = theory_of([[0, 1], [2, 3]], 14, False)
     assert_trained(results, [theory[0], theory[0], theory[1], theory[1]])
 
 
 def test_running_statistics_have_the_weights_of_the_parameters(four):
     config = blocks(RULES["des-loc-adam"], replica_weights="samples", replica_size=1)
-    results = four().run(jobs.weighted, "ddp", config, 8, True, None, True)
+    results = four().run(torch_use_jobs.weighted, "ddp", config, 8, True, None, True)
     assert all(
         result["bytes"] == result["planned"] and result["bytes"]["buffers"] == 4 * 4 * (2 * 4 + 1) for result in results
     )

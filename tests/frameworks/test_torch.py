@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.support import torch_jobs as jobs
+from tests.support import torch_use_jobs
 from tests.support.oracle import Setting, blocks
 from tests.support.theory import ACCUMULATION, RULES, assert_oracle, oracle_states
 from tests.support.worlds import Processes
@@ -92,7 +93,7 @@ def test_eight_ranks_in_three_dimensions_train_as_the_oracle(tmp_path):
 def test_a_parameter_that_one_replica_does_not_use_is_averaged_in_the_warm_up_too(four, wrap):
     """Replica 0 never uses the last layer: its gradient counts as zero, the last layer stays equal everywhere."""
     results = four().run(
-        jobs.unused,
+        torch_use_jobs.unused,
         wrap,
         {
             "optimizer": {"params": {"lr": 1e-2}},

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import deslo_plugin
+from tests.support import torch_error_jobs, torch_use_jobs
 from tests.support import torch_jobs as jobs
 from tests.support.oracle import blocks
 from tests.support.theory import RULES, assert_oracle, oracle_states
@@ -22,13 +23,13 @@ def same(results, others, tolerance=0.0):
 @pytest.mark.parametrize("wrap", ["fsdp", "hsdp"])
 @pytest.mark.parametrize("variant", ["cpu offload", "no reshard", "reshard to 1", "checkpointing", "compiled block"])
 def test_variants_of_fsdp_train_as_the_oracle(four, wrap, variant):
-    results = four().run(jobs.fsdp_variant, wrap, variant, blocks(S), 14)
+    results = four().run(torch_use_jobs.fsdp_variant, wrap, variant, blocks(S), 14)
     assert_oracle(results, oracle_states(S, 14))
 
 
 @pytest.mark.parametrize("wrap", ["fsdp", "hsdp"])
 def test_mixed_precision_keeps_float32_states(four, wrap):
-    results = four().run(jobs.fsdp_variant, wrap, "mixed precision", blocks(S), 14)
+    results = four().run(torch_use_jobs.fsdp_variant, wrap, "mixed precision", blocks(S), 14)
     assert_oracle(results, oracle_states(S, 14), tolerance=0.02)
     assert all(t.dtype == torch.float32 for r in results for tensors in r["states"].values() for t in tensors.values())
 
@@ -56,7 +57,7 @@ def test_ddp_on_the_ranks_of_a_replica_is_the_hierarchical_form(four):
 
 
 def test_running_statistics_average_with_the_parameters(four):
-    for result in four().run(jobs.batch_norm, blocks(S, replica_size=1, average_at="after_step"), 2):
+    for result in four().run(torch_use_jobs.batch_norm, blocks(S, replica_size=1, average_at="after_step"), 2):
         assert result["equal at 2"] and not result["equal at 1"]
         assert result["bytes"]["buffers"] == 2 * 4 * 4  # mean and variance of 4 features, once
         assert result["tracked"] == 2 * 2  # steps x micro-batches, counted by each replica itself
@@ -65,7 +66,7 @@ def test_running_statistics_average_with_the_parameters(four):
 @pytest.mark.parametrize("wrap, stock", [("plain", False), ("plain", True), ("ddp", False), ("ddp", True)])
 def test_a_step_that_the_grad_scaler_skips_on_one_replica_still_ticks_and_averages(four, wrap, stock):
     """Rank 1 overflows at step 2: its state stays, its clock does not, and all meet at step 4."""
-    results = four().run(jobs.scaled, wrap, stock, 5)
+    results = four().run(torch_use_jobs.scaled, wrap, stock, 5)
     assert [result["skipped"] for result in results] == [0, 1, 0, 0]
     assert [result["steps"] for result in results] == [5] * 4
     assert all(result["bytes"] == results[0]["bytes"] for result in results)
@@ -74,7 +75,7 @@ def test_a_step_that_the_grad_scaler_skips_on_one_replica_still_ticks_and_averag
 
 @pytest.mark.parametrize("wrap", ["plain", "ddp", "fsdp", "hsdp"])
 def test_the_exported_model_is_the_mean_of_the_replicas(four, wrap):
-    results = four().run(jobs.exported, wrap, blocks(S) if wrap != "ddp" else LOCAL, 7)
+    results = four().run(torch_use_jobs.exported, wrap, blocks(S) if wrap != "ddp" else LOCAL, 7)
     states = [result["state"] for result in results]
     for name, mean in states[0].items():
         own = torch.stack([result["own"][name].double() for result in results]).mean(0)
@@ -84,13 +85,13 @@ def test_the_exported_model_is_the_mean_of_the_replicas(four, wrap):
 
 
 def test_a_model_can_still_be_copied_and_pickled(four):
-    assert four().run(jobs.copied, LOCAL) == [True] * 4
+    assert four().run(torch_use_jobs.copied, LOCAL) == [True] * 4
 
 
 def test_replicas_that_start_unequal_are_refused_or_made_equal(four):
-    errors = four().run(jobs.unequal, "check")
+    errors = four().run(torch_error_jobs.unequal, "check")
     assert all("initial value of parameter 0.weight: expected" in e and "seed every rank alike" in e for e in errors)
-    assert four().run(jobs.unequal, "broadcast") == ["equal"] * 4
+    assert four().run(torch_error_jobs.unequal, "broadcast") == ["equal"] * 4
 
 
 @pytest.mark.parametrize("stock", [False, True])

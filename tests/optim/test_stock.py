@@ -9,6 +9,7 @@ from deslo_plugin import ConfigError, load_config
 from deslo_plugin.comm.transport import SingleReplica
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.any_optimizer_step import schedule
+from tests.support import engine_error_jobs, torch_use_jobs
 from tests.support import jobs as deepspeed_jobs
 from tests.support import torch_jobs as jobs
 from tests.support.engine_configs import ADAMW, SYNC_EVERY, stock_ds
@@ -76,7 +77,7 @@ def test_adamw_of_a_deepspeed_json_trains_as_the_oracle(four, stage):
 def test_a_skip_that_nobody_would_take_is_refused(four):
     ds = stock_ds(0)
     ds["deslo"]["on_nonfinite"] = "skip"
-    for error in four().run(deepspeed_jobs.raises, ds):
+    for error in four().run(engine_error_jobs.raises, ds):
         assert 'deslo.on_nonfinite: expected "stop"' in error
 
 
@@ -98,7 +99,7 @@ def test_a_deepspeed_resume_in_the_middle_of_a_period_changes_no_bit(four, tmp_p
 def test_whatever_states_an_optimizer_has_are_averaged(four, optimizer, states):
     """After an average that is taken after the update replicas are equal in all that was averaged."""
     config = {"deslo": {"average_at": "after_step", "sync_every": {"params": 2} | dict.fromkeys(states, 4)}}
-    at_4, at_6 = (four().run(jobs.raw_states, "plain", config, steps, optimizer) for steps in (4, 6))
+    at_4, at_6 = (four().run(torch_use_jobs.raw_states, "plain", config, steps, optimizer) for steps in (4, 6))
     for state in ("params", *states):
         assert all(torch.equal(mine, first) for one in at_4 for mine, first in zip(one[state], at_4[0][state]))
     assert not torch.equal(at_6[0][states[0]][0], at_6[1][states[0]][0])
@@ -124,7 +125,7 @@ def test_torchs_lr_schedulers_are_built_before_or_after(first):
 
 
 def test_two_optimizers_of_one_model_have_their_own_periods(four):
-    equal = four().run(jobs.muon_and_adamw, 6)
+    equal = four().run(torch_use_jobs.muon_and_adamw, 6)
     assert equal == [{"params": True, "momentum_buffer": True, "exp_avg": False, "exp_avg_sq": True}] * 4
 
 
@@ -146,7 +147,7 @@ def test_states_that_do_not_fit_the_schedule_are_named_after_the_first_step(four
 def test_a_state_that_has_no_mean_is_refused_unless_it_stays_local(four):
     for period, expected in ((2, "null: int8 values of Quantised have no mean, got 2"), (None, "no error")):
         config = {"deslo": {"sync_every": {"params": 2, "codes": period}}}
-        for error in four().run(jobs.raises, "plain", config, 3, None, jobs.quantised):
+        for error in four().run(jobs.raises, "plain", config, 3, None, torch_use_jobs.quantised):
             assert expected in error
 
 
