@@ -21,10 +21,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.quality.ablations import ablations
 from benchmarks.quality.choice import at_best_rate
 from benchmarks.quality.findings import tables
 from benchmarks.quality.ledger import Ledger
-from benchmarks.quality.methods import PRESETS, Preset, Run, ablations, tuning
+from benchmarks.quality.methods import PRESETS, Preset, Run, tuning
 from benchmarks.quality.plots import draw
 from benchmarks.quality.trial import train
 

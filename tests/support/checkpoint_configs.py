@@ -1,5 +1,12 @@
-"""Configs of the job that checkpoints are made of, and how its states are compared."""
+"""Configs of the job that checkpoints are made of, a checkpoint of one process, and how states are compared."""
 
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import deslo_plugin
+from tests.support.checkpoint_jobs import alone
 from tests.support.engine_configs import ds_config
 from tests.support.oracle import blocks
 from tests.support.theory import RULES
@@ -19,3 +26,12 @@ def same(a: dict, b: dict, tolerance: float = 0.0) -> None:
         for name, tensor in tensors.items():
             error = (tensor.double() - b[state][name].double()).abs().max()
             assert error <= tolerance, f"{state} of {name}: {error:.3g}"
+
+
+def saved(path: Path, mode: str = "averaged", **options: Any) -> Path:
+    torch.manual_seed(0)
+    model, optimizer = alone()
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    deslo_plugin.save(path, model, mode=mode, extra={"batch": 3}, **options)
+    return path

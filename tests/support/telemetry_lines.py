@@ -1,6 +1,11 @@
-"""Lines of telemetry that a run would have written."""
+"""Lines of telemetry: those that a run would have written, and those that one has."""
 
 import json
+from collections import Counter
+
+from deslo_plugin.telemetry.jsonl_writer import read
+from tests.support.oracle import blocks
+from tests.support.theory import RULES
 
 PARAMS, MOMENT = 1000, 500  # bytes of an average
 
@@ -47,3 +52,24 @@ def write(folder, replica, *records):
     path = folder / f"replica-{replica}.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+S = RULES["mt-dao-adam-n2"]
+
+
+STEPS = 26
+
+
+def local(path, **telemetry):
+    return blocks(S, replica_size=1, telemetry={"path": str(path), **telemetry})
+
+
+def lines(path, kind=None):
+    return [record for record in read(path) if kind in (None, record["kind"])]
+
+
+def total(path):
+    sent = Counter()
+    for average in lines(path, "average"):
+        sent.update(average["bytes"])
+    return dict(sent)
