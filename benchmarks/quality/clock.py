@@ -23,7 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -37,6 +36,8 @@ from benchmarks.quality.study import FIGURES, results
 from benchmarks.slow_link.network import Cable, NetworkError
 from benchmarks.slow_link.others import Others
 from benchmarks.slow_link.ranks import RankError, World
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
 
 RESULTS = BENCHMARKS / "results" / "clock.json"
 PER_NODE = 2

@@ -16,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -28,6 +27,8 @@ from benchmarks.quality.ledger import Ledger
 from benchmarks.quality.methods import PRESETS, Preset, Run, tuning
 from benchmarks.quality.plots import draw
 from benchmarks.quality.trial import train
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
 
 FIGURES = BENCHMARKS.parent / "docs" / "figures"
 PARTS = ("tuning", "seeds", "ablations")

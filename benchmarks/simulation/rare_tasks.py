@@ -13,14 +13,8 @@ from deslo_plugin.simulation.byte_lm import language, read_text, standard_librar
 
 REPLICAS = 4
 VOCABULARY, CLASSES, COMMON = 600, 12, 60  # tokens; what the next one depends on; those that are not called rare
-
-
 BATCH = 16  # tokens of a replica in a step
-
-
 PIXELS, LABELS = 16, 10
-
-
 COORDINATES = 2000
 
 

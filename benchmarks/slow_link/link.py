@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -24,6 +23,8 @@ from benchmarks.slow_link.network import Cable, NetworkError
 from benchmarks.slow_link.race import Race, called, laps_of
 from benchmarks.slow_link.ranks import RankError, World
 from benchmarks.slow_link.tables import WIDTH, save, shown
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 # seconds for each cycle, beside patience, after which a rank ends by itself whatever became of the rest
 LIFETIME = 1500.0

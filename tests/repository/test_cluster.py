@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from examples.harness.command import arguments
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from examples.harness.command import arguments, synchronous
 
+from examples.harness.command import arguments, synchronous
 from examples.harness.corpus import Windows, load_bytes, split
 from examples.harness.gpt import GPT, GPTConfig
 from tests.support import example_jobs as jobs

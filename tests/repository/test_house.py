@@ -1,8 +1,9 @@
 """Rules of the house that a reader relies on: imports point down, files are short, nothing imports a framework
-early."""
+early, and tests lie where their question does."""
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ FLOORS = [  # a folder, or a file of the top, with those of its level; imports g
     ["cli"],
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
+BESIDE = [path for folder in ("tests", "benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def name_of(path: Path) -> str:
@@ -84,6 +86,20 @@ def test_no_circle_of_imports():
 
 def test_few_files_lie_loose():
     assert len(list(PACKAGE.glob("*.py"))) <= 8
+    assert {path.name for path in (ROOT / "tests").glob("*.py")} == {"__init__.py", "conftest.py"}
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent.name for path in PACKAGE.glob("*/__init__.py")}))
+def test_a_folder_of_the_package_has_a_folder_of_tests(folder):
+    assert list((ROOT / "tests" / folder).glob("test_*.py"))
+
+
+@pytest.mark.parametrize("path", BESIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_benchmarks_and_examples_are_short_and_edit_no_path(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    # children are told where to look by PYTHONPATH, or run as modules
+    assert not re.search(r"sys\.path(?:\[.*\])? *\+?= |sys\.path\.[a-z]+\(", text)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 from benchmarks.quality import clock, extrapolate, plots, study
 from benchmarks.quality.findings import tables
 from benchmarks.quality.ledger import Ledger
 from benchmarks.quality.methods import LOCAL, METHODS, PRESETS, run, tuning
 from benchmarks.quality.trial import train
 from benchmarks.simulation.small_gpt import GPTConfig, small_gpt
+
+ROOT = Path(__file__).resolve().parents[2]
 
 GUESS = 5.545  # nats: one of 256 bytes
 SHORT = PRESETS["short"]

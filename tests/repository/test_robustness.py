@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 from benchmarks.simulation import curves, robustness, toy
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TEXT = (ROOT / "docs" / "robustness.md").read_text()
 EXPERIMENTS = json.loads(robustness.RESULTS.read_text())["experiments"]

@@ -8,8 +8,6 @@ from typer.testing import CliRunner
 from deslo_plugin.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 DES_LOC = str(ROOT / "configs" / "des-loc-adam.json")  # 2 ranks per replica, 32 / 96 / 192
 
 

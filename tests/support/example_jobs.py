@@ -9,8 +9,8 @@ import os
 def trained(framework: str, options: list[str]) -> tuple[float, dict[str, int], int]:
     """(validation loss, bytes by state, replicas) of one run of examples/train.py."""
     from accelerate.state import AcceleratorState, GradientState
-    from examples.harness.command import arguments
 
+    from examples.harness.command import arguments
     from examples.harness.worker import train
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the world that stands is gloo's

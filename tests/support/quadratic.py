@@ -7,8 +7,6 @@ from tests.support.oracle import blocks, states, train
 from tests.support.worlds import threads
 
 REPLICAS, STEPS, SIZE = 3, 25, 17
-
-
 MOMENTA = {
     "one": ([0.9], [1.0]),
     "quasi-hyperbolic": ([0.99], [0.7]),

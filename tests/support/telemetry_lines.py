@@ -55,8 +55,6 @@ def write(folder, replica, *records):
 
 
 S = RULES["mt-dao-adam-n2"]
-
-
 STEPS = 26
 
 

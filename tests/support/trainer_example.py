@@ -7,11 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 BIN = Path(sys.executable).parent
-
-
 EXAMPLE = [
     str(ROOT / "examples" / "hf_trainer.py"),
     "--config",
