@@ -29,7 +29,7 @@ format: $(VENV)/ready
 	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(VENV)/ready
-	$(VENV)/bin/python benchmarks/overhead.py $(ARGS)
+	$(VENV)/bin/python -m benchmarks.kernels.overhead $(ARGS)
 
 # all that one GPU can say, in order of worth: GPU_ARGS="--limit 600", or "--device cpu" for the dry run
 gpu: $(VENV)/ready
@@ -38,7 +38,7 @@ gpu: $(VENV)/ready
 # for a GPU machine without network: there, python3 benchmarks/gpu/plan.py --pack build/gpu-pack; GPU_MODULE is a
 # _C.abi3.so that is built already
 gpu-pack: $(VENV)/ready
-	$(VENV)/bin/python benchmarks/gpu/pack.py --folder $(GPU_PACK) $(if $(GPU_MODULE),--module $(GPU_MODULE))
+	$(VENV)/bin/python -m benchmarks.gpu.pack --folder $(GPU_PACK) $(if $(GPU_MODULE),--module $(GPU_MODULE))
 
 # the pages as a site under build/site; docs/index.md is README with links of its own
 docs: $(VENV)/ready
@@ -48,11 +48,11 @@ docs: $(VENV)/ready
 
 # every row of docs/versions.md, each in an environment of its own under FOLDER
 matrix: $(VENV)/ready
-	$(VENV)/bin/python tests/matrix.py --folder $(FOLDER) $(ARGS)
+	$(VENV)/bin/python -m tests.support.matrix --folder $(FOLDER) $(ARGS)
 
 # the module with CUDA into build/cuda/, and a look at what nvcc and the linker made: needs nvcc, no GPU, and minutes
 cuda-build: $(VENV)/ready
-	$(VENV)/bin/python benchmarks/cuda_build.py $(ARGS)
+	$(VENV)/bin/python -m benchmarks.kernels.cuda_build $(ARGS)
 
 # torch comes first and nothing is built in isolation: an isolated build would fetch another torch, of gigabytes
 $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)

@@ -17,8 +17,8 @@ from argparse import ArgumentParser, Namespace
 from datetime import timedelta
 
 import torch
-from corpus import load_bytes
-from gpt import GPT, GPTConfig
+from harness.corpus import load_bytes
+from harness.gpt import GPT, GPTConfig
 from torch.distributed import TCPStore
 from torchft import Manager, ProcessGroupGloo, ProcessGroupNCCL
 

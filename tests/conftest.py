@@ -3,13 +3,13 @@ import re
 import subprocess
 from pathlib import Path
 
-import device
 import pytest
 import torch
-from device import DEVICE, ON_CPU
-from worlds import Processes
 
 from deslo_plugin.kernels import update as ops
+from tests.support import device
+from tests.support.device import DEVICE, ON_CPU
+from tests.support.worlds import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
 # replicas share the cores, and threads that wait for each other there cost more than they bring

@@ -1,6 +1,6 @@
 """How fast are the kernels: milliseconds, GB/s and percent of what a copy reaches on this card.
 
-    python benchmarks/gpu/bandwidth.py [--device cuda] [--millions 1 16 128 512] [--out bandwidth.json]
+    python -m benchmarks.gpu.bandwidth [--device cuda] [--millions 1 16 128 512] [--out bandwidth.json]
 
 Beside them torch.optim.AdamW(fused=True), and the time that the host needs for a step of 1,000 tensors.
 """

@@ -1,6 +1,6 @@
 """Do replicas on a GPU train as they do on the CPU: several processes on one device, over gloo.
 
-    torchrun --standalone --nproc_per_node 4 benchmarks/gpu/frameworks.py [--device cuda] [--case NAME]
+    torchrun --standalone --nproc_per_node 4 -m benchmarks.gpu.frameworks [--device cuda] [--case NAME]
 
 NCCL refuses two ranks on one device, and gloo takes CUDA tensors. Each case trains on --device and on the CPU: losses
 and averaged weights must be equal to 1e-3. Cases that have no peer on the CPU (GradScaler, fp16 of Accelerate) must

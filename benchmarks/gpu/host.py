@@ -1,6 +1,6 @@
 """Averages through host memory on one GPU: are their bits right, and do they spare the device?
 
-    python benchmarks/gpu/host.py [--device cuda|cpu] [--ranks 2] [--mb 64] [--link-ms 200] [--out x.json]
+    python -m benchmarks.gpu.host [--device cuda|cpu] [--ranks 2] [--mb 64] [--link-ms 200] [--out x.json]
 
 ``--ranks`` processes share one device, and their averages go over gloo. First, bits: means of many sizes, launched and
 landed on other streams while memory is freed and taken again, and a model that trains, against the device transport.

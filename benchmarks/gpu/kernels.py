@@ -1,6 +1,6 @@
 """Do the CUDA kernels give the bits of the CPU kernels: every rule, dtype, tail and alignment.
 
-    PYTHONPATH=.:tests python benchmarks/gpu/kernels.py [--device cuda] [--quick] [--big]
+    python -m benchmarks.gpu.kernels [--device cuda] [--quick] [--big]
 
 --quick takes a few cases, as for compute-sanitizer; --big adds tensors of more than 2^31 elements. On --device cpu the
 script checks itself. Prints a line for each group of checks and exits 1 if any failed.
@@ -13,10 +13,10 @@ import traceback
 from collections.abc import Callable
 
 import torch
-from cases import Case, like
 from torch import Tensor
 
 from deslo_plugin.kernels import update as ops
+from tests.support.cases import Case, like
 
 F32, F64, BF, HF = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = [(0,), (1,), (3,), (4,), (255,), (1023,), (1024,), (1025,), (7, 333), (40_001,)]

@@ -1,6 +1,6 @@
 """Does an average that does not arrive end as an error with a name, and the process after it?
 
-    python benchmarks/gpu/late.py [--device cuda] [--hold-s 12]
+    python -m benchmarks.gpu.late [--device cuda] [--hold-s 12]
 
 A world of one rank over NCCL, and a kernel that holds the average back for longer than ``deslo.timeout_s``. Exits 1
 unless ``optimizer.step()`` raises ``AverageError`` in time, the communicator lets go, and the interpreter can end.

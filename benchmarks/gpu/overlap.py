@@ -1,6 +1,6 @@
 """Does an average overlap with training, and are the meter's figures true?
 
-    python benchmarks/gpu/overlap.py [--kind plain|ddp|fsdp2|zero2|zero3] [--link-ms 20] [--device cuda] [--out x.json]
+    python -m benchmarks.gpu.overlap [--kind plain|ddp|fsdp2|zero2|zero3] [--link-ms 20] [--device cuda] [--out x.json]
 
 A world of one rank over NCCL, with an artificial link that needs --link-ms, then ten times that, before each average.
 On a GPU the link is copies from the host on a stream of its own, which leave all multiprocessors to the model; with

@@ -1,6 +1,6 @@
 """Builds what a GPU machine without network needs beside Python, torch, numpy and pytest, into one folder.
 
-    python benchmarks/gpu/pack.py [--folder build/gpu-pack] [--module FILE] [--python 3.12]
+    python -m benchmarks.gpu.pack [--folder build/gpu-pack] [--module FILE] [--python 3.12]
 
 The folder gets the native module with its CUDA kernels, built by setup.py with the nvcc of this machine unless --module
 names one, and wheels of DeepSpeed and of what else the parts of plan.py import. plan.py --pack takes it.

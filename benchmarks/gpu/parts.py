@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,11 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = "benchmarks/gpu"
 CONFIG = "configs/des-loc-adam.json"
 KERNEL_TESTS = [
-    f"tests/test_{name}.py"
-    for name in ("native", "operators", "drift", "landing", "fingerprint", "rounding", "optimizer")
+    f"tests/{name}.py"
+    for name in (
+        *("kernels/test_native", "kernels/test_operators", "kernels/test_drift", "kernels/test_landing"),
+        *("kernels/test_fingerprint", "algorithm/test_rounding", "optim/test_optimizer"),
+    )
 ]
-ELSEWHERE = "tests/test_example.py trains on the CPU"
-WORLD_TESTS = ["tests/test_torch.py", "tests/test_torch_use.py"]
+ELSEWHERE = "tests/repository/test_example.py trains on the CPU"
+WORLD_TESTS = ["tests/frameworks/test_torch.py", "tests/frameworks/test_torch_use.py"]
 DOCTOR = ["-m", "deslo_plugin.cli", "doctor", "--config", f"{HERE}/one-replica.json"]
 ITSELF, COMPILES = "needs a GPU", "DeepSpeed would compile an operator of its own for the CPU first"
 TINY = {  # of the dry run
@@ -39,11 +43,12 @@ class Part:
     gpu: str = ""
     env: dict[str, str] = field(default_factory=dict)
 
-    def lacks(self, device: str) -> str:
-        """Why this part cannot run here; "" if it can."""
+    def lacks(self, device: str, site: Path) -> str:
+        """Why this part cannot run here with the packages that are installed or lie in ``site``; "" if it can."""
         if self.gpu and device != "cuda":
             return self.gpu
-        missing = [name for name in self.needs if not (shutil.which(name) or find_spec(name))]
+        there = lambda name: shutil.which(name) or find_spec(name) or PathFinder.find_spec(name, [str(site)])
+        missing = [name for name in self.needs if not there(name)]
         return f"{', '.join(missing)} not found" if missing else ""
 
 
@@ -51,7 +56,7 @@ def parts_for(device: str) -> list[Part]:
     """All parts; those that can run on the CPU have tiny sizes there."""
     dry = device != "cuda"
     python, where = sys.executable, ["--device", device]
-    script = lambda name, *options: [python, f"{HERE}/{name}.py", *where, *options]
+    script = lambda name, *options: [python, "-m", f"benchmarks.gpu.{name}", *where, *options]
     torchrun = lambda ranks: [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=3"]
     workers = ["-n", "8"] if find_spec("xdist") and not dry else []
@@ -80,7 +85,7 @@ def parts_for(device: str) -> list[Part]:
         ),
         Part(
             "tests-kernels",
-            [*pytest, *(["-k", "found_inf", "tests/test_native.py"] if dry else [*workers, *KERNEL_TESTS])],
+            [*pytest, *(["-k", "found_inf", "tests/kernels/test_native.py"] if dry else [*workers, *KERNEL_TESTS])],
             240,
             ["pytest", "hypothesis"],
         ),
@@ -96,9 +101,7 @@ def parts_for(device: str) -> list[Part]:
         Part("frameworks", [*torchrun(2 if dry else 4), *script("frameworks", *dry * ["--quick"])[1:]], 180),
         Part("doctor", [*torchrun(1), *DOCTOR], 90, ["typer", "rich"], COMPILES),
         *(train(framework) for framework in ("ddp", "fsdp", "accelerate", "deepspeed")),
-        Part(
-            "tests-worlds", [*pytest, "tests/test_torch.py", "tests/test_torch_use.py"], 400, ["hypothesis"], gpu=ITSELF
-        ),
+        Part("tests-worlds", [*pytest, *WORLD_TESTS], 400, ["hypothesis"], gpu=ITSELF),
         Part(
             "ncu",
             [

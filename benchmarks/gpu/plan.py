@@ -25,7 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parts import ROOT, Part, parts_for
+if __package__:
+    from benchmarks.gpu.parts import ROOT, Part, parts_for
+else:  # started by its path, where nothing is installed
+    from parts import ROOT, Part, parts_for
 
 KEPT = 64 << 10  # bytes of each part's output
 LEAST_S = 5  # a part is not begun with less
@@ -69,7 +72,6 @@ def unpack(pack: Path, site: Path) -> None:
     subprocess.run([*pip, "--no-index", "--no-deps", "--no-compile", "--target", site, *wheels], check=True)
     for module in pack.glob("_C*.so"):
         shutil.copy(module, ROOT / "deslo_plugin" / module.name)
-    sys.path.append(str(site))  # parts ask what is installed
 
 
 class Plan:
@@ -77,6 +79,7 @@ class Plan:
 
     def __init__(self, device: str, folder: Path | None, scratch: Path, limit: float):
         self.device, self.scratch, self.limit, self.start = device, scratch, limit, time.monotonic()
+        self.site = scratch / "site"  # what unpack has installed
         about = described(device)
         self.folder = folder or ROOT / "benchmarks" / "results" / "gpu" / re.sub(r"\W+", "-", about["device"]).lower()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,7 @@ class Plan:
         if not again and before.get("status") == "passed" and before.get("code") == self.about["code"]:
             return self.say(f"{part.name}: passed before")
         left = self.limit - (time.monotonic() - self.start)
-        reason = part.lacks(self.device) or ("" if left >= LEAST_S else f"{self.limit:g} s are over")
+        reason = part.lacks(self.device, self.site) or ("" if left >= LEAST_S else f"{self.limit:g} s are over")
         if reason:
             if before.get("status") != "passed":
                 self.parts[part.name] = {"status": "skipped", "reason": reason}
@@ -138,8 +141,8 @@ class Plan:
             print("\n".join(f"    {line}" for line in text.strip().splitlines()[-12:]), flush=True)
 
     def environment(self) -> dict[str, str]:
-        """Of the parts: the checkout, its tests and the pack are importable."""
-        paths = [ROOT, ROOT / "tests", self.scratch / "site", *filter(None, [os.environ.get("PYTHONPATH")])]
+        """Of the parts: the checkout and the pack are importable."""
+        paths = [ROOT, self.site, *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONUNBUFFERED": "1"}
         env |= {"DESLO_TEST_DEVICE": self.device, "DS_ACCELERATOR": self.device, "DS_BUILD_OPS": "0"}
         env |= {"TMPDIR": str(self.scratch)}

@@ -1,6 +1,6 @@
 """Does anything run at all: one call of each operator, one step of the optimizer.
 
-    python benchmarks/gpu/smoke.py [--device cuda]
+    python -m benchmarks.gpu.smoke [--device cuda]
 
 A null pointer in the native module ends the process, and says where.
 """

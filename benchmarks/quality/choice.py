@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from ledger import Ledger
-from methods import Preset, Run, run, tuning
+from benchmarks.quality.ledger import Ledger
+from benchmarks.quality.methods import Preset, Run, run, tuning
 
 Chosen = Mapping[tuple[str, bool], list[Run]]
 """(method, warm-up) -> its run for each seed."""

@@ -1,6 +1,6 @@
 """Time to a loss on a slow link: methods of the study, each at its best rate, as processes on two nodes.
 
-    python benchmarks/quality/clock.py [--rates 100 500]      # a quarter of an hour on two cores, which it wants for
+    python -m benchmarks.quality.clock [--rates 100 500]      # a quarter of an hour on two cores, which it wants for
     itself
 
 Two network namespaces are the nodes, with two replicas each; a token bucket shapes the cable between them. Contestants
@@ -23,22 +23,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-QUALITY = Path(__file__).resolve().parent
-BENCHMARKS = QUALITY.parent
-sys.path.append(str(BENCHMARKS))
-
 import torch
-from choice import at_best_rate
-from findings import markdown
-from ledger import Ledger, commit
-from methods import PRESETS, SYNCHRONOUS, Preset, Run
-from network import Cable, NetworkError
-from others import Others
-from plots import clock_figure
-from ranks import RankError, World
 from rich.console import Console
 from rich.progress import Progress
-from study import FIGURES, results
+
+from benchmarks.quality.choice import at_best_rate
+from benchmarks.quality.findings import markdown
+from benchmarks.quality.ledger import Ledger, commit
+from benchmarks.quality.methods import PRESETS, SYNCHRONOUS, Preset, Run
+from benchmarks.quality.plots import clock_figure
+from benchmarks.quality.study import FIGURES, results
+from benchmarks.slow_link.network import Cable, NetworkError
+from benchmarks.slow_link.others import Others
+from benchmarks.slow_link.ranks import RankError, World
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
 
 RESULTS = BENCHMARKS / "results" / "clock.json"
 PER_NODE = 2
@@ -143,7 +142,9 @@ def main() -> None:
             for mbit in args.rates:
                 cable.shape(mbit)
                 with (
-                    World(cable.nodes, PER_NODE, logs, lifetime_s=3600, script="quality/clock_rank.py") as world,
+                    World(
+                        cable.nodes, PER_NODE, logs, lifetime_s=3600, module="benchmarks.quality.clock_rank"
+                    ) as world,
                     Progress(console=console, refresh_per_second=0.2) as progress,
                 ):
                     others = Others(world.pids, 0.0)
@@ -152,7 +153,7 @@ def main() -> None:
     except (NetworkError, RankError) as error:
         sys.exit(f"clock.py: {error}")
     kept = {
-        "command": shlex.join(["python", "benchmarks/quality/clock.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.quality.clock", *sys.argv[1:]]),
         "commit": commit(),
         "machine": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}",
         "rates": curves,

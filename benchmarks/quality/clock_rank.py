@@ -1,23 +1,18 @@
 """One rank of ``clock.py``: one replica of every contestant, on the data that the study's simulated replica of that
 number sees."""
 
-import sys
 import time
-from pathlib import Path
-
-BENCHMARKS = Path(__file__).resolve().parent.parent
-sys.path.append(str(BENCHMARKS))
 
 import torch
 import torch.distributed as dist
-from contestants import NEVER, Running, Setting, accelerate_local_sgd, ddp, post_local_sgd, wrapped
-from methods import Preset, Run
-from rank import serve
-from small_gpt import drawn, initial, kept
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
-from trial import SCHEDULES
 
+from benchmarks.quality.methods import Preset, Run
+from benchmarks.quality.trial import SCHEDULES
+from benchmarks.simulation.small_gpt import drawn, initial, kept
+from benchmarks.slow_link.contestants import NEVER, Running, Setting, accelerate_local_sgd, ddp, post_local_sgd, wrapped
+from benchmarks.slow_link.rank import serve
 from deslo_plugin import DesLoc, attach
 from deslo_plugin.comm.transport import SingleReplica
 

@@ -4,9 +4,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from choice import Chosen, at_best_rate
-from ledger import Ledger
-from methods import LOCAL, SYNCHRONOUS, Preset, Run, ablations, tuning
+from benchmarks.quality.ablations import ablations
+from benchmarks.quality.choice import Chosen, at_best_rate
+from benchmarks.quality.ledger import Ledger
+from benchmarks.quality.methods import LOCAL, SYNCHRONOUS, Preset, Run, tuning
 
 STARTS = {True: "Local after the synchronous warm-up", False: "Local from the first step"}
 PAIRS = (  # what the papers compare

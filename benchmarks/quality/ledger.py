@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import Preset, Run
+
+from benchmarks.quality.methods import Preset, Run
 
 # of a preset: what runs do not say
 SIZE = ("shape", "sequences", "steps", "schedule", "look", "held_out", "device", "bfloat16")
@@ -31,7 +32,7 @@ class Ledger:
             raise ValueError(f"{path}: expected runs of the same {', '.join(changed)}, got others; give another --out")
         self.runs: dict[str, dict[str, Any]] = whole["runs"]
         self._head = {
-            "command": shlex.join(["python", "benchmarks/quality/study.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", "benchmarks.quality.study", *sys.argv[1:]]),
             "commit": commit(),
             "machine": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}",
             "preset": self._preset,

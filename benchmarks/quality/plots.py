@@ -8,13 +8,14 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
-from choice import at_best_rate
-from findings import STARTS
-from ledger import Ledger
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
-from methods import METHODS, Preset, Run
+
+from benchmarks.quality.choice import at_best_rate
+from benchmarks.quality.findings import STARTS
+from benchmarks.quality.ledger import Ledger
+from benchmarks.quality.methods import METHODS, Preset, Run
 
 FIGURES = ("curves", "bytes")
 STYLES = {  # colours tell algorithms apart, lines rules

@@ -1,34 +1,34 @@
 """Does it train as well as synchronous training? Methods at equal tokens and equally tuned, and the ablations behind
 defaults.
 
-    python benchmarks/quality/study.py                  # long runs of every method: an hour on two cores
-    python benchmarks/quality/study.py --preset short   # short runs, from two starts, and the ablations: half an hour
-    python benchmarks/quality/study.py --preset gpu     # hours on a GPU
+    python -m benchmarks.quality.study                  # long runs of every method: an hour on two cores
+    python -m benchmarks.quality.study --preset short   # short runs, from two starts, and the ablations: half an hour
+    python -m benchmarks.quality.study --preset gpu     # hours on a GPU
 
 Everything is simulated: M replicas are M rows of one matrix in one process, stepped by the same ``DesLoc`` that trains
 across nodes. Finished runs are kept: stopped and started again, it goes on where it was.
 """
 
 import os
-import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parent.parent
-sys.path.append(str(BENCHMARKS))
-
 import torch
-from choice import at_best_rate
-from findings import tables
-from ledger import Ledger
-from methods import PRESETS, Preset, Run, ablations, tuning
-from plots import draw
 from rich.console import Console
 from rich.progress import track
-from trial import train
+
+from benchmarks.quality.ablations import ablations
+from benchmarks.quality.choice import at_best_rate
+from benchmarks.quality.findings import tables
+from benchmarks.quality.ledger import Ledger
+from benchmarks.quality.methods import PRESETS, Preset, Run, tuning
+from benchmarks.quality.plots import draw
+from benchmarks.quality.trial import train
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
 
 FIGURES = BENCHMARKS.parent / "docs" / "figures"
 PARTS = ("tuning", "seeds", "ablations")

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from methods import Preset, Run
-from small_gpt import small_gpt
 from torch import Tensor
 
+from benchmarks.quality.methods import Preset, Run
+from benchmarks.simulation.small_gpt import small_gpt
 from deslo_plugin import NonFiniteError
 from deslo_plugin.algorithm.outer_optimizer import nesterov_
 from deslo_plugin.algorithm.state_names import OUTER_MOMENTUM, OUTER_PARAMS, PARAMS

@@ -2,10 +2,10 @@
 
 import pytest
 import torch.distributed as dist
-from jobs import engine_for, net
-from torch_jobs import mesh_of
 
 import deslo_plugin
+from tests.support.jobs import engine_for, net
+from tests.support.torch_jobs import mesh_of
 
 PERIODS = {"sync_every": {"params": 4}}
 

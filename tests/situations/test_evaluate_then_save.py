@@ -4,11 +4,12 @@ same to the bit."""
 import pytest
 import torch
 import torch.distributed as dist
-import torch_jobs
-from checkpoint_jobs import Job
-from oracle import blocks
-from theory import RULES
 from torch.distributed.fsdp import FSDPModule
+
+from tests.support import torch_jobs
+from tests.support.checkpoint_jobs import Job
+from tests.support.oracle import blocks
+from tests.support.theory import RULES
 
 S = RULES["des-loc-adam"]
 

@@ -4,10 +4,11 @@ wrappers."""
 import pytest
 import torch
 import torch.distributed as dist
-import torch_jobs
-from jobs import engine_for
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from tests.support import torch_jobs
+from tests.support.jobs import engine_for
 
 ORDER = [
     "scale",

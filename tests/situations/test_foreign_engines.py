@@ -6,16 +6,17 @@ import time
 from pathlib import Path
 
 import deepspeed
-import jobs
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import batch, engine_for, loss_of, net
-from test_deepspeed import RULES, ds_config
-from worlds import Processes
 
 from deslo_plugin.config.load import read_deslo
 from deslo_plugin.frameworks.deepspeed.config import refuse_unsupported
+from tests.support import engine_error_jobs, jobs
+from tests.support.engine_configs import ds_config
+from tests.support.jobs import batch, engine_for, loss_of, net
+from tests.support.theory import RULES
+from tests.support.worlds import Processes
 
 GOOD = ds_config(RULES["des-loc-adam"], 2)
 PLAIN = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, "zero_optimization": {"stage": 2}}
@@ -101,7 +102,7 @@ def test_a_mesh_of_deepspeeds_own_is_refused(four, shape):
 
 
 def with_mesh(shape: tuple[int, int]) -> str:
-    return jobs.raises(GOOD, mesh_param=shape)
+    return engine_error_jobs.raises(GOOD, mesh_param=shape)
 
 
 def test_mics_of_older_releases_is_refused():
@@ -115,7 +116,7 @@ def pipeline() -> str:
     from deepspeed.pipe import PipelineModule
 
     model = PipelineModule([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)], num_stages=2, loss_fn=torch.nn.MSELoss())
-    return jobs.raises(GOOD, model=model, groups=list(model.parameters()))
+    return engine_error_jobs.raises(GOOD, model=model, groups=list(model.parameters()))
 
 
 def test_a_pipeline_is_refused_as_a_pipeline(four):
@@ -185,7 +186,7 @@ def test_nan_under_a_zero_3_that_gives_it_by_itself_is_said_to_be_deepspeeds(fou
 def refused_release(version: str, ds: dict = GOOD) -> str:
     deepspeed_version, deepspeed.__version__ = deepspeed.__version__, version
     try:
-        return jobs.raises(ds)
+        return engine_error_jobs.raises(ds)
     finally:
         deepspeed.__version__ = deepspeed_version
 

@@ -4,12 +4,24 @@ gathered between steps.)"""
 
 import contextlib
 
-import jobs
 import pytest
 import torch
-from jobs import FP16, batch, engine_for, forward_uses_the_masters, fp16_everywhere, loss_of, net, replica_state, train
-from test_deepspeed import RULES, ds_config
 from torch import nn
+
+from tests.support import jobs
+from tests.support.engine_configs import ds_config
+from tests.support.jobs import (
+    FP16,
+    batch,
+    engine_for,
+    forward_uses_the_masters,
+    fp16_everywhere,
+    loss_of,
+    net,
+    replica_state,
+    train,
+)
+from tests.support.theory import RULES
 
 N2 = RULES["mt-dao-adam-n2"]
 EXACT = {"checkpoint_mode": "per_replica"}

@@ -31,7 +31,7 @@ def attached(kind, wrap="plain", model=None, groups=None, **deslo):
     if wrap == "ddp":
         model, deslo = nn.parallel.DistributedDataParallel(model), deslo | {"replica_size": 1}
     if wrap == "fsdp":
-        from torch_jobs import mesh_of
+        from tests.support.torch_jobs import mesh_of
 
         mesh = mesh_of((2, 2), ("replicate", "shard"))
         torch.distributed.fsdp.fully_shard(model, mesh=mesh["shard"])

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from worlds import threads
 
 import deslo_plugin
 from deslo_plugin import ConfigError, DesLoc, load_config
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.any_optimizer_step import schedule
+from tests.support.worlds import threads
 
 EVERY = {"params": 2, "exp_avg": 2, "exp_avg_sq": 2}
 

@@ -1,11 +1,11 @@
 """What one rank does alone, at any place in a period: never a hang, and an error or the right values on every rank."""
 
 import pytest
-import sequence_jobs
 import torch.distributed as dist
-from sequence_oracle import Oracle, apart
 
 import deslo_plugin
+from tests.support import sequence_jobs
+from tests.support.sequence_oracle import Oracle, apart
 
 WHO, STEPS, LIMIT = 1, 6, 300
 PERIODS = {"params": 2, "exp_avg": 4, "exp_avg_sq": 4}

@@ -11,14 +11,14 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 import torch.distributed as dist
-from checkpoint_jobs import Job
-from oracle import blocks
-from test_checkpoint import config_for
-from theory import RULES
 
 from deslo_plugin.comm.progress import Progress
+from tests.support.checkpoint_configs import config_for
+from tests.support.checkpoint_jobs import Job
+from tests.support.failing import failing, said_of, tree_of
+from tests.support.oracle import blocks
+from tests.support.theory import RULES
 
 S = RULES["mt-dao-adam-n2"]
 ROOM = 300  # bytes that a full disk still takes
@@ -49,32 +49,6 @@ def full_disk(rank: int) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(Progress, name, spared(getattr(Progress, name))))
             resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, hard))
         yield
-
-
-@contextmanager
-def failing(rank: int, target: str, error: BaseException) -> Iterator[None]:
-    """Whatever calls ``target`` on ``rank`` gets ``error``."""
-    with ExitStack() as stack:
-        if dist.get_rank() == rank:
-            stack.enter_context(mock.patch(target, side_effect=error))
-        yield
-
-
-def tree_of(kind: str) -> str:
-    in_engine = kind.startswith("zero")
-    held = "frameworks.deepspeed.state_tree.EngineState" if in_engine else "checkpoint.state_tree.TorchState"
-    return f"deslo_plugin.{held}.tree"
-
-
-def said_of(act: Callable[[], Any]) -> tuple[str, int | None, str]:
-    """What ``act`` raises: its kind, the system's number, its sentence."""
-    try:
-        act()
-    except OSError as error:
-        return "OSError", error.errno, str(error)
-    except BaseException as error:
-        return type(error).__name__, None, str(error)
-    return "no error", None, ""
 
 
 def saves_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
@@ -156,44 +130,6 @@ def test_every_rank_hears_at_once_and_the_checkpoint_before_is_untouched(four, t
     assert name == "ConfigError" and "on rank(s) [1]" in text
 
 
-def loads_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
-    import deslo_plugin
-
-    job, path = Job(kind, config), Path(folder) / "c"
-    job.train(range(2))
-    deslo_plugin.save(path, job.model)
-    before = job.states()
-    gone, said = OSError(errno.EIO, "Input/output error"), {}
-    for harm, target in {
-        "manifest": "deslo_plugin.checkpoint.save_load.read_manifest",
-        "extra": "deslo_plugin.checkpoint.save_load.read_plain",
-        "index": "deslo_plugin.checkpoint.save_load.read_index",
-        "tree": tree_of(kind),
-    }.items():
-        with failing(2, target, gone):
-            said[harm] = said_of(lambda: deslo_plugin.load(path, job.model))
-    same = all(
-        torch.equal(tensor, before[state][name])
-        for state, tensors in job.states().items()
-        for name, tensor in tensors.items()
-    )
-    with failing(2, "torch.distributed.checkpoint.filesystem.FileSystem.create_stream", gone):
-        said["tensors"] = said_of(lambda: deslo_plugin.load(path, job.model))
-    deslo_plugin.load(path, job.model)
-    job.train(range(2, 4))
-    job.close()
-    return {"said": said, "same": same}
-
-
-@pytest.mark.parametrize("kind", ["plain", "hsdp", "zero 2"])
-def test_a_file_that_one_rank_cannot_read_is_an_error_on_every_rank(four, tmp_path, kind):
-    for result in four().run(loads_that_fail, kind, config_for(kind, timeout_s=60), str(tmp_path)):
-        assert result["same"]
-        for harm, (name, number, text) in result["said"].items():
-            assert (name, number) == ("OSError", errno.EIO), harm
-            assert "rank 2 failed: Input/output error" in text, harm
-
-
 def asked_differently(folder: str) -> list[tuple]:
     import deslo_plugin
 
@@ -248,9 +184,8 @@ def test_an_engine_says_it_likewise_and_its_latest_stays(four, tmp_path):
 
 
 def test_a_folder_of_other_things_is_not_replaced(tmp_path):
-    from checkpoint_jobs import alone
-
     import deslo_plugin
+    from tests.support.checkpoint_jobs import alone
 
     model, _ = alone()
     (tmp_path / "runs" / "step_1").mkdir(parents=True)
@@ -266,7 +201,7 @@ def test_a_folder_of_other_things_is_not_replaced(tmp_path):
 
 def accelerator_that_fails(kind: str, blocks_: dict, ds: dict | None, folder: str) -> dict[str, Any]:
     """``save_state`` where Accelerate's own file of one rank does not fit on the disk."""
-    import accelerate_jobs
+    from tests.support import accelerate_jobs
 
     accelerator, model, made = accelerate_jobs.prepared(
         kind, "before", "DesLoc" if ds is None else "DummyOptim", blocks_, ds
@@ -293,22 +228,3 @@ def test_save_state_says_it_on_every_rank(four, tmp_path, kind):
     for result in four().run(accelerator_that_fails, kind, blocks_, ds, str(tmp_path)):
         assert result["said"][0] == "OSError" and "checkpoint: rank 1 failed: " in result["said"][2]
         assert result["steps"] == 2
-
-
-def meets_that_fail(kind: str, config: dict) -> tuple:
-    """One rank alone has no state to meet with."""
-    import deslo_plugin
-
-    job = Job(kind, config)
-    job.train(range(2))
-    with failing(2, tree_of(kind), RuntimeError("no such state")):
-        said = said_of(lambda: deslo_plugin.sync_replicas(job.model))
-    job.train(range(2, 4))
-    job.close()
-    return said
-
-
-@pytest.mark.parametrize("kind", ["plain", "zero 2"])
-def test_a_meeting_that_one_rank_cannot_come_to_is_an_error_on_every_rank(four, kind):
-    for name, _, text in four().run(meets_that_fail, kind, config_for(kind, timeout_s=60)):
-        assert name == "OSError" and "rank 2 failed: RuntimeError('no such state')" in text

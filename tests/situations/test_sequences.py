@@ -12,8 +12,9 @@ from contextlib import contextmanager
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from sequence_jobs import RANKS, played, replica_of
-from sequence_oracle import Oracle, apart
+
+from tests.support.sequence_jobs import RANKS, played, replica_of
+from tests.support.sequence_oracle import Oracle, apart
 
 # What a script may do between steps. ``who`` is a rank, or None for all of them.
 RANK = st.integers(0, RANKS - 1)

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_report import average, end, log, start, write
 from typer.testing import CliRunner
 
 import deslo_plugin
@@ -16,6 +15,7 @@ from deslo_plugin.cli.app import app
 from deslo_plugin.telemetry.jsonl_writer import JsonlWriter
 from deslo_plugin.telemetry.report import charts
 from deslo_plugin.telemetry.report.run import Run
+from tests.support.telemetry_lines import average, end, log, start, write
 
 
 def attached(folder: Path):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_jobs import alone
 from torch.distributed.checkpoint import FileSystemWriter
 
 import deslo_plugin
+from tests.support.checkpoint_jobs import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 

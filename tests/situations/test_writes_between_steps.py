@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from worlds import threads
 
 import deslo_plugin
 from deslo_plugin import DesLoc
 from deslo_plugin.config.load import load_config
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.any_optimizer_step import schedule
+from tests.support.worlds import threads
 
 EVERY = {"params": 3, "exp_avg": 2, "exp_avg_sq": 6}
 

@@ -1,0 +1,1 @@
+"""What the example of a whole training run is made of: its model, its text, its loop and its tables."""
