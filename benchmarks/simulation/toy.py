@@ -10,6 +10,7 @@ ours, and stand in configs/toy/. ``deslo simulate`` makes one panel of the figur
 import json
 import platform
 import statistics
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def draw(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    ArgumentParser(description=__doc__.split("\n", 1)[0]).parse_args()  # --help tells, and does not train
     torch.set_num_threads(1)
     results: dict[str, Any] = {scene: {name: [] for name in ALGORITHMS} for scene in SCENES}
     runs = [(scene, name, seed) for scene in SCENES for name in ALGORITHMS for seed in SEEDS]

@@ -42,12 +42,14 @@ def make(words):
 
 
 def python(words):
+    if words[0] == "-m" and words[1].startswith("benchmarks."):  # some take no options, and would run
+        words = [words[1].replace(".", "/") + ".py", *words[2:]]
     if words[0] == "-m":
         subprocess.run([sys.executable, *words[:2], "--help"], check=True, capture_output=True, timeout=900, cwd=ROOT)
         return
     script = ROOT / words[0]
     assert script.is_file()
-    known = "".join(path.read_text() for path in script.parent.glob("*.py"))
+    known = "".join(path.read_text() for path in script.parent.rglob("*.py"))
     for option in (word.split("=")[0] for word in words[1:] if word.startswith("--")):
         assert f'"{option}"' in known, option
 
