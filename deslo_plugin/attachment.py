@@ -131,7 +131,7 @@ class Attachment:
     def record_samples(self, samples: float) -> None:
         """Tells the samples (or tokens, counted alike on every rank) in the gradients of this rank's next step, for
         ``deslo.replica_weights: "samples"``; calls add up, as over micro-batches."""
-        self.averaging.record_samples(samples)
+        self.averaging.samples.record_samples(samples)
 
     @torch.no_grad()
     def skip_step(self) -> None:
