@@ -11,7 +11,7 @@ period, and phases are chosen so that the fragments of all states together come 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from math import lcm
 
 from deslo_plugin.algorithm.schedule import Periods
@@ -50,6 +50,12 @@ def offsets(periods: tuple[tuple[str, int | None], ...], count: int) -> dict[str
         for step in _steps(found[period], period, window):
             load[step] += states
     return {state: found[period] for state, period in averaged.items()}
+
+
+def sizes(numel: int, count: int) -> list[int]:
+    """The elements of each fragment of a flat tensor of ``numel``."""
+    ends = [-(-index * numel // count) for index in range(count + 1)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def _spread(period: int, count: int, phase: int) -> tuple[int, ...]:

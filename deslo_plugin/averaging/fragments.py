@@ -42,6 +42,11 @@ class Fragments:
         params, rows = [cohort.params[seat] for seat in seats], tuple(cuts[seat] for seat in seats)
         return cohort._replace(params=params, rows=rows, fragment=index)
 
+    def numels(self, cohort: Cohort) -> list[int]:
+        """Elements of each fragment of ``cohort``, on this rank."""
+        fragments = [self.of(cohort, index) for index in range(self.count)] if cohort.params else []
+        return [sum(part.numel() for part in each.parts(local(each.params))) for each in fragments] or [0] * self.count
+
     def _rows_of(self, param: Tensor, cohort: Cohort) -> list[Rows]:
         if id(param) not in self._cuts:
             self._cut([each for each in cohort.group["params"] if each.device == param.device])
