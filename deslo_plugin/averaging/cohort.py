@@ -8,7 +8,7 @@ from torch import Tensor
 from deslo_plugin.algorithm.schedule import Periods
 
 Key = Tensor | tuple[Tensor, int]
-"""What names a part: its parameter, with its first row where that is cut."""
+"""What names a part: its parameter, with the fragment where that is cut."""
 
 
 class Rows(NamedTuple):
@@ -41,7 +41,7 @@ class Cohort(NamedTuple):
         """The names of its parts."""
         if self.rows is None:
             return self.params
-        return [(param, rows.start) for param, rows in zip(self.params, self.rows)]
+        return [(param, self.fragment) for param in self.params]
 
     def parts(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """What belongs to it of ``tensors``, one of each parameter, as views."""

@@ -164,7 +164,7 @@ class Flights:
         self._resumed.clear()
 
     def saved(self, params: Sequence[Tensor]) -> dict[str, Any]:
-        """What flies and changes meanwhile, and in how many ``fragments``: place in ``params``, first row, state,
+        """What flies and changes meanwhile, and in how many ``fragments``: place in ``params``, fragment, state,
         launched value on the CPU, what remains."""
         place = {param: index for index, param in enumerate(params)}
         flying = [
@@ -191,6 +191,6 @@ class Flights:
                 "resume with as many, or save where no average is under way",
             )
         self._resumed.load(
-            ((params[i], row) if cut else params[i], state, value.to(params[i].device), remains)
-            for i, row, state, value, remains in saved["parts"]
+            ((params[i], fragment) if cut else params[i], state, value.to(params[i].device), remains)
+            for i, fragment, state, value, remains in saved["parts"]
         )
