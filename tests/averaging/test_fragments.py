@@ -15,19 +15,10 @@ from deslo_plugin.planning.forecast import Link, forecast, memory, transfers
 from deslo_plugin.planning.plan import make_plan
 from tests.support.oracle import Setting, blocks, states, train
 from tests.support.quadratic import MOMENTA, SIZE, STEPS, assert_equal, expected, noisy_quadratic, rare, run_ours
+from tests.support.theory import cut
 from tests.support.worlds import threads
 
 PERIODS = {"x": 3, "u1": 2, "u2": 5, "u3": None, "v": 7}
-
-
-def cut(s, count):
-    """``s`` with each state in ``count`` fragments."""
-    found = offsets(tuple((key, s.periods[key]) for key in _keys(s)), count)
-    return replace(s, offsets={key: list(starts) for key, starts in found.items()})
-
-
-def _keys(s):
-    return ["x", *(f"u{j + 1}" for j in range(len(s.betas))), *(["v"] if s.rule != "sgdm" else [])]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 32])

@@ -4,7 +4,6 @@ Imports nothing of the package. A model is a list of param groups, one flat vect
 of (replica, step, vectors). Equation numbers: DES-LOC, arXiv 2505.22549; MT-DAO, arXiv 2510.05361.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -37,6 +36,7 @@ class Setting:
     adaptive: dict[str, tuple[int, float]] = field(default_factory=dict)
     # key -> at which steps of its period each of its fragments, equal parts of the vector in order, is averaged
     offsets: dict[str, list[int]] = field(default_factory=dict)
+    places: Tensor | None = None  # the fragment of each element, where they are not equal parts in order
     delay: int = 1  # steps from the launch of an average to the one at whose start it lands, counting that one
 
 
@@ -152,8 +152,8 @@ def _due(s: Setting, key: str, t: int, x: Tensor) -> Tensor:
     offsets = s.offsets.get(key, [0])
     for i, offset in enumerate(offsets):
         if t > 0 and period and (t - offset) % period == 0:
-            start, end = (math.ceil(len(x) * j / len(offsets)) for j in (i, i + 1))
-            due[start:end] = True
+            places = torch.arange(len(x)) * len(offsets) // len(x) if s.places is None else s.places
+            due |= places == i
     return due
 
 
