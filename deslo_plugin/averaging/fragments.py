@@ -1,6 +1,6 @@
 """Which rows of which parameters are a fragment, on this rank."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 
 from torch import Tensor
@@ -21,7 +21,7 @@ class Fragments:
 
     def __init__(self, count: int):
         self.count = count
-        self._cuts: dict[int, list[Rows]] = {}  # id of a parameter -> its rows in each fragment
+        self._cuts: dict[int, Sequence[Rows]] = {}  # id of a parameter -> its rows in each fragment
         self._alive: list[Tensor] = []  # so that no id is given anew
 
     def due(self, cohort: Cohort, whole: bool = False) -> list[tuple[Cohort, Sequence[str]]]:
@@ -47,17 +47,18 @@ class Fragments:
         fragments = [self.of(cohort, index) for index in range(self.count)] if cohort.params else []
         return [sum(part.numel() for part in each.parts(local(each.params))) for each in fragments] or [0] * self.count
 
-    def _rows_of(self, param: Tensor, cohort: Cohort) -> list[Rows]:
+    def _rows_of(self, param: Tensor, cohort: Cohort) -> Sequence[Rows]:
         if id(param) not in self._cuts:
-            self._cut([each for each in cohort.group["params"] if each.device == param.device])
+            beside = [each for each in cohort.group["params"] if each.device == param.device]
+            new = [each for each in beside if id(each) not in self._cuts]
+            self._cuts |= zip(map(id, new), self.cut(local(new)))
+            self._alive += new
         return self._cuts[id(param)]
 
-    def _cut(self, params: Sequence[Tensor]) -> None:
-        params = [param for param in params if id(param) not in self._cuts]
-        self._alive += params
-        own = local(params)
-        total = sum(tensor.numel() for tensor in own)
-        for param, tensor, before in zip(params, own, accumulate((each.numel() for each in own), initial=0)):
+    def cut(self, tensors: Sequence[Tensor]) -> Iterator[list[Rows]]:
+        """Of each of ``tensors``, one after the other, the rows in each fragment."""
+        total = sum(tensor.numel() for tensor in tensors)
+        for tensor, before in zip(tensors, accumulate((each.numel() for each in tensors), initial=0)):
             rows = tensor.shape[0] if tensor.dim() else 1
             row = tensor.numel() // rows if rows else 0  # elements
             # fragment i begins at element i total / count: at the first row that does not begin before it
@@ -65,4 +66,4 @@ class Fragments:
                 min(max(-(-(i * total - before * self.count) // (row * self.count)), 0), rows) if row else rows
                 for i in range(self.count)
             ]
-            self._cuts[id(param)] = [Rows(start, end - start, rows) for start, end in pairwise([*starts, rows])]
+            yield [Rows(start, end - start, rows) for start, end in pairwise([*starts, rows])]
