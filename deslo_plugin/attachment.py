@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from deslo_plugin.algorithm.schedule import Periods
+from deslo_plugin.averaging.cohort import Cohort
 from deslo_plugin.averaging.metrics import Meter
 from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.module_wrappers import bare
@@ -131,7 +132,7 @@ class Attachment:
     def record_samples(self, samples: float) -> None:
         """Tells the samples (or tokens, counted alike on every rank) in the gradients of this rank's next step, for
         ``deslo.replica_weights: "samples"``; calls add up, as over micro-batches."""
-        self.averaging.record_samples(samples)
+        self.averaging.samples.record_samples(samples)
 
     @torch.no_grad()
     def skip_step(self) -> None:
@@ -182,8 +183,17 @@ class Attachment:
                 self.averaging.state_numels(group) if isinstance(self.averaging, AnyOptimizerAverager) else {}
                 for group in self.averaging.groups
             ],
+            cuts=self._cuts,
             route=self.route,
         )
+
+    @property
+    def _cuts(self) -> list[list[int]] | None:
+        """Elements of each fragment of each param group, on this rank, where its param groups show them."""
+        members, fragments = self.averaging.members, self.averaging.fragments
+        if self.fixed_numels or fragments.count == 1:
+            return None
+        return [fragments.numels(Cohort(0, group, members.of(group), {})) for group in self.averaging.groups]
 
     @property
     def _gradient_bytes(self) -> list[int] | None:

@@ -60,7 +60,7 @@ def train(run: Run, preset: Preset) -> dict[str, Any]:
                 world = moment.replicas
                 if moment.steps == 1 and not run.compensated:
                     # the difference lands whole, not what updates leave of it while it travels
-                    world.optimizer.averaging.late.decay = lambda params, factors: None
+                    world.optimizer.averaging.flights.decay = lambda params, factors: None
                 alignment.look(moment)
                 if moment.steps % preset.look == 0:
                     loss = float(objective.evaluate(served(world)))

@@ -18,87 +18,86 @@ of x went along momenta that were not.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from sys import maxsize
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from deslo_plugin.averaging.cohort import Key
+from deslo_plugin.averaging.flight import Flight, Landing, States
 from deslo_plugin.comm.buckets import pack
 from deslo_plugin.kernels.delayed_update import land_
 
 
-@dataclass
-class _Kept:
+class Kept(NamedTuple):
+    """A value that was launched, and what updates have left of a difference made then."""
+
     launched: Tensor
-    factor: float = 1.0  # what is left of a difference made at the launch
+    remains: float = 1.0
 
 
-class DelayedAverages:
-    """For each parameter and state whose average flies: the values that were launched, and what updates leave of
-    them."""
+class Resumed:
+    """What flew when a checkpoint was saved: it is launched once more when it is to land, from the same values."""
 
-    def __init__(self, wire_dtype: torch.dtype):
-        self.wire_dtype = wire_dtype
-        self._kept: dict[tuple[Tensor, str], _Kept] = {}
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Key, str], Kept] = {}
 
-    def __len__(self) -> int:
-        return len(self._kept)
+    def holds(self, keys: Sequence[Key], state: str) -> bool:
+        return all((key, state) in self._kept for key in keys)
 
-    def keep(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> None:
-        """Copies ``states`` as they are launched, in wire dtype."""
-        for state, tensors in states.items():
-            copies = pack(tensors, self.wire_dtype, chunk_bytes=maxsize).views
-            self._kept |= {(param, state): _Kept(copy) for param, copy in zip(params, copies)}
+    def take(self, keys: Sequence[Key], state: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Kept]:
+        """Of each part what flew, or a copy of what ``tensors`` hold now."""
+        found = [self._kept.pop((key, state), None) for key in keys]
+        absent = [tensor for tensor, kept in zip(tensors, found) if kept is None]
+        copies = iter(copies_of(absent, dtype) if absent else ())
+        return [kept or Kept(next(copies)) for kept in found]
+
+    def load(self, saved: Iterable[tuple[Key, str, Tensor, float]]) -> None:
+        self._kept = {(key, state): Kept(launched, remains) for key, state, launched, remains in saved}
+
+    def items(self) -> Iterable[tuple[Key, str, Tensor, float]]:
+        return ((key, state, *kept) for (key, state), kept in self._kept.items())
+
+    def drop(self, keys: Sequence[Key], state: str) -> None:
+        for key in keys:
+            self._kept.pop((key, state), None)
 
     def decay(self, params: Sequence[Tensor], factors: Mapping[str, float]) -> None:
-        """An update of ``params`` was made, which leaves ``factors[state]`` of an earlier value of each state."""
-        for state, factor in factors.items():
-            for param in params:
-                if kept := self._kept.get((param, state)):
-                    kept.factor *= factor
-
-    def launched(self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
-        """The values of ``states`` that were launched; those of now where nothing was, as after a load."""
-        for state, tensors in states.items():
-            absent = [i for i, param in enumerate(params) if (param, state) not in self._kept]
-            if absent:
-                self.keep([params[i] for i in absent], {state: [tensors[i] for i in absent]})
-        return {state: [self._kept[param, state].launched for param in params] for state in states}
-
-    def land(
-        self, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]], means: Mapping[str, Sequence[Tensor]]
-    ) -> None:
-        """Puts ``means`` of the launched values into ``states`` as if they had been there since."""
-        for state, mean in means.items():
-            kept = [self._kept.pop((param, state)) for param in params]
-            for factor in {each.factor for each in kept}:
-                seats = [i for i, each in enumerate(kept) if each.factor == factor]
-                x, local, averaged = (
-                    [each[i] for i in seats] for each in (states[state], [k.launched for k in kept], mean)
-                )
-                land_(x, local, averaged, factor)
-
-    def holds(self, params: Sequence[Tensor], states: Iterable[str]) -> bool:
-        """Whether all of it was launched and has not landed."""
-        return all((param, state) in self._kept for param in params for state in states)
-
-    def drop(self, params: Sequence[Tensor], states: Iterable[str]) -> None:
-        """Forgets what flew of these."""
-        for key in [(param, state) for param in params for state in states]:
-            self._kept.pop(key, None)
+        """See ``decay``."""
+        updated = set(map(id, params))
+        for (key, state), kept in self._kept.items():
+            if state in factors and id(parameter(key)) in updated:
+                self._kept[key, state] = kept._replace(remains=kept.remains * factors[state])
 
     def clear(self) -> None:
-        """Forgets what flew."""
         self._kept.clear()
 
-    def saved(self, params: Sequence[Tensor]) -> list[tuple[int, str, Tensor, float]]:
-        """What flies: place in ``params``, state, launched value on the CPU, factor."""
-        place = {param: index for index, param in enumerate(params)}
-        return [(place[param], state, kept.launched.cpu(), kept.factor) for (param, state), kept in self._kept.items()]
 
-    def load(self, params: Sequence[Tensor], saved: Sequence[tuple[int, str, Tensor, float]]) -> None:
-        """Makes ``saved`` what flies: launched once more when it is to land, from the same values."""
-        self._kept = {
-            (params[i], state): _Kept(launched.to(params[i].device), factor) for i, state, launched, factor in saved
-        }
+def copies_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """One or more tensors as they are now, in ``dtype``."""
+    return pack(tensors, dtype, chunk_bytes=maxsize).views
+
+
+def decay(flights: Iterable[Flight], params: Sequence[Tensor], factors: Mapping[str, float]) -> None:
+    """An update of ``params`` was made, which leaves ``factors[state]`` of an earlier value of each state."""
+    updated = set(map(id, params))
+    for flight in flights:
+        if flight.launched is not None and flight.state in factors:
+            for seat, key in enumerate(flight.keys):
+                if id(parameter(key)) in updated:
+                    flight.remains[seat] *= factors[flight.state]
+
+
+def add_difference(landing: Landing, means: States) -> None:
+    """Puts ``means`` of the launched values into the states as if they had been there since."""
+    for state, mean in means.items():
+        remains = [flight.remains[seat] for flight, seat in landing.seats[state]]
+        columns = landing.states[state], landing.launched[state], mean
+        for factor in set(remains):
+            seats = [seat for seat, each in enumerate(remains) if each == factor]
+            land_(*([column[seat] for seat in seats] for column in columns), factor)
+
+
+def parameter(key: Key) -> Tensor:
+    return key[0] if isinstance(key, tuple) else key

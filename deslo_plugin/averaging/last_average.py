@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.algorithm.state_names import PARAMS
-from deslo_plugin.averaging.synchronizer import States
+from deslo_plugin.averaging.flight import States
 from deslo_plugin.kernels.local_tensors import local
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin.averaging.step_counter import Clock, Cohort
+from deslo_plugin.averaging.cohort import Cohort
+from deslo_plugin.averaging.step_counter import Clock
 from deslo_plugin.comm.transport import Transport
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.local_tensors import local

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.algorithm.state_names import PARAMS
+from deslo_plugin.averaging.cohort import Cohort, Key
 from deslo_plugin.averaging.metrics import SyncEvent
-from deslo_plugin.averaging.step_counter import Cohort
 from deslo_plugin.kernels.drift import drift_of, measure
 from deslo_plugin.kernels.local_tensors import local
 
@@ -30,13 +30,13 @@ class PseudoGradient:
 
     def __init__(self, receive: Receive, on_average: Callable[[SyncEvent], object]):
         self._receive, self._on_average = receive, on_average
-        self._anchors: dict[Tensor, tuple[int, Tensor]] = {}  # parameter -> (when it was averaged, what it was then)
+        self._anchors: dict[Key, tuple[int, Tensor]] = {}  # part -> (when it was averaged, what it was then)
 
     def __call__(self, cohort: Cohort, states: States, means: States) -> None:
         if PARAMS not in means:
             return self._receive(cohort, states, means)
         last = cohort.steps - cohort.group["sync_every"][PARAMS]
-        anchors = [self._anchors.get(param, (None, None)) for param in cohort.params]
+        anchors = [self._anchors.get(key, (None, None)) for key in cohort.keys]
         sums = [
             measure([(x - anchor).flatten()], [(mean - anchor).flatten()])  # one by one: two copies of one, not of all
             for x, mean, (steps, anchor) in zip(states[PARAMS], means[PARAMS], anchors)
@@ -46,5 +46,5 @@ class PseudoGradient:
             drift = drift_of(torch.stack(sums).sum(0).tolist())
             self._on_average(SyncEvent(cohort.steps, {}, 0.0, {NAME: drift}))
         self._receive(cohort, states, means)
-        for param, x in zip(cohort.params, local(cohort.params)):
-            self._anchors[param] = cohort.steps, x.detach().clone()
+        for key, x in zip(cohort.keys, cohort.parts(local(cohort.params))):
+            self._anchors[key] = cohort.steps, x.detach().clone()

@@ -8,12 +8,13 @@ or has nothing in flight, all drop what flies and average what is there now: ove
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from deslo_plugin.averaging.flight import Flight, States
 from deslo_plugin.averaging.instants import now, seconds_between
 from deslo_plugin.comm.transport import Transport, Work
 from deslo_plugin.kernels.fingerprint import fingerprint
@@ -62,54 +63,34 @@ class Question:
 
 
 class Recall:
-    """For each parameter and state whose average flies, what was launched."""
+    """Asks about what was launched by the fingerprints that flights carry."""
 
     def __init__(self, average: Transport, wire_dtype: torch.dtype):
         self.transport, self.wire_dtype = average, wire_dtype
-        self._launched: dict[tuple[Tensor, str], tuple[int, list[Tensor], Tensor]] = {}  # by a cohort's first parameter
 
-    def launched(self, steps: int, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]]) -> None:
-        """Notes what ``states`` are, which are launched once ``steps`` steps are complete."""
-        for state, tensors in states.items():
-            self._launched[params[0], state] = steps, list(params), fingerprint(tensors)
+    def ask(self, steps: int, states: States, flights: Mapping[str, Flight | None], says: float | None) -> Question:
+        """Starts the question about ``states``, which are to land: the average of what this replica ``says`` (0,
+        ``WRITTEN``, ``MOVED``).
 
-    def ask(
-        self,
-        steps: int,
-        params: Sequence[Tensor],
-        states: Mapping[str, Sequence[Tensor]],
-        *,
-        written: bool | None,
-        moved: bool,
-    ) -> Question:
-        """Starts the question about ``states``, which are to land. ``written``: what this replica finds; None: it
-        compares."""
+        None: it compares with ``flights``, those in which just these parts of each state travel."""
         (some, *_), divisor = states.values(), self.transport.divisor
         if self.transport.progress:
             # who has not come to the question is named as one who misses an average
             self.transport.progress.launching(steps)
-        mine = torch.zeros((), dtype=self.wire_dtype, device=some[0].device)
-        if moved:
-            mine.fill_(MOVED)
-        elif written is None:
-            mine = self._differs(steps, params, states, mine)
-        elif written:
-            mine.fill_(WRITTEN)
+        mine = torch.full((), says or 0.0, dtype=self.wire_dtype, device=some[0].device)
+        if says is None:
+            mine = _differs(steps, states, flights, mine)
         chunk = mine.repeat(divisor)  # where ranks hold copies each sends its own word, and knows all of them then
         return Question(self.transport, next(iter(states)), chunk, self.transport.start(chunk))
 
-    def _differs(
-        self, steps: int, params: Sequence[Tensor], states: Mapping[str, Sequence[Tensor]], mine: Tensor
-    ) -> Tensor:
-        """1 if any of ``states`` is not what was launched for ``steps``, else 0. Not read here: no device is waited
-        for."""
-        for state, tensors in states.items():
-            before = self._launched.pop((params[0], state), None)
-            if before is None or before[0] != steps or [*map(id, before[1])] != [*map(id, params)]:
-                return torch.full_like(mine, WRITTEN)
-            mine = torch.maximum(mine, (before[2] != fingerprint(tensors)).to(mine.dtype))
-        return mine
 
-    def forget(self) -> None:
-        """Nothing flies any more."""
-        self._launched.clear()
+def _differs(steps: int, states: States, flights: Mapping[str, Flight | None], nothing: Tensor) -> Tensor:
+    """``WRITTEN`` if any of ``states`` is not what was launched for ``steps``, else ``nothing``. Not read here: no
+    device is waited for."""
+    found = nothing
+    for state, tensors in states.items():
+        flight = flights[state]
+        if flight is None or flight.steps != steps or flight.fingerprint is None:
+            return torch.full_like(nothing, WRITTEN)
+        found = torch.maximum(found, (flight.fingerprint != fingerprint(tensors)).to(nothing.dtype))
+    return found

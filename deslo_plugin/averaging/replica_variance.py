@@ -13,9 +13,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from deslo_plugin.averaging.flight import Flight
 from deslo_plugin.averaging.instants import now, seconds_between
 from deslo_plugin.averaging.metrics import SyncEvent
-from deslo_plugin.averaging.synchronizer import States
 from deslo_plugin.comm.transport import Transport, Work
 from deslo_plugin.kernels.drift import measure
 
@@ -23,47 +23,35 @@ WORD = 8  # bytes of the element
 
 
 class ReplicaVariance:
-    """Launches and lands ``E_m ||s_m||^2`` beside the averages of adaptive states; flights are named as there.
+    """Launches and lands ``E_m ||s_m||^2`` beside the averages of adaptive states.
 
     ``on_average`` is told of the element's bytes as of more bytes of its state.
     """
 
     def __init__(self, average: Transport, on_average: Callable[[SyncEvent], object]):
         self.transport, self._on_average = average, on_average
-        self._flights: dict[tuple[Tensor, str], tuple[Tensor, Work]] = {}
 
-    def launch(self, params: Sequence[Tensor], states: States) -> None:
-        """Starts it for each of ``states`` that does not fly yet."""
-        for state, tensors in states.items():
-            if (params[0], state) not in self._flights:
-                # where ranks hold copies each averages a word of its own, and every sum below counts them alike
-                square = _square(tensors).repeat(self.transport.divisor)
-                self._flights[params[0], state] = square, self.transport.start(square)
+    def start(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Work]:
+        """Starts it for what is launched."""
+        # where ranks hold copies each averages a word of its own, and every sum below counts them alike
+        square = _square(tensors).repeat(self.transport.divisor)
+        return square, self.transport.start(square)
 
-    def land(self, steps: int, params: Sequence[Tensor], state: str, means: Sequence[Tensor]) -> float:
+    def land(self, steps: int, flights: Sequence[Flight], means: Sequence[Tensor]) -> float:
         """``sqrt(E_m ||s_m - mean||^2) / ||mean||`` of a state whose ``means`` have landed; 0 where all are zero.
 
         The same float on every rank. Collective over the replica's ranks. Raises ``AverageError`` on a time-out.
         """
-        square, work = self._flights.pop((params[0], state))
-        start = now(square.device)
-        work.wait()
-        arrived = now(square.device)
-        each = self.transport.total(float(square[0]))
+        device = means[0].device
+        start = now(device)
+        for flight in flights:
+            flight.square[1].wait()
+        arrived = now(device)
+        each = self.transport.total(sum(float(flight.square[0][0]) for flight in flights))
         mean = self.transport.total(float(_square(means)))
-        self._on_average(SyncEvent(steps, {state: WORD}, seconds_between(start, arrived), {}))
+        waited = seconds_between(start, arrived)
+        self._on_average(SyncEvent(steps, {flights[0].state: WORD * len(flights)}, waited, {}))
         return sqrt(max(each / mean - 1, 0.0)) if mean else 0.0 if each == 0 else float("inf")
-
-    def drop(self, params: Sequence[Tensor]) -> None:
-        """Waits for what flies of ``params`` and forgets it."""
-        for key in [key for key in self._flights if key[0] is params[0]]:
-            self._flights.pop(key)[1].wait()
-
-    def abandon(self) -> None:
-        """Waits for all that flies and forgets it."""
-        for _, work in self._flights.values():
-            work.wait()
-        self._flights.clear()
 
 
 def _square(tensors: Sequence[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,21 +13,24 @@ from torch import Tensor
 from deslo_plugin.algorithm.adaptive_periods import shortest
 from deslo_plugin.algorithm.momentum_bound import Bound, hold_
 from deslo_plugin.algorithm.outer_optimizer import write_means
-from deslo_plugin.algorithm.schedule import Periods, due
+from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS
+from deslo_plugin.averaging.cohort import Cohort
 from deslo_plugin.averaging.companions import Companions
+from deslo_plugin.averaging.delayed import add_difference
+from deslo_plugin.averaging.flight import Landing, States, Weigh
 from deslo_plugin.averaging.flights import Due, Flights
+from deslo_plugin.averaging.fragments import Fragments
 from deslo_plugin.averaging.gradients import Gradients
 from deslo_plugin.averaging.last_average import LastAverage
 from deslo_plugin.averaging.members import Group, Members
 from deslo_plugin.averaging.metrics import Meter, SyncEvent
 from deslo_plugin.averaging.recall import Answer
-from deslo_plugin.averaging.step_counter import Clock, Cohort
-from deslo_plugin.averaging.synchronizer import States, Synchronizer, Weigh
+from deslo_plugin.averaging.step_counter import Clock
+from deslo_plugin.averaging.synchronizer import Synchronizer
 from deslo_plugin.comm.sample_weights import Samples
 from deslo_plugin.comm.transport import Transport
 from deslo_plugin.config.schema import DesloConfig
-from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.local_tensors import local
 
 
@@ -62,29 +66,20 @@ class StateAverager:
         self.receive = receive or (lambda cohort, states, means: write_means(states, means))
         self.bounds = bounds
         self._sync, self.members = self._synchronizer(average), Members()
-        skips_nonfinite = deslo.on_nonfinite == "skip"
-        self.gradients = Gradients(optimizer, lambda: self.groups, self._sync, self.stats, skips_nonfinite)
-        self._flights = Flights(self._sync, deslo, self._weigh, self.record)
-        self.late = self._flights.late
+        skips = deslo.on_nonfinite == "skip"
+        self.gradients = Gradients(optimizer, lambda: self.groups, self._sync, self.stats, skips_nonfinite=skips)
+        self.flights = Flights(self._sync, deslo, self._weigh, self.record)
+        self.fragments = Fragments(deslo.fragments)
         self._periods: dict[int, Periods] = {}  # of each param group, by its id
-        self.buffers: Sequence[Tensor] = ()
-        self._companions: Companions | None = None
+        self.add_buffers((), average)
         self._held: list[Cohort] | None = None  # what launches are put off for, while a framework synchronises
-        self._convened = False
-        self._met = 0
+        self._convened, self._met = False, 0
         self.kept: LastAverage | None = None  # whoever wants it sets it
-        self._samples = Samples() if deslo.replica_weights == "samples" else None
+        self.samples = Samples(wanted=deslo.replica_weights == "samples")
 
     def add_buffers(self, buffers: Sequence[Tensor], average: Transport) -> None:
         """Floating buffers of the model, averaged when parameters are, as they are at that moment."""
         self.buffers, self._companions = buffers, Companions(buffers, self._synchronizer(average))
-
-    def record_samples(self, samples: float) -> None:
-        """See ``Attachment.record_samples``. Raises ``ConfigError`` for no number >= 0, and where nobody asks."""
-        if self._samples is None:
-            wanted, got = 'deslo.replica_weights "samples"', '"uniform"'
-            raise ConfigError("record_samples(samples)", wanted, got, "set it, or remove the call")
-        self._samples.record_samples(samples)
 
     @property
     def groups(self) -> Sequence[Group]:
@@ -113,11 +108,10 @@ class StateAverager:
         for index, cohort in enumerate(cohorts):
             self.clock.set(cohort, cohort.steps + 1)
             cohorts[index] = cohort._replace(steps=cohort.steps + 1)
-            if self._samples:
-                self._samples.tick(cohort.group, cohort.steps + 1)
+            self.samples.tick(cohort.group, cohort.steps + 1)
         if self.kept and self.steps == self.deslo.synchronous_steps:
             self.keep()
-        if any(map(self._names_due, cohorts)) and self._start_quorum():
+        if any(map(self._due, cohorts)) and self._start_quorum():
             cohorts = self._cohorts()
         self._start_due_averages(cohorts)
         if self.watch:
@@ -130,9 +124,8 @@ class StateAverager:
         elif self._held is not None:
             self._held += cohorts
         elif self.deslo.overlap_comm:
-            for cohort in cohorts:
-                if states := self._due(cohort):
-                    self._flights.launch(cohort, states)
+            for cohort, states in chain.from_iterable(map(self._due, cohorts)):
+                self.flights.launch(cohort, states)
 
     @contextmanager
     def launches_held(self) -> Iterator[None]:
@@ -182,23 +175,22 @@ class StateAverager:
     def abandon(self) -> None:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
         self._met = 0  # an exact load leaves replicas that differ
-        self._flights.abandon()
+        self.flights.abandon()
         if self.watch:
             self.watch.placed()
-        for each in filter(None, (self._samples, self.kept)):
-            each.forget()
+        self.samples.forget()
+        if self.kept:
+            self.kept.forget()
 
     def get_extra_state(self) -> dict[str, Any]:
         """What this rank knows beside the optimizer's state: values that were launched, samples seen."""
-        params = list(self.optimizer.state)
-        return {"late": self.late.saved(params), "samples": self._samples.saved(self.groups) if self._samples else None}
+        late = self.flights.saved(list(self.optimizer.state))
+        return {"late": late, "samples": self.samples.saved(self.groups)}
 
     def set_extra_state(self, aside: Mapping[str, Any]) -> None:
         """Goes on from what ``aside`` gave, with a state that has as many parameters in the same order."""
-        params = list(self.optimizer.state)
-        self.late.load(params, aside["late"])
-        if self._samples and aside["samples"]:
-            self._samples.load(self.groups, aside["samples"])
+        self.flights.load(list(self.optimizer.state), aside["late"])
+        self.samples.load(self.groups, aside["samples"])
 
     def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The means of floating tensors in at least float32, counted under ``name``; they stay. Collective."""
@@ -225,34 +217,20 @@ class StateAverager:
         return local([torch.zeros_like(params[i]) if each is None else each for i, each in enumerate(found)])
 
     def _average(self, cohorts: list[Cohort]) -> list[Cohort]:
-        """Averages what is due, and returns the cohorts from now on: others where parameters were frozen or not any
-        more."""
+        """Averages what is due; the cohorts from now on, which are others where parameters were frozen or unfrozen."""
         due, answers = self._ask(cohorts)
-        sent = self._flights.complete(due)  # all start before any is waited for: they commit or fail together
+        landings = self.flights.complete(due)  # all start before any is waited for: they commit or fail together
         meeting = [cohort for cohort, states in due if PARAMS in states]
-        if self._companions and meeting:
-            self._companions.launch(meeting[0].steps, self._weigh(meeting[0], PARAMS))
+        self._companions.launch(meeting, self._weigh)
         landed = True
-        for (cohort, states), launched, answer in zip(due, sent, answers):
-            means = self._flights.land(cohort, launched, answer)
+        for landing, answer in zip(landings, answers):
+            means = self.flights.land(landing, answer)
             if means is None:
                 landed = False
                 continue
-            self._flights.adapt(cohort, means, self.optimizer.state)
-            if self.deslo.sync_delay == 1:
-                self.receive(cohort, states, means)
-                if self.watch and PARAMS in states:
-                    self.watch.landed(cohort.params)
-            else:
-                self.late.land(cohort.params, states, means)
-            if self.kept:
-                self.kept.landed(cohort.steps, cohort.params, states, means)
-            now = cohort.steps + self.deslo.sync_delay - 1
-            hold_(self.bounds(cohort.group), means, functools.partial(self.local_tensors, params=cohort.params), now)
-        if self._companions and meeting:
-            self._companions.land(meeting[0].steps)
-            if self.kept:
-                self.kept.take(meeting[0].steps, self.buffers, self.buffers)
+            self.flights.adapt(landing, means, self.optimizer.state)
+            self._write(landing, means)
+        self._companions.land(self.kept)
         self.stats.refused_averages += not landed
         if not any(answer.moved for answer in answers):
             return cohorts
@@ -260,32 +238,54 @@ class StateAverager:
             self.members.settle(param for cohort in meeting for param in cohort.params)
         return self._cohorts()
 
+    def _write(self, landing: Landing, means: dict[str, list[Tensor]]) -> None:
+        """Puts what has landed where it belongs."""
+        cohort, states = landing.cohort, landing.states
+        if self.deslo.sync_delay == 1:
+            self.receive(cohort, states, means)
+            if self.watch and PARAMS in states:
+                self.watch.landed(cohort)
+        else:
+            add_difference(landing, means)
+        if self.kept:
+            self.kept.landed(cohort.steps, cohort.params, states, means)
+        now = cohort.steps + self.deslo.sync_delay - 1
+        hold_(self.bounds(cohort.group), means, functools.partial(self.part, cohort), now)
+
     def _ask(self, cohorts: list[Cohort]) -> tuple[Due, list[Answer]]:
         """What is due, once all replicas have said whether it may land: what may not is dropped, and flies anew.
         Collective."""
         due = self._all_due(cohorts)
-        answers = self._flights.ask(due, any(PARAMS in states for _, states in due) and self.members.moved(self.groups))
+        answers = self.flights.ask(due, any(PARAMS in states for _, states in due) and self.members.moved(self.groups))
         if any(answer.moved for answer in answers):
-            answers[0].bytes[PARAMS] += self.members.agree(self.transport, self.groups)
-            due = self._all_due(self._cohorts())
-            answers = [functools.reduce(Answer.joined, answers)] + [Answer()] * (len(due) - 1)
+            told = functools.reduce(Answer.joined, answers)
+            told.bytes[PARAMS] += self.members.agree(self.transport, self.groups)
+            due = self._all_due(self._cohorts(), whole=True)
+            for cohort, states in due:
+                if PARAMS in states:
+                    self.flights.drop(cohort, [PARAMS], told)
+            answers = [told] + [Answer()] * (len(due) - 1)
         return due, answers
 
-    def _all_due(self, cohorts: Sequence[Cohort]) -> Due:
-        # as they were launched
-        cohorts = [cohort._replace(steps=cohort.steps + 1 - self.deslo.sync_delay) for cohort in cohorts]
-        return [(cohort, states) for cohort in cohorts if (states := self._due(cohort))]
+    def _all_due(self, cohorts: Sequence[Cohort], whole: bool = False) -> Due:
+        launched = [cohort._replace(steps=cohort.steps + 1 - self.deslo.sync_delay) for cohort in cohorts]
+        return [each for cohort in launched for each in self._due(cohort, whole)]
 
     def _weigh(self, cohort: Cohort, like: str | None = None) -> Weigh | None:
         """What this rank has seen since the last average of a state of ``cohort``, or of its state ``like``."""
-        return self._samples and (lambda state: self._samples.seen(cohort.group, cohort.steps, like or state))
+        seen = self.samples.seen
+        return (lambda state: seen(cohort.group, cohort.steps, like or state)) if self.samples.wanted else None
 
-    def _due(self, cohort: Cohort) -> dict[str, Sequence[Tensor]]:
-        return {state: self.local_tensors(state, cohort.params) for state in self._names_due(cohort)}
+    def _due(self, cohort: Cohort, whole: bool = False) -> Due:
+        """What is due of ``cohort``, as ``Fragments.due`` gives it."""
+        if not cohort.params or cohort.steps <= self.deslo.synchronous_steps:
+            return []
+        due = self.fragments.due(cohort, whole)
+        return [(part, {state: self.part(part, state) for state in states}) for part, states in due]
 
-    def _names_due(self, cohort: Cohort) -> tuple[str, ...]:
-        began = cohort.params and cohort.steps > self.deslo.synchronous_steps
-        return due(cohort.periods, cohort.steps) if began else ()
+    def part(self, cohort: Cohort, state: str) -> Sequence[Tensor]:
+        """What belongs to ``cohort`` of a state, on this rank, as ``local_tensors`` gives it."""
+        return cohort.parts(self.local_tensors(state, cohort.params))
 
     def _synchronizer(self, average: Transport, wire_dtype: torch.dtype | None = None) -> Synchronizer:
         wire, chunk = wire_dtype or getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_cap_mb << 20

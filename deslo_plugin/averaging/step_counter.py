@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from itertools import cycle, groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,19 +10,10 @@ from torch import Tensor
 from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import ORIGIN, STEP, every
+from deslo_plugin.averaging.cohort import Cohort
 from deslo_plugin.averaging.count_vector import CountVectors
 
 GROUP_STEP = "deslo_step"  # key of a param group
-
-
-class Cohort(NamedTuple):
-    """Parameters of one param group and device that have completed the same number of steps, with the same periods
-    now."""
-
-    steps: int
-    group: MutableMapping[str, Any]
-    params: list[Tensor]
-    periods: Periods
 
 
 class Clock(Protocol):

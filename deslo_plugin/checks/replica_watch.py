@@ -8,7 +8,7 @@ cause."""
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from deslo_plugin.algorithm.state_names import PARAMS
+from deslo_plugin.averaging.cohort import Cohort
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.replica_checks import listed
+from deslo_plugin.checks.watch_messages import TOGETHER, WITHIN
 from deslo_plugin.comm.consistency import digests
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
 from deslo_plugin.kernels.local_tensors import local
@@ -60,7 +62,8 @@ class Watch:
         self._began = self._inside = self._placed = False
         self._averages = self._looked = 0
         self._before: dict[str, str] = {}
-        self._after: dict[str, str] = {}
+        self._after: dict[str, str] = {}  # of what has landed, the parts
+        self._landed: dict[str, str] = {}  # and the parameters that they are in
         _averagings.add(averaging)
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -96,10 +99,12 @@ class Watch:
         """Parameters are loaded, or made equal: that they are equal at the next step says nothing of training."""
         self._placed = True
 
-    def landed(self, params: Sequence[Tensor]) -> None:
-        """The mean of ``params`` has been written."""
-        named = {self._names[id(param)]: param for param in params if id(param) in self._names}
-        self._after |= digests(zip(named, local(list(named.values()))))
+    def landed(self, cohort: Cohort) -> None:
+        """The mean of the parameters of ``cohort`` has been written."""
+        both = zip(cohort.params, cohort.parts(local(cohort.params)))
+        named = {self._names[id(param)]: (param, part) for param, part in both if id(param) in self._names}
+        self._after |= digests((name, part) for name, (_, part) in named.items())
+        self._landed |= digests(zip(named, local([param for param, _ in named.values()])))
 
     def step_ended(self, *, of_engine: bool = False) -> None:
         """Compares what an average of parameters found and left, if there was one. Collective in steps with one."""
@@ -129,7 +134,8 @@ class Watch:
 
     def _compare(self) -> None:
         before, after = self._before, self._after
-        moved, self._known, self._before, self._after = before != self._known, before | after, {}, {}
+        moved, self._known = before != self._known, before | self._landed
+        self._before, self._after, self._landed = {}, {}, {}
         moved, together, apart = self._over_replicas(moved, before, after)
         self._looked += 1
         self._averages += moved
@@ -268,22 +274,6 @@ class Watch:
 
     def _digests(self) -> dict[str, str]:
         return digests(zip(self.named, local(list(self.named.values()))))
-
-
-TOGETHER = (
-    "deslo: the parameters of all replicas are equal after {steps} steps, before any average: gradients still meet "
-    "at every step, "
-    "or all ranks see the same data, so nothing is saved. Attach what DDP(model) returned, not the module inside it "
-    "nor before it "
-    "is wrapped; take an optimizer that gathers nothing by itself; give every rank its own part of the data "
-    "(DistributedSampler)"
-)
-
-WITHIN = (
-    "deslo: rank(s) {ranks} hold other values than the first rank of their replica, whose values a checkpoint keeps; "
-    "reduce the "
-    "gradients of every parameter inside a replica, or make parts DTensors"
-)
 
 
 def _any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -18,12 +18,14 @@ from deslo_plugin.comm.transport import Transport, Work
 from deslo_plugin.config.reader import plain
 from deslo_plugin.errors import AverageError, ConfigError
 
+Saved = tuple[bool, float, dict[int, dict[int, float]]]
+
 
 class Samples:
     """What this rank has told of the samples that it has seen, kept for as long as a period asks for it."""
 
-    def __init__(self) -> None:
-        self._told = False
+    def __init__(self, wanted: bool):
+        self.wanted, self._told = wanted, False
         self.forget()
 
     def forget(self) -> None:
@@ -31,21 +33,23 @@ class Samples:
         self._total = 0.0
         self._at: dict[int, dict[int, float]] = {}  # id of a param group -> completed steps -> the total then
 
-    def saved(self, groups: Sequence[Mapping[str, Any]]) -> tuple[bool, float, dict[int, dict[int, float]]]:
-        """All of it, by the places of param groups in ``groups``."""
-        return (
-            self._told,
-            self._total,
-            {i: dict(self._at[id(group)]) for i, group in enumerate(groups) if id(group) in self._at},
-        )
+    def saved(self, groups: Sequence[Mapping[str, Any]]) -> Saved | None:
+        """All of it, by the places of param groups in ``groups``; None where nothing is ``wanted``."""
+        at = {i: dict(self._at[id(group)]) for i, group in enumerate(groups) if id(group) in self._at}
+        return (self._told, self._total, at) if self.wanted else None
 
-    def load(self, groups: Sequence[Mapping[str, Any]], saved: tuple[bool, float, dict[int, dict[int, float]]]) -> None:
-        """Goes on from what was ``saved``."""
-        self._told, self._total, at = saved
-        self._at = {id(groups[index]): dict(totals) for index, totals in at.items()}
+    def load(self, groups: Sequence[Mapping[str, Any]], saved: Saved | None) -> None:
+        """Goes on from what was ``saved``, if that is ``wanted``."""
+        if self.wanted and saved:
+            self._told, self._total, at = saved
+            self._at = {id(groups[index]): dict(totals) for index, totals in at.items()}
 
     def record_samples(self, samples: float) -> None:
-        """``samples`` are in the gradients of the step that this rank is taking; several calls in a step add up."""
+        """``samples`` are in the gradients of the step that this rank is taking; several calls in a step add up. Raises
+        ``ConfigError`` for no number >= 0, and where they are not ``wanted``."""
+        if not self.wanted:
+            wanted, got = 'deslo.replica_weights "samples"', '"uniform"'
+            raise ConfigError("record_samples(samples)", wanted, got, "set it, or remove the call")
         samples = plain(samples)
         if (
             isinstance(samples, bool)
@@ -62,6 +66,8 @@ class Samples:
 
     def tick(self, group: Mapping[str, Any], steps: int) -> None:
         """Parameters of ``group`` have completed ``steps`` steps."""
+        if not self.wanted:
+            return
         longest = max(filter(None, group["sync_every"].values()), default=1)
         at = self._at.setdefault(id(group), {})
         at[steps] = self._total

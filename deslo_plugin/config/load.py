@@ -5,11 +5,11 @@ blocks stand in a DeepSpeed JSON, in a JSON or YAML file of their own, or in a d
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive, shortest
+from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive, longest, shortest
 from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS
@@ -137,6 +137,7 @@ def read_deslo(block: Any) -> DesloConfig:
         average_at=average_at,
         overlap_comm=reader.boolean("overlap_comm", default.overlap_comm and before),
         sync_delay=reader.positive_int("sync_delay", default.sync_delay),
+        fragments=reader.positive_int("fragments", default.fragments, also=("auto",)),
         wire_dtype=reader.choice("wire_dtype", default.wire_dtype, WIRE_DTYPES),
         bucket_cap_mb=reader.positive_int("bucket_cap_mb", default.bucket_cap_mb),
         initial_params=reader.choice("initial_params", default.initial_params, INITIAL_PARAMS),
@@ -175,7 +176,8 @@ def check_periods(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
     """Refuses periods that cannot be kept.
 
     One shorter than ``deslo.sync_delay``: its next average would start before this one has landed. An adaptive one
-    where replicas are weighted: the drift that it goes by is that of equals.
+    where replicas are weighted, since the drift that it goes by is that of equals, or where states are averaged in
+    fragments, each of which would choose another. All shorter than there are fragments.
     """
     for state, period in shortest(periods).items():
         if period and period < deslo.sync_delay:
@@ -185,7 +187,22 @@ def check_periods(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
                 str(deslo.sync_delay),
                 "lower it, or raise that period",
             )
+    longest_period = max(filter(None, longest(periods).values()), default=1)
+    if deslo.fragments > longest_period:
+        raise ConfigError(
+            "deslo.fragments",
+            f"at most {longest_period}, the longest period{of}",
+            str(deslo.fragments),
+            "lower it: a step takes one fragment of a state, not less",
+        )
     for state in adaptive(periods):
+        if deslo.fragments > 1:
+            raise ConfigError(
+                "deslo.fragments",
+                f"1 with an adaptive period of {state}{of}",
+                str(deslo.fragments),
+                "remove it, or give that state a number of steps: each fragment would choose a period of its own",
+            )
         if deslo.replica_weights != "uniform":
             raise ConfigError(
                 "deslo.replica_weights",
@@ -196,7 +213,24 @@ def check_periods(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
 
 
 def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
-    """Both blocks, if they go together."""
+    """Both blocks, if they go together; ``fragments`` as a number."""
+    periods = deslo.sync_every if optimizer is None else optimizer.periods
+    if deslo.fragments == "auto":
+        deslo = replace(deslo, fragments=min(filter(None, shortest(periods).values())))
+    if deslo.fragments > 1 and optimizer is not None and optimizer.reset_momenta:
+        raise ConfigError(
+            "deslo.fragments",
+            "1 with reset_momenta",
+            str(deslo.fragments),
+            "remove one: bias correction counts the updates since a reset for a parameter, not for parts of it",
+        )
+    if deslo.fragments > 1 and deslo.state_dict == "last_average":
+        raise ConfigError(
+            "deslo.fragments",
+            '1 with state_dict "last_average"',
+            str(deslo.fragments),
+            "remove one: the last averages of fragments are of different steps",
+        )
     if deslo.sync_delay > 1:
         others = {"a stock optimizer": True}
         if optimizer is not None:
@@ -208,8 +242,7 @@ def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
                 str(deslo.sync_delay),
                 "remove one: it cannot take in an average that is some updates old",
             )
-    if optimizer is not None:
-        check_periods(deslo, optimizer.periods)
+    check_periods(deslo, periods)
     return Config(optimizer=optimizer, deslo=deslo)
 
 

@@ -90,8 +90,9 @@ class DesloConfig:
     seconds.
 
     ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``sync_delay``
-    is the number of forwards and backwards that an average travels under, ``replica_weights`` what a replica counts in
-    an average: as much as any other, or what it has seen; ``checkpoint_mode`` is what ``save`` saves,
+    is the number of forwards and backwards that an average travels under, ``fragments`` in how many parts each state is
+    averaged, at steps of their own ("auto" is what ``load_config`` turns into a number). ``replica_weights`` is what a
+    replica counts in an average: as much as any other, or what it has seen; ``checkpoint_mode`` is what ``save`` saves,
     ``checkpoint_digest`` what proves its files; ``state_dict`` is what ``state_dict()`` of the model does while
     replicas differ; ``telemetry`` is what is written down, if anything. ``initial_params`` is what becomes of replicas
     that start unequal: "auto" makes them equal to replica 0 and says what differed, "broadcast" does so without a word,
@@ -103,6 +104,7 @@ class DesloConfig:
     average_at: str = "before_step"
     overlap_comm: bool = True
     sync_delay: int = 1
+    fragments: int | str = 1
     wire_dtype: str = "float32"
     bucket_cap_mb: int = 64
     initial_params: str = "auto"

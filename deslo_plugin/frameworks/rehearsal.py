@@ -30,12 +30,16 @@ def reserve(attachment: Attachment, device: torch.device) -> None:
     """Takes the memory of all averages in flight at once, as it will be asked for, so that it lies ready afterwards."""
     plan = attachment.plan
     copies = plan.divisor * (2 if plan.config.deslo.sync_delay > 1 else 1)
-    sizes = [
-        group.bytes_per_event[state] * copies
-        for group in plan.groups
-        for state, period in group.periods.items()
-        if period
-    ]
+    sizes = (
+        [plan.flight_bytes]
+        if plan.config.deslo.fragments > 1
+        else [
+            group.bytes_per_event[state] * copies
+            for group in plan.groups
+            for state, period in group.periods.items()
+            if period
+        ]
+    )
     try:
         taken = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
     except torch.OutOfMemoryError as error:

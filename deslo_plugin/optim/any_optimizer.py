@@ -11,10 +11,11 @@ from torch import Tensor
 from deslo_plugin.algorithm.momentum_bound import Bound, bounds_of, loose
 from deslo_plugin.algorithm.outer_optimizer import write_means
 from deslo_plugin.algorithm.state_names import PARAMS
+from deslo_plugin.averaging.cohort import Cohort
+from deslo_plugin.averaging.flight import States
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.state_averager import Group, StateAverager
-from deslo_plugin.averaging.step_counter import GROUP_STEP, Cohort, GroupClock
-from deslo_plugin.averaging.synchronizer import States
+from deslo_plugin.averaging.step_counter import GROUP_STEP, GroupClock
 from deslo_plugin.comm.transport import Transport
 from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.kernels.local_tensors import local
@@ -210,7 +211,7 @@ class AnyOptimizerAverager(StateAverager):
         for param, name, seat in absent:
             if self.transport.any(bool(means[name][seat].any())):
                 self._create_states(cohort, param)
-                local([self.optimizer.state[param][name]])[0].copy_(means[name][seat])
+                self.part(cohort, name)[seat].copy_(means[name][seat])
 
     def _create_states(self, cohort: Cohort, param: Tensor) -> None:
         """Zeros for each state that parameters of its group have, and the counters of the one that has counted

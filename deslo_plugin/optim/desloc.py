@@ -11,11 +11,12 @@ from deslo_plugin.algorithm.adaptive_periods import adaptive
 from deslo_plugin.algorithm.outer_optimizer import mean_, nesterov_
 from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.state_names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP, every
+from deslo_plugin.averaging.cohort import Cohort
+from deslo_plugin.averaging.flight import States
 from deslo_plugin.averaging.members import trains
 from deslo_plugin.averaging.metrics import Meter, SyncEvent
 from deslo_plugin.averaging.state_averager import StateAverager
-from deslo_plugin.averaging.step_counter import Cohort, ParameterClock
-from deslo_plugin.averaging.synchronizer import States
+from deslo_plugin.averaging.step_counter import ParameterClock
 from deslo_plugin.comm.transport import SingleReplica, Transport, left_alone
 from deslo_plugin.config.load import check_periods, load_config
 from deslo_plugin.config.periods import group_periods
@@ -164,25 +165,22 @@ class DesLoc(torch.optim.Optimizer):
 
     def _receive(self, cohort: Cohort, states: States, means: States) -> None:
         """Replaces every state that has landed by its mean; parameters through the outer optimizer."""
-        optimizer, outer, gather = (
-            self.config.optimizer,
-            self.config.optimizer.outer_optimizer,
-            self.averaging.local_tensors,
-        )
+        optimizer, part = self.config.optimizer, self.averaging.part
+        outer = optimizer.outer_optimizer
         for state, mean in means.items():
             if state == PARAMS and outer:
-                anchor, momentum = (gather(each, cohort.params) for each in (OUTER_PARAMS, OUTER_MOMENTUM))
+                anchor, momentum = (part(cohort, each) for each in (OUTER_PARAMS, OUTER_MOMENTUM))
                 nesterov_(states[state], mean, anchor, momentum, lr=outer.lr, beta=outer.momentum)
             else:
                 mean_(states[state], mean)
         if PARAMS in means and optimizer.reset_momenta:
             for moment in optimizer.moments:
-                torch._foreach_zero_(gather(moment, cohort.params))
+                torch._foreach_zero_(part(cohort, moment))
             self._clock.set(cohort, cohort.steps, ORIGIN)
 
     def _update(self, cohorts: Sequence[Cohort]) -> None:
         """The local rule, on those parameters that have a gradient; the others only age."""
-        optimizer, gather = self.config.optimizer, self.averaging.local_tensors
+        optimizer, part = self.config.optimizer, self.averaging.part
         scale = getattr(self, "grad_scale", None)
         options = optimizer.constants | ({} if scale is None else {"grad_scale": scale.float().reciprocal()})
         for cohort in cohorts:
@@ -201,11 +199,11 @@ class DesLoc(torch.optim.Optimizer):
                     refuse_sparse(params, lambda param: self.averaging.members.name(param, self.param_groups))
                     with alike(tensors) as copies:
                         self._operator(**copies, t=t, lr=lr, weight_decay=decay, **options)
-                if self.averaging.late:
-                    self.averaging.late.decay(params, self._remains(t, lr, decay))
+                if self.averaging.flights.delayed:
+                    self.averaging.flights.decay(params, self._remains(t, lr, decay))
             if optimizer.outer_optimizer and cohort.steps < self.config.deslo.synchronous_steps:
                 # the outer optimizer begins where the warm-up ends: its progress is no pseudo-gradient
-                torch._foreach_copy_(gather(OUTER_PARAMS, cohort.params), gather(PARAMS, cohort.params))
+                torch._foreach_copy_(part(cohort, OUTER_PARAMS), part(cohort, PARAMS))
 
     def _remains(self, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
         """What update ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""

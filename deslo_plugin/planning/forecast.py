@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from deslo_plugin.algorithm.adaptive_periods import adaptive, shortest
+from deslo_plugin.algorithm.fragments import offsets
 from deslo_plugin.algorithm.state_names import GRADIENTS
 from deslo_plugin.planning.plan import Plan
 
@@ -79,9 +80,11 @@ def transfers(plan: Plan, steps: int) -> list[Transfer]:
     """The averages of the first ``steps`` steps, in order, without the warm-up's gradients; all that there may be."""
     if plan.topology.replicas == 1:
         return []
-    periods = {period for group in plan.groups for period in shortest(group.periods).values() if period}
-    due = sorted(set().union(*(range(period, steps + 1, period) for period in periods)))
-    return [_transfer(plan, at) for at in due if at > plan.config.deslo.synchronous_steps]
+    due: set[int] = set()
+    for periods in (shortest(group.periods) for group in plan.groups):
+        for state, starts in offsets(tuple(periods.items()), plan.config.deslo.fragments).items():
+            due.update(*(range(start or periods[state], steps + 1, periods[state]) for start in starts))
+    return [_transfer(plan, at) for at in sorted(due) if at > plan.config.deslo.synchronous_steps]
 
 
 def travel_seconds(plan: Plan, link: Link, transfer: Transfer) -> float:
@@ -141,7 +144,8 @@ def memory(plan: Plan, moved: Sequence[Transfer]) -> Memory:
     copies = 2 if plan.config.deslo.sync_delay > 1 else 1  # a late average takes off what it was launched with
     outer = 2 * 4 * numel if opt is not None and opt.outer_optimizer else 0
     flying = (sum(each.bytes.values()) - plan.words_at(each.steps).total() for each in moved)
-    return Memory(states * element * numel + outer, copies * max(flying, default=0))
+    most = copies * max(flying, default=0) if plan.config.deslo.fragments == 1 else plan.flight_bytes
+    return Memory(states * element * numel + outer, most)
 
 
 def _transfer(plan: Plan, steps: int) -> Transfer:

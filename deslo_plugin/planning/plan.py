@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import lcm
 
 from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive, longest, shortest
+from deslo_plugin.algorithm.fragments import WINDOW, Due, due_fragments, offsets, sizes
 from deslo_plugin.algorithm.rules import RULES
-from deslo_plugin.algorithm.schedule import Periods, due, vectors_per_step
+from deslo_plugin.algorithm.schedule import Periods, vectors_per_step
 from deslo_plugin.algorithm.state_names import BUFFERS, GRADIENTS, PARAMS
 from deslo_plugin.comm.topology import Topology
 from deslo_plugin.config.schema import Config, OptimizerConfig
@@ -18,14 +20,23 @@ HORIZON = 100_000  # steps that next_sync looks ahead
 
 @dataclass(frozen=True)
 class GroupPlan:
-    """One param group: ``numel`` elements on this rank. An average of a state sends ``bytes_per_event[state]`` from it,
-    a step of the synchronous warm-up ``gradient_bytes``. Of adaptive periods nobody knows more in advance than their
-    bounds."""
+    """One param group: ``numel`` elements on this rank. An average of fragment i of a state sends
+    ``fragment_bytes[state][i]`` from it, a step of the synchronous warm-up ``gradient_bytes``. Of adaptive periods
+    nobody knows more in advance than their bounds."""
 
     numel: int
-    bytes_per_event: Mapping[str, int]
+    fragment_bytes: Mapping[str, tuple[int, ...]]
     gradient_bytes: int
     periods: Schedule
+
+    @property
+    def bytes_per_event(self) -> dict[str, int]:
+        """State -> what an average of all of it sends."""
+        return {state: sum(parts) for state, parts in self.fragment_bytes.items()}
+
+    def due(self, fragments: int, steps: int) -> Due:
+        """What is averaged after ``steps`` steps, at the shortest period of those that adapt."""
+        return due_fragments(shortest(self.periods), fragments, steps)
 
 
 @dataclass(frozen=True)
@@ -44,19 +55,32 @@ class Plan:
 
     @property
     def flight_bytes(self) -> int:
-        """Memory that averages take on this rank while all states fly at once: copies in wire dtype, two with a
-        delay."""
-        return self._sent_at_once * self.divisor * (2 if self.config.deslo.sync_delay > 1 else 1)
+        """Memory that averages take on this rank while most is under way: copies in wire dtype, two with a delay."""
+        return self.peak_bytes * self.divisor * (2 if self.config.deslo.sync_delay > 1 else 1)
 
     @property
     def host_bytes(self) -> int:
-        """Host memory that averages through it take on this rank while all states fly at once."""
-        return self._sent_at_once if self.route.host else 0
+        """Host memory that averages through it take on this rank while most is under way."""
+        return self.peak_bytes if self.route.host else 0
 
     @property
-    def _sent_at_once(self) -> int:
-        averaged = ((group, state) for group in self.groups for state, period in group.periods.items() if period)
-        return sum(group.bytes_per_event[state] for group, state in averaged) + self.buffer_bytes
+    def peak_bytes(self) -> int:
+        """What this rank sends at most for averages that are under way at once: all states, or of fragments those that
+        meet."""
+        averaged = [(group, state) for group in self.groups for state, period in group.periods.items() if period]
+        if self.config.deslo.fragments == 1:
+            return sum(group.bytes_per_event[state] for group, state in averaged) + self.buffer_bytes
+        window = min(lcm(*(shortest(group.periods)[state] for group, state in averaged)), WINDOW)
+        load = [0] * window
+        for group, state in averaged:
+            periods = shortest(group.periods)
+            starts = offsets(tuple(periods.items()), self.config.deslo.fragments)[state]
+            for index, (start, nbytes) in enumerate(zip(starts, group.fragment_bytes[state])):
+                buffers = self.buffer_bytes if state == PARAMS and index == 0 and group is self.groups[0] else 0
+                for step in range(start, window, periods[state]):
+                    load[step] += nbytes + buffers
+        delay = self.config.deslo.sync_delay
+        return max(sum(load[step - ahead] for ahead in range(delay)) for step in range(window))
 
     @property
     def vectors_per_step(self) -> float:
@@ -76,18 +100,22 @@ class Plan:
         if steps <= self.config.deslo.synchronous_steps:
             return {GRADIENTS: sum(group.gradient_bytes for group in self.groups)} if steps > 0 else {}
         sent: Counter[str] = Counter()
+        fragments, first = self.config.deslo.fragments, False
         for group in self.groups:
-            sent.update({state: group.bytes_per_event[state] for state in due(shortest(group.periods), steps)})
+            due = group.due(fragments, steps)
+            first |= PARAMS in due.get(0, ())  # with which buffers travel
+            for index, states in due.items():
+                sent.update({state: group.fragment_bytes[state][index] for state in states})
         sent.update(self.words_at(steps))
-        return dict(sent) | ({BUFFERS: self.buffer_bytes} if self.buffer_bytes and PARAMS in sent else {})
+        return dict(sent) | ({BUFFERS: self.buffer_bytes} if self.buffer_bytes and first else {})
 
     def words_at(self, steps: int) -> Counter[str]:
         """Those of ``bytes_at`` that are words beside averages, counted as the first state of each group's that is
         due."""
         word, words = BYTES[self.config.deslo.wire_dtype], Counter()
         for group in self.groups:
-            for state in due(shortest(group.periods), steps)[:1] if group.numel else ():
-                words[state] += word
+            for states in group.due(self.config.deslo.fragments, steps).values() if group.numel else ():
+                words[states[0]] += word
         return words
 
     def next_sync(self, steps: int) -> tuple[int, tuple[str, ...]] | None:
@@ -102,6 +130,7 @@ class Plan:
         t, opt, deslo = self.topology, self.config.optimizer, self.config.deslo
         order = deslo.average_at + (", overlapped" if deslo.overlap_comm else "")
         order += f" with {deslo.sync_delay} steps" if deslo.sync_delay > 1 else ""
+        order += f", in {deslo.fragments} fragments" if deslo.fragments > 1 else ""
         order += ", replicas weighted by samples" if deslo.replica_weights == "samples" else ""
         lines = [f"deslo: {t.replicas} replica(s) of {t.replica_size} rank(s); {_direction(opt)}; {order}"]
         if t.replicas == 1:
@@ -149,6 +178,8 @@ class Plan:
             f"  {' to '.join(f'{each:.4g}' for each in moved)} parameter vectors per step between replicas: "
             f"{' to '.join(f'{1 / each:.1f}' for each in reversed(moved))} times fewer than synchronous training"
         )
+        if deslo.fragments > 1:
+            lines.append(f"  at most {self.peak_bytes:,} bytes from each rank are under way at once, in fragments")
         memory = f"  memory: up to {self.flight_bytes:,} bytes on each rank while averages fly"
         memory += f", and {self.host_bytes:,} of the host" * self.route.host
         measured = deslo.telemetry is not None and deslo.telemetry.pseudo_gradient
@@ -181,6 +212,7 @@ def make_plan(
     gradient_bytes: Sequence[int] | None = None,
     buffer_bytes: int = 0,
     others: Sequence[Mapping[str, int]] | None = None,
+    cuts: Sequence[Sequence[int]] | None = None,
     route: Route | None = None,
 ) -> Plan:
     """A plan for param groups of ``numels`` elements on this rank; ``divisor`` ranks split each average between them.
@@ -188,6 +220,7 @@ def make_plan(
     Args:
         gradient_bytes: what a step of the warm-up sends for each group, by default as much as an average of one state.
         others: for each group, the elements of those states that are not of the parameters' sizes.
+        cuts: for each group, the elements of each fragment on this rank; by default equal ones.
         route: the way of averages, by default what the config says.
     """
 
@@ -200,15 +233,16 @@ def make_plan(
     def sent(numel: int) -> int:
         return -(-numel // divisor) * word
 
+    def parts(index: int, state: str, adapts: bool) -> tuple[int, ...]:
+        """Bytes of each fragment of a state of group ``index``."""
+        numel = (others[index] if others else {}).get(state, numels[index])
+        own = cuts[index] if cuts and numel == numels[index] else sizes(numel, config.deslo.fragments)
+        return tuple(sent(each) + weight + spread * adapts for each in own)
+
     groups = tuple(
         GroupPlan(
             numel=numel,
-            bytes_per_event={
-                state: sent((others[index] if others else {}).get(state, numel))
-                + weight
-                + spread * (state in adaptive(own))
-                for state in own
-            },
+            fragment_bytes={state: parts(index, state, state in adaptive(own)) for state in own},
             gradient_bytes=gradient_bytes[index] if gradient_bytes else sent(numel),
             periods=own,
         )

@@ -1,7 +1,8 @@
 """M replicas as the rows of one matrix: the mean over rows is their transport, and rows come and go."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.algorithm.adaptive_periods import shortest
-from deslo_plugin.algorithm.schedule import due
+from deslo_plugin.algorithm.fragments import due_fragments, sizes
 from deslo_plugin.algorithm.state_names import ORIGIN, PARAMS, STEP
+from deslo_plugin.averaging.cohort import Rows
+from deslo_plugin.averaging.fragments import Fragments
 from deslo_plugin.comm.transport import SingleReplica, Work
 from deslo_plugin.config.load import load_config
 from deslo_plugin.config.schema import Config
@@ -33,6 +36,15 @@ class RowMean(SingleReplica):
         rows = chunk.view(self.divisor, -1)
         rows.copy_(rows.mean(0))
         return super().start(chunk)
+
+
+class Columns(Fragments):
+    """Fragments of replicas that are rows: each has the same columns of all of them."""
+
+    def cut(self, tensors: Sequence[Tensor]) -> Iterator[list[Rows]]:
+        for columns in (tensor.shape[1] for tensor in tensors):
+            ends = accumulate(sizes(columns, self.count))
+            yield [Rows(end - size, size, columns, dim=1) for end, size in zip(ends, sizes(columns, self.count))]
 
 
 class Replicas:
@@ -66,6 +78,7 @@ class Replicas:
         self.optimizer = DesLoc(
             [rows], replace(config, deslo=replace(config.deslo, bucket_cap_mb=UNCUT)), average=self._mean
         )
+        self.optimizer.averaging.fragments = Columns(config.deslo.fragments)
         self.ids = list(range(count))
         self.away: dict[int, int] = {}
         """Who has left -> after how many steps."""
@@ -84,8 +97,9 @@ class Replicas:
         return torch.cat(list(self.optimizer.averaging.local_tensors(name, self._blocks)))
 
     def meets(self, steps: int) -> bool:
-        """Whether parameters are averaged once ``steps`` steps are complete."""
-        return PARAMS in due(shortest(self.config.optimizer.periods), steps)
+        """Whether parameters, of fragments the first, are averaged once ``steps`` steps are complete."""
+        periods = shortest(self.config.optimizer.periods)
+        return PARAMS in due_fragments(periods, self.config.deslo.fragments, steps).get(0, ())
 
     @torch.no_grad()
     def step(self, gradients: Tensor, *, rate: float = 1.0, norm_clip: float | None = None) -> None:

@@ -76,7 +76,7 @@ def test_no_momentum_is_ever_larger_than_an_adam_alone_could_have_it(s, seed, we
         for t in range(steps):
             p.grad = mean_in_warm_up(average.rank, t)
             if weighted:
-                optimizer.averaging.record_samples(seen(average.rank, t))
+                optimizer.averaging.samples.record_samples(seen(average.rank, t))
             optimizer.step()
             state = optimizer.state[p]
             for name, ratio in zip(optimizer.config.optimizer.momenta, largest_ratio(s, t + 1)):

@@ -97,9 +97,10 @@ def flown(wire, clock, while_it_flies):
     """Launches two states after step 3, and lands them after ``while_it_flies(clock)``."""
     x, u = torch.nn.Parameter(torch.ones(5)), torch.ones(5)
     with torch.no_grad():
-        wire.launch(3, [x], {"params": [x], "exp_avg": [u]})
+        states = {"params": [x], "exp_avg": [u]}
+        seats = {state: [(wire.start(3, state, [x], tensors), 0)] for state, tensors in states.items()}
         while_it_flies(clock)
-        wire.land(3, [x], {"params": [x], "exp_avg": [u]})
+        wire.land(3, seats, states)
 
 
 @pytest.mark.parametrize("queued, travel", [(100, 130), (100, 60), (0, 40), (3, 3)])

@@ -188,7 +188,7 @@ def test_after_a_load_what_flew_is_averaged_as_it_is_when_it_should_land():
             optimizer.step()
         saved = copy.deepcopy(optimizer.state_dict())
         optimizer.load_state_dict(saved)
-        assert not optimizer.averaging.late
+        assert not optimizer.averaging.flights.delayed
         optimizer.skip_step()
         before = p.detach().clone()
         optimizer.skip_step()

@@ -14,7 +14,7 @@ from tests.support.checkpoint_configs import S, config_for, same
 from tests.support.device import cpu_only
 from tests.support.oracle import blocks
 from tests.support.theory import RULES
-from tests.support.worlds import RankError
+from tests.support.worlds import STARTED, RankError
 
 STOCK = {"deslo": {"sync_every": {"params": 3, "exp_avg": 6, "exp_avg_sq": 12}}}
 KINDS = ["plain", "ddp", "fsdp", "hsdp", "zero 0", "zero 1", "zero 2", "zero 3"]
@@ -203,11 +203,9 @@ def test_a_rank_killed_inside_a_save_leaves_the_one_before(four, tmp_path):
 
 def test_a_process_killed_anywhere_in_a_save_leaves_a_whole_checkpoint(tmp_path):
     """Every save holds one number in all tensors: whatever is loaded afterwards must be of one save."""
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["checkpoint_jobs", "deslo_plugin", "torch.distributed.checkpoint"])
     for seed in range(30):
-        begun, tell = context.Pipe(duplex=False)
-        child = context.Process(target=jobs.save_on_and_on, args=(tmp_path / "c", 1000 * seed, tell), daemon=True)
+        begun, tell = STARTED.Pipe(duplex=False)
+        child = STARTED.Process(target=jobs.save_on_and_on, args=(tmp_path / "c", 1000 * seed, tell), daemon=True)
         child.start()
         assert begun.poll(600)
         time.sleep(random.Random(seed).random() * 0.1)

@@ -38,7 +38,7 @@ def run_ours(s: Setting, told=samples, steps: int = STEPS, reload_at: int | None
             params[0].grad = gradient(average.rank, step, params[0].detach().clone())
             if told is not None and params[0].grad is not None:
                 for _ in range(2):  # two micro-batches
-                    optimizer.averaging.record_samples(told(average.rank, step) / 2)
+                    optimizer.averaging.samples.record_samples(told(average.rank, step) / 2)
             optimizer.skip_step() if params[0].grad is None else optimizer.step()
         return {"params": params[0].detach()} | {
             n: optimizer.state[params[0]][n] for n in optimizer.config.optimizer.moments
@@ -119,7 +119,7 @@ def tells_unless(silent: int):
         for _ in range(5):
             param.grad = torch.ones_like(param)
             if average.rank != silent:
-                optimizer.averaging.record_samples(4)
+                optimizer.averaging.samples.record_samples(4)
             optimizer.step()
 
     return replica
@@ -136,12 +136,12 @@ def test_after_a_load_averages_go_on_from_what_is_told_since(step):
 def test_what_is_no_count_is_refused(told):
     optimizer = DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"replica_weights": "samples"}})
     with pytest.raises(ConfigError, match=r"record_samples\(samples\): expected a number >= 0"):
-        optimizer.averaging.record_samples(told)
+        optimizer.averaging.samples.record_samples(told)
 
 
 def test_telling_where_nobody_asks_is_refused():
     with pytest.raises(ConfigError, match="expected deslo.replica_weights .samples., got .uniform."):
-        DesLoc([torch.nn.Parameter(torch.ones(2))]).averaging.record_samples(8)
+        DesLoc([torch.nn.Parameter(torch.ones(2))]).averaging.samples.record_samples(8)
     with pytest.raises(ConfigError, match="deslo.replica_weights: expected one of uniform, samples, got 'tokens'"):
         DesLoc([torch.nn.Parameter(torch.ones(2))], {"deslo": {"replica_weights": "tokens"}})
 

@@ -201,6 +201,6 @@ def test_a_broken_state_is_named_and_nothing_is_written(value):
 def test_a_broken_mean_that_lands_later_is_seen_at_once():
     good, broken = torch.ones(3), torch.tensor([math.nan])
     sync = Synchronizer(SingleReplica(), wire_dtype=torch.float32, bucket_bytes=1 << 20, on_average=lambda event: None)
-    sync.launch(1, [good, broken], {"params": [good, broken]})
+    flight = sync.start(1, "params", [good, broken], [good, broken])
     with pytest.raises(NonFiniteError, match="average of params"):
-        sync.land(1, [good], {"params": [good]})
+        sync.land(1, {"params": [(flight, 0)]}, {"params": [good]})

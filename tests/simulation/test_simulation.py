@@ -11,7 +11,7 @@ from deslo_plugin import ConfigError, NonFiniteError
 from deslo_plugin.simulation import Failures, Growth, Logistic, Replicas, simulate
 from tests.support.oracle import Setting, blocks, states, train
 from tests.support.quadratic import noisy_quadratic, rare
-from tests.support.theory import RULES
+from tests.support.theory import RULES, cut
 
 REPLICAS, STEPS, SIZE, CLIP = 4, 25, 17, 3.0
 START = torch.linspace(-1, 1, SIZE, dtype=torch.float64)
@@ -20,6 +20,8 @@ VARIANTS = RULES | {
     "after_update": Setting("adam", {"x": 3, "u1": 2, "v": 7}, [0.9], [1.0], after_update=True),
     "delay": Setting("adopt", {"x": 3, "u1": 4, "v": 7}, [0.9], [0.8], delay=3, weight_decay=0.1),
     "outer": Setting("adam", {"x": 3, "u1": 2, "v": 7}, [0.9], [1.0], outer=(0.7, 0.9)),
+    "fragments": cut(Setting("adam", {"x": 3, "u1": 4, "v": 7}, [0.9], [1.0]), 3),
+    "fragments with an outer step": cut(Setting("adam", {"x": 4, "u1": 4, "v": 7}, [0.9], [1.0], outer=(0.7, 0.9)), 4),
     "reset": Setting("adam", {"x": 3, "u1": None, "v": None}, [0.9], [1.0], reset=True),
 }
 

@@ -151,7 +151,7 @@ def leaves_in_the_middle(rendezvous: str, rank: int) -> None:
     model, optimizer, attachment = attached("plain", blocks)
     train(model, optimizer, range(2 if rank == 0 else 1))
     if rank == 0:
-        assert attachment.averaging._sync._flights
+        assert any(attachment.averaging.flights._table)
     print("done", flush=True)
     if rank == 1:
         input()

@@ -34,6 +34,9 @@ class Setting:
     outer: tuple[float, float] | None = None  # (outer lr, momentum)
     # "u1" -> (longest period, drift); ``periods``: shortest
     adaptive: dict[str, tuple[int, float]] = field(default_factory=dict)
+    # key -> at which steps of its period each of its fragments, equal parts of the vector in order, is averaged
+    offsets: dict[str, list[int]] = field(default_factory=dict)
+    places: Tensor | None = None  # the fragment of each element, where they are not equal parts in order
     delay: int = 1  # steps from the launch of an average to the one at whose start it lands, counting that one
 
 
@@ -59,6 +62,7 @@ class Launched:
     updates: int
     own: Tensor
     mean: Tensor
+    due: Tensor  # which elements of it
 
 
 def train(
@@ -92,7 +96,7 @@ def train(
             def mean(
                 key: str, now: int, of: Callable[[Group], Tensor], groups: list[Group] = column, s: Setting = s
             ) -> Tensor:
-                since = range(now - s.periods[key], now)
+                since = range(max(0, now - s.periods[key]), now)
                 seen = [sum(samples(m, i) for i in since) if samples else 1.0 for m in range(replicas)]
                 return sum(w * of(group) for w, group in zip(seen, groups)) / sum(seen)
 
@@ -142,34 +146,46 @@ def _clip(g: list[Tensor], norm_clip: float | None) -> list[Tensor]:
     return [each * min(1.0, norm_clip / (norm + 1e-6)) for each in g]
 
 
-def _average(column: list[Group], s: Setting, t: int, mean: Mean) -> None:
-    def due(key: str) -> bool:
-        return t > 0 and s.periods.get(key) is not None and t % s.periods[key] == 0
+def _due(s: Setting, key: str, t: int, x: Tensor) -> Tensor:
+    """Which elements of a state are averaged when step ``t`` begins."""
+    due, period = torch.zeros(len(x), dtype=torch.bool), s.periods.get(key)
+    offsets = s.offsets.get(key, [0])
+    for i, offset in enumerate(offsets):
+        if t > 0 and period and (t - offset) % period == 0:
+            places = torch.arange(len(x)) * len(offsets) // len(x) if s.places is None else s.places
+            due |= places == i
+    return due
 
-    means = {
-        key: mean(key, t, lambda group: _state(group, key)) for key in s.periods if due(key) and _has(column[0], key)
-    }
+
+def _average(column: list[Group], s: Setting, t: int, mean: Mean) -> None:
+    due = {key: _due(s, key, t, column[0].x) for key in s.periods if _has(column[0], key)}
+    due = {key: where for key, where in due.items() if where.any()}
+    means = {key: mean(key, t, lambda group: _state(group, key)) for key in due}
     for group in column:
-        if due("v"):
-            group.v = means["v"].clone()
-        group.u = [means[f"u{j}"].clone() if due(f"u{j}") else u for j, u in enumerate(group.u, 1)]
-        if due("x"):
-            group.x = _server(group, s, means["x"])
+        if "v" in due:
+            group.v = torch.where(due["v"], means["v"], group.v)
+        for j, u in enumerate(group.u):
+            if f"u{j + 1}" in due:
+                group.u[j] = torch.where(due[f"u{j + 1}"], means[f"u{j + 1}"], u)
+        if "x" in due:
+            _server(group, s, means["x"], due["x"])
             if s.reset:
                 group.u = [torch.zeros_like(each) for each in group.u]
                 group.v, group.updates = torch.zeros_like(group.v), 0
-        _hold(group, s, {key for key in s.periods if due(key)}, t)
+        _hold(group, s, due, t)
 
 
-def _hold(group: Group, s: Setting, landed: set[str], t: int) -> None:
+def _hold(group: Group, s: Setting, landed: dict[str, Tensor], t: int) -> None:
     """No momentum beyond what Adam could have beside its own v, by Cauchy-Schwarz, once either has landed after t steps
     (ours)."""
     for j, beta in enumerate(s.betas if s.rule == "adam" else []):
-        if {f"u{j + 1}", "v"} & landed:
+        where = [landed[key] for key in (f"u{j + 1}", "v") if key in landed]
+        if where:
             ratio = beta * beta / s.beta2
             powers = 1 / (1 - ratio) if ratio < 1 else sum(ratio**i for i in range(t))
             most = (1 - beta) * (group.v * powers / (1 - s.beta2)).sqrt()
-            group.u[j] = torch.minimum(torch.maximum(group.u[j], -most), most)
+            held = torch.minimum(torch.maximum(group.u[j], -most), most)
+            group.u[j] = torch.where(torch.stack(where).any(0), held, group.u[j])
 
 
 def _state(group: Group, key: str) -> Tensor:
@@ -182,11 +198,11 @@ def _has(group: Group, key: str) -> bool:
 
 def _launch(column: list[Group], s: Setting, t: int, mean: Mean) -> None:
     for key in ["x", *(f"u{j + 1}" for j in range(len(s.betas))), "v"]:
-        period = s.periods.get(key)
-        if t > 0 and period and t % period == 0:
+        due = _due(s, key, t, column[0].x)
+        if due.any():
             average = mean(key, t, lambda group: _state(group, key))
             for group in column:
-                group.launched.append(Launched(key, t, group.updates, _state(group, key).clone(), average))
+                group.launched.append(Launched(key, t, group.updates, _state(group, key).clone(), average, due))
 
 
 def _land(group: Group, s: Setting, t: int) -> None:
@@ -196,7 +212,7 @@ def _land(group: Group, s: Setting, t: int) -> None:
     for flight in landing:
         group.launched.remove(flight)
         made = range(flight.updates, group.updates)
-        remaining = flight.mean - flight.own
+        remaining = torch.where(flight.due, flight.mean - flight.own, 0.0)
         for update in made:
             if s.rule == "adopt" and update == 0:
                 remaining = remaining * (0 if flight.key == "v" else 1)
@@ -209,17 +225,20 @@ def _land(group: Group, s: Setting, t: int) -> None:
             group.u[int(flight.key[1:]) - 1] = landed
         else:
             setattr(group, flight.key, landed)
-    _hold(group, s, {flight.key for flight in landing}, t)
+    _hold(group, s, {flight.key: flight.due for flight in landing}, t)
 
 
-def _server(group: Group, s: Setting, average: Tensor) -> Tensor:
+def _server(group: Group, s: Setting, average: Tensor, due: Tensor) -> None:
     if s.outer is None:
-        return average.clone()
+        group.x = torch.where(due, average, group.x)
+        return
     lr, beta = s.outer
     progress = group.anchor - average
-    group.momentum = beta * group.momentum + progress
-    group.anchor = group.anchor - lr * (progress + beta * group.momentum)
-    return group.anchor.clone()
+    momentum = beta * group.momentum + progress
+    anchor = group.anchor - lr * (progress + beta * momentum)
+    group.momentum = torch.where(due, momentum, group.momentum)
+    group.anchor = torch.where(due, anchor, group.anchor)
+    group.x = torch.where(due, group.anchor, group.x)
 
 
 def _update(group: Group, s: Setting, g: Tensor) -> None:
@@ -273,6 +292,8 @@ def blocks(s: Setting, **deslo: object) -> dict:
         params["outer_optimizer"] = {"lr": s.outer[0], "momentum": s.outer[1]}
     if s.delay > 1:
         deslo["sync_delay"] = s.delay
+    if s.offsets:
+        deslo["fragments"] = max(map(len, s.offsets.values()))
     when = "after_step" if s.after_update else "before_step"
     return {"optimizer": {"type": "DesLoc", "params": params}, "deslo": {"average_at": when, **deslo}}
 

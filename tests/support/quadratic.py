@@ -40,12 +40,13 @@ def run_ours(s, *, replicas=REPLICAS, steps=STEPS, dtype=torch.float64, overlap=
 
     def replica(average):
         start = torch.linspace(-1, 1, SIZE, dtype=torch.float64).to(dtype)
-        params = [torch.nn.Parameter(start[:5].clone()), torch.nn.Parameter(start[5:].clone().view(3, 4))]
+        shape = (12,) if s.offsets else (3, 4)  # fragments of a vector are cut anywhere, as the oracle cuts
+        params = [torch.nn.Parameter(start[:5].clone()), torch.nn.Parameter(start[5:].clone().view(shape))]
         optimizer = DesLoc(params, config, average=average)
         for step in range(steps):
             flat = torch.cat([p.detach().flatten() for p in params])
             g = gradient(average.rank, step, flat)
-            params[0].grad, params[1].grad = g[:5].clone(), g[5:].clone().view(3, 4)
+            params[0].grad, params[1].grad = g[:5].clone(), g[5:].clone().view(shape)
             optimizer.step()
         ours = {"params": params} | {
             name: [optimizer.state[p][name] for p in params] for name in optimizer.config.optimizer.moments

@@ -1,7 +1,10 @@
 """What the job in jobs.py must come to, by the float64 oracle: 4 ranks, two param groups, accumulation, clipping."""
 
+from dataclasses import replace
+
 import torch
 
+from deslo_plugin.algorithm.fragments import offsets
 from tests.support import jobs
 from tests.support.oracle import Setting, states, train
 
@@ -24,9 +27,10 @@ def oracle_states(
     synchronous_steps: int = 0,
     own_period: bool = True,
     ranks: int = 4,
+    places: dict[str, torch.Tensor] | None = None,
 ) -> list[dict]:
-    """replica -> state -> parameter name -> flat tensor. ``own_period``: the biases meet every 2 steps, as in
-    jobs.py."""
+    """replica -> state -> parameter name -> flat tensor. ``own_period``: the biases meet every 2 steps, as in jobs.py.
+    ``places``: of each parameter, the fragment of each element."""
     shards = ranks // replicas
     model = jobs.net().cpu().double()
     groups = jobs.two_groups(model)
@@ -35,6 +39,12 @@ def oracle_states(
         Setting(**vars(s) | {"weight_decay": 0.1}),
         Setting(**vars(s) | {"lr": 5e-3, "periods": s.periods | ({"x": 2} if own_period else {})}),
     ]
+
+    if places:
+        count = int(max(each.max() for each in places.values())) + 1
+        for index, group in enumerate(groups):
+            own = torch.cat([places[names[id(p)]] for p in group["params"]])
+            settings[index] = replace(cut(settings[index], count), places=own)
 
     def gradient(replica, step, vectors):
         if broken == (replica, step):
@@ -67,6 +77,13 @@ def oracle_states(
                     by_state.setdefault(state, {})[names[id(param)]] = part
         out.append(by_state)
     return out
+
+
+def cut(s: Setting, count: int) -> Setting:
+    """``s`` with each state in ``count`` fragments, averaged when the package says."""
+    keys = ["x", *(f"u{j + 1}" for j in range(len(s.betas))), *(["v"] if s.rule != "sgdm" else [])]
+    found = offsets(tuple((key, s.periods[key]) for key in keys), count)
+    return replace(s, offsets={key: list(starts) for key, starts in found.items()})
 
 
 def assert_oracle(results: list[dict], theory: list[dict], tolerance: float = 1e-5) -> None:

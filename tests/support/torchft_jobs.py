@@ -5,7 +5,6 @@ A replica trains until the clock that the file ``stop`` of its folder names, wri
 one."""
 
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from torch.distributed import TCPStore
 
 import deslo_plugin
 from deslo_plugin.comm.consistency import digests
+from tests.support.worlds import STARTED
 
 os.environ.setdefault("RUST_LOG", "error")  # what the lighthouse writes; read when torchft is imported
 from torchft import Manager, ProcessGroupGloo
@@ -29,9 +29,6 @@ from torchft._torchft import LighthouseServer
 
 WARM_UP = 20
 LONGEST = 8  # no period is longer, and all divide it
-PROCESSES = multiprocessing.get_context("forkserver")
-# imported once: a replica starts, and starts again, in a moment
-PROCESSES.set_forkserver_preload(["torchft", "deslo_plugin"])
 
 
 def manager_of(job: dict[str, Any]) -> Manager:
@@ -182,7 +179,7 @@ class Replicas:
     def start(self, *names: str, **own: Any) -> None:
         for name in names:
             job = {"name": name, "folder": str(self.folder), "lighthouse": self.address, "timeout_s": 3, "pace": 0.01}
-            self.processes[name] = PROCESSES.Process(target=serve, args=(job | self.common | own,), daemon=True)
+            self.processes[name] = STARTED.Process(target=serve, args=(job | self.common | own,), daemon=True)
             self.processes[name].start()
 
     @property

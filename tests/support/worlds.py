@@ -21,6 +21,9 @@ from deslo_plugin.comm.transport import Fixed
 from tests.support import device
 
 PLENTY_S = 900  # against hangs, on a machine that is ten times as busy
+STARTED = torch.multiprocessing.get_context("forkserver" if device.ON_CPU else "spawn")
+"""How tests start processes: forked off one that has imported all, which a process that uses a GPU must not be."""
+STARTED.set_forkserver_preload(["tests.support.preloaded"])
 
 
 class ThreadAverage(Fixed):
@@ -115,12 +118,11 @@ class Processes:
 
     def __init__(self, size: int, folder: Path, rendezvous: str | None = None):
         self.size, rendezvous = size, rendezvous or f"file://{folder / 'rendezvous'}"
-        context = torch.multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, rendezvous, theirs))
+            ours, theirs = STARTED.Pipe()
+            process = STARTED.Process(target=_serve, args=(rank, size, rendezvous, theirs))
             process.start()
             theirs.close()
             self._pipes.append(ours)
