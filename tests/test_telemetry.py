@@ -156,7 +156,7 @@ def test_a_torn_last_line_is_left_out_and_cut_off(tmp_path):
     path.write_text('{"kind":"start","steps":1}\n{"kind":"lo')
     assert [record["steps"] for record in read(path)] == [1]
     journal = JsonlWriter(path)
-    journal.put({"kind": "log", "steps": 2, "loss": float("nan"), "on": lambda: 1.5})
+    journal.write({"kind": "log", "steps": 2, "loss": float("nan"), "on": lambda: 1.5})
     journal.close()
     _, last = (json.loads(line) for line in path.read_text().splitlines())
     assert last == {"kind": "log", "steps": 2, "loss": None, "on": 1.5}
@@ -169,10 +169,10 @@ import deslo_plugin.telemetry.jsonl_writer as journal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 journal.EVERY = 0.01
 mine = journal.JsonlWriter(pathlib.Path(sys.argv[1]))
-mine.put({"steps": 0}); time.sleep(0.3)
+mine.write({"steps": 0}); time.sleep(0.3)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))
 for steps in range(1, 40):
-    mine.put({"steps": steps}); time.sleep(0.01)
+    mine.write({"steps": steps}); time.sleep(0.01)
 mine.close(); print("trained")
 """
     done = subprocess.run(
@@ -249,8 +249,8 @@ def test_a_tracker_that_raises_is_dropped_and_the_others_go_on(caplog):
         listeners, stats, steps = [], deslo_plugin.optim.desloc.Meter(), 0
 
     seen, recorder = [], Recorder(Averaging)
-    recorder.add(lambda scalars, steps: 1 / 0)
-    recorder.add(lambda scalars, steps: seen.append((steps, scalars["deslo_cosine/params"])))
+    recorder.add_sink(lambda scalars, steps: 1 / 0)
+    recorder.add_sink(lambda scalars, steps: seen.append((steps, scalars["deslo_cosine/params"])))
     for steps, cosines in ((2, (0.5, 0.25)), (4, (0.75,))):
         for cosine in cosines:  # of two param groups, the worst
             Averaging.listeners[0](

@@ -128,7 +128,7 @@ def _write(
     all_or_none(write, world)
     numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
     proof = Manifest(
-        mode, topology.rows, attachment.averaging.steps, united(holder.states, world), numbers, holder.names
+        mode, topology.ranks_by_replica, attachment.averaging.steps, united(holder.states, world), numbers, holder.names
     )
     proof = replace(proof, files=expect_file_checksums(file_checksums(part, world, strong=strong)))
     sha256 = all_or_none(lambda: write_manifest(part, proof) if first else None, world)
@@ -160,7 +160,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     if world is not None:
         check_same_on_all_ranks(where, {"deslo.json": proof.digest}, do="give every rank the same folder", group=world)
     verify(folder, proof, world)
-    if proof.mode == "per_replica" and proof.rows != topology.rows:
+    if proof.mode == "per_replica" and proof.rows != topology.ranks_by_replica:
         raise ConfigError(
             where,
             f"the {len(proof.rows)} replica(s) of {len(proof.rows[0])} rank(s) that saved it",

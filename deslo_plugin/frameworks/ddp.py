@@ -51,7 +51,7 @@ def refuse(model: nn.Module, models: Sequence[DistributedDataParallel], topology
         )
     for each in models:
         if each in _hooked:
-            if _hooked[each] != topology.rows:
+            if _hooked[each] != topology.ranks_by_replica:
                 raise ConfigError(
                     "attach(model)",
                     "the replicas that its DDP was attached with",
@@ -109,7 +109,7 @@ def hook(model: DistributedDataParallel, averaging: StateAverager, groups: Group
         model.register_comm_hook(None, reduce)
     except RuntimeError as error:
         raise _has_a_hook(f"{str(error).splitlines()[0]!r}") from error
-    _hooked[model] = groups.topology.rows
+    _hooked[model] = groups.topology.ranks_by_replica
     model.broadcast_buffers = False
     if groups.topology.replica_size > 1:
         return

@@ -30,9 +30,15 @@ from deslo_plugin.config.schema import Config, DesloConfig
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks.deepspeed import checkpoint, zero
 from deslo_plugin.frameworks.deepspeed.all_ranks import expect_ours, leave_note
-from deslo_plugin.frameworks.deepspeed.config import compared, is_ours, job_of, refuse_misspelt, refuse_unsupported
+from deslo_plugin.frameworks.deepspeed.config import (
+    is_ours,
+    job_of,
+    refuse_misspelt,
+    refuse_unsupported,
+    settings_to_compare,
+)
 from deslo_plugin.frameworks.deepspeed.engine_step import EngineStep
-from deslo_plugin.frameworks.deepspeed.mpu import ReplicaMPU, active, groups_of
+from deslo_plugin.frameworks.deepspeed.mpu import ReplicaMPU, groups_of, use_mpu
 from deslo_plugin.frameworks.deepspeed.synchronisation import let_averages_travel
 from deslo_plugin.frameworks.parameter_kinds import refuse_nonfinite
 from deslo_plugin.frameworks.rehearsal import rehearse
@@ -85,7 +91,7 @@ def _engine_init(original: Callable[..., None]) -> Callable[..., None]:
         expect("deepspeed")
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # as the engine will: NCCL needs it before it talks
         # first of all: what one rank alone would be refused for must not leave the others waiting
-        check_same_on_all_ranks("the DeepSpeed config's", compared(ds), do="give every rank the same config")
+        check_same_on_all_ranks("the DeepSpeed config's", settings_to_compare(ds), do="give every rank the same config")
         kinds = {name: type(given.get(name)).__name__ for name in ("model", "optimizer", "mpu", "mesh_device")}
         check_same_on_all_ranks("deepspeed.initialize's", kinds, do="give every rank the same")
         deslo, optimizer = job_of(ds, given["optimizer"])
@@ -96,7 +102,7 @@ def _engine_init(original: Callable[..., None]) -> Callable[..., None]:
         given |= {"optimizer": optimizer, "mpu": unit}
         if deslo.sync_every is None:
             given["config_class"].zero_force_ds_cpu_optimizer = False  # DesLoc is the CPU optimizer of this offload
-        with active(unit):
+        with use_mpu(unit):
             original(*call.args, **call.kwargs)
         _attach(self, deslo, groups, unit)
 
@@ -217,7 +223,7 @@ def _expect_whole_gradients(engine: DeepSpeedEngine) -> None:
 def _with_groups(unit: ReplicaMPU, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with active(unit):
+        with use_mpu(unit):
             return method(*args, **kwargs)
 
     return call
