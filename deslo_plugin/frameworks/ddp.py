@@ -19,7 +19,7 @@ from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks.plain import Plain
 
 _hooked: "WeakKeyDictionary[DistributedDataParallel, tuple]" = WeakKeyDictionary()
-"""DDP that is kept inside replicas -> the rows of its topology."""
+"""DDP that is kept inside replicas -> the ranks of these replicas."""
 
 
 class DDP(Plain):

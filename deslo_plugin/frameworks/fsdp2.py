@@ -33,16 +33,15 @@ class FSDP2(Plain):
     def topology(self) -> Topology:
         """Raises ``ConfigError`` if there is no dimension across replicas, no second replica, or if torch has
         changed."""
-        if across := _across(self.model, self.replicate):
-            own, name = across[0]
-            for each, dimension in across:
-                _prove(each, dimension)
-            mesh, replicate = (own, name) if self.mesh is None else (self.mesh, self.replicate)
-            return topology_from_mesh(mesh, replicate)
+        across = _across(self.model, self.replicate)
+        for mesh, name in across:
+            _prove(mesh, name)
         if self.mesh is not None:
-            return topology_from_mesh(self.mesh, self.replicate)
-        own = _mesh_of(self.model)
-        replicas = sorted({tuple(ranks) for ranks in all_gather_by_rank(own.mesh.flatten().tolist()).values()})
+            return super().topology()
+        if across:
+            return topology_from_mesh(*across[0])
+        own = _mesh_of(self.model).mesh.flatten().tolist()
+        replicas = sorted({tuple(ranks) for ranks in all_gather_by_rank(own).values()})
         if len(replicas) == 1 < len(replicas[0]):
             raise ConfigError(
                 "attach(model)",

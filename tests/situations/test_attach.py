@@ -1,6 +1,7 @@
 """What people attach: models and optimizers in every wrapper, ranks that never seeded, attachments without effect."""
 
 import contextlib
+import copy
 import logging
 import re
 import subprocess
@@ -17,6 +18,7 @@ from torch_jobs import mesh_of, whole
 
 import deslo_plugin
 from deslo_plugin import log
+from deslo_plugin.attachment import attachment_of
 from deslo_plugin.checkpoint import resharding
 
 EVERY = {"params": 3, "exp_avg": 3, "exp_avg_sq": 3}
@@ -237,6 +239,14 @@ def refused() -> dict[str, str]:
         errors[kind] = error_of(lambda: deslo_plugin.attach(model, optimizer, config(replica_size=1)))
         assert not hasattr(optimizer, "deslo")
     return errors
+
+
+def test_an_attachment_is_found_by_the_model_in_its_wrappers_and_by_the_optimizer():
+    model = net()
+    optimizer = adamw(model)
+    attachment = deslo_plugin.attach(model, optimizer, config())
+    assert all(attachment_of(target) is attachment for target in (model, DataParallel(model), optimizer))
+    assert all(attachment_of(target) is None for target in (copy.deepcopy(model), model[0], adamw(net()), None))
 
 
 def test_what_shards_or_communicates_by_itself_is_refused_on_every_rank(four):
