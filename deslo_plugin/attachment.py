@@ -1,11 +1,12 @@
 """What an optimizer that is connected to its replicas can be asked: ``attach(...)`` returns it, ``engine.deslo`` is
 it."""
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from inspect import signature
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.module_wrappers import bare
 from deslo_plugin.checks.replica_watch import Watch
 from deslo_plugin.comm.process_groups import Groups
-from deslo_plugin.comm.topology import Topology
+from deslo_plugin.comm.topology import Topology, contiguous
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.availability import kernels_on, settle
@@ -34,15 +35,16 @@ from deslo_plugin.telemetry.recorder import Recorder
 class Attachment:
     """The averages of one optimizer: what moves, between whom, and what it has cost.
 
-    ``groups`` is None where replicas come and go. ``gradient_bytes`` are per param group, on this rank;
-    ``buffer_bytes`` is what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer
-    alone; ``fixed_numels`` are the ``numels`` where its param groups do not show them. ``route`` is the way of
-    averages.
+    ``groups`` is None where replicas come and go. ``state_adapter(model, attachments)`` gives the framework's
+    ``checkpoint.state_tree.StateAdapter``. ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is
+    what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer alone;
+    ``fixed_numels`` are the ``numels`` where its param groups do not show them. ``route`` is the way of averages.
     """
 
     averaging: StateAverager
     groups: Groups | None
     config: Config
+    state_adapter: Callable[[Any, Sequence["Attachment"]], Any]
     fixed_numels: Sequence[int] | None = None
     gradient_bytes: Sequence[int] | None = None
     buffer_bytes: int = 0
@@ -61,7 +63,9 @@ class Attachment:
 
     @property
     def topology(self) -> Topology:
-        return self.groups.topology
+        """Where replicas come and go, that of the last quorum."""
+        transport = self.averaging.transport
+        return self.groups.topology if self.groups else contiguous(transport.replicas, transport.rank, 1)
 
     @property
     def steps(self) -> int:
@@ -203,31 +207,62 @@ class Attachment:
         return [*self.gradient_bytes, *(0 for _ in self.averaging.groups[len(self.gradient_bytes) :])]
 
 
-attached: MutableMapping[torch.nn.Module, list[Attachment]] = WeakKeyDictionary()
+_by_model: MutableMapping[torch.nn.Module, list[Attachment]] = WeakKeyDictionary()
 """By the model inside all wrappers, one for each optimizer that steps it: beside it, so that it can still be copied."""
 
 
+def register(attachment: Attachment, owner: Any, model: torch.nn.Module | None = None) -> None:
+    """``attachment`` is found from now on by its ``owner``, an optimizer or an engine, and by the ``model`` inside all
+    wrappers."""
+    owner.deslo = attachment
+    if model is not None:
+        _by_model.setdefault(model, []).append(attachment)
+
+
+def all_of_models() -> Iterator[Attachment]:
+    """Every attachment of every model in this process."""
+    return chain.from_iterable(_by_model.values())
+
+
+def attached_to(target: Any) -> list[Attachment]:
+    """The attachments of a model, whatever is wrapped around it, of an optimizer or of an engine; nothing if there are
+    none."""
+    inside = bare(target) if isinstance(target, torch.nn.Module) else None
+    if inside in _by_model:
+        return _by_model[inside]
+    own = getattr(target, "deslo", None)
+    return [own] if isinstance(own, Attachment) else []
+
+
+def attachment_of(target: Any) -> Attachment | None:
+    """The first of ``attached_to``."""
+    return next(iter(attached_to(target)), None)
+
+
+def model_of(attachment: Attachment) -> torch.nn.Module:
+    """The model inside all wrappers that ``attachment`` was registered with."""
+    return next(model for model, attachments in _by_model.items() if attachment in attachments)
+
+
 def attachments_of(model: Any, what: str) -> list[Attachment]:
-    """Of a model that ``attach`` was called with, or a DeepSpeed engine. Raises ``ConfigError`` for anything else, and
-    for replicas that come and go, of which no rank can ask the others at will."""
-    inside = bare(model) if isinstance(model, torch.nn.Module) else None
-    if inside in attached:
-        if any(attachment.groups is None for attachment in attached[inside]):
-            raise ConfigError(
-                what,
-                "replicas that are there from start to end",
-                "those of a torchft manager",
-                "keep the state dicts of model and optimizer yourself, of any replica; latecomers need no file",
-            )
-        return attached[inside]
-    if isinstance(own := getattr(model, "deslo", None), Attachment):  # an engine
-        return [own]
-    raise ConfigError(
-        what,
-        "a DeepSpeed engine with a deslo block, or a model that attach was called with",
-        type(model).__name__,
-        "call deslo_plugin.attach(model, optimizer) first",
-    )
+    """``attached_to``, for a call ``what`` of all ranks. Raises ``ConfigError`` if nothing is attached, and for
+    replicas that come and go, of which no rank can ask the others at will."""
+    found = attached_to(model)
+    if not found:
+        raise ConfigError(
+            what,
+            "a DeepSpeed engine with a deslo block, or a model that attach was called with",
+            type(model).__name__,
+            "call deslo_plugin.attach(model, optimizer) first",
+        )
+    if any(attachment.groups is None for attachment in found):
+        raise ConfigError(
+            what,
+            "replicas that are there from start to end",
+            "those of a torchft manager",
+            "keep the state dicts of model and optimizer yourself, of any replica; latecomers need no file",
+        )
+    return found
 
 
 def on_every_rank(function: Callable[..., Any]) -> Callable[..., Any]:

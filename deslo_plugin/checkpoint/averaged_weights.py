@@ -12,7 +12,7 @@ from deslo_plugin.algorithm.state_names import BUFFERS, PARAMS
 from deslo_plugin.attachment import attachments_of
 from deslo_plugin.checkpoint.replica_mean import mean_of
 from deslo_plugin.checkpoint.state_dict_guard import local_state_dict
-from deslo_plugin.checkpoint.state_tree import holder_of
+from deslo_plugin.checkpoint.state_tree import adapter_of
 from deslo_plugin.checkpoint.tensor_chunks import TensorChunks
 from deslo_plugin.errors import ConfigError
 
@@ -32,8 +32,8 @@ def averaged_weights(model: Any) -> Iterator[None]:
     attached to, and at its end if the optimizer has taken steps inside, which are undone.
     """
     attachments = attachments_of(model, "averaged_weights")
-    averaging, holder = attachments[0].averaging, holder_of(model, attachments)
-    tree = holder.tree()
+    averaging, adapter = attachments[0].averaging, adapter_of(model, attachments)
+    tree = adapter.tree()
     weights, buffers = (
         [piece for name in sorted(tree) if name.startswith(f"{kind}/") for piece in _pieces(tree[name])]
         for kind in (PARAMS, BUFFERS)
@@ -48,12 +48,12 @@ def averaged_weights(model: Any) -> Iterator[None]:
     try:
         _write([*weights, *buffers], means)
         del means
-        holder.publish()
+        adapter.publish()
         with local_state_dict("weights"):
             yield
     finally:
         _write([*weights, *buffers], own)
-        holder.publish()
+        adapter.publish()
     if averaging.steps != steps:
         raise ConfigError(
             "averaged_weights(model)",

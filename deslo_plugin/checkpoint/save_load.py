@@ -35,7 +35,7 @@ from deslo_plugin.checkpoint.manifest import (
 )
 from deslo_plugin.checkpoint.plain_values import expect_mapping, plain, read_plain, write_plain
 from deslo_plugin.checkpoint.random_state import random_state, set_random_state
-from deslo_plugin.checkpoint.state_tree import KEPT, Holder, holder_of
+from deslo_plugin.checkpoint.state_tree import KEPT, StateAdapter, adapter_of
 from deslo_plugin.checkpoint.sync_replicas import means_of, scheduled_states, sync_replicas
 from deslo_plugin.checkpoint.tensor_chunks import TensorChunks
 from deslo_plugin.checkpoint.tree_agreement import Tree, check_same_structure, united, unlike
@@ -85,12 +85,13 @@ def save(
     if world is not None:
         check_same_on_all_ranks("save", {"mode": mode, "digest": digest}, do="pass the same on every rank", group=world)
     first = topology.rank == min(topology.ranks)
-    holder = holder_of(model, attachments)
+    adapter = adapter_of(model, attachments)
     if attachment.watch is not None:
         attachment.watch.check_inside()
-    own = all_or_none(lambda: _own(holder, attachments, mode, extra) if first or mode == "per_replica" else None, world)
+    keeps = first or mode == "per_replica"
+    own = all_or_none(lambda: _own(adapter, attachments, mode, extra) if keeps else None, world)
     try:
-        _write(final, model, holder, attachments, mode, own, digest == "sha256")
+        _write(final, model, adapter, attachments, mode, own, digest == "sha256")
     except BaseException:
         if first:
             clear_away(final)
@@ -100,7 +101,7 @@ def save(
 def _write(
     final: Path,
     model: Any,
-    holder: Holder,
+    adapter: StateAdapter,
     attachments: Sequence[Attachment],
     mode: str,
     own: Mapping[str, Any] | None,
@@ -113,7 +114,7 @@ def _write(
     all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
     if mode == "synchronized":
         sync_replicas(model)
-    tree = all_or_none(lambda: _expect_plain(holder.tree()), world)
+    tree = all_or_none(lambda: _expect_plain(adapter.tree()), world)
     if mode != "per_replica":
         tree |= unlike(tree, scheduled_states(attachments), attachment.groups.replica)
     if mode == "averaged":
@@ -126,10 +127,9 @@ def _write(
             write_plain(own, where / name)
 
     all_or_none(write, world)
-    numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in holder.groups]
-    proof = Manifest(
-        mode, topology.rows, attachment.averaging.steps, united(holder.states, world), numbers, holder.names
-    )
+    numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in adapter.groups]
+    states, steps = united(adapter.states, world), attachment.averaging.steps
+    proof = Manifest(mode, topology.ranks_by_replica, steps, states, numbers, adapter.names)
     proof = replace(proof, files=expect_file_checksums(file_checksums(part, world, strong=strong)))
     sha256 = all_or_none(lambda: write_manifest(part, proof) if first else None, world)
     all_or_none(lambda: put_in_place(final) if first else None, world)
@@ -155,12 +155,12 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     """
     attachments, folder = attachments_of(model, "load"), found(Path(path))
     attachment, *_ = attachments
-    holder, topology, world = holder_of(model, attachments), attachment.topology, attachment.groups.world
+    adapter, topology, world = adapter_of(model, attachments), attachment.topology, attachment.groups.world
     proof, where = all_or_none(lambda: read_manifest(folder, sha256), world, READ), f"load({str(folder)!r})"
     if world is not None:
         check_same_on_all_ranks(where, {"deslo.json": proof.digest}, do="give every rank the same folder", group=world)
     verify(folder, proof, world)
-    if proof.mode == "per_replica" and proof.rows != topology.rows:
+    if proof.mode == "per_replica" and proof.rows != topology.ranks_by_replica:
         raise ConfigError(
             where,
             f"the {len(proof.rows)} replica(s) of {len(proof.rows[0])} rank(s) that saved it",
@@ -169,14 +169,14 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
         )
     source, name, group = _place(folder, proof.mode, attachment)
     index, own = all_or_none(lambda: (read_index(source), _expect_own(source / name, proof.mode)), world, READ)
-    all_or_none(lambda: holder.prepare(proof.states), world)
-    states = holder.states
+    all_or_none(lambda: adapter.prepare(proof.states), world)
+    states = adapter.states
     all_or_none(lambda: check_same_structure(states, proof.states, where), world)
     for each in attachments:
         each.averaging.abandon()
     if proof.mode == "per_replica":
-        holder.forget([each for each in holder.tree() if each not in index.state_dict_metadata])
-    content = all_or_none(holder.tree, world)
+        adapter.forget([each for each in adapter.tree() if each not in index.state_dict_metadata])
+    content = all_or_none(adapter.tree, world)
     all_or_none(
         lambda: read_tree(content, source, index, group),
         world,
@@ -188,18 +188,18 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
             f"deslo: {topology.replicas} replica(s) go on from a checkpoint of {len(proof.rows)}: the batch of all "
             "replicas changes with them, the learning rate stays as it was saved"
         )
-    _take_over(proof.groups, holder.groups)
-    holder.put(content)
-    all_or_none(lambda: holder.set_extra_state(own["aside"], proof.steps), world)
+    _take_over(proof.groups, adapter.groups)
+    adapter.put(content)
+    all_or_none(lambda: adapter.set_extra_state(own["aside"], proof.steps), world)
     for each in attachments if proof.mode != "per_replica" else ():
         each.averaging.mark_synchronized()
     return own["extra"]
 
 
-def _own(holder: Holder, attachments: Sequence[Attachment], mode: str, extra: Any) -> dict[str, Any]:
+def _own(adapter: StateAdapter, attachments: Sequence[Attachment], mode: str, extra: Any) -> dict[str, Any]:
     """What this rank keeps beside the tree, as plain values."""
     own = {
-        "aside": plain(holder.get_extra_state(), "save: what the engine counts in"),
+        "aside": plain(adapter.get_extra_state(), "save: what the engine counts in"),
         "extra": expect_mapping(extra, "save(extra)"),
     }
     if mode == "per_replica":

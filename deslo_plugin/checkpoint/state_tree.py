@@ -1,7 +1,6 @@
 """A model and its optimizer as one tree of named tensors, the same tree in every framework."""
 
 from collections.abc import Mapping, Sequence
-from functools import singledispatch
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -19,7 +18,10 @@ from deslo_plugin.optim.desloc import DesLoc
 KEPT = ("lr", "initial_lr")  # of a param group; betas and periods are the config's
 
 
-class Holder(Protocol):
+class StateAdapter(Protocol):
+    """Where a framework keeps model and optimizer; ``Attachment.state_adapter`` makes it of the model and all of its
+    attachments."""
+
     @property
     def states(self) -> States: ...
 
@@ -53,10 +55,8 @@ class Holder(Protocol):
         """Takes over the number of completed steps, and what ``aside`` gave if it was this framework's."""
 
 
-@singledispatch
-def holder_of(model: Any, attachments: Sequence[Attachment]) -> Holder:
-    """The holder of what is attached; a framework with an engine of its own registers another for its type."""
-    return TorchState(model, attachments)
+def adapter_of(model: Any, attachments: Sequence[Attachment]) -> StateAdapter:
+    return attachments[0].state_adapter(model, attachments)
 
 
 def shapes_of(states: Mapping[str, Any]) -> dict[str, list[int] | None]:

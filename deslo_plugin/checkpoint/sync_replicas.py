@@ -10,7 +10,7 @@ from torch import Tensor
 from deslo_plugin.algorithm.state_names import BUFFERS, PARAMS
 from deslo_plugin.attachment import Attachment, attachments_of, on_every_rank
 from deslo_plugin.checkpoint.replica_mean import mean_of
-from deslo_plugin.checkpoint.state_tree import holder_of
+from deslo_plugin.checkpoint.state_tree import adapter_of
 from deslo_plugin.checkpoint.tensor_chunks import TensorChunks
 from deslo_plugin.checkpoint.tree_agreement import Tree, united, unlike
 from deslo_plugin.comm.all_or_none import all_or_none
@@ -25,18 +25,18 @@ def sync_replicas(model: Any) -> None:
     Takes an attached model or an engine, like ``save``.
     """
     attachments = attachments_of(model, "sync_replicas")
-    holder = holder_of(model, attachments)
-    tree = all_or_none(holder.tree, attachments[0].groups.world)
+    adapter = adapter_of(model, attachments)
+    tree = all_or_none(adapter.tree, attachments[0].groups.world)
     scheduled = scheduled_states(attachments)
     more = unlike(tree, scheduled, attachments[0].groups.replica)
     if more:
-        holder.prepare(united(holder.states, attachments[0].groups.world))
-        tree = holder.tree() | {name: value for name, value in more.items() if name.split("/", 1)[0] not in scheduled}
+        adapter.prepare(united(adapter.states, attachments[0].groups.world))
+        tree = adapter.tree() | {name: value for name, value in more.items() if name.split("/", 1)[0] not in scheduled}
     means = means_of(tree, attachments)
     for name, mean in means.items():
         for piece, new in zip(floating_pieces(tree[name]), floating_pieces(mean)):
             piece.copy_(new)
-    holder.put(tree)
+    adapter.put(tree)
     for each in attachments:
         each.averaging.abandon()
         each.averaging.mark_synchronized()

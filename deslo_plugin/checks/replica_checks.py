@@ -99,10 +99,10 @@ def broadcast_or_check_params(
     """
     topology = groups.topology
     if initial != "check":
-        first = topology.rows[0][0]
+        first = topology.ranks_by_replica[0][0]
         for tensors, group, source, among in (
             (whole, groups.world, first, [topology.ranks]),
-            (sharded, groups.replica, topology.replica_group[0], topology.columns),
+            (sharded, groups.replica, topology.replica_group[0], topology.ranks_by_shard),
         ):
             different = differing(digests(tensors.items()), among, groups.world)
             for name in different:
@@ -114,7 +114,7 @@ def broadcast_or_check_params(
                 _say_different(different, first)
     check_same_on_all_ranks(INITIAL, digests(whole.items()), do=SEED_ALIKE, group=groups.world)
     check_same_on_all_ranks(
-        INITIAL, digests(sharded.items()), do=SEED_ALIKE, group=groups.world, among=topology.columns
+        INITIAL, digests(sharded.items()), do=SEED_ALIKE, group=groups.world, among=topology.ranks_by_shard
     )
 
 
@@ -145,8 +145,8 @@ def refuse_parts(plain: Mapping[str, Tensor], groups: Groups, forgotten: Collect
     if groups.topology.replica_size == 1:
         return
     topology, mine = groups.topology, digests(plain.items())
-    inside = differing(mine, topology.rows, groups.world)
-    across = differing(mine, topology.columns, groups.world)
+    inside = differing(mine, topology.ranks_by_replica, groups.world)
+    across = differing(mine, topology.ranks_by_shard, groups.world)
     for name, ranks in inside.items():
         if name not in across or name not in forgotten:
             raise ConfigError(

@@ -217,9 +217,8 @@ class Watch:
             )
         if within := self._other_than_first({rank: each[1] for rank, each in everyone.items()}):
             found["within"] = WITHIN.format(ranks=within)
-        apart = [
-            rank for first, *others in topology.columns for rank in others if everyone[rank][2] != everyone[first][2]
-        ]
+        peers = topology.ranks_by_shard
+        apart = [rank for first, *others in peers for rank in others if everyone[rank][2] != everyone[first][2]]
         if apart and not self.averaging.diverged:
             found["unequal"] = (
                 f"deslo: rank(s) {sorted(apart)} differ from replica 0, and no step was taken since all were "
@@ -238,8 +237,8 @@ class Watch:
                 self._complain("within", WITHIN.format(ranks=within))
 
     def _other_than_first(self, everyone: Mapping[int, str]) -> list[int]:
-        rows = self.groups.topology.rows
-        return sorted(rank for first, *others in rows for rank in others if everyone[rank] != everyone[first])
+        replicas = self.groups.topology.ranks_by_replica
+        return sorted(rank for first, *others in replicas for rank in others if everyone[rank] != everyone[first])
 
     def _everyone(self, mine: Any) -> dict[int, Any]:
         return (

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS
-from deslo_plugin.attachment import Attachment
+from deslo_plugin.attachment import Attachment, attachment_of
 from deslo_plugin.config.load import load_config
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
@@ -97,7 +97,7 @@ def _with_deepspeed(model: nn.Module, blocks: Mapping[str, Any], device: torch.d
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    if not hasattr(engine, "deslo"):
+    if attachment_of(engine) is None:
         raise ConfigError(
             "config",
             'a "deslo" block, or "optimizer": {"type": "DesLoc"}',

@@ -101,8 +101,8 @@ def _create_groups(topology: Topology, timeout_s: float, on_cpu: bool, within: d
     return Groups(
         topology=topology,
         world=dist.group.WORLD if everyone else own_of([sorted(topology.ranks)]),
-        shard=own_of([list(row) for row in topology.rows]),
-        replica=own_of(topology.columns, **_options_of_averages(timeout_s, on_cpu)),
+        shard=own_of([list(row) for row in topology.ranks_by_replica]),
+        replica=own_of(topology.ranks_by_shard, **_options_of_averages(timeout_s, on_cpu)),
         singleton=own_of([[rank] for rank in topology.ranks]),
     )
 

@@ -243,7 +243,9 @@ class Progress:
         return ", ".join(told) or "every rank came to it and lives: the link between them is broken or too slow"
 
     def _by_replica(self, notes: dict[int, RankProgress]) -> dict[int, float]:
-        rates = {replica: [notes[rank].rate for rank in row] for replica, row in enumerate(self.topology.rows)}
+        rates = {
+            replica: [notes[rank].rate for rank in row] for replica, row in enumerate(self.topology.ranks_by_replica)
+        }
         return {replica: min(of_ranks) for replica, of_ranks in rates.items() if None not in of_ranks}
 
     def _look_around(self, then: Callable[[dict[int, RankProgress]], object]) -> None:

@@ -9,19 +9,19 @@ from deslo_plugin.errors import ConfigError
 
 @dataclass(frozen=True)
 class Topology:
-    """``rows[r][s]`` is the global rank that holds shard s of replica r; ``rank`` is this one.
+    """``ranks_by_replica[r][s]`` is the global rank that holds shard s of replica r; ``rank`` is this one.
 
     The *shard group* is the ranks of one replica, a row, which reduce gradients at every step. The *replica group* is
     the same shard of every replica, a column, where averages run.
     """
 
-    rows: tuple[tuple[int, ...], ...]
+    ranks_by_replica: tuple[tuple[int, ...], ...]
     rank: int
 
     @property
     def ranks(self) -> list[int]:
         """All ranks, replica by replica."""
-        return [rank for row in self.rows for rank in row]
+        return [rank for row in self.ranks_by_replica for rank in row]
 
     @property
     def world_size(self) -> int:
@@ -29,32 +29,32 @@ class Topology:
 
     @property
     def replicas(self) -> int:
-        return len(self.rows)
+        return len(self.ranks_by_replica)
 
     @property
     def replica_size(self) -> int:
-        return len(self.rows[0])
+        return len(self.ranks_by_replica[0])
 
     @property
     def replica(self) -> int:
-        return next(index for index, row in enumerate(self.rows) if self.rank in row)
+        return next(index for index, row in enumerate(self.ranks_by_replica) if self.rank in row)
 
     @property
     def shard(self) -> int:
-        return self.rows[self.replica].index(self.rank)
+        return self.ranks_by_replica[self.replica].index(self.rank)
 
     @property
     def shard_group(self) -> list[int]:
-        return list(self.rows[self.replica])
+        return list(self.ranks_by_replica[self.replica])
 
     @property
     def replica_group(self) -> list[int]:
-        return self.columns[self.shard]
+        return self.ranks_by_shard[self.shard]
 
     @property
-    def columns(self) -> list[list[int]]:
+    def ranks_by_shard(self) -> list[list[int]]:
         """The replica group of every shard."""
-        return [list(column) for column in zip(*self.rows)]
+        return [list(column) for column in zip(*self.ranks_by_replica)]
 
 
 def contiguous(world_size: int, rank: int, replica_size: int) -> Topology:
@@ -96,7 +96,7 @@ def spread(topology: Topology, hosts: Sequence[str]) -> str | None:
     host_of = dict(zip(topology.ranks, hosts))
     per_node = max(hosts.count(host) for host in set(hosts))
     needed = -(-topology.replica_size // per_node)
-    for replica, row in enumerate(topology.rows):
+    for replica, row in enumerate(topology.ranks_by_replica):
         nodes = {host_of[rank] for rank in row}
         if len(nodes) > needed:
             return (

@@ -11,11 +11,10 @@ from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import DistributedType
 from torch import nn
 
-from deslo_plugin.attachment import attached
+from deslo_plugin.attachment import attachment_of
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.checkpoint.export import averaged_state_dict
 from deslo_plugin.checkpoint.save_load import load, save
-from deslo_plugin.checks.module_wrappers import bare
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.config.file import read_file
 from deslo_plugin.errors import ConfigError
@@ -88,11 +87,11 @@ def _connect(accelerator: Accelerator, model: nn.Module, config: Source | None, 
     if any(isinstance(loader, DataLoaderDispatcher) for loader in accelerator._dataloaders):
         raise _dispatches("its default for an IterableDataset")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        if not hasattr(model, "deslo"):
+        if attachment_of(model) is None:
             raise ConfigError(
                 "attach_accelerator", 'a DeepSpeed JSON with a "deslo" block', "none", "pass config=, or add it"
             )
-        accelerator.deslo = model.deslo
+        accelerator.deslo = attachment_of(model)
         _agree_on_states(accelerator)
         return _track(accelerator)
     for kind, found in (("model", accelerator._models), ("optimizer", accelerator._optimizers)):
@@ -167,7 +166,7 @@ def install() -> None:
 
     @functools.wraps(get_state_dict)
     def averaged(self: Accelerator, model: nn.Module, unwrap: bool = True) -> Any:
-        attachment = getattr(model, "deslo", None) or next(iter(attached.get(bare(model), [])), None)
+        attachment = attachment_of(model)
         collective = self.distributed_type == DistributedType.DEEPSPEED or self.is_fsdp2
         if (
             attachment is None

@@ -4,83 +4,108 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.futures import Future, collect_all
 from torch.nn.parallel import DistributedDataParallel
 
 from deslo_plugin.algorithm.state_names import GRADIENTS
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.state_averager import StateAverager
+from deslo_plugin.checks.module_wrappers import reducers
 from deslo_plugin.checks.replica_checks import local_world_size
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
 from deslo_plugin.comm.topology import Topology, make_topology
-from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.errors import ConfigError
+from deslo_plugin.frameworks.plain import Plain
 
 _hooked: "WeakKeyDictionary[DistributedDataParallel, tuple]" = WeakKeyDictionary()
-"""DDP that is kept inside replicas -> the rows of its topology."""
+"""DDP that is kept inside replicas -> the ranks of these replicas."""
 
 
-def topology_of(models: Sequence[DistributedDataParallel], deslo: DesloConfig) -> Topology:
-    """Replicas of ``deslo.replica_size`` ranks: 1 is the flat form, more the hierarchical one. DDP over a smaller
-    process group than the world says by itself which ranks are one replica. Collective."""
-    model = models[0]
-    if model.process_group.size() < dist.get_world_size():
-        own = tuple(dist.get_process_group_ranks(model.process_group))
-        return Topology(tuple(sorted(set(map(tuple, all_gather_by_rank(own).values())))), dist.get_rank())
-    topology = make_topology(
-        deslo, world_size=dist.get_world_size(), rank=dist.get_rank(), local_world_size=local_world_size()
-    )
-    if any(each.find_unused_parameters for each in models) and topology.replica_size > 1:
-        raise ConfigError(
-            "DDP(find_unused_parameters=True)",
-            "DDP over the ranks of one replica, since every backward sends a bitmap over its process group",
-            "DDP over the world",
-            "turn it off (Hugging Face: ddp_find_unused_parameters=False), or DDP(model, process_group=group, ...) "
-            f"with group, _ = torch.distributed.new_subgroups(group_size={topology.replica_size})",
-        )
-    return topology
+class DDP(Plain):
+    """DDP around, inside or among the modules of a model: a replica is ``deslo.replica_size`` ranks, 1 in the flat form
+    and more in the hierarchical one, or those of DDP's own process group if that is smaller than the world."""
 
+    @property
+    def ddps(self) -> list[DistributedDataParallel]:
+        return reducers(self.around)
 
-def refuse(model: nn.Module, models: Sequence[DistributedDataParallel], topology: Topology, synchronous: bool) -> None:
-    """Raises ``ConfigError`` for a DDP that cannot be kept inside a replica, before anything is changed."""
-    groups = {tuple(dist.get_process_group_ranks(each.process_group)) for each in models}
-    if len(groups) > 1:
-        raise ConfigError(
-            "attach(model)", "one process group for every DDP in it", f"{len(groups)}", "give all of them the same"
-        )
-    for each in models:
-        if each in _hooked:
-            if _hooked[each] != topology.rows:
-                raise ConfigError(
-                    "attach(model)",
-                    "the replicas that its DDP was attached with",
-                    "others",
-                    "give both optimizers one deslo.replica_size",
-                )
-        elif each._comm_hooks:
-            raise _has_a_hook(f"{getattr(each._comm_hooks[0][0], '__qualname__', 'one')}")
-        if each._use_python_reducer:
+    def topology(self) -> Topology:
+        own = self.ddps[0].process_group
+        if own.size() < dist.get_world_size():
+            ranks = tuple(dist.get_process_group_ranks(own))
+            return Topology(tuple(sorted(set(map(tuple, all_gather_by_rank(ranks).values())))), dist.get_rank())
+        rank, size = dist.get_rank(), dist.get_world_size()
+        topology = make_topology(self.config.deslo, world_size=size, rank=rank, local_world_size=local_world_size())
+        if any(each.find_unused_parameters for each in self.ddps) and topology.replica_size > 1:
             raise ConfigError(
-                "DDP(model)",
-                "its reducer in C++",
-                "python_reducer of torch.compile",
-                'set torch._dynamo.config.optimize_ddp = "ddp_optimizer" before the model is wrapped',
+                "DDP(find_unused_parameters=True)",
+                "DDP over the ranks of one replica, since every backward sends a bitmap over its process group",
+                "DDP over the world",
+                "turn it off (Hugging Face: ddp_find_unused_parameters=False), or DDP(model, process_group=group, ...) "
+                f"with group, _ = torch.distributed.new_subgroups(group_size={topology.replica_size})",
             )
-    reduced = {
-        id(param)
-        for each in models
-        for name, param in each.module.named_parameters()
-        if name not in each.parameters_to_ignore
-    }
-    left = [name for name, param in model.named_parameters() if param.requires_grad and id(param) not in reduced]
-    if left and (topology.replica_size > 1 or synchronous):
-        raise ConfigError(
-            "attach(model)",
-            "DDP around every trained parameter",
-            f"none around {', '.join(left[:3])}" + f" and {len(left) - 3} more" * (len(left) > 3),
-            "wrap the whole model in one DDP, or set deslo.replica_size to 1 without synchronous_steps",
-        )
+        return topology
+
+    def refuse(self, topology: Topology) -> None:
+        super().refuse(topology)
+        groups = {tuple(dist.get_process_group_ranks(each.process_group)) for each in self.ddps}
+        if len(groups) > 1:
+            raise ConfigError(
+                "attach(model)", "one process group for every DDP in it", f"{len(groups)}", "give all of them the same"
+            )
+        for each in self.ddps:
+            if each in _hooked:
+                if _hooked[each] != topology.ranks_by_replica:
+                    raise ConfigError(
+                        "attach(model)",
+                        "the replicas that its DDP was attached with",
+                        "others",
+                        "give both optimizers one deslo.replica_size",
+                    )
+            elif each._comm_hooks:
+                raise _has_a_hook(f"{getattr(each._comm_hooks[0][0], '__qualname__', 'one')}")
+            if each._use_python_reducer:
+                raise ConfigError(
+                    "DDP(model)",
+                    "its reducer in C++",
+                    "python_reducer of torch.compile",
+                    'set torch._dynamo.config.optimize_ddp = "ddp_optimizer" before the model is wrapped',
+                )
+        reduced = {
+            id(param)
+            for each in self.ddps
+            for name, param in each.module.named_parameters()
+            if name not in each.parameters_to_ignore
+        }
+        trained = ((name, id(param)) for name, param in self.around.named_parameters() if param.requires_grad)
+        left = [name for name, param in trained if param not in reduced]
+        if left and (topology.replica_size > 1 or self.config.deslo.synchronous_steps):
+            raise ConfigError(
+                "attach(model)",
+                "DDP around every trained parameter",
+                f"none around {', '.join(left[:3])}" + f" and {len(left) - 3} more" * (len(left) > 3),
+                "wrap the whole model in one DDP, or set deslo.replica_size to 1 without synchronous_steps",
+            )
+
+    def forgotten(self) -> None:
+        return None
+
+    def own_groups(self) -> Sequence[dist.ProcessGroup]:
+        return [each.process_group for each in self.ddps]
+
+    def copies(self, groups: Groups) -> dist.ProcessGroup:
+        return groups.shard
+
+    def keep_gradients_inside(self, averaging: StateAverager, groups: Groups) -> None:
+        for each in self.ddps:
+            refuse_join(each)
+            if groups.topology.replicas > 1:
+                hook(each, averaging, groups)
+
+    def gradient_bytes(self, divisor: int) -> list[int]:
+        """As they are."""
+        return [sum(param.nbytes for param in params) for params in self.trained_by_group()]
 
 
 def hook(model: DistributedDataParallel, averaging: StateAverager, groups: Groups) -> None:
@@ -109,7 +134,7 @@ def hook(model: DistributedDataParallel, averaging: StateAverager, groups: Group
         model.register_comm_hook(None, reduce)
     except RuntimeError as error:
         raise _has_a_hook(f"{str(error).splitlines()[0]!r}") from error
-    _hooked[model] = groups.topology.rows
+    _hooked[model] = groups.topology.ranks_by_replica
     model.broadcast_buffers = False
     if groups.topology.replica_size > 1:
         return

@@ -6,6 +6,8 @@ shard dimension instead, through attributes of torch that are not public, and a 
 this works. (``set_requires_all_reduce(False)`` would not: torch takes it for gradient accumulation, and nothing would
 ever train.)"""
 
+import logging
+from collections.abc import Sequence
 from weakref import ref
 
 import torch
@@ -16,18 +18,81 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from deslo_plugin.averaging.state_averager import StateAverager
-from deslo_plugin.checkpoint.resharding import is_sharded, param_groups, reshard
-from deslo_plugin.comm.process_groups import all_gather_by_rank
+from deslo_plugin.checkpoint.resharding import param_groups, reshard
+from deslo_plugin.checks.replica_checks import listed
+from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
 from deslo_plugin.comm.topology import Topology
 from deslo_plugin.errors import ConfigError
+from deslo_plugin.frameworks.plain import Plain, dimension_across, topology_from_mesh
+from deslo_plugin.log import log_rank0
 
-REPLICATE = ("replicate", "dp_replicate")  # names under which the dimension across replicas is looked for
+
+class FSDP2(Plain):
+    """A model sharded inside replicas, whose mesh says which ranks are one, or by HSDP over all of them."""
+
+    def topology(self) -> Topology:
+        """Raises ``ConfigError`` if there is no dimension across replicas, no second replica, or if torch has
+        changed."""
+        across = _across(self.model, self.replicate)
+        for mesh, name in across:
+            _prove(mesh, name)
+        if self.mesh is not None:
+            return super().topology()
+        if across:
+            return topology_from_mesh(*across[0])
+        own = _mesh_of(self.model).mesh.flatten().tolist()
+        replicas = sorted({tuple(ranks) for ranks in all_gather_by_rank(own).values()})
+        if len(replicas) == 1 < len(replicas[0]):
+            raise ConfigError(
+                "attach(model)",
+                "a model sharded over the ranks of one replica",
+                f"one sharded over all {len(replicas[0])} ranks",
+                "shard it on one dimension of a 2-D mesh: mesh = init_device_mesh(device, (replicas, ranks of a "
+                'replica), mesh_dim_names=("replicate", "shard")); fully_shard(model, mesh=mesh["shard"])',
+            )
+        return Topology(tuple(replicas), dist.get_rank())
+
+    def ranks_of(self, param: DTensor) -> list[int]:
+        mesh, ranks = param.device_mesh, param.device_mesh.mesh
+        if (across := dimension_across(mesh, self.replicate)) is not None:  # HSDP is pointed at what is left
+            ranks = ranks.movedim(mesh.mesh_dim_names.index(across), 0)[mesh.get_local_rank(across)]
+        return ranks.flatten().tolist()
+
+    def forgotten(self) -> set[str]:
+        """Plain parameters outside every module that was sharded; inside one ``ignored_params`` left them out."""
+        sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        inside = {id(param) for module in sharded for param in module.parameters()}
+        return {name for name, param in self.model.named_parameters() if id(param) not in inside}
+
+    def own_groups(self) -> Sequence[dist.ProcessGroup]:
+        """Points what is HSDP across replicas at its shard dimension first."""
+        for mesh, name in _across(self.model, self.replicate):
+            _point_at_shards(self.model, mesh, name)
+        groups = [getattr(group.mesh_info, "shard_process_group", None) for group in param_groups(self.model)]
+        return [group for group in groups if group]
+
+    def copies(self, groups: Groups) -> dist.ProcessGroup | None:
+        """Those that HSDP inside the replica replicates over."""
+        if not any(placement.is_replicate() for param in _dtensors(self.model) for placement in param.placements):
+            return None
+        return getattr(next(param_groups(self.model)).mesh_info, "replicate_process_group", None)
+
+    def keep_gradients_inside(self, averaging: StateAverager, groups: Groups) -> None:
+        super().keep_gradients_inside(averaging, groups)
+        _reshard_at_steps(self.model, averaging)
+        trained = {name: param for name, param in self.model.named_parameters() if param.requires_grad}
+        beside = [name for name, param in trained.items() if not isinstance(param, DTensor)]
+        if beside and groups.topology.replica_size > 1:
+            log_rank0(
+                f"deslo: {listed(beside)} are trained and not sharded: nothing reduces their gradients inside a "
+                "replica, whose ranks go apart; call fully_shard on the whole model too, or reduce those gradients "
+                "yourself",
+                logging.WARNING,
+            )
 
 
-def reshard_at_steps(model: nn.Module, averaging: StateAverager) -> None:
+def _reshard_at_steps(model: nn.Module, averaging: StateAverager) -> None:
     """What a step or an average writes is what the next forward gathers, whatever was left whole since the backward."""
-    if not is_sharded(model):
-        return
     of = ref(model)
 
     def act(*_: object) -> None:
@@ -38,108 +103,13 @@ def reshard_at_steps(model: nn.Module, averaging: StateAverager) -> None:
     averaging.listeners.append(act)  # an average may land in a step that is left out
 
 
-def topology_of(model: nn.Module, mesh: DeviceMesh | None, replicate: str | None) -> Topology:
-    """Replicas along ``replicate`` of ``mesh``, or of the model's own mesh; a model sharded in one dimension alone
-    shows by itself which ranks are one replica. Changes nothing. Collective.
-
-    Raises ``ConfigError`` if there is no such dimension, no second replica, or if torch has changed.
-    """
-    if across := _across(model, replicate):
-        own, name = across[0]
-        for each, dimension in across:
-            _prove(each, dimension)
-        return topology_from_mesh(own if mesh is None else mesh, replicate if mesh is not None else name)
-    if mesh is not None:
-        return topology_from_mesh(mesh, replicate)
-    own = _mesh_of(model)
-    rows = sorted({tuple(ranks) for ranks in all_gather_by_rank(own.mesh.flatten().tolist()).values()})
-    if len(rows) == 1 < len(rows[0]):
-        raise ConfigError(
-            "attach(model)",
-            "a model sharded over the ranks of one replica",
-            f"one sharded over all {len(rows[0])} ranks",
-            "shard it on one dimension of a 2-D mesh: mesh = init_device_mesh(device, (replicas, ranks of a replica), "
-            'mesh_dim_names=("replicate", "shard")); fully_shard(model, mesh=mesh["shard"])',
-        )
-    return Topology(tuple(rows), dist.get_rank())
-
-
-def refuse_across(model: nn.Module, topology: Topology, replicate: str | None) -> None:
-    """Raises ``ConfigError`` for a parameter that is sharded, or reduced, beyond this rank's replica."""
-    for name, param in model.named_parameters():
-        if not isinstance(param, DTensor):
-            continue
-        mesh = param.device_mesh
-        across = _dimension(mesh, replicate) if is_sharded(model) else None  # HSDP is pointed at what is left
-        ranks = mesh.mesh
-        if across is not None:
-            ranks = ranks.movedim(mesh.mesh_dim_names.index(across), 0)[mesh.get_local_rank(across)]
-        if not set(ranks.flatten().tolist()) <= set(topology.shard_group):
-            raise ConfigError(
-                f"attach(model) parameter {name}",
-                f"a DTensor over ranks of the replica {topology.shard_group}",
-                f"one over ranks {ranks.flatten().tolist()}",
-                "shard it on dimensions inside the replica, such as "
-                'mesh["shard"], and name the one across replicas "replicate"',
-            )
-
-
-def keep_inside_replicas(model: nn.Module, replicate: str | None) -> None:
-    """Points what is HSDP across replicas at its shard dimension."""
-    for mesh, name in _across(model, replicate):
-        _point_at_shards(model, mesh, name)
-
-
-def forgotten(model: nn.Module) -> set[str]:
-    """Plain parameters outside every module that was sharded; inside one they were left out by ``ignored_params``."""
-    inside = {
-        id(param) for module in model.modules() if isinstance(module, FSDPModule) for param in module.parameters()
-    }
-    return {name for name, param in model.named_parameters() if id(param) not in inside}
-
-
-def not_sharded(model: nn.Module) -> list[str]:
-    """Trained parameters beside the DTensors of the model, whose gradients nothing reduces inside a replica."""
-    return [name for name, param in model.named_parameters() if param.requires_grad and not isinstance(param, DTensor)]
-
-
-def topology_from_mesh(mesh: DeviceMesh, replicate: str | None) -> Topology:
-    """The topology of a mesh over all ranks whose dimension ``replicate`` runs across replicas."""
-    name = _dimension(mesh, replicate)
-    if name is None:
-        raise ConfigError(
-            "attach(mesh=...)",
-            f"a dimension named {replicate or ' or '.join(REPLICATE)}",
-            f"{mesh.mesh_dim_names}",
-            "name the dimension across replicas in init_device_mesh(..., mesh_dim_names=...), or pass replicate=its "
-            "name",
-        )
-    if mesh.size() != dist.get_world_size():
-        raise ConfigError(
-            "attach(mesh=...)",
-            f"a mesh over all {dist.get_world_size()} ranks",
-            f"one over {mesh.size()}",
-            "pass the mesh that init_device_mesh returned",
-        )
-    across = mesh.mesh.movedim(mesh.mesh_dim_names.index(name), 0)
-    return Topology(tuple(map(tuple, across.reshape(len(across), -1).tolist())), dist.get_rank())
-
-
-def copies_of(model: nn.Module) -> dist.ProcessGroup | None:
-    """The ranks of a replica that hold the same shard: those that HSDP inside the replica replicates over."""
-    if not any(placement.is_replicate() for param in _dtensors(model) for placement in param.placements):
-        return None
-    groups = [group.mesh_info for group in param_groups(model)]
-    return getattr(groups[0], "replicate_process_group", None)
-
-
 def _across(model: nn.Module, replicate: str | None) -> list[tuple[DeviceMesh, str]]:
     """(mesh, dimension across replicas) of the modules that HSDP reduces across replicas; none where nothing does,
     which a model sharded inside replicas shows without a look at what is private."""
-    if not any(_dimension(param.device_mesh, replicate) for param in _dtensors(model)):
+    if not any(dimension_across(param.device_mesh, replicate) for param in _dtensors(model)):
         return []
-    meshes = [mesh for mesh in _meshes(model) if _dimension(mesh, replicate) is not None and mesh.ndim > 1]
-    return [(mesh, _dimension(mesh, replicate)) for mesh in meshes]
+    meshes = [mesh for mesh in _meshes(model) if dimension_across(mesh, replicate) is not None and mesh.ndim > 1]
+    return [(mesh, dimension_across(mesh, replicate)) for mesh in meshes]
 
 
 def _dtensors(model: nn.Module) -> list[DTensor]:
@@ -198,11 +168,6 @@ def _prove(mesh: DeviceMesh, replicate: str) -> None:
         raise _moved(error) from error
     if not torch.equal(gradient, torch.full_like(gradient, own)):
         raise _moved("a gradient still crosses replicas")
-
-
-def _dimension(mesh: DeviceMesh, replicate: str | None) -> str | None:
-    names = mesh.mesh_dim_names or ()
-    return next((name for name in ([replicate] if replicate else REPLICATE) if name in names), None)
 
 
 def _moved(what: object) -> ConfigError:

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl
 
-from deslo_plugin.attachment import attached
+from deslo_plugin.attachment import attachment_of, model_of
 from deslo_plugin.checkpoint.sync_replicas import sync_replicas
 from deslo_plugin.frameworks.versions import expect
 
@@ -22,14 +21,9 @@ class AverageBeforeSave(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, *, optimizer: Any, **_: Any) -> None:
         if control.should_save:
-            sync_replicas(_model_of(optimizer))
+            sync_replicas(model_of(attachment_of(optimizer.optimizer)))
 
     on_epoch_end = on_step_end
 
     def on_train_end(self, args: Any, state: Any, control: TrainerControl, *, optimizer: Any, **_: Any) -> None:
-        sync_replicas(_model_of(optimizer))
-
-
-def _model_of(optimizer: Any) -> nn.Module:
-    """The model as it was attached, wrapped; a callback's own is not."""
-    return next(model for model, attachments in attached.items() if optimizer.optimizer.deslo in attachments)
+        sync_replicas(model_of(attachment_of(optimizer.optimizer)))

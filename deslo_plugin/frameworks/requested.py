@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from deslo_plugin.attachment import attached
+from deslo_plugin.attachment import attached_to, attachment_of
 from deslo_plugin.checks import module_wrappers as wrappers
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
 from deslo_plugin.comm.process_groups import all_gather_by_rank
@@ -21,10 +21,10 @@ from deslo_plugin.optim.desloc import DesLoc
 def checked(model: nn.Module, optimizer: Any, config: Any) -> tuple[torch.optim.Optimizer, Config]:
     """(the optimizer that steps, its config). Raises ``ConfigError`` for what cannot be attached."""
     optimizer = wrappers.bare_optimizer(optimizer)
-    if hasattr(optimizer, "deslo"):
+    if attachment_of(optimizer) is not None:
         raise ConfigError("attach(optimizer)", "one call for each optimizer", "a second one", "remove it")
     wrappers.refuse(model, optimizer)
-    if any(each.averaging.diverged for each in attached.get(wrappers.bare(model), ())):
+    if any(each.averaging.diverged for each in attached_to(model)):
         raise ConfigError(
             "attach(optimizer)",
             "replicas that are equal, as before the first step",

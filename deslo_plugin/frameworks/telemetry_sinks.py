@@ -55,7 +55,7 @@ def _begin(attachment: Attachment, folder: Path) -> tuple[str, str, str] | None:
 def add_scalars(attachment: Attachment, sink: Sink) -> None:
     """``sink`` gets the scalars of every step with an average; under an engine, which must say when a step has
     ended."""
-    attachment.recorder.add(sink)
+    attachment.recorder.add_sink(sink)
     if not attachment.engine_steps:
         attachment.optimizer.register_step_post_hook(lambda *_: attachment.recorder.step_ended())
 

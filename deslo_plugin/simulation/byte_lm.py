@@ -59,14 +59,14 @@ def read_text(files: Iterable[Path]) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
-def language(text: Tensor, *, replicas: int, apart: float = 0.0, seed: int = 0, device: str = "cpu") -> Network:
+def language(text: Tensor, *, replicas: int, heterogeneity: float = 0.0, seed: int = 0, device: str = "cpu") -> Network:
     """``ByteModel``, initialised from ``seed``, on windows of ``text`` drawn for (seed, step, replica).
 
     Args:
         text: (length,) uint8; every twentieth block of it is held out.
         replicas: how many ever take part.
-        apart: share in [0, 1] of its windows that a replica reads in a part of the text that is its own; it draws the
-            others from the whole. 0 is the same distribution for all.
+        heterogeneity: share in [0, 1] of its windows that a replica reads in a part of the text that is its own; it
+            draws the others from the whole. 0 is the same distribution for all.
 
     Raises ``ConfigError`` for more replicas than the text has windows.
     """
@@ -90,7 +90,7 @@ def language(text: Tensor, *, replicas: int, apart: float = 0.0, seed: int = 0, 
         generator = torch.Generator().manual_seed(1_000_003 * seed + step)
         whole, own = torch.rand(2, replicas, SEQUENCES, generator=generator, dtype=torch.float64)[:, ids]
         starts = torch.as_tensor(ids)[:, None] * part + own * (part - CONTEXT)
-        at_home = torch.rand(replicas, SEQUENCES, generator=generator)[ids] < apart
+        at_home = torch.rand(replicas, SEQUENCES, generator=generator)[ids] < heterogeneity
         return windows(train, torch.where(at_home, starts, whole * (len(train) - CONTEXT)).long())
 
     every = (len(held_out) - CONTEXT) // HELD_OUT

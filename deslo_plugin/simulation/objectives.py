@@ -63,8 +63,8 @@ class Rosenbrock(_Noisy):
 class Quadratic(_Noisy):
     """f_m = 1/2 sum_i s_i (x_i - c_mi)^2 with eigenvalues s (n,), noise on the gradient, and bowls that lie apart.
 
-    The centres c_m are normal with standard deviation ``apart`` and sum to 0 over the ``replicas`` that ever take part:
-    their mean loss is least at 0. Judged by the bowl at 0.
+    The centres c_m are normal with standard deviation ``heterogeneity``. Over the ``replicas`` that ever take part they
+    sum to 0, so that their mean loss is least at 0. Judged by the bowl at 0.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Quadratic(_Noisy):
         sigma: float | Tensor = 1.0,
         *,
         replicas: int,
-        apart: float = 0.0,
+        heterogeneity: float = 0.0,
         seed: int = 0,
     ):
         self.start, self.spectrum = start, spectrum.to(start)
         centres = normal(seed, -1, replicas, start.numel())
-        self.centres = apart * (centres - centres.mean(0)).to(start)
+        self.centres = heterogeneity * (centres - centres.mean(0)).to(start)
         super().__init__(sigma, replicas, seed)
 
     def losses(self, x: Tensor, replicas: Sequence[int], step: int) -> Tensor:
@@ -93,8 +93,8 @@ class Logistic:
     """Logistic regression on fresh draws: features normal with the given standard deviations, labels -1 or 1 from true
     weights.
 
-    Every replica's own true weights are those of all plus ``apart`` times a standard normal vector. Judged, in nats, on
-    ``held_out`` draws of the weights of all.
+    Every replica's own true weights are those of all plus ``heterogeneity`` times a standard normal vector. Judged, in
+    nats, on ``held_out`` draws of the weights of all.
 
     Args:
         spectrum: standard deviations of the features, (n,); the start is 0.
@@ -103,11 +103,18 @@ class Logistic:
     """
 
     def __init__(
-        self, spectrum: Tensor, *, batch: int, replicas: int, apart: float = 0.0, held_out: int = 4096, seed: int = 0
+        self,
+        spectrum: Tensor,
+        *,
+        batch: int,
+        replicas: int,
+        heterogeneity: float = 0.0,
+        held_out: int = 4096,
+        seed: int = 0,
     ):
         self.start, self.spectrum, self.batch, self.seed = torch.zeros_like(spectrum), spectrum, batch, seed
         truth = normal(seed, -1, 1 + replicas, spectrum.numel()).to(spectrum)
-        self.truths = truth[0] + apart * truth[1:]
+        self.truths = truth[0] + heterogeneity * truth[1:]
         self.held_out = self._signed(normal(seed, -2, 1, held_out, spectrum.numel() + 1), truth[:1])
 
     def losses(self, x: Tensor, replicas: Sequence[int], step: int) -> Tensor:

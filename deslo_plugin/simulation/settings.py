@@ -155,11 +155,11 @@ class SimulationConfig:
             own = self.noniid * normal(seed, -3, self.capacity).abs()
             return Rosenbrock(torch.tensor(START, device=self.device), own if self.noniid else sigma, **common)
         if self.objective == "bytes":
-            return language(self.text, apart=self.noniid, device=self.device, **common)
+            return language(self.text, heterogeneity=self.noniid, device=self.device, **common)
         spectrum = read_spectrum(self.spectrum or SPECTRUM[self.objective]).to(self.device)
         if self.objective == "logistic":
-            return Logistic(spectrum, batch=LOGISTIC_BATCH, apart=self.noniid, **common)
-        return Quadratic(torch.ones_like(spectrum), spectrum, sigma, apart=self.noniid, **common)
+            return Logistic(spectrum, batch=LOGISTIC_BATCH, heterogeneity=self.noniid, **common)
+        return Quadratic(torch.ones_like(spectrum), spectrum, sigma, heterogeneity=self.noniid, **common)
 
     def membership(self, config: Config, seed: int) -> Membership:
         """Who comes and goes. Those that join receive momenta where ``config`` ever averages one, else parameters

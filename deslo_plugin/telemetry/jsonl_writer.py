@@ -1,4 +1,4 @@
-"""A file of JSON objects, one to a line, that nobody waits for: a thread writes what others put.
+"""A file of JSON objects, one to a line, that nobody waits for: a thread writes them.
 
 Whole lines are appended once a second. A process that is killed loses the last second and leaves whole lines, but for
 the last one if it dies within a write: ``JsonlWriter`` cuts that off when it goes on, and ``read`` leaves it out.
@@ -44,8 +44,8 @@ class JsonlWriter:
         _open[path] = self
         self._close = finalize(self, _end, thread, self._over)  # at the latest when the process ends
 
-    def put(self, record: Mapping[str, Any]) -> None:
-        """Will be written; the caller changes it no more. Functions in it are called by the writer, for their
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Queues ``record`` for the thread; the caller changes it no more. The thread calls functions in it, for their
         values."""
         self._waiting.append(record)  # atomic, and wakes nobody
 

@@ -41,12 +41,12 @@ class Recorder:
     def start(self, path: Path, plan: Plan) -> None:
         """Opens the journal. Raises ``OSError`` where it cannot be written."""
         self.journal = JsonlWriter(path)
-        self.journal.put(
+        self.journal.write(
             {"kind": "start", "at": self._began, "version": __version__} | _place(plan.topology) | _planned(plan)
         )
         self.averaging.listeners.append(self._write)
 
-    def add(self, sink: Sink) -> None:
+    def add_sink(self, sink: Sink) -> None:
         """``sink`` gets the scalars of every step with an average, once ``step_ended`` says that there are no more, or
         the next average does. One that raises is said once and dropped."""
         if not self._sinks:
@@ -62,7 +62,7 @@ class Recorder:
             if name in record:
                 raise ConfigError(f"log({name}=...)", "another name", "one that every line has", "rename it")
             record[name] = _number(name, value)
-        self.journal.put(record)
+        self.journal.write(record)
 
     def step_ended(self) -> None:
         """Hands the scalars of the step over."""
@@ -88,7 +88,7 @@ class Recorder:
         if self.journal is None:
             return
         meter = self.averaging.stats
-        self.journal.put(
+        self.journal.write(
             {
                 "kind": "end",
                 "at": time.time(),
@@ -130,7 +130,7 @@ class Recorder:
         return "\n".join(lines)
 
     def _write(self, event: SyncEvent) -> None:
-        self.journal.put(
+        self.journal.write(
             {
                 "kind": "average",
                 "at": time.time(),

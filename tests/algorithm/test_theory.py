@@ -144,7 +144,7 @@ def test_psi_grows_with_every_period_and_falls_with_beta(beta, every, momentum, 
 def test_sgdm_at_the_proven_rate_comes_down(beta, every, momentum, seed):
     largest = proven_rate(beta, psi(every, [beta], [1.0], [momentum]), smoothness=4.0)
     start, spectrum = torch.ones(6, dtype=torch.float64), torch.logspace(0, math.log10(4), 6)
-    goal = Quadratic(start, spectrum, 0.0, replicas=4, apart=0.5, seed=seed)
+    goal = Quadratic(start, spectrum, 0.0, replicas=4, heterogeneity=0.5, seed=seed)
     settings_ = config("sgdm", {"params": every, "exp_avg": momentum}, betas=[beta], lr=largest)
     first, steps = float(goal.evaluate(goal.start[None])), math.ceil(4 / largest)
     for moment in simulate(goal, settings_, replicas=4, steps=steps):

@@ -257,7 +257,7 @@ def test_replicas_that_differ():
 
 def test_each_replica_reads_its_own_part_of_the_text_if_asked():
     text = torch.arange(20 << 14).div(19 << 12, rounding_mode="floor").byte()  # 0s, 1s, 2s and 3s, and a block held out
-    goal = language(text, replicas=4, apart=1.0)
+    goal = language(text, replicas=4, heterogeneity=1.0)
     for replica in range(4):
         tokens, targets = goal._batches([replica], 5)
         assert tokens.unique().tolist() == targets.unique().tolist() == [replica]

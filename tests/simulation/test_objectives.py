@@ -10,8 +10,8 @@ from deslo_plugin.simulation import Logistic, Network, Quadratic, Rosenbrock
 def test_noise_is_the_replicas_own_whoever_else_is_there():
     objectives = [
         Rosenbrock(torch.zeros(2), replicas=5),
-        Quadratic(torch.zeros(20), torch.ones(20), replicas=5, apart=1.0),
-        Logistic(torch.ones(6), batch=8, replicas=5, apart=1.0),
+        Quadratic(torch.zeros(20), torch.ones(20), replicas=5, heterogeneity=1.0),
+        Logistic(torch.ones(6), batch=8, replicas=5, heterogeneity=1.0),
     ]
     for objective in objectives:
 
@@ -34,7 +34,7 @@ def test_noise_has_the_deviation_asked_for_and_no_bias():
 
 def test_bowls_that_lie_apart_have_their_common_minimum_at_zero():
     objective = Quadratic(
-        torch.zeros(3, dtype=torch.float64), torch.tensor([0.1, 1.0, 10.0]), 0.0, replicas=4, apart=2.0
+        torch.zeros(3, dtype=torch.float64), torch.tensor([0.1, 1.0, 10.0]), 0.0, replicas=4, heterogeneity=2.0
     )
     x = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
     (slopes,) = torch.autograd.grad(objective.losses(x, range(4), 0).sum(), x)

@@ -239,7 +239,7 @@ def test_nan_on_one_replica_stops_the_average():
 
 
 def test_logistic_regression_learns_the_weights_of_all():
-    objective = Logistic(torch.ones(5), batch=16, replicas=8, apart=0.5)
+    objective = Logistic(torch.ones(5), batch=16, replicas=8, heterogeneity=0.5)
     start = float(objective.evaluate(objective.start[None]))
     config = {"optimizer": {"params": {"lr": 0.05, "sync_every": {"params": 8}}}}
     replicas = last(objective, config, replicas=8, steps=150).replicas

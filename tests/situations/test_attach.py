@@ -1,5 +1,7 @@
 """What people attach: models and optimizers in every wrapper, ranks that never seeded, attachments without effect."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import deslo_plugin
+from deslo_plugin.attachment import attachment_of
 from deslo_plugin.checkpoint import resharding
 from tests.support.attaching import DDP, Inside, adamw, config, error_of, train
 from tests.support.jobs import net
@@ -143,3 +146,11 @@ def test_models_on_more_than_one_mesh_train_as_replicas_of_one_process(four, kin
     for rank, result in enumerate(four().run(in_two_dimensions, kind)):
         for name, param in replicas[rank // 2].named_parameters():
             assert torch.allclose(result[name], param.detach().flatten(), atol=1e-6), (name, rank)
+
+
+def test_an_attachment_is_found_by_the_model_in_its_wrappers_and_by_the_optimizer():
+    model = net()
+    optimizer = adamw(model)
+    attachment = deslo_plugin.attach(model, optimizer, config())
+    assert all(attachment_of(target) is attachment for target in (model, DataParallel(model), optimizer))
+    assert all(attachment_of(target) is None for target in (copy.deepcopy(model), model[0], adamw(net()), None))

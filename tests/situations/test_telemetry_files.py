@@ -60,7 +60,7 @@ def test_a_run_goes_on_in_a_file_that_it_was_cut_off_in(tmp_path, left):
     path = tmp_path / "replica-0.jsonl"
     path.write_text(left)
     journal = JsonlWriter(path)
-    journal.put({"kind": "start", "at": 2})
+    journal.write({"kind": "start", "at": 2})
     journal.close()
     assert [json.loads(line)["at"] for line in path.read_text().splitlines()] == ([1, 2] if "\n" in left else [2])
 

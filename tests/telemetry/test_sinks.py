@@ -56,8 +56,8 @@ def test_a_tracker_that_raises_is_dropped_and_the_others_go_on(caplog):
         listeners, stats, steps = [], deslo_plugin.optim.desloc.Meter(), 0
 
     seen, recorder = [], Recorder(Averaging)
-    recorder.add(lambda scalars, steps: 1 / 0)
-    recorder.add(lambda scalars, steps: seen.append((steps, scalars["deslo_cosine/params"])))
+    recorder.add_sink(lambda scalars, steps: 1 / 0)
+    recorder.add_sink(lambda scalars, steps: seen.append((steps, scalars["deslo_cosine/params"])))
     for steps, cosines in ((2, (0.5, 0.25)), (4, (0.75,))):
         for cosine in cosines:  # of two param groups, the worst
             Averaging.listeners[0](

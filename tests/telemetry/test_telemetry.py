@@ -133,7 +133,7 @@ def test_a_torn_last_line_is_left_out_and_cut_off(tmp_path):
     path.write_text('{"kind":"start","steps":1}\n{"kind":"lo')
     assert [record["steps"] for record in read(path)] == [1]
     journal = JsonlWriter(path)
-    journal.put({"kind": "log", "steps": 2, "loss": float("nan"), "on": lambda: 1.5})
+    journal.write({"kind": "log", "steps": 2, "loss": float("nan"), "on": lambda: 1.5})
     journal.close()
     _, last = (json.loads(line) for line in path.read_text().splitlines())
     assert last == {"kind": "log", "steps": 2, "loss": None, "on": 1.5}
@@ -146,10 +146,10 @@ import deslo_plugin.telemetry.jsonl_writer as journal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 journal.EVERY = 0.01
 mine = journal.JsonlWriter(pathlib.Path(sys.argv[1]))
-mine.put({"steps": 0}); time.sleep(0.3)
+mine.write({"steps": 0}); time.sleep(0.3)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40, 40))
 for steps in range(1, 40):
-    mine.put({"steps": steps}); time.sleep(0.01)
+    mine.write({"steps": steps}); time.sleep(0.01)
 mine.close(); print("trained")
 """
     done = subprocess.run(

@@ -223,7 +223,7 @@ def refuse_unsupported(ds: Mapping[str, Any], model: Any, mpu: Any, mesh: Any, d
             )
 
 
-def compared(ds: Mapping[str, Any]) -> dict[str, Any]:
+def settings_to_compare(ds: Mapping[str, Any]) -> dict[str, Any]:
     """Flat ``{"optimizer.params.lr": ...}`` of all that must be equal on every rank."""
     flat: dict[str, Any] = {}
 

@@ -14,34 +14,37 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero import utils as zero_utils
 
-from deslo_plugin.attachment import Attachment
+from deslo_plugin.attachment import Attachment, register
+from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.module_wrappers import engines, saved_buffers
-from deslo_plugin.checks.replica_checks import (
-    agree_on_model,
-    agree_on_optimizer,
-    broadcast_or_check_params,
-    say_placement,
-)
-from deslo_plugin.checks.replica_watch import Watch
+from deslo_plugin.checks.replica_checks import agree_on_model, broadcast_or_check_params
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
-from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
+from deslo_plugin.comm.process_groups import Groups
+from deslo_plugin.comm.transport import Transport
 from deslo_plugin.config.load import read_deslo
 from deslo_plugin.config.schema import Config, DesloConfig
 from deslo_plugin.errors import ConfigError
+from deslo_plugin.frameworks.base import Framework, build_attachment
 from deslo_plugin.frameworks.deepspeed import checkpoint, zero
 from deslo_plugin.frameworks.deepspeed.all_ranks import expect_ours, leave_note
-from deslo_plugin.frameworks.deepspeed.config import compared, is_ours, job_of, refuse_misspelt, refuse_unsupported
+from deslo_plugin.frameworks.deepspeed.config import (
+    is_ours,
+    job_of,
+    refuse_misspelt,
+    refuse_unsupported,
+    settings_to_compare,
+)
 from deslo_plugin.frameworks.deepspeed.engine_step import EngineStep
-from deslo_plugin.frameworks.deepspeed.mpu import ReplicaMPU, active, groups_of
+from deslo_plugin.frameworks.deepspeed.mpu import ReplicaMPU, groups_of, use_mpu
+from deslo_plugin.frameworks.deepspeed.state_tree import EngineState
 from deslo_plugin.frameworks.deepspeed.synchronisation import let_averages_travel
 from deslo_plugin.frameworks.parameter_kinds import refuse_nonfinite
-from deslo_plugin.frameworks.rehearsal import rehearse
 from deslo_plugin.frameworks.requested import refuse_together
-from deslo_plugin.frameworks.telemetry_sinks import add_scalars, start_telemetry
+from deslo_plugin.frameworks.telemetry_sinks import add_scalars
 from deslo_plugin.frameworks.versions import expect, release
 from deslo_plugin.log import log_rank0
-from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.desloc import DesLoc
+from deslo_plugin.planning.route import Route
 from deslo_plugin.planning.transport_choice import choose_route, make_transport
 
 OUTSIDE = ("allreduce_gradients", "_take_model_step", "save_checkpoint", "load_checkpoint")  # ask for groups after init
@@ -85,7 +88,7 @@ def _engine_init(original: Callable[..., None]) -> Callable[..., None]:
         expect("deepspeed")
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # as the engine will: NCCL needs it before it talks
         # first of all: what one rank alone would be refused for must not leave the others waiting
-        check_same_on_all_ranks("the DeepSpeed config's", compared(ds), do="give every rank the same config")
+        check_same_on_all_ranks("the DeepSpeed config's", settings_to_compare(ds), do="give every rank the same config")
         kinds = {name: type(given.get(name)).__name__ for name in ("model", "optimizer", "mpu", "mesh_device")}
         check_same_on_all_ranks("deepspeed.initialize's", kinds, do="give every rank the same")
         deslo, optimizer = job_of(ds, given["optimizer"])
@@ -96,9 +99,9 @@ def _engine_init(original: Callable[..., None]) -> Callable[..., None]:
         given |= {"optimizer": optimizer, "mpu": unit}
         if deslo.sync_every is None:
             given["config_class"].zero_force_ds_cpu_optimizer = False  # DesLoc is the CPU optimizer of this offload
-        with active(unit):
+        with use_mpu(unit):
             original(*call.args, **call.kwargs)
-        _attach(self, deslo, groups, unit)
+        _attach(self, deslo, unit)
 
     return init
 
@@ -149,51 +152,61 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
     refuse_together(lambda: refuse_nonfinite(trained), groups.world)
 
 
-def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, groups: Groups, unit: ReplicaMPU) -> None:
+class DeepSpeed(Framework):
+    """The seam to an engine that was built on the groups of ``unit``."""
+
+    state_adapter, engine_steps = EngineState, True
+
+    def __init__(self, engine: DeepSpeedEngine, deslo: DesloConfig, unit: ReplicaMPU):
+        _expect_whole_gradients(engine)
+        self.engine, self.unit, self.optimizer = engine, unit, engine.basic_optimizer
+        ours = isinstance(self.optimizer, DesLoc)
+        self.config = self.optimizer.config if ours else Config(optimizer=None, deslo=deslo)
+        zero.zero_padding(engine)
+        self.param_groups = [{"params": params} for params in zero.partitions(engine)]
+        self.named = {
+            f"parameter {i} of param group {g}": param
+            for g, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+        }
+        self.alike = () if engine.zero_optimization() else self.named
+
+    @property
+    def fixed_numels(self) -> list[int] | None:
+        if not self.engine.zero_optimization_partition_weights():
+            return None  # else param groups are empty between steps
+        return [sum(param.numel() for param in group["params"]) for group in self.param_groups]
+
+    def groups(self) -> Groups:
+        return self.unit.groups
+
+    def transport(self, groups: Groups) -> tuple[Transport, Route]:
+        route = choose_route(self.config.deslo, groups, self.named.values())
+        copies = None if self.engine.zero_optimization() else groups.shard
+        return make_transport(route, groups, self.config.deslo, copies), route
+
+    def keep_gradients_inside(self, averaging: StateAverager, groups: Groups) -> None:
+        """The ``mpu`` does. Elsewhere DeepSpeed looks for NaN itself, before it hands gradients over group by group."""
+        if isinstance(self.optimizer, DesLoc):
+            averaging.gradients.skips_nonfinite &= self.engine.optimizer is self.optimizer
+
+    def install(self, attachment: Attachment) -> None:
+        engine = self.engine
+        register(attachment, engine)
+        engine._take_model_step = EngineStep(engine, engine._take_model_step)
+        let_averages_travel(engine)
+        checkpoint.install_checkpoint_methods(engine)
+        for name in OUTSIDE:
+            setattr(engine, name, _with_groups(self.unit, getattr(engine, name)))
+
+
+def _attach(engine: DeepSpeedEngine, deslo: DesloConfig, unit: ReplicaMPU) -> None:
     """Connects the built optimizer to the replica group and makes the engine keep its replicas in step."""
-    _expect_whole_gradients(engine)
-    optimizer = engine.basic_optimizer
-    stock = not isinstance(optimizer, DesLoc)
-    config = Config(optimizer=None, deslo=deslo) if stock else optimizer.config
-    copies = None if engine.zero_optimization() else groups.shard
-    zero.zero_padding(engine)
-    partitions = list(zero.partitions(engine))
-    way = choose_route(deslo, groups, (param for params in partitions for param in params))
-    average = make_transport(way, groups, deslo, copies)
-    if stock:
-        of_engine = [{"params": params} for params in partitions]
-        averaging = AnyOptimizerAverager(
-            optimizer, deslo, average, groups=of_engine, everyone=lambda value: list(all_gather_by_rank(value).values())
-        )
-    else:
-        optimizer.attach(average, [param for params in partitions for param in params])
-        averaging = optimizer.averaging
-        # elsewhere DeepSpeed looks at the gradients itself, before it hands them over group by group
-        averaging.gradients.skips_nonfinite &= engine.optimizer is optimizer
-    agree_on_optimizer(averaging, config)
-    numels = None
-    if engine.zero_optimization_partition_weights():  # whose param groups are empty between steps
-        numels = [sum(param.numel() for param in params) for params in partitions]
-    stepped = {
-        f"parameter {i} of param group {g}": param
-        for g, params in enumerate(partitions)
-        for i, param in enumerate(params)
-    }
-    watch = Watch(averaging, groups, stepped, [] if engine.zero_optimization() else stepped, in_engine=True)
-    engine.deslo = Attachment(averaging, groups, config, numels, engine_steps=True, watch=watch, route=way)
-    engine._take_model_step = EngineStep(engine, engine._take_model_step)
-    let_averages_travel(engine)
-    rehearse(engine.deslo, [param for params in partitions for param in params])
-    checkpoint.install_checkpoint_methods(engine)
-    for name in OUTSIDE:
-        setattr(engine, name, _with_groups(unit, getattr(engine, name)))
-    engine.deslo.announce()
-    say_placement(groups.topology, groups.world)
-    start_telemetry(engine.deslo)
+    attachment = build_attachment(DeepSpeed(engine, deslo, unit))
     if engine.monitor.enabled and dist.get_rank() == 0:
         # its own scalars go by samples, and some of its writers take nothing that goes back
         add_scalars(
-            engine.deslo,
+            attachment,
             lambda scalars, _: engine.monitor.write_events(
                 [(name, value, engine.global_samples) for name, value in scalars.items()]
             ),
@@ -217,7 +230,7 @@ def _expect_whole_gradients(engine: DeepSpeedEngine) -> None:
 def _with_groups(unit: ReplicaMPU, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with active(unit):
+        with use_mpu(unit):
             return method(*args, **kwargs)
 
     return call

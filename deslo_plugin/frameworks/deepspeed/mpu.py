@@ -65,7 +65,7 @@ class ReplicaMPU:
 
 
 @contextmanager
-def active(unit: ReplicaMPU | None) -> Iterator[None]:
+def use_mpu(unit: ReplicaMPU | None) -> Iterator[None]:
     """Makes ``unit`` what DeepSpeed asks for groups in this process, for a while: other engines have their own mpu or
     mesh."""
     before = deepspeed_groups.mpu, deepspeed_groups.mesh_device

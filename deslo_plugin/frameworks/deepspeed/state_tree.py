@@ -11,7 +11,6 @@ from torch import Tensor
 
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.checkpoint.model_names import places, plain_name, saved_buffers
-from deslo_plugin.checkpoint.state_tree import holder_of
 from deslo_plugin.checkpoint.tensor_chunks import TensorChunks, of_range
 from deslo_plugin.checkpoint.tree_agreement import States, Tree, fresh_states
 from deslo_plugin.checks.module_wrappers import bare
@@ -40,7 +39,7 @@ class Range(NamedTuple):
 class EngineState:
     """Of any ZeRO stage; what is loaded is loaded into the partitions, and published into the model."""
 
-    def __init__(self, engine: DeepSpeedEngine, _: object = None):
+    def __init__(self, engine: DeepSpeedEngine, _: object):
         self.engine, self.optimizer = engine, engine.basic_optimizer
         self.params = {plain_name(name): param for name, param in bare(engine.module).named_parameters()}
         self.shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in self.params.items()}
@@ -187,6 +186,3 @@ class EngineState:
 def _has_parts(value: Any) -> bool:
     """Whether a state runs over the elements of what the optimizer steps, which may be of several parameters."""
     return isinstance(value, Tensor) and value.ndim > 0
-
-
-holder_of.register(DeepSpeedEngine, EngineState)

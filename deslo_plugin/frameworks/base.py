@@ -1,0 +1,125 @@
+"""The seam of frameworks: what one of them must answer, and the attachment that is built of its answers.
+
+``plain``, ``ddp``, ``fsdp2``, ``torchft`` and ``deepspeed`` answer; nothing else asks how a model is wrapped."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from deslo_plugin.attachment import Attachment
+from deslo_plugin.averaging.metrics import SyncEvent
+from deslo_plugin.averaging.state_averager import StateAverager
+from deslo_plugin.checkpoint.state_tree import StateAdapter
+from deslo_plugin.checks.replica_checks import agree_on_optimizer, say_placement
+from deslo_plugin.checks.replica_watch import Watch
+from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
+from deslo_plugin.comm.transport import Transport
+from deslo_plugin.config.schema import Config
+from deslo_plugin.frameworks.rehearsal import rehearse
+from deslo_plugin.frameworks.telemetry_sinks import start_telemetry
+from deslo_plugin.kernels.local_tensors import local
+from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
+from deslo_plugin.optim.any_optimizer_step import schedule
+from deslo_plugin.optim.desloc import DesLoc
+from deslo_plugin.planning.plan import BYTES
+from deslo_plugin.planning.route import Route
+
+
+class Framework(Protocol):
+    """One optimizer, and the model that it steps, where a framework keeps them. ``build_attachment`` asks from top to
+    bottom; the rest holds once ``groups`` was called."""
+
+    optimizer: torch.optim.Optimizer
+    config: Config
+    state_adapter: Callable[[Any, Sequence[Attachment]], StateAdapter]
+    engine_steps: bool = False  # whether an engine takes the steps, and not ``optimizer.step()`` alone
+    first: bool = True  # whether nothing else is attached to the model
+    named: Mapping[str, Tensor]  # every parameter that may train, by what messages call it
+    alike: Collection[str] = ()  # those of ``named`` that the ranks of a replica must hold alike
+    param_groups: Sequence[dict[str, Any]]  # with the tensors that the optimizer steps on this rank
+    fixed_numels: Sequence[int] | None = None  # of ``param_groups``, where the optimizer's own do not show them
+    buffers: Sequence[Tensor] = ()  # of the model, that average
+
+    def groups(self) -> Groups | None:
+        """The process groups of replicas, which are equal from now on; None where replicas come and go. Collective over
+        all ranks. Raises ``ConfigError`` on every rank for what cannot be kept inside a replica."""
+
+    def transport(self, groups: Groups | None) -> tuple[Transport, Route | None]:
+        """What carries averages, and which way. Collective."""
+
+    def average_buffers(self, averaging: StateAverager, groups: Groups | None) -> None:
+        """Lets ``buffers`` follow the averages of parameters."""
+
+    def keep_gradients_inside(self, averaging: StateAverager, groups: Groups | None) -> None:
+        """From now on gradients stay inside a replica, but for the synchronous warm-up."""
+
+    def gradient_bytes(self, divisor: int) -> list[int] | None:
+        """What a step of the warm-up sends of each param group; None if it is what an average of a state sends."""
+
+    def install(self, attachment: Attachment) -> None:
+        """Registers ``attachment``, and whatever steps or saves by it."""
+
+
+def build_attachment(framework: Framework, on_average: Callable[[SyncEvent], object] | None = None) -> Attachment:
+    """Connects the optimizer of ``framework`` to its replicas: the one way in which an attachment comes into being.
+    Collective over all ranks."""
+    config, groups = framework.config, framework.groups()
+    world = groups.world if groups else None
+    transport, route = framework.transport(groups)
+    averaging = _averaging_of(framework, transport, world, on_average)
+    if world is not None:
+        agree_on_optimizer(averaging, config, world)
+    framework.average_buffers(averaging, groups)
+    framework.keep_gradients_inside(averaging, groups)
+    attachment = Attachment(
+        averaging,
+        groups,
+        config,
+        framework.state_adapter,
+        fixed_numels=framework.fixed_numels,
+        gradient_bytes=framework.gradient_bytes(transport.divisor),
+        buffer_bytes=sum(buffer.numel() for buffer in framework.buffers) * BYTES[config.deslo.wire_dtype],
+        engine_steps=framework.engine_steps,
+        watch=_watch_of(framework, averaging, groups) if groups else None,
+        route=route,
+    )
+    framework.install(attachment)
+    if world is not None:
+        rehearse(attachment, [param for group in framework.param_groups for param in local(group["params"])])
+    if groups is not None:  # else the plan is known once a quorum has met
+        attachment.announce()
+    if world is not None:
+        say_placement(groups.topology, world)
+    start_telemetry(attachment)
+    return attachment
+
+
+def _averaging_of(framework: Framework, transport: Transport, world: Any, on_average: Any) -> StateAverager:
+    optimizer, groups = framework.optimizer, framework.param_groups
+    if isinstance(optimizer, DesLoc):
+        optimizer.attach(transport, [param for group in groups for param in group["params"]], on_average)
+        return optimizer.averaging
+    averaging = AnyOptimizerAverager(
+        optimizer,
+        framework.config.deslo,
+        transport,
+        groups=groups if framework.engine_steps else None,
+        everyone=lambda value: [value] if world is None else list(all_gather_by_rank(value, world).values()),
+        on_average=on_average,
+    )
+    if not framework.engine_steps:
+        schedule(averaging)
+    return averaging
+
+
+def _watch_of(framework: Framework, averaging: StateAverager, groups: Groups) -> Watch:
+    return Watch(
+        averaging,
+        groups,
+        framework.named,
+        framework.alike,
+        names_left_out=framework.first,
+        in_engine=framework.engine_steps,
+    )
