@@ -95,7 +95,7 @@ def test_what_has_passed_for_this_code_is_not_run_again(tmp_path, monkeypatch):
     assert run() == 1 and counted.read_text() == "gbb"
     assert run("--only", "good") == 0 and counted.read_text() == "gbb"
     assert run("--only", "good", "--again") == 0 and counted.read_text() == "gbbg"
-    monkeypatch.setattr("digest", lambda: "other code")
+    monkeypatch.setattr(plan, "digest", lambda: "other code")
     assert run("--only", "good") == 0 and counted.read_text() == "gbbgg"
     assert [*summary(tmp_path / "results")] == ["good", "bad"]
 
