@@ -158,15 +158,13 @@ def _due(s: Setting, key: str, t: int, x: Tensor) -> Tensor:
 
 
 def _average(column: list[Group], s: Setting, t: int, mean: Mean) -> None:
-    due = {key: _due(s, key, t, column[0].x) for key in s.periods if _has(column[0], key)}
+    keys = [key for key in s.periods if key[0] != "u" or int(key[1:]) <= len(s.betas)]
+    due = {key: _due(s, key, t, column[0].x) for key in keys}
     due = {key: where for key, where in due.items() if where.any()}
     means = {key: mean(key, t, lambda group: _state(group, key)) for key in due}
     for group in column:
-        if "v" in due:
-            group.v = torch.where(due["v"], means["v"], group.v)
-        for j, u in enumerate(group.u):
-            if f"u{j + 1}" in due:
-                group.u[j] = torch.where(due[f"u{j + 1}"], means[f"u{j + 1}"], u)
+        for key in due.keys() - {"x"}:
+            _set(group, key, torch.where(due[key], means[key], _state(group, key)))
         if "x" in due:
             _server(group, s, means["x"], due["x"])
             if s.reset:
@@ -192,8 +190,11 @@ def _state(group: Group, key: str) -> Tensor:
     return group.u[int(key[1:]) - 1] if key[0] == "u" else getattr(group, key)
 
 
-def _has(group: Group, key: str) -> bool:
-    return key[0] != "u" or int(key[1:]) <= len(group.u)
+def _set(group: Group, key: str, value: Tensor) -> None:
+    if key[0] == "u":
+        group.u[int(key[1:]) - 1] = value
+    else:
+        setattr(group, key, value)
 
 
 def _launch(column: list[Group], s: Setting, t: int, mean: Mean) -> None:
@@ -220,11 +221,7 @@ def _land(group: Group, s: Setting, t: int) -> None:
                 remaining = remaining * (1 - s.lr * s.weight_decay)
             else:
                 remaining = remaining * (s.beta2 if flight.key == "v" else s.betas[int(flight.key[1:]) - 1])
-        landed = _state(group, flight.key) + remaining
-        if flight.key[0] == "u":
-            group.u[int(flight.key[1:]) - 1] = landed
-        else:
-            setattr(group, flight.key, landed)
+        _set(group, flight.key, _state(group, flight.key) + remaining)
     _hold(group, s, {flight.key: flight.due for flight in landing}, t)
 
 
