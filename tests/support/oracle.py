@@ -159,8 +159,7 @@ def _due(s: Setting, key: str, t: int, x: Tensor) -> Tensor:
 
 def _average(column: list[Group], s: Setting, t: int, mean: Mean) -> None:
     keys = [key for key in s.periods if key[0] != "u" or int(key[1:]) <= len(s.betas)]
-    due = {key: _due(s, key, t, column[0].x) for key in keys}
-    due = {key: where for key, where in due.items() if where.any()}
+    due = {key: where for key in keys if (where := _due(s, key, t, column[0].x)).any()}
     means = {key: mean(key, t, lambda group: _state(group, key)) for key in due}
     for group in column:
         for key in due.keys() - {"x"}:
