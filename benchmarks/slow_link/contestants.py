@@ -205,7 +205,12 @@ def torchft_manager(name: str) -> Any:
 
 
 def ours(
-    periods: dict[str, int], overlap: bool, momentum: dict[str, float], shard: bool, transport: str = "device"
+    periods: dict[str, int],
+    overlap: bool,
+    momentum: dict[str, float],
+    shard: bool,
+    transport: str = "device",
+    fragments: int | str = 1,
 ) -> Callable[[Setting], Running]:
     """``periods`` in units of K."""
 
@@ -217,7 +222,12 @@ def ours(
             model.parameters(),
             {
                 "optimizer": {"params": params},
-                "deslo": {"overlap_comm": overlap, "replica_size": "auto" if shard else 1, "transport": transport},
+                "deslo": {
+                    "overlap_comm": overlap,
+                    "replica_size": "auto" if shard else 1,
+                    "transport": transport,
+                    "fragments": fragments,
+                },
             },
         )
         attachment = attach(model, optimizer, mesh=mesh() if shard else None)
@@ -232,8 +242,16 @@ def ours(
 def _ours(
     name: str, title: str, periods: dict[str, int], momentum: dict[str, float] | None = None, *, shard: bool = False
 ) -> dict[str, Contestant]:
-    """With overlap, and in turn: computing, then communicating."""
-    return {
+    """With overlap, in turn (computing, then communicating), and in as many fragments as the period has steps."""
+    streamed = Contestant(
+        f"{title}, in fragments",
+        ours(periods, True, momentum or {}, shard, fragments="auto"),
+        longest=max(periods.values()),
+        per_node=1 + shard,
+        hides=True,
+        ours=True,
+    )
+    return {f"{name}-in-fragments": streamed} | {
         name + ("" if overlap else "-in-turn"): Contestant(
             title + ("" if overlap else ", in turn"),
             ours(periods, overlap, momentum or {}, shard),

@@ -17,7 +17,7 @@ from deslo_plugin.checks.replica_watch import Watch
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
 from deslo_plugin.comm.transport import Transport
 from deslo_plugin.config.schema import Config
-from deslo_plugin.frameworks.rehearsal import rehearse
+from deslo_plugin.frameworks.rehearsal import refuse_empty_fragments, rehearse
 from deslo_plugin.frameworks.telemetry_sinks import start_telemetry
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
@@ -68,6 +68,8 @@ def build_attachment(framework: Framework, on_average: Callable[[SyncEvent], obj
     config, groups = framework.config, framework.groups()
     world = groups.world if groups else None
     transport, route = framework.transport(groups)
+    own = [param for group in framework.param_groups for param in local(group["params"])]
+    refuse_empty_fragments(config.deslo.fragments, own, world)
     averaging = _averaging_of(framework, transport, world, on_average)
     if world is not None:
         agree_on_optimizer(averaging, config, world)
@@ -87,7 +89,7 @@ def build_attachment(framework: Framework, on_average: Callable[[SyncEvent], obj
     )
     framework.install(attachment)
     if world is not None:
-        rehearse(attachment, [param for group in framework.param_groups for param in local(group["params"])])
+        rehearse(attachment, own)
     if groups is not None:  # else the plan is known once a quorum has met
         attachment.announce()
     if world is not None:

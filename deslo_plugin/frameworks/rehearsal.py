@@ -4,11 +4,12 @@ of everything at once."""
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from deslo_plugin.attachment import Attachment
 from deslo_plugin.comm.host_transport import HostTransport
-from deslo_plugin.comm.process_groups import open_groups
+from deslo_plugin.comm.process_groups import all_gather_by_rank, open_groups
 from deslo_plugin.errors import ConfigError
 
 
@@ -24,6 +25,17 @@ def rehearse(attachment: Attachment, averaged: Sequence[Tensor]) -> None:
     open_groups(attachment.groups, device, averages=not by_host)
     if device.type == "cuda":
         reserve(attachment, device)
+
+
+def refuse_empty_fragments(fragments: int, averaged: Sequence[Tensor], world: dist.ProcessGroup | None) -> None:
+    """Raises ``ConfigError`` on every rank where no rank has an element of ``averaged`` for each of ``fragments``.
+    Collective where they are several."""
+    own = sum(tensor.numel() for tensor in averaged)
+    if fragments > 1:
+        most = max(all_gather_by_rank(own, world).values()) if world is not None else own
+        if most < fragments:
+            where, got = f"at most {most}, as many as a rank has elements", str(fragments)
+            raise ConfigError("deslo.fragments", where, got, "lower it, or remove it: this model needs none")
 
 
 def reserve(attachment: Attachment, device: torch.device) -> None:
