@@ -25,6 +25,7 @@ from deslo_plugin.comm.topology import Topology
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.log import log_rank0
 
+LOOK_INTERVAL_S = 0.2  # seconds between looks for stragglers, where averages follow each other faster
 STORE_TIMEOUT_S = 5.0  # seconds in which those that still live answer
 # seconds of a roll call: between looks at who goes on without it, and until it is said
 LOOK_EVERY, PATIENCE = 1.0, 30.0
@@ -61,7 +62,7 @@ class Progress:
         self._board = _boards[world]
         self._board.attachments += 1
         self._prefix = f"deslo/{self._board.attachments}/"
-        self._look, self._seen = Thread(), dict[int, RankProgress]()
+        self._look, self._looked, self._seen = Thread(), -LOOK_INTERVAL_S, dict[int, RankProgress]()
         self._write(self._note)
 
     @property
@@ -73,7 +74,8 @@ class Progress:
         moved = steps != self._note.steps
         self._pace.reached(steps)
         self._write(replace(self._note, launches=self.launches + 1, steps=steps, at=time.time(), rate=self._pace.rate))
-        if moved and dist.get_rank() == 0:
+        if moved and dist.get_rank() == 0 and time.monotonic() - self._looked > LOOK_INTERVAL_S:
+            self._looked = time.monotonic()
             self._look_around(lambda notes: self._stragglers.look(self._by_replica(notes)))
 
     def waited(self, seconds: float) -> None:

@@ -59,7 +59,8 @@ def test_a_rank_that_died_while_an_average_travelled_is_named(world):
 def test_a_store_that_died_with_its_host_is_said(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        world = Processes(3, tmp_path, f"tcp://127.0.0.1:{free.getsockname()[1]}")
+        port = free.getsockname()[1]
+    world = Processes(3, tmp_path, f"tcp://127.0.0.1:{port}")
     try:
         for error in world.outcomes(torch_error_jobs.missing, blocks(S, timeout_s=30.0), "dead", 0, 4)[1:]:
             assert re.search(
