@@ -44,6 +44,9 @@ def plan(
     peak_tflops: Annotated[float | None, typer.Option(help="with the peak of one rank,")] = None,
     mfu: Annotated[float | None, typer.Option(help="and the share of it that training reaches, such as 0.4.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of the whole run.")] = 100_000,
+    target: Annotated[
+        str | None, typer.Option(help="Ask what reaches it: the share of time that computes, such as 95%.")
+    ] = None,
     gradient_dtype: Annotated[str | None, typer.Option(help="In which synchronous training sends gradients.")] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw hours over bandwidth into this file: .png, .svg or .pdf.")
@@ -57,7 +60,8 @@ def plan(
     dtype, why = _gradient_dtype(gradient_dtype, file.blocks)
     job = Job(file.config, numel, replicas, size, step_s, steps, dtype)
     name = "the papers' default" if config is None else str(config)
-    outlook = PlanReport(job, _link(gbps, latency_ms, link), name, {"step": computed, "gradients": why}, file.left_out)
+    reasons, where = {"step": computed, "gradients": why}, _link(gbps, latency_ms, link)
+    outlook = PlanReport(job, where, name, reasons, file.left_out, _share(target))
     if plot is not None:
         from deslo_plugin.cli.plot import draw
 
@@ -116,6 +120,19 @@ def _step_seconds(
         return step_ms / 1e3, "as given"
     seconds = compute_seconds(numel, tokens, peak_tflops * 1e12 * ranks, mfu)
     return seconds, f"6 d D / (MFU S) = 6 x {numel:.4g} x {tokens:g} / ({mfu:g} x {ranks} x {peak_tflops:g}e12)"
+
+
+def _share(target: str | None) -> float | None:
+    """0.95 for "95%" and for "0.95"."""
+    if target is None:
+        return None
+    try:
+        share = float(target.removesuffix("%")) / (100 if target.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ConfigError("--target", "a share in (0, 1], such as 95% or 0.95", repr(target), "correct it")
+    return share
 
 
 def _gradient_dtype(wanted: str | None, blocks: Mapping[str, Any]) -> tuple[str, str]:

@@ -9,8 +9,9 @@ from rich.table import Table
 from deslo_plugin.algorithm.adaptive_periods import Adaptive, adaptive, shortest
 from deslo_plugin.algorithm.schedule import half_life
 from deslo_plugin.cli.output import bytes_of, number, table
+from deslo_plugin.planning.advice import Reach, hiding_delay, hiding_fragments, reach
 from deslo_plugin.planning.alternatives import half_life_rule, papers_default, periods_of
-from deslo_plugin.planning.comparison import IN_TURN, OWN, SYNCHRONOUS, Job, Method, hiding_delay, methods
+from deslo_plugin.planning.comparison import IN_TURN, OWN, SYNCHRONOUS, Job, Method, methods
 from deslo_plugin.planning.forecast import BACKWARD, Forecast, Link, memory
 
 SWEEP = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 400.0, 1000.0)  # Gbit/s
@@ -18,10 +19,19 @@ SWEEP = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 400.0, 1000.0)  # Gbit/s
 
 class PlanReport:
     """``why`` says where the step's time ("step") and the gradients' dtype ("gradients") come from, ``left_out`` what
-    of the config was "auto"."""
+    of the config was "auto", ``target`` which share of its time a replica should compute, if that is asked."""
 
-    def __init__(self, job: Job, link: Link, name: str, why: Mapping[str, str], left_out: Sequence[str] = ()):
+    def __init__(
+        self,
+        job: Job,
+        link: Link,
+        name: str,
+        why: Mapping[str, str],
+        left_out: Sequence[str] = (),
+        target: float | None = None,
+    ):
         self.job, self.link, self.name, self.why, self.left_out = job, link, name, why, left_out
+        self.target = target
         self.methods = methods(job)
 
     @cached_property
@@ -54,6 +64,8 @@ class PlanReport:
             "memory_bytes_per_rank": vars(memory(own.plan, own.moved)),
             "pinned_host_bytes_per_rank": self.host_bytes,
             "hiding_delay": hiding_delay(job, self.link),
+            "hiding_fragments": hiding_fragments(job, self.link),
+            "target": self._target(),
             "sweep": [{"gbit_per_s": each, "hours": self.hours(each)} for each in SWEEP],
             "assumptions": self.assumptions,
         }
@@ -77,6 +89,7 @@ class PlanReport:
             + f" Averages through host memory pin up to {bytes_of(self.host_bytes)} there."
             * bool(self.host_bytes),
             self._advice(content),
+            *([_target_line(self.target, content["target"])] if self.target else []),
             "",
             "What this assumes:",
             *(f"- {each}" for each in content["assumptions"]),
@@ -125,13 +138,22 @@ class PlanReport:
         if delay == self.job.config.deslo.sync_delay:
             return "The averages travel entirely under computation: nothing is waited for."
         text = f"Waiting adds {share:.1%} to the time of computing, at most {row['longest_wait_s']:.3g} s at once."
+        parts = content["hiding_fragments"]
+        if parts is not None:
+            text += f' "fragments": {parts} would hide it all: as many bytes, as often, in parts at steps of their own.'
         if delay is not None:
-            return (
-                text
-                + f' "sync_delay": {delay} would hide it all; the gradients of those steps would not know the average'
-                " yet."
-            )
-        return text + " Longer periods wait less often; a faster link, or fewer bytes, less each time."
+            text += f' "sync_delay": {delay} would too' if parts else f' "sync_delay": {delay} would hide it all'
+            return text + "; the gradients of those steps would not know the average yet."
+        return text + " Longer periods wait less often; a faster link, or fewer bytes, less each time." * (not parts)
+
+    def _target(self) -> dict[str, Any] | None:
+        """Periods and fragments that reach ``target``; None if none do, or none is asked."""
+        found = self.target and reach(self.job, self.link, self.target)
+        if not isinstance(found, Reach):
+            return None
+        periods = periods_of(self.job.config)
+        longer = {state: period and period * found.stretch for state, period in periods.items()}
+        return {"periods": longer, "fragments": found.fragments, "utilisation": found.utilisation}
 
     @property
     def _adaptive(self) -> Mapping[str, Adaptive]:
@@ -147,7 +169,8 @@ class PlanReport:
         )
         return [
             f"a ring all-reduce of b bytes takes 2 b/B (1 - 1/M) + l, M = {job.replicas} (arXiv 2505.22549); l once "
-            f"for every {deslo.bucket_cap_mb} MiB begun; all replicas alike, nobody else on the link",
+            f"for every {deslo.bucket_cap_mb} MiB begun, and where averages overlap once more for the word that they "
+            "may land; all replicas alike, nobody else on the link",
             f"B = {self.link.gbit_per_s:g} Gbit/s of payload in each direction, shared by the {job.replica_size} "
             "rank(s) of a replica; headers and protocol are not counted: what deslo probe measures has them taken off",
             f"a rank holds and sends 1/{job.replica_size} of the parameters (ZeRO 1 to 3, FSDP2; DDP and ZeRO 0 send "
@@ -169,6 +192,18 @@ class PlanReport:
             "checkpoints, stragglers, failures",
             f"bytes are those of averages that have landed when step {job.steps:,} ends, as a rank's meter counts them",
         ]
+
+
+def _target_line(target: float, found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return (
+            f"No periods and fragments that were looked at reach {target:.4g} of the time for computing on this link."
+        )
+    every = ", ".join(f"{state} {period or 'never'}" for state, period in found["periods"].items())
+    return (
+        f'To compute for {target:.1%} of the time: periods of {every}, with "fragments": {found["fragments"]} '
+        f"({found['utilisation']:.1%}). Longer periods cost loss: docs/results.md."
+    )
 
 
 def _states_table(states: list[Mapping[str, Any]], steps: int) -> Table:

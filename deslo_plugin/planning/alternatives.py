@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from deslo_plugin.algorithm.adaptive_periods import shortest
+from deslo_plugin.algorithm.adaptive_periods import adaptive, shortest
 from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import Periods, half_life_period
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
@@ -50,6 +50,22 @@ def alternatives(config: Config) -> Mapping[str, Periods]:
         if periods is not None and periods not in [own, *found.values()]:
             found[name] = periods
     return found
+
+
+def most_fragments(config: Config) -> int:
+    """Into how many fragments the states of ``config`` could be cut, one for each step of the shortest period; 1 where
+    it has fragments already, or cannot have them, or where nothing overlaps."""
+    reset = config.optimizer is not None and config.optimizer.reset_momenta
+    adapts = config.optimizer is not None and adaptive(config.optimizer.periods)
+    last = config.deslo.state_dict == "last_average"
+    if config.deslo.fragments > 1 or not config.deslo.overlap_comm or reset or adapts or last:
+        return 1
+    return min(filter(None, periods_of(config).values()))
+
+
+def in_fragments(config: Config, count: int) -> Config:
+    """The same job, its states in ``count`` fragments."""
+    return replace(config, deslo=replace(config.deslo, fragments=count))
 
 
 def synchronous(config: Config, steps: int) -> Config:

@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil, inf
+from math import ceil
 
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.comm.topology import contiguous
 from deslo_plugin.config.schema import Config
-from deslo_plugin.planning.alternatives import alternatives, periods_of, synchronous
-from deslo_plugin.planning.forecast import BACKWARD, Forecast, Link, Transfer, forecast, transfers, travel_seconds
+from deslo_plugin.planning.alternatives import alternatives, in_fragments, most_fragments, synchronous
+from deslo_plugin.planning.forecast import BACKWARD, Forecast, Link, Transfer, forecast, transfers
 from deslo_plugin.planning.plan import Plan, make_plan
 
 GRADIENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-OWN, IN_TURN = "this config", "its overlap off"
+OWN, IN_TURN, IN_FRAGMENTS = "this config", "its overlap off", "in fragments"
 SYNCHRONOUS, HIDDEN = "synchronous", "synchronous, overlapped"
 
 
@@ -58,32 +58,13 @@ class Method:
 
 
 def methods(job: Job) -> list[Method]:
-    """The config first, then itself in turn, synchronous training twice, and the alternatives."""
+    """The config first, then itself in turn, synchronous training twice, the alternatives, and itself in fragments."""
     deslo, every_step = job.config.deslo, job.plan(synchronous(job.config, job.steps))
     found = [Method(OWN, job, job.plan())]
     if deslo.overlap_comm:
         in_turn = replace(job.config, deslo=replace(deslo, overlap_comm=False, sync_delay=1))
         found.append(Method(IN_TURN, job, job.plan(in_turn)))
     found += [Method(SYNCHRONOUS, job, every_step), Method(HIDDEN, job, every_step, BACKWARD * job.step_s)]
-    return found + [Method(name, job, job.plan(periods=periods)) for name, periods in alternatives(job.config).items()]
-
-
-def hiding_delay(job: Job, link: Link) -> int | None:
-    """The smallest ``deslo.sync_delay`` with which nothing is waited for, after the warm-up; None if no delay that the
-    config may have does that."""
-    config, own = job.config, job.plan()
-    periods = [period for period in periods_of(config).values() if period]
-    fixed = (
-        not config.deslo.overlap_comm
-        or config.optimizer is None
-        or config.optimizer.outer_optimizer
-        or config.optimizer.reset_momenta
-    )
-    moved = transfers(own, job.steps)
-    warm_up = forecast(own, link, job.step_s, min(job.steps, config.deslo.synchronous_steps), moved=[]).exposed_s
-    longest = max((travel_seconds(own, link, each) for each in moved), default=0.0)
-    for delay in range(max(1, ceil(longest / job.step_s - 1e-9)), 1 + (1 if fixed else min(periods, default=inf))):
-        late = replace(config, deslo=replace(config.deslo, sync_delay=delay))
-        if forecast(job.plan(late), link, job.step_s, job.steps, moved=moved).exposed_s <= warm_up * (1 + 1e-9) + 1e-9:
-            return delay
-    return None
+    found += [Method(name, job, job.plan(periods=periods)) for name, periods in alternatives(job.config).items()]
+    most = most_fragments(job.config)
+    return found + ([Method(IN_FRAGMENTS, job, job.plan(in_fragments(job.config, most)))] if most > 1 else [])

@@ -6,8 +6,8 @@ D tokens are computed in 6 d D / (MFU S). Added to it is when an average starts,
 
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
+from math import ceil, lcm
 
 from deslo_plugin.algorithm.adaptive_periods import adaptive, shortest
 from deslo_plugin.algorithm.fragments import offsets
@@ -42,12 +42,14 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Forecast:
-    """``steps`` steps on each replica: seconds computed, waited for averages (``exposed_s``), and waited at most at
-    once (``longest_s``); averages and bytes of one rank by state, as its ``Meter`` counts them."""
+    """``steps`` steps on each replica: seconds computed, waited for averages (``exposed_s``, ``asked_s`` of them for the
+    word that they may land), and waited at most at once (``longest_s``); averages and bytes of one rank by state, as
+    its ``Meter`` counts them."""
 
     steps: int
     compute_s: float
     exposed_s: float
+    asked_s: float
     longest_s: float
     bytes: Mapping[str, int]
     events: Mapping[str, int]
@@ -80,11 +82,17 @@ def transfers(plan: Plan, steps: int) -> list[Transfer]:
     """The averages of the first ``steps`` steps, in order, without the warm-up's gradients; all that there may be."""
     if plan.topology.replicas == 1:
         return []
-    due: set[int] = set()
+    due, moved = set[int](), list[Transfer]()
     for periods in (shortest(group.periods) for group in plan.groups):
         for state, starts in offsets(tuple(periods.items()), plan.config.deslo.fragments).items():
             due.update(*(range(start or periods[state], steps + 1, periods[state]) for start in starts))
-    return [_transfer(plan, at) for at in sorted(due) if at > plan.config.deslo.synchronous_steps]
+    every = lcm(*(period for group in plan.groups for period in shortest(group.periods).values() if period))
+    once: dict[int, Transfer] = {}  # all cycles are alike
+    for at in (at for at in sorted(due) if at > plan.config.deslo.synchronous_steps):
+        if at % every not in once:
+            once[at % every] = _transfer(plan, at)
+        moved.append(replace(once[at % every], steps=at))
+    return moved
 
 
 def travel_seconds(plan: Plan, link: Link, transfer: Transfer) -> float:
@@ -107,22 +115,23 @@ def forecast(
     """
     deslo = plan.config.deslo
     sent, events = Counter(), Counter()
-    waited, longest = 0.0, 0.0
+    waited, longest, words = 0.0, 0.0, 0.0
     if warm_up := min(steps, deslo.synchronous_steps) if plan.topology.replicas > 1 else 0:
         gradients = _transfer(plan, 1)
         longest = max(0.0, travel_seconds(plan, link, gradients) - hidden_s)
         waited, sent[GRADIENTS], events[GRADIENTS] = warm_up * longest, warm_up * gradients.bytes[GRADIENTS], warm_up
 
     lands_after = 0 if deslo.average_at == "after_step" else deslo.sync_delay
+    asked = link.latency_s if deslo.overlap_comm else 0.0  # whether it may land: one word, when it is waited for
     # the time at which the link has nothing left to do; (landing step, time of arrival, transfer)
     free, flying = 0.0, deque()
 
     def land(until: int) -> None:
-        nonlocal waited, longest
+        nonlocal waited, longest, words
         while flying and flying[0][0] <= until:
             at, arrival, transfer = flying.popleft()
-            wait = max(0.0, arrival - at * step_s - waited)
-            waited, longest = waited + wait, max(longest, wait)
+            wait = max(0.0, arrival - at * step_s - waited) + asked
+            waited, longest, words = waited + wait, max(longest, wait), words + asked
             sent.update(transfer.bytes)
             events.update(transfer.bytes.keys())
 
@@ -133,7 +142,7 @@ def forecast(
         free = max(free, start) + travel_seconds(plan, link, transfer)
         flying.append((at, free, transfer))
     land(steps)
-    return Forecast(steps, steps * step_s, waited, longest, dict(sent), dict(events))
+    return Forecast(steps, steps * step_s, waited, words, longest, dict(sent), dict(events))
 
 
 def memory(plan: Plan, moved: Sequence[Transfer]) -> Memory:

@@ -24,10 +24,11 @@ def test_plan_prints_hand_computed_figures():
     assert own["bytes_per_rank_by_state"] == {"params": 12e9 + 6 * 4, "exp_avg": 4e9, "exp_avg_sq": 2e9}
     assert synchronous["bytes_per_rank"] == 193 * 2 * 10**9
     vector = 2 * 4e9 * 8 / 1e10 * (1 - 1 / 4) + 0.001 * 30  # 2 GB are 30 buckets of 64 MiB
-    waited = 4 * (vector - 1) + (2 * vector - 1) + (3 * vector - 1)
+    word = 0.001  # by which replicas agree that an overlapped average may land
+    waited = 4 * (vector - 1) + (2 * vector - 1) + (3 * vector - 1) + 6 * word
     assert own["exposed_ms_per_step"] == pytest.approx(1e3 * waited / 193)
     assert in_turn["exposed_ms_per_step"] == pytest.approx(1e3 * 9 * vector / 193)
-    assert own["longest_wait_s"] == pytest.approx(3 * vector - 1)
+    assert own["longest_wait_s"] == pytest.approx(3 * vector - 1 + word)
     assert own["hours"] == pytest.approx((193 + waited) / 3600)
     assert synchronous["hours"] == pytest.approx(193 * (1 + vector) / 3600)
     assert own["times_faster_than_synchronous"] == pytest.approx(synchronous["hours"] / own["hours"])

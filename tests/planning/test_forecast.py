@@ -8,8 +8,9 @@ import torch
 
 from benchmarks.slow_link.forecast import RESULTS, compare
 from deslo_plugin import DesLoc, load_config
+from deslo_plugin.planning.advice import hiding_delay
 from deslo_plugin.planning.alternatives import alternatives
-from deslo_plugin.planning.comparison import HIDDEN, IN_TURN, OWN, SYNCHRONOUS, Job, hiding_delay, methods
+from deslo_plugin.planning.comparison import HIDDEN, IN_TURN, OWN, SYNCHRONOUS, Job, methods
 from deslo_plugin.planning.forecast import Link, compute_seconds, forecast, memory, transfers
 from tests.support import forecast_jobs
 from tests.support.worlds import threads
