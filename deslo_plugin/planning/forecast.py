@@ -42,9 +42,9 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Forecast:
-    """``steps`` steps on each replica: seconds computed, waited for averages (``exposed_s``, ``asked_s`` of them for the
-    word that they may land), and waited at most at once (``longest_s``); averages and bytes of one rank by state, as
-    its ``Meter`` counts them."""
+    """``steps`` steps on each replica: seconds computed, waited for averages (``exposed_s``), and waited at most at
+    once (``longest_s``); ``asked_s`` were waited for the word that they may land. Averages and bytes of one rank by
+    state, as its ``Meter`` counts them."""
 
     steps: int
     compute_s: float
