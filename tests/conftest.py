@@ -20,6 +20,7 @@ device.hide_gpus()
 
 ON_A_GPU_SKIP = {  # pattern in a test's name or file -> why it asks nothing of a GPU
     r"deepspeed|engine|zero.?\d": "DeepSpeed's ranks would share a device over gloo: benchmarks/gpu has it on NCCL",
+    r"fsdp|hsdp": "FSDP reduces and scatters, which gloo does not do on a GPU: benchmarks/gpu has it on NCCL",
     "accelerate": "Accelerate takes a GPU for each rank: benchmarks/gpu has it on one",
     "torchft": "torchft's gloo takes tensors of the CPU",
 }
