@@ -94,9 +94,8 @@ def parts_for(device: str) -> list[Part]:
         overlap("zero2"),
         overlap("zero3"),
         overlap("ddp"),
-        overlap(
-            "fsdp2", "kernel"
-        ),  # its small copies from the host would wait behind a link that is made of large ones
+        # its small copies from the host would wait behind a link that is made of large ones
+        overlap("fsdp2", "kernel"),
         overlap("plain", "kernel"),
         Part("host", script("host", *dry * TINY["host"], *figures), 120),
         Part("late", script("late"), 60, gpu=ITSELF),
