@@ -80,8 +80,8 @@ class Courier:
     of a world with a bound device, has no part in it. It lives as long as the process, as it does not stand being taken
     apart while an average hangs."""
 
-    def __init__(self, store: dist.Store, ranks: Sequence[int], timeout_s: float):
-        name = hashlib.sha256(repr((ranks, timeout_s)).encode()).hexdigest()
+    def __init__(self, store: dist.Store, ranks: Sequence[int], timeout_s: float, beside: str):
+        name = hashlib.sha256(repr((ranks, timeout_s, beside)).encode()).hexdigest()
         try:
             gloo = dist.ProcessGroupGloo(
                 dist.PrefixStore(f"deslo/host/{name}/", store),
@@ -128,7 +128,7 @@ def _serve(queue: "SimpleQueue[Any]", gloo: Any) -> None:
 
 
 _couriers: WeakSet[Courier] = WeakSet()
-_made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple, Courier]]" = WeakKeyDictionary()
+_made: "WeakKeyDictionary[dist.ProcessGroup, dict[dist.ProcessGroup, Courier]]" = WeakKeyDictionary()
 
 
 @atexit.register
@@ -137,12 +137,13 @@ def _let_finish() -> None:
         courier.drain(EXIT_S)
 
 
-def courier_between(ranks: Sequence[int], world: dist.ProcessGroup, timeout_s: float) -> Courier:
-    """That of ``ranks``, created once in a ``world`` they are part of. Collective over them."""
-    made, ranks = _made.setdefault(world, {}), tuple(ranks)
-    if (ranks, timeout_s) not in made:
-        made[ranks, timeout_s] = Courier(world.get_group_store().clone(), ranks, timeout_s)
-    return made[ranks, timeout_s]
+def courier_between(replica: dist.ProcessGroup, world: dist.ProcessGroup, timeout_s: float) -> Courier:
+    """That of the ranks of ``replica``, created once for it in a ``world`` they are part of. Collective over them."""
+    made = _made.setdefault(world, {})
+    if replica not in made:
+        ranks = tuple(dist.get_process_group_ranks(replica))
+        made[replica] = Courier(world.get_group_store().clone(), ranks, timeout_s, replica.group_name)
+    return made[replica]
 
 
 class HostTransport(ReplicaTransport):
@@ -153,7 +154,7 @@ class HostTransport(ReplicaTransport):
 
     def __init__(self, groups: Groups, *, timeout_s: float, **options: Any):
         super().__init__(groups, timeout_s=timeout_s, **options)
-        self.courier = courier_between(self.ranks, groups.world, timeout_s)
+        self.courier = courier_between(groups.replica, groups.world, timeout_s)
 
     def _all_reduce(self, own: Tensor) -> _Parcel:
         return self.courier.send(own)

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -35,13 +35,15 @@ class Groups:
 
 
 _made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple, Groups]]" = WeakKeyDictionary()
+broken: "WeakSet[dist.ProcessGroup]" = WeakSet()
+"""Groups in which a collective failed on this rank: what is left of it there would meet the next."""
 
 
 def make_groups(
     topology: Topology, timeout_s: float, *, on_cpu: bool = False, within: dist.ProcessGroup | None = None
 ) -> Groups:
-    """The groups, created once in a world, since each keeps threads and sockets; every rank of the topology must call
-    it.
+    """The groups, created once in a world, since each keeps threads and sockets, and again once averages over them have
+    failed; every rank of the topology must call it.
 
     Args:
         timeout_s: bounds each average, not the replica's own traffic.
@@ -52,7 +54,8 @@ def make_groups(
     Raises ``ConfigError`` for a topology of fewer ranks than the world where torch could only hang.
     """
     made, key = _made.setdefault(dist.group.WORLD, {}), (topology, timeout_s, on_cpu)
-    if key not in made:
+    known = made.get(key)
+    if known is None or any(all_gather_by_rank(known.replica in broken, within).values()):
         made[key] = _create_groups(topology, timeout_s, on_cpu, within)
     return made[key]
 

@@ -178,7 +178,9 @@ def copied(config):
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     import deslo_plugin
+    from deslo_plugin.checkpoint import state_dict_guard
 
+    state_dict_guard._copies_told.clear()  # it is said once in a process, which other tests have used
     job = Job("ddp", config)
     inner = job.model.module
     average = AveragedModel(inner, multi_avg_fn=get_ema_multi_avg_fn(0.9))
