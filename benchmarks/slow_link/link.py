@@ -12,6 +12,7 @@ import tempfile
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from benchmarks.slow_link.contestants import CONTESTANTS, FLOORS
 from benchmarks.slow_link.exposure import Row
 from benchmarks.slow_link.network import Cable, NetworkError
-from benchmarks.slow_link.race import Race, called, laps_of
+from benchmarks.slow_link.race import SHAPE, Race, called, laps_of
 from benchmarks.slow_link.ranks import RankError, World
 from benchmarks.slow_link.tables import WIDTH, save, shown
 
@@ -39,9 +40,10 @@ def main() -> None:
         sys.exit(f"link.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    Console(width=WIDTH).print(shown(results, args.period))
+    Console(width=WIDTH).print(shown(results, args.period, args.shape))
     if not args.quick:
-        save(results, args.period, RESULTS)
+        name = "link" if args.shape == SHAPE else f"link-{args.width}x{args.layers}"
+        save(results, args.period, RESULTS, args.shape, name)
 
 
 def arguments() -> Namespace:
@@ -55,8 +57,11 @@ def arguments() -> Namespace:
     parser.add_argument(
         "--patience", type=float, default=120, help="seconds to wait in all while others use the machine"
     )
+    parser.add_argument("--width", type=int, default=SHAPE.dim, help="of the GPT; what is written is named by it")
+    parser.add_argument("--layers", type=int, default=SHAPE.layers)
     parser.add_argument("--quick", action="store_true", help="a smoke test: one rate, K = 8, nothing is written")
     args = parser.parse_args()
+    args.shape = replace(SHAPE, dim=args.width, layers=args.layers)
     args.rates = args.rates or ([500.0] if args.quick else [100.0, 500.0, 1000.0, None])
     args.period = args.period or (8 if args.quick else 32)
     if args.period <= 0 or args.period % 4:
@@ -90,7 +95,7 @@ def measure(args: Namespace) -> dict[str, list[Row]]:
         }
         total = len(chosen) + len(args.rates) * args.cycles * sum(map(laps_of, chosen.values()))
         advance = stack.enter_context(progress(total))
-        race = Race(chosen, args.period, cable, worlds, advance, args.patience, args.cycles)
+        race = Race(chosen, args.period, cable, worlds, advance, args.patience, args.cycles, args.shape)
         race.build()
         return {called(mbit): race.run(mbit) for mbit in args.rates}
 

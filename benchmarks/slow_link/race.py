@@ -30,7 +30,9 @@ class Race:
         advance: Callable[..., None],
         patience_s: float,
         cycles: int,
+        shape: GPTConfig = SHAPE,
     ):
+        self.shape = shape
         self.contestants, self.period, self.cable, self.worlds = contestants, period, cable, worlds
         self.advance, self.cycles = advance, cycles
         self.others = Others((pid for world in worlds.values() for pid in world.pids), patience_s)
@@ -39,7 +41,7 @@ class Race:
     def build(self) -> None:
         for name, contestant in self.contestants.items():
             self.advance("building", contestant.title)
-            setting = Setting(SHAPE, SEQUENCES[contestant.per_node], self.period)
+            setting = Setting(self.shape, SEQUENCES[contestant.per_node], self.period)
             self.worlds[contestant.per_node].ask("build", name, setting, self.period // 4)
 
     def run(self, mbit: float | None) -> list[Row]:

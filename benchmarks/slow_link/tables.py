@@ -18,7 +18,7 @@ from benchmarks.slow_link.contestants import CONTESTANTS, FLOORS
 from benchmarks.slow_link.exposure import NODES, Row
 from benchmarks.slow_link.network import MTU, WIRE_PER_PAYLOAD
 from benchmarks.slow_link.race import SEQUENCES, SHAPE
-from examples.harness.gpt import GPT
+from examples.harness.gpt import GPT, GPTConfig
 
 SYNCHRONOUS = {1: "ddp", 2: "hsdp"}  # ranks per node -> what sends every gradient
 SMALL = 0.02
@@ -28,22 +28,23 @@ Results = Mapping[str, Sequence[Row]]
 """Rate -> rows."""
 
 
-def shown(results: Results, period: int) -> Group:
-    return Group(*(_table(rate, rows) for rate, rows in results.items()), Text("\n".join(_notes(results, period))))
+def shown(results: Results, period: int, shape: GPTConfig = SHAPE) -> Group:
+    notes = Text("\n".join(_notes(results, period, shape)))
+    return Group(*(_table(rate, rows) for rate, rows in results.items()), notes)
 
 
-def save(results: Results, period: int, folder: Path) -> None:
-    """``link.txt`` and ``link.json`` in ``folder``, with the command and the kind of machine at their heads."""
+def save(results: Results, period: int, folder: Path, shape: GPTConfig = SHAPE, name: str = "link") -> None:
+    """``name``.txt and ``name``.json in ``folder``, with the command and the kind of machine at their heads."""
     command = shlex.join(["python", "-m", "benchmarks.slow_link.link", *sys.argv[1:]])
     machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}"
     folder.mkdir(exist_ok=True)
-    with (folder / "link.txt").open("w") as file:
+    with (folder / f"{name}.txt").open("w") as file:
         print(f"$ {command}\n# {machine}", file=file)
-        Console(file=file, width=WIDTH).print(shown(results, period))
-    facts = {"command": command, "machine": machine, "model": asdict(SHAPE), "sequences": SEQUENCES, "period": period}
+        Console(file=file, width=WIDTH).print(shown(results, period, shape))
+    facts = {"command": command, "machine": machine, "model": asdict(shape), "sequences": SEQUENCES, "period": period}
     lines = {rate: ",\n".join(json.dumps(asdict(each)) for each in rows) for rate, rows in results.items()}
     rates = ",\n".join(f"{json.dumps(rate)}: [\n{rows}]" for rate, rows in lines.items())
-    (folder / "link.json").write_text(f'{json.dumps(facts)[:-1]}, "rates": {{\n{rates}}}}}\n')
+    (folder / f"{name}.json").write_text(f'{json.dumps(facts)[:-1]}, "rates": {{\n{rates}}}}}\n')
 
 
 def _table(rate: str, rows: Sequence[Row]) -> Table:
@@ -85,10 +86,10 @@ def _table(rate: str, rows: Sequence[Row]) -> Table:
     return grid
 
 
-def _notes(results: Results, period: int) -> Iterator[str]:
-    size = sum(param.numel() for param in GPT(SHAPE).parameters())
+def _notes(results: Results, period: int, shape: GPTConfig) -> Iterator[str]:
+    size = sum(param.numel() for param in GPT(shape).parameters())
     yield (
-        f"A GPT of {size:,} float32 parameters, {SEQUENCES[1]} sequences of {SHAPE.context} tokens for each node and "
+        f"A GPT of {size:,} float32 parameters, {SEQUENCES[1]} sequences of {shape.context} tokens for each node and "
         f"step ({2 * SEQUENCES[2]} where it has 2 ranks), K = {period}. Every rank computes on one thread; gloo's "
         "threads share the cores with it."
     )
@@ -104,7 +105,8 @@ def _notes(results: Results, period: int) -> Iterator[str]:
     )
     yield (
         "Local Adam and MT-DAO average three vectors every K steps; DES-LOC one every K, 3 K and 6 K; the other local "
-        "methods one, the parameters, every K. In turn: overlap is off."
+        "methods one, the parameters, every K. In turn: overlap is off. In fragments: each state in as many as K, at "
+        "steps of their own."
     )
     for rate, rows in results.items():
         by_name = {each.name: each for each in rows}
