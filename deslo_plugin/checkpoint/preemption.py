@@ -47,9 +47,9 @@ class Preemption:
         self._asked, self._over = threading.Event(), threading.Event()
         if dist.is_initialized():
             topology, timeout = self._attachments[0].topology, self._attachments[0].config.deslo.timeout_s
-            store = dist.PrefixStore(f"deslo/stop/{next(_number)}", dist.group.WORLD.get_group_store())
+            store = dist.PrefixStore(f"deslo/stop/{next(_number)}", require(dist.group.WORLD).get_group_store())
             self._last, watched = (
-                LastStep(each, topology.rank, sorted(topology.ranks), timeout) for each in (store, store.clone())
+                LastStep(each, topology.rank, sorted(topology.ranks), timeout) for each in (store, another_connection(store))
             )
             threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
         self._before = {number: signal.signal(number, lambda *_: self._asked.set()) for number in signals}

@@ -25,7 +25,7 @@ def mean_of(full: Tensor, group: dist.ProcessGroup | None, dtype: torch.dtype | 
     return _mean(full.detach(), group).to("cpu", dtype)
 
 
-def mean_shard(shard: Tensor, groups: Groups) -> Tensor:
+def mean_shard(shard: DTensor, groups: Groups) -> Tensor:
     """The mean of a DTensor over replicas, sharded as it is, in its dtype and on its device. Collective."""
     own = shard.detach().to_local()
     mean = _mean(own, groups.replica).to(own.device, own.dtype)

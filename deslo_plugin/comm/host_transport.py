@@ -26,9 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deslo_plugin.comm.process_groups import Groups
+from deslo_plugin.comm.progress import another_connection
 from deslo_plugin.comm.staging import Staged, Staging, staging_of
 from deslo_plugin.comm.transport import ReplicaTransport
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 
 EXIT_S = 2.0  # that the end of the process leaves a courier, so that it is not cut off inside a call
 
@@ -49,7 +50,7 @@ class _Parcel:
         try:
             self._staging.wait(self._staged)
             options = dist.AllreduceOptions()
-            options.reduceOp = dist.ReduceOp.AVG
+            options.reduceOp = dist.ReduceOp.AVG  # type: ignore[assignment]  # torch takes either
             self._work = gloo.allreduce([self._staged.buffer.view(self._chunk.dtype)], options)
         except Exception as error:
             self._error = error
@@ -139,10 +140,10 @@ def _let_finish() -> None:
 
 def courier_between(ranks: Sequence[int], world: dist.ProcessGroup, timeout_s: float) -> Courier:
     """That of ``ranks``, created once in a ``world`` they are part of. Collective over them."""
-    made, ranks = _made.setdefault(world, {}), tuple(ranks)
-    if (ranks, timeout_s) not in made:
-        made[ranks, timeout_s] = Courier(world.get_group_store().clone(), ranks, timeout_s)
-    return made[ranks, timeout_s]
+    made, key = _made.setdefault(world, {}), (tuple(ranks), timeout_s)
+    if key not in made:
+        made[key] = Courier(another_connection(world.get_group_store()), *key)
+    return made[key]
 
 
 class HostTransport(ReplicaTransport):
@@ -153,7 +154,7 @@ class HostTransport(ReplicaTransport):
 
     def __init__(self, groups: Groups, *, timeout_s: float, **options: Any):
         super().__init__(groups, timeout_s=timeout_s, **options)
-        self.courier = courier_between(self.ranks, groups.world, timeout_s)
+        self.courier = courier_between(self.ranks, require(groups.world), timeout_s)
 
     def _all_reduce(self, own: Tensor) -> _Parcel:
         return self.courier.send(own)

@@ -7,7 +7,7 @@ blocks stand in a DeepSpeed JSON, in a JSON or YAML file of their own, or in a d
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive, longest, shortest
 from deslo_plugin.algorithm.rules import RULES
@@ -214,8 +214,8 @@ def check_periods(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
 
 def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
     """Both blocks, if they go together; ``fragments`` as a number."""
-    periods = deslo.sync_every if optimizer is None else optimizer.periods
-    if deslo.fragments == "auto":
+    periods, asked = Config(optimizer=optimizer, deslo=deslo).schedule, cast(int | str, deslo.fragments)
+    if asked == "auto":
         deslo = replace(deslo, fragments=min(filter(None, shortest(periods).values())))
     if deslo.fragments > 1 and optimizer is not None and optimizer.reset_momenta:
         raise ConfigError(
@@ -232,7 +232,7 @@ def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
             "remove one: the last averages of fragments are of different steps",
         )
     if deslo.sync_delay > 1:
-        others = {"a stock optimizer": True}
+        others: dict[str, object] = {"a stock optimizer": True}
         if optimizer is not None:
             others = {"outer_optimizer": optimizer.outer_optimizer, "reset_momenta": optimizer.reset_momenta}
         for other in (name for name, given in others.items() if given):
@@ -262,7 +262,7 @@ def _stock_periods(reader: Reader) -> Periods | None:
     if block is None:
         return None
     every = Reader(f"{reader.where}.sync_every", block)
-    periods = {PARAMS: every.positive_int(PARAMS)}
+    periods: dict[str, int | None] = {PARAMS: every.positive_int(PARAMS)}
     for state in block:
         if state != PARAMS:
             hint = "give steps: periods adapt with DesLoc only" if adaptive_asked(every, state) else ""
