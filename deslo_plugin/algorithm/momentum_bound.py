@@ -102,12 +102,7 @@ def loose(bounds: Sequence[Bound], periods: Mapping[str, int | None]) -> list[st
     return said
 
 
-def hold_(
-    bounds: Sequence[Bound],
-    means: Mapping[str, Tensors],
-    gather: Callable[[str], Tensors],
-    steps: int,
-) -> None:
+def hold_(bounds: Sequence[Bound], means: Mapping[str, Tensors], gather: Callable[[str], Tensors], steps: int) -> None:
     """Holds first momenta to their ``bounds``, in place, where they or their second moments have landed.
 
     ``means`` has landed and is not needed any more: it is overwritten, in place of temporaries. ``gather`` gives a

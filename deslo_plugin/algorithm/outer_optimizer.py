@@ -12,15 +12,7 @@ def mean_(x: Tensors, averaged: Tensors) -> None:
     torch._foreach_copy_(x, averaged)
 
 
-def nesterov_(
-    x: Tensors,
-    averaged: Tensors,
-    anchor: Tensors,
-    momentum: Tensors,
-    *,
-    lr: float,
-    beta: float,
-) -> None:
+def nesterov_(x: Tensors, averaged: Tensors, anchor: Tensors, momentum: Tensors, *, lr: float, beta: float) -> None:
     """Nesterov step along the averaged progress, from ``anchor``, the parameters after the last outer step.
 
         delta <- anchor - E_m[x];  m <- beta m + delta;  x <- anchor - lr (beta m + delta)

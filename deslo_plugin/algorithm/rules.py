@@ -73,7 +73,8 @@ def adam_(
     torch._foreach_mul_(v, beta2)
     torch._foreach_addcmul_(v, g, g, 1 - beta2)
 
-    weights_hat, root = weights, 1.0  # sqrt(1 - beta2^(t+1)) multiplies eps and the step instead of dividing every sqrt(v)
+    root = 1.0  # sqrt(1 - beta2^(t+1)) multiplies eps and the step instead of dividing every sqrt(v)
+    weights_hat = weights
     if bias_correction:
         weights_hat = [w / (1 - beta ** (t + 1)) for w, beta in zip(weights, betas)]
         root = math.sqrt(1 - beta2 ** (t + 1))

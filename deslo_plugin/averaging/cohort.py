@@ -15,7 +15,7 @@ class Rows(NamedTuple):
     """``count`` rows along dimension ``dim`` of a parameter that has ``of``."""
 
     start: int
-    count: int  # type: ignore[assignment]  # a tuple's method of that name is not used here
+    count: int  # type: ignore[assignment]  # hides a tuple's method of that name
     of: int
     dim: int = 0
 

@@ -5,7 +5,7 @@ The cosine of Delta_m and the mean of all of them is that of the papers' figures
 parameters, and a pass of its own at each average; hence only where it is asked for
 (``deslo.telemetry.pseudo_gradient``)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

@@ -61,11 +61,10 @@ class StateAverager:
         bounds: Callable[[Group], Sequence[Bound]] = lambda group: (),
         on_average: Callable[[SyncEvent], object] | None = None,
     ):
-        self.optimizer, self.deslo, self.transport, self.clock = optimizer, deslo, average, clock
+        self.optimizer, self.deslo, self.transport, self.clock, self.bounds = optimizer, deslo, average, clock, bounds
         self._groups, self.stats, self.listeners = groups, Meter(), [on_average] if on_average else []
         self.watch: Any = None  # told of steps and landings until the first averages have been looked at
         self.receive = receive or (lambda cohort, states, means: write_means(states, means))
-        self.bounds = bounds
         self._sync, self.members = self._synchronizer(average), Members()
         skips = deslo.on_nonfinite == "skip"
         self.gradients = Gradients(optimizer, lambda: self.groups, self._sync, self.stats, skips_nonfinite=skips)
@@ -74,9 +73,8 @@ class StateAverager:
         self._periods: dict[int, Periods] = {}  # of each param group, by its id
         self.add_buffers((), average)
         self._held: list[Cohort] | None = None  # what launches are put off for, while a framework synchronises
-        self._convened, self._met = False, 0
+        self._convened, self._met, self.samples = False, 0, Samples(wanted=deslo.replica_weights == "samples")
         self.kept: LastAverage | None = None  # whoever wants it sets it
-        self.samples = Samples(wanted=deslo.replica_weights == "samples")
 
     def add_buffers(self, buffers: Tensors, average: Transport) -> None:
         """Floating buffers of the model, averaged when parameters are, as they are at that moment."""
@@ -131,8 +129,7 @@ class StateAverager:
     @contextmanager
     def launches_held(self) -> Iterator[None]:
         """Averages that are due inside start to travel at the end: what waits for a whole GPU would wait for them."""
-        held: list[Cohort] = []
-        self._held = held
+        self._held = held = list[Cohort]()
         try:
             yield
         finally:

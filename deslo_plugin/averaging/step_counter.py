@@ -58,7 +58,9 @@ class ParameterClock:
             for counter in (STEP, ORIGIN):
                 state[counter].fill_(steps)
 
-    def _by_periods(self, schedule: Schedule, params: list[Tensor]) -> Iterator[tuple[dict[str, int | None], list[Tensor]]]:
+    def _by_periods(
+        self, schedule: Schedule, params: list[Tensor]
+    ) -> Iterator[tuple[dict[str, int | None], list[Tensor]]]:
         adapt = adaptive(schedule)
         if not adapt:
             yield cast(dict[str, int | None], schedule), params

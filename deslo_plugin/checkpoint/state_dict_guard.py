@@ -23,7 +23,7 @@ from deslo_plugin.attachment import Attachment
 from deslo_plugin.averaging.last_average import LastAverage
 from deslo_plugin.checkpoint.replica_mean import averages, mean_of, mean_shard, whole
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import log_rank0
 
@@ -93,10 +93,12 @@ def refuse_one_replica(
             _guards.setdefault(each, _Guard([], gather, inner=each is not owner)).attachments.append(attachment)
     for owner in new:
         owner.register_state_dict_pre_hook(_before)
-        if mode != "refuse":
-            owner.register_state_dict_post_hook(
-                _give_states if isinstance(owner, torch.optim.Optimizer) else _give_weights
-            )
+        if mode == "refuse":
+            continue
+        if isinstance(owner, torch.optim.Optimizer):
+            owner.register_state_dict_post_hook(_give_states)
+        else:
+            owner.register_state_dict_post_hook(_give_weights)
     if any(isinstance(owner, nn.Module) for owner in new):
         log_rank0(_announcement(attachment))
 

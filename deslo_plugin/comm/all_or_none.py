@@ -66,7 +66,8 @@ def _problem(error: BaseException) -> _Problem:
     rank = dist.get_rank() if dist.is_initialized() else 0
     if isinstance(error, Elsewhere):
         rank, error = error.rank, error.error
-    system: BaseException | None = error  # what writes a file for torch raises errors of its own while it handles the system's
+    # what writes a file for torch raises errors of its own while it handles the system's
+    system: BaseException | None = error
     while system is not None and not isinstance(system, OSError):
         system = system.__cause__ or system.__context__
     if system is None or system.errno is None:

@@ -94,7 +94,7 @@ def _take_block(optimizer: DesLoc, block: Any) -> None:
         deslo = read_deslo(block)
         if deslo.sync_every is not None:
             raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "give the periods to DesLoc")
-        check_periods(deslo, optimizer.config.optimizer.periods)
+        check_periods(deslo, optimizer.config.desloc.periods)
         optimizer.config = replace(optimizer.config, deslo=deslo)
     optimizer.armed = False
 
