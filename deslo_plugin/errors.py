@@ -13,7 +13,7 @@ class ConfigError(ValueError):
         super().__init__(f"{where}: expected {expected}, got {got}; {do}")
         self._parts = where, expected, got, do
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, str, str, str]]:
         return ConfigError, self._parts  # it travels between ranks
 
     def on(self, ranks: Sequence[int]) -> "ConfigError":

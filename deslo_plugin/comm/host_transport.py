@@ -129,7 +129,7 @@ def _serve(queue: "SimpleQueue[Any]", gloo: Any) -> None:
 
 
 _couriers: WeakSet[Courier] = WeakSet()
-_made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple, Courier]]" = WeakKeyDictionary()
+_made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], float], Courier]]" = WeakKeyDictionary()
 
 
 @atexit.register

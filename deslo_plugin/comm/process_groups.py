@@ -34,7 +34,7 @@ class Groups:
     singleton: dist.ProcessGroup | None
 
 
-_made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple, Groups]]" = WeakKeyDictionary()
+_made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Topology, float, bool], Groups]]" = WeakKeyDictionary()
 
 
 def make_groups(

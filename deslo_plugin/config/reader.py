@@ -76,7 +76,7 @@ class Reader:
             self.refuse(key, bounds, repr(value), "choose a value in that range")
         return float(value)
 
-    def positive_int(self, key: str, default: Any = None, *, also: tuple = (), hint: str = "") -> Any:
+    def positive_int(self, key: str, default: Any = None, *, also: tuple[Any, ...] = (), hint: str = "") -> Any:
         """An int >= 1, or one of the values in ``also``."""
         value = self.pop(key, default)
         if value in also and not isinstance(value, bool):

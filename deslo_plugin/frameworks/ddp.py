@@ -18,7 +18,7 @@ from deslo_plugin.comm.topology import Topology, make_topology
 from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.frameworks.plain import Plain
 
-_hooked: "WeakKeyDictionary[DistributedDataParallel, tuple]" = WeakKeyDictionary()
+_hooked: "WeakKeyDictionary[DistributedDataParallel, tuple[tuple[int, ...], ...]]" = WeakKeyDictionary()
 """DDP that is kept inside replicas -> the ranks of these replicas."""
 
 
