@@ -64,7 +64,7 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
     deslo, block = read_deslo(blocks.get("deslo", {})), blocks.get("optimizer")
     kind = block.get("type", "DesLoc") if isinstance(block, Mapping) else "DesLoc"
     if deslo.sync_every is not None and (block is None or kind != "DesLoc"):
-        return _whole(None, deslo)
+        return whole(None, deslo)
     optimizer = Reader("optimizer", {} if block is None else block)
     if isinstance(kind, str) and kind != "DesLoc" and not did_you_mean(kind, ["DesLoc"]):
         optimizer.refuse(
@@ -78,7 +78,7 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
     optimizer.finish()
     if deslo.sync_every is not None:
         raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "move it to optimizer.params.sync_every")
-    return _whole(read_optimizer(params), deslo)
+    return whole(read_optimizer(params), deslo)
 
 
 def read_optimizer(params: Any) -> OptimizerConfig:
@@ -212,8 +212,8 @@ def check_periods(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
             )
 
 
-def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
-    """Both blocks, if they go together; ``fragments`` as a number."""
+def whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
+    """Both blocks as they were read, ``fragments`` as a number. Raises ``ConfigError`` if they do not go together."""
     periods, asked = Config(optimizer=optimizer, deslo=deslo).schedule, cast(int | str, deslo.fragments)
     if asked == "auto":
         deslo = replace(deslo, fragments=min(filter(None, shortest(periods).values())))

@@ -9,8 +9,10 @@ ROOT = Path(__file__).resolve().parents[2]
 WRONG = """
 import torch
 from torch import Tensor, nn
-from deslo_plugin import Attachment, attach
+import deslo_plugin
+from deslo_plugin import attach
 from deslo_plugin.algorithm.rules import sgdm_
+from deslo_plugin.attachment import Attachment
 from deslo_plugin.comm.transport import SingleReplica, Transport
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.optim.desloc import DesLoc
@@ -18,6 +20,7 @@ from deslo_plugin.optim.desloc import DesLoc
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:
     attachment = attach(model, optimizer, meshes=None)  # call-arg
+    deslo_plugin.sync_replica(model)  # attr-defined
     attachment.record_samples("8")  # arg-type
     attachment.recorder.jornal  # attr-defined
     attachment.groups.world  # union-attr
