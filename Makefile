@@ -22,6 +22,7 @@ check: $(VENV)/ready
 	$(VENV)/bin/ruff format --check --quiet
 	$(VENV)/bin/ruff check --quiet
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(VENV)/bin/mypy
 
 format: $(VENV)/ready
 	$(VENV)/bin/ruff check --fix --quiet

@@ -4,7 +4,7 @@ Importing this package is all that a DeepSpeed script needs: from then on a Deep
 ``"optimizer": {"type": "DesLoc", ...}`` and ``"deslo": {...}``.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deslo_plugin.frameworks.versions import expect
 
@@ -69,12 +69,16 @@ def _teach_accelerate() -> None:
     install()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "AverageBeforeSave":  # needs transformers, which few have
-        from deslo_plugin.frameworks.hf_trainer import AverageBeforeSave
+if TYPE_CHECKING:  # a function that takes any name would hide a wrong one
+    from deslo_plugin.frameworks.hf_trainer import AverageBeforeSave
+else:
 
-        return AverageBeforeSave
-    raise explain("deslo_plugin", name, FUNCTIONS)
+    def __getattr__(name: str) -> Any:
+        if name == "AverageBeforeSave":  # needs transformers, which few have
+            from deslo_plugin.frameworks.hf_trainer import AverageBeforeSave
+
+            return AverageBeforeSave
+        raise explain("deslo_plugin", name, FUNCTIONS)
 
 
 explain_moved_modules()

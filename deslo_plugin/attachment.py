@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, wraps
 from inspect import signature
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,8 +20,9 @@ from deslo_plugin.checks.module_wrappers import bare
 from deslo_plugin.checks.replica_watch import Watch
 from deslo_plugin.comm.process_groups import Groups
 from deslo_plugin.comm.topology import Topology, contiguous
+from deslo_plugin.comm.transport import LiveTransport
 from deslo_plugin.config.schema import Config
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.kernels.availability import kernels_on, settle
 from deslo_plugin.log import announce, log_rank0
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
@@ -64,8 +65,15 @@ class Attachment:
     @property
     def topology(self) -> Topology:
         """Where replicas come and go, that of the last quorum."""
-        transport = self.averaging.transport
-        return self.groups.topology if self.groups else contiguous(transport.replicas, transport.rank, 1)
+        if self.groups is not None:
+            return self.groups.topology
+        live = cast(LiveTransport, self.averaging.transport)
+        return contiguous(live.replicas, live.rank, 1)
+
+    @property
+    def fixed_groups(self) -> Groups:
+        """``groups``, for calls that are refused where replicas come and go."""
+        return require(self.groups)
 
     @property
     def steps(self) -> int:
@@ -116,8 +124,12 @@ class Attachment:
         said = self.plan.describe()
         announce(f"{said}\n  kernels: {kernels_on(params)}")
         if self.watch is not None:
-            self.watch.on_first_step = lambda: self.plan.describe() == said or announce(self.plan.describe())
+            self.watch.on_first_step = lambda: self._announce_change(said)
             self.watch.begin()
+
+    def _announce_change(self, said: str) -> None:
+        if (plan := self.plan.describe()) != said:
+            announce(plan)
 
     def check(self) -> list[str]:
         """What is wrong with this attachment, as sentences that are the same on every rank, each said once; empty if
@@ -152,7 +164,8 @@ class Attachment:
                 "a step left out",
                 'take smaller batches on a slow replica, with deslo.replica_weights "samples"',
             )
-        (self.averaging if isinstance(self.averaging, AnyOptimizerAverager) else self.optimizer).skip_step()
+        steps: Any = self.averaging if isinstance(self.averaging, AnyOptimizerAverager) else self.optimizer  # a DesLoc
+        steps.skip_step()
 
     def step_rates(self) -> dict[int, float]:
         """Replica -> steps per second between its last two averages, without what it waited for others; any rank may
@@ -174,7 +187,7 @@ class Attachment:
         """By the periods as they are configured. Which states a stock optimizer has is known after its first step:
         until then all that ``deslo.sync_every`` names, each as large as its parameter."""
         known = getattr(self.averaging, "periods_known", True)
-        periods = [group["sync_every"] if known else self.config.deslo.sync_every for group in self.averaging.groups]
+        periods = [group["sync_every"] if known else self.config.schedule for group in self.averaging.groups]
         return make_plan(
             self.config,
             self.numels,
@@ -228,7 +241,7 @@ def attached_to(target: Any) -> list[Attachment]:
     """The attachments of a model, whatever is wrapped around it, of an optimizer or of an engine; nothing if there are
     none."""
     inside = bare(target) if isinstance(target, torch.nn.Module) else None
-    if inside in _by_model:
+    if inside is not None and inside in _by_model:
         return _by_model[inside]
     own = getattr(target, "deslo", None)
     return [own] if isinstance(own, Attachment) else []

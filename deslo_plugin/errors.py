@@ -1,6 +1,9 @@
 """What this package raises. An error says *where: expected what, got what; do what*."""
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -10,7 +13,7 @@ class ConfigError(ValueError):
         super().__init__(f"{where}: expected {expected}, got {got}; {do}")
         self._parts = where, expected, got, do
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, str, str, str]]:
         return ConfigError, self._parts  # it travels between ranks
 
     def on(self, ranks: Sequence[int]) -> "ConfigError":
@@ -25,3 +28,10 @@ class AverageError(RuntimeError):
 
 class NonFiniteError(FloatingPointError):
     """A replica brought NaN or inf to an average. Raised on every rank of every replica; nothing was written."""
+
+
+def require(value: T | None) -> T:
+    """``value``, where its caller knows that it is there and its type cannot say so. Raises ``RuntimeError`` if not."""
+    if value is None:
+        raise RuntimeError("expected a value that is there by now, got None; report this as a bug")
+    return value

@@ -17,8 +17,10 @@ replica."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from deslo_plugin.algorithm.schedule import Periods
+from deslo_plugin.algorithm.state_names import PARAMS
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ Schedule = Mapping[str, int | None | Adaptive]
 """Periods as they are configured: of those that are adaptive, the bounds."""
 
 
+def params_period(schedule: Schedule) -> int:
+    """The parameters' own, a number in every config."""
+    return cast(int, schedule[PARAMS])
+
+
 def adaptive(schedule: Schedule) -> dict[str, Adaptive]:
     """The states whose periods adapt."""
     return {state: period for state, period in schedule.items() if isinstance(period, Adaptive)}
@@ -66,9 +73,9 @@ def written(schedule: Schedule) -> dict[str, int | str | None]:
 
 def shortest(schedule: Schedule) -> Periods:
     """Every period at its shortest, where each starts."""
-    return {state: getattr(period, "min", period) for state, period in schedule.items()}
+    return {state: period.min if isinstance(period, Adaptive) else period for state, period in schedule.items()}
 
 
 def longest(schedule: Schedule) -> Periods:
     """Every period at its longest."""
-    return {state: getattr(period, "max", period) for state, period in schedule.items()}
+    return {state: period.max if isinstance(period, Adaptive) else period for state, period in schedule.items()}

@@ -30,7 +30,7 @@ def due_fragments(periods: Periods, count: int, steps: int) -> Due:
     due: dict[int, tuple[str, ...]] = {}
     for state, starts in offsets(tuple(periods.items()), count).items():
         for fragment, offset in enumerate(starts):
-            if (steps - offset) % periods[state] == 0:
+            if (period := periods[state]) and (steps - offset) % period == 0:
                 due[fragment] = (*due.get(fragment, ()), state)
     return dict(sorted(due.items()))
 

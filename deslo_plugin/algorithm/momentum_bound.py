@@ -25,8 +25,8 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from deslo_plugin.algorithm.rules import Tensors
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
 
 LARGEST = 2.0**60  # finite, so that 0 stays the bound where v is 0
@@ -102,12 +102,7 @@ def loose(bounds: Sequence[Bound], periods: Mapping[str, int | None]) -> list[st
     return said
 
 
-def hold_(
-    bounds: Sequence[Bound],
-    means: Mapping[str, Sequence[Tensor]],
-    gather: Callable[[str], Sequence[Tensor]],
-    steps: int,
-) -> None:
+def hold_(bounds: Sequence[Bound], means: Mapping[str, Tensors], gather: Callable[[str], Tensors], steps: int) -> None:
     """Holds first momenta to their ``bounds``, in place, where they or their second moments have landed.
 
     ``means`` has landed and is not needed any more: it is overwritten, in place of temporaries. ``gather`` gives a

@@ -1,25 +1,18 @@
 """SERVER of DES-LOC, Algorithm 1: what the replicas make of their averaged parameters before going on from them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+
+from deslo_plugin.algorithm.rules import Tensors
 
 
-def mean_(x: Sequence[Tensor], averaged: Sequence[Tensor]) -> None:
+def mean_(x: Tensors, averaged: Tensors) -> None:
     """x <- E_m[x]: the plain average."""
-    torch._foreach_copy_(list(x), list(averaged))
+    torch._foreach_copy_(x, averaged)
 
 
-def nesterov_(
-    x: Sequence[Tensor],
-    averaged: Sequence[Tensor],
-    anchor: Sequence[Tensor],
-    momentum: Sequence[Tensor],
-    *,
-    lr: float,
-    beta: float,
-) -> None:
+def nesterov_(x: Tensors, averaged: Tensors, anchor: Tensors, momentum: Tensors, *, lr: float, beta: float) -> None:
     """Nesterov step along the averaged progress, from ``anchor``, the parameters after the last outer step.
 
         delta <- anchor - E_m[x];  m <- beta m + delta;  x <- anchor - lr (beta m + delta)
@@ -32,10 +25,10 @@ def nesterov_(
     torch._foreach_add_(momentum, delta)
     torch._foreach_add_(anchor, delta, alpha=-lr)
     torch._foreach_add_(anchor, momentum, alpha=-lr * beta)
-    torch._foreach_copy_(list(x), list(anchor))
+    torch._foreach_copy_(x, anchor)
 
 
-def write_means(states: Mapping[str, Sequence[Tensor]], means: Mapping[str, Sequence[Tensor]]) -> None:
+def write_means(states: Mapping[str, Tensors], means: Mapping[str, Tensors]) -> None:
     """states <- means, in place."""
     for state, mean in means.items():
         mean_(states[state], mean)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
 
-Tensors = Sequence[Tensor]
+Tensors = list[Tensor] | tuple[Tensor, ...]
+"""What torch's operators on lists of tensors take."""
 
 
 def sgdm_(
@@ -73,11 +74,10 @@ def adam_(
     torch._foreach_addcmul_(v, g, g, 1 - beta2)
 
     root = 1.0  # sqrt(1 - beta2^(t+1)) multiplies eps and the step instead of dividing every sqrt(v)
+    weights_hat = weights
     if bias_correction:
         weights_hat = [w / (1 - beta ** (t + 1)) for w, beta in zip(weights, betas)]
         root = math.sqrt(1 - beta2 ** (t + 1))
-    else:
-        weights_hat = weights
     d, scale = _mix(g, u, weights_hat, rest=1 - math.fsum(weights))
     denominator = torch._foreach_sqrt(v)
     torch._foreach_add_(denominator, eps * root)

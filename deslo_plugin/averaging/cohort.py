@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from deslo_plugin.algorithm.schedule import Periods
+from deslo_plugin.algorithm.rules import Tensors
 
 Key = Tensor | tuple[Tensor, int]
 """What names a part: its parameter, with the fragment where that is cut."""
@@ -15,7 +15,7 @@ class Rows(NamedTuple):
     """``count`` rows along dimension ``dim`` of a parameter that has ``of``."""
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides a tuple's method of that name
     of: int
     dim: int = 0
 
@@ -33,7 +33,7 @@ class Cohort(NamedTuple):
     steps: int
     group: MutableMapping[str, Any]
     params: list[Tensor]
-    periods: Periods
+    periods: dict[str, int | None]
     rows: tuple[Rows, ...] | None = None
     fragment: int = 0
 
@@ -44,6 +44,6 @@ class Cohort(NamedTuple):
             return self.params
         return [(param, self.fragment) for param in self.params]
 
-    def parts(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    def parts(self, tensors: Tensors) -> Tensors:
         """What belongs to it of ``tensors``, one of each parameter, as views."""
         return tensors if self.rows is None else [rows.part(tensor) for rows, tensor in zip(self.rows, tensors)]

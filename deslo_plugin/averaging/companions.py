@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.algorithm.outer_optimizer import mean_
+from deslo_plugin.algorithm.rules import Tensors
 from deslo_plugin.algorithm.state_names import BUFFERS, PARAMS
 from deslo_plugin.averaging.cohort import Cohort
 from deslo_plugin.averaging.flight import Flight, Weigh
@@ -16,7 +17,7 @@ from deslo_plugin.averaging.synchronizer import Synchronizer
 class Companions:
     """``buffers`` of any devices, which ``sync`` averages."""
 
-    def __init__(self, buffers: Sequence[Tensor], sync: Synchronizer):
+    def __init__(self, buffers: Tensors, sync: Synchronizer):
         by_device: dict[torch.device, list[Tensor]] = {}
         for buffer in buffers:
             by_device.setdefault(buffer.device, []).append(buffer)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deslo_plugin.algorithm.rules import Tensors
 from deslo_plugin.averaging.cohort import Key
 from deslo_plugin.averaging.flight import Flight, Landing, States
 from deslo_plugin.comm.buckets import pack
@@ -46,7 +47,7 @@ class Resumed:
     def holds(self, keys: Sequence[Key], state: str) -> bool:
         return all((key, state) in self._kept for key in keys)
 
-    def take(self, keys: Sequence[Key], state: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Kept]:
+    def take(self, keys: Sequence[Key], state: str, tensors: Tensors, dtype: torch.dtype) -> list[Kept]:
         """Of each part what flew, or a copy of what ``tensors`` hold now."""
         found = [self._kept.pop((key, state), None) for key in keys]
         absent = [tensor for tensor, kept in zip(tensors, found) if kept is None]
@@ -74,7 +75,7 @@ class Resumed:
         self._kept.clear()
 
 
-def copies_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def copies_of(tensors: Tensors, dtype: torch.dtype) -> list[Tensor]:
     """One or more tensors as they are now, in ``dtype``."""
     return pack(tensors, dtype, chunk_bytes=maxsize).views
 
@@ -93,10 +94,11 @@ def add_difference(landing: Landing, means: States) -> None:
     """Puts ``means`` of the launched values into the states as if they had been there since."""
     for state, mean in means.items():
         remains = [flight.remains[seat] for flight, seat in landing.seats[state]]
-        columns = landing.states[state], landing.launched[state], mean
+        own, launched = landing.states[state], landing.launched[state]
         for factor in set(remains):
             seats = [seat for seat, each in enumerate(remains) if each == factor]
-            land_(*([column[seat] for seat in seats] for column in columns), factor)
+            x, before, after = ([column[seat] for seat in seats] for column in (own, launched, mean))
+            land_(x, before, after, factor)
 
 
 def parameter(key: Key) -> Tensor:

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from deslo_plugin.algorithm.rules import Tensors
 from deslo_plugin.averaging.cohort import Cohort, Key
 from deslo_plugin.averaging.instants import Instant
 from deslo_plugin.comm.buckets import Bucket
 from deslo_plugin.comm.transport import Work
+from deslo_plugin.errors import require
 
-States = Mapping[str, Sequence[Tensor]]
+States = Mapping[str, Tensors]
 """State name -> that state of each parameter of a cohort, in the cohort's order."""
 Weigh = Callable[[str], float]
 """What this rank has seen since that state's last average."""
@@ -33,7 +35,7 @@ class Flight:
     bytes: int
     start: Instant
     fingerprint: Tensor | None = None
-    launched: Sequence[Tensor] | None = None
+    launched: Tensors | None = None
     remains: list[float] = field(default_factory=list)
     square: tuple[Tensor, Work] | None = None
 
@@ -64,7 +66,9 @@ class Landing:
     def launched(self) -> States:
         """The values of which the means are: ``states`` themselves, where nothing may have changed them since."""
         return {
-            state: self.states[state] if seats[0][0].launched is None else [flight.launched[i] for flight, i in seats]
+            state: self.states[state]
+            if seats[0][0].launched is None
+            else [require(flight.launched)[i] for flight, i in seats]
             for state, seats in self.seats.items()
         }
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.algorithm.adaptive_periods import adaptive
+from deslo_plugin.algorithm.rules import Tensors
 from deslo_plugin.algorithm.state_names import PARAMS, every
 from deslo_plugin.averaging import delayed
 from deslo_plugin.averaging.cohort import Cohort, Key
@@ -16,7 +17,7 @@ from deslo_plugin.averaging.recall import MOVED, WRITTEN, Answer, Recall
 from deslo_plugin.averaging.replica_variance import ReplicaVariance
 from deslo_plugin.averaging.synchronizer import Synchronizer
 from deslo_plugin.config.schema import DesloConfig
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.kernels.fingerprint import fingerprint
 from deslo_plugin.log import log_rank0
 
@@ -53,7 +54,7 @@ class Flights:
             if self._deslo.sync_delay == 1:
                 flight.fingerprint = fingerprint(tensors)
 
-    def _start(self, cohort: Cohort, state: str, keys: Sequence[Key], tensors: Sequence[Tensor]) -> Flight:
+    def _start(self, cohort: Cohort, state: str, keys: Sequence[Key], tensors: Tensors) -> Flight:
         """Starts the average of ``tensors``, or of what flew of them when a checkpoint was saved."""
         weigh, kept = self._weigh(cohort), None
         if self._deslo.sync_delay > 1:
@@ -141,7 +142,7 @@ class Flights:
             if state not in means:
                 continue
             drift = self._variance.land(cohort.steps, landing.flights(state), means[state])
-            before = cohort.periods[state]
+            before = require(cohort.periods[state])
             period = cohort.periods[state] = bounds.after(cohort.steps, before, drift)
             for param in cohort.params:
                 states[param][every(state)] = torch.tensor(period, device="cpu")

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deslo_plugin.algorithm.outer_optimizer import write_means
+from deslo_plugin.algorithm.rules import Tensors
 from deslo_plugin.algorithm.state_names import GRADIENTS
 from deslo_plugin.averaging.metrics import Meter
 from deslo_plugin.averaging.synchronizer import Synchronizer, finite
@@ -30,7 +30,7 @@ class Gradients:
         self._optimizer, self._groups, self._sync, self._stats = optimizer, groups, sync, stats
         self.skips_nonfinite = skips_nonfinite
 
-    def local(self) -> Sequence[Tensor]:
+    def local(self) -> Tensors:
         """This rank's part of every gradient that there is; of sparse ones the values."""
         return gradients_of(param for group in self._groups() for param in group["params"])
 
@@ -48,7 +48,7 @@ class Gradients:
         self._stats.skipped_steps += skip
         return skip
 
-    def average(self, steps: int, gradients: Sequence[Tensor]) -> None:
+    def average(self, steps: int, gradients: Tensors) -> None:
         """gradients <- E_m[gradients], at once: what step number ``steps`` of the warm-up does before clipping.
         Collective."""
         if gradients:

@@ -19,7 +19,9 @@ def now(device: torch.device) -> Instant:
 
 def seconds_between(start: Instant, end: Instant) -> float:
     """Waits until ``end`` has come."""
-    if isinstance(start, float):
+    if isinstance(start, float) and isinstance(end, float):
         return end - start
+    if isinstance(start, float) or isinstance(end, float):
+        raise TypeError("seconds_between: expected two moments of one device")
     end.synchronize()
     return start.elapsed_time(end) / 1e3

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deslo_plugin.algorithm.rules import Tensors
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.averaging.flight import States
 from deslo_plugin.kernels.local_tensors import local
@@ -29,7 +30,7 @@ class LastAverage:
         return sum(copy.nbytes for copy in self._copies.values())
 
     @torch.no_grad()
-    def take(self, steps: int, tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    def take(self, steps: int, tensors: Tensors, values: Sequence[Tensor]) -> None:
         """Keeps ``values``, this rank's parts of ``tensors`` after ``steps`` steps."""
         for tensor, own, value in zip(tensors, local(tensors), values):
             if tensor not in self._copies:
@@ -37,7 +38,7 @@ class LastAverage:
             self._copies[tensor].copy_(value)
             self._steps[tensor] = steps
 
-    def landed(self, steps: int, params: Sequence[Tensor], states: States, means: States) -> None:
+    def landed(self, steps: int, params: Tensors, states: States, means: States) -> None:
         """Keeps the parameters that have landed, if any have."""
         if PARAMS in means:
             self.take(steps, params, states[PARAMS] if self._outer else means[PARAMS])

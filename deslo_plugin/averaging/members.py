@@ -64,7 +64,8 @@ class Members:
     def cohorts(self, groups: Sequence[Group], clock: Clock) -> list[Cohort]:
         """Those that average, by ``clock``; behind them those that train and do not average yet, which have no
         periods."""
-        cohorts, newcomers = [], []
+        cohorts: list[Cohort] = []
+        newcomers: list[Cohort] = []
         for group in groups:
             if all(map(self._known.get, map(id, group["params"]))):  # as in most steps
                 cohorts += clock.cohorts(group, list(group["params"]))

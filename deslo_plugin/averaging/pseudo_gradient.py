@@ -5,19 +5,19 @@ The cosine of Delta_m and the mean of all of them is that of the papers' figures
 parameters, and a pass of its own at each average; hence only where it is asked for
 (``deslo.telemetry.pseudo_gradient``)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.averaging.cohort import Cohort, Key
+from deslo_plugin.averaging.flight import States
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.kernels.drift import drift_of, measure
 from deslo_plugin.kernels.local_tensors import local
 
 NAME = "pseudo_gradient"
-States = dict[str, Sequence[Tensor]]
 Receive = Callable[[Cohort, States, States], None]
 
 
@@ -36,11 +36,12 @@ class PseudoGradient:
         if PARAMS not in means:
             return self._receive(cohort, states, means)
         last = cohort.steps - cohort.group["sync_every"][PARAMS]
-        anchors = [self._anchors.get(key, (None, None)) for key in cohort.keys]
+        anchors = [self._anchors.get(key) for key in cohort.keys]
         sums = [
-            measure([(x - anchor).flatten()], [(mean - anchor).flatten()])  # one by one: two copies of one, not of all
-            for x, mean, (steps, anchor) in zip(states[PARAMS], means[PARAMS], anchors)
-            if steps == last
+            # one by one: two copies of one, not of all
+            measure([(x - known[1]).flatten()], [(mean - known[1]).flatten()])
+            for x, mean, known in zip(states[PARAMS], means[PARAMS], anchors)
+            if known is not None and known[0] == last
         ]
         if len(sums) == len(anchors):
             drift = drift_of(torch.stack(sums).sum(0).tolist())

@@ -17,6 +17,7 @@ from deslo_plugin.averaging.flight import Flight
 from deslo_plugin.averaging.instants import now, seconds_between
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.comm.transport import Transport, Work
+from deslo_plugin.errors import require
 from deslo_plugin.kernels.drift import measure
 
 WORD = 8  # bytes of the element
@@ -44,10 +45,11 @@ class ReplicaVariance:
         """
         device = means[0].device
         start = now(device)
-        for flight in flights:
-            flight.square[1].wait()
+        squares = [require(flight.square) for flight in flights]
+        for _, work in squares:
+            work.wait()
         arrived = now(device)
-        each = self.transport.total(sum(float(flight.square[0][0]) for flight in flights))
+        each = self.transport.total(sum((float(square[0]) for square, _ in squares), 0.0))
         mean = self.transport.total(float(_square(means)))
         waited = seconds_between(start, arrived)
         self._on_average(SyncEvent(steps, {flights[0].state: WORD * len(flights)}, waited, {}))

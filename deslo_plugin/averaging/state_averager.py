@@ -13,6 +13,7 @@ from torch import Tensor
 from deslo_plugin.algorithm.adaptive_periods import shortest
 from deslo_plugin.algorithm.momentum_bound import Bound, hold_
 from deslo_plugin.algorithm.outer_optimizer import write_means
+from deslo_plugin.algorithm.rules import Tensors
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.averaging.cohort import Cohort
@@ -60,11 +61,10 @@ class StateAverager:
         bounds: Callable[[Group], Sequence[Bound]] = lambda group: (),
         on_average: Callable[[SyncEvent], object] | None = None,
     ):
-        self.optimizer, self.deslo, self.transport, self.clock = optimizer, deslo, average, clock
+        self.optimizer, self.deslo, self.transport, self.clock, self.bounds = optimizer, deslo, average, clock, bounds
         self._groups, self.stats, self.listeners = groups, Meter(), [on_average] if on_average else []
         self.watch: Any = None  # told of steps and landings until the first averages have been looked at
         self.receive = receive or (lambda cohort, states, means: write_means(states, means))
-        self.bounds = bounds
         self._sync, self.members = self._synchronizer(average), Members()
         skips = deslo.on_nonfinite == "skip"
         self.gradients = Gradients(optimizer, lambda: self.groups, self._sync, self.stats, skips_nonfinite=skips)
@@ -73,11 +73,10 @@ class StateAverager:
         self._periods: dict[int, Periods] = {}  # of each param group, by its id
         self.add_buffers((), average)
         self._held: list[Cohort] | None = None  # what launches are put off for, while a framework synchronises
-        self._convened, self._met = False, 0
+        self._convened, self._met, self.samples = False, 0, Samples(wanted=deslo.replica_weights == "samples")
         self.kept: LastAverage | None = None  # whoever wants it sets it
-        self.samples = Samples(wanted=deslo.replica_weights == "samples")
 
-    def add_buffers(self, buffers: Sequence[Tensor], average: Transport) -> None:
+    def add_buffers(self, buffers: Tensors, average: Transport) -> None:
         """Floating buffers of the model, averaged when parameters are, as they are at that moment."""
         self.buffers, self._companions = buffers, Companions(buffers, self._synchronizer(average))
 
@@ -130,7 +129,7 @@ class StateAverager:
     @contextmanager
     def launches_held(self) -> Iterator[None]:
         """Averages that are due inside start to travel at the end: what waits for a whole GPU would wait for them."""
-        self._held = held = []
+        self._held = held = list[Cohort]()
         try:
             yield
         finally:
@@ -169,8 +168,9 @@ class StateAverager:
 
     def keep(self) -> None:
         """Copies parameters and buffers, which all replicas hold alike, if somebody wants the last average."""
-        for tensors in [*(group["params"] for group in self.groups), self.buffers] if self.kept else ():
-            self.kept.take(self.steps, tensors, local(tensors))
+        if kept := self.kept:
+            for tensors in [*(group["params"] for group in self.groups), self.buffers]:
+                kept.take(self.steps, tensors, local(tensors))
 
     def abandon(self) -> None:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
@@ -192,7 +192,7 @@ class StateAverager:
         self.flights.load(list(self.optimizer.state), aside["late"])
         self.samples.load(self.groups, aside["samples"])
 
-    def means(self, name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def means(self, name: str, tensors: Tensors) -> list[Tensor]:
         """The means of floating tensors in at least float32, counted under ``name``; they stay. Collective."""
         if not tensors:
             return []
@@ -209,7 +209,7 @@ class StateAverager:
         """Whether the warm-up lasts, in which gradients are averaged at every step and states are equal anyway."""
         return self.deslo.synchronous_steps > 0 and self.steps < self.deslo.synchronous_steps
 
-    def local_tensors(self, state: str, params: Sequence[Tensor]) -> Sequence[Tensor]:
+    def local_tensors(self, state: str, params: Tensors) -> Tensors:
         """This rank's part of a state of each parameter; zeros where a stock optimizer has not created it yet."""
         if state == PARAMS:
             return local(params)
@@ -283,7 +283,7 @@ class StateAverager:
         due = self.fragments.due(cohort, whole)
         return [(part, {state: self.part(part, state) for state in states}) for part, states in due]
 
-    def part(self, cohort: Cohort, state: str) -> Sequence[Tensor]:
+    def part(self, cohort: Cohort, state: str) -> Tensors:
         """What belongs to ``cohort`` of a state, on this rank, as ``local_tensors`` gives it."""
         return cohort.parts(self.local_tensors(state, cohort.params))
 

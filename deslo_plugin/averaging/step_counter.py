@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from itertools import cycle, groupby
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive
-from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import ORIGIN, STEP, every
 from deslo_plugin.averaging.cohort import Cohort
 from deslo_plugin.averaging.count_vector import CountVectors
@@ -59,10 +58,12 @@ class ParameterClock:
             for counter in (STEP, ORIGIN):
                 state[counter].fill_(steps)
 
-    def _by_periods(self, schedule: Schedule, params: list[Tensor]) -> Iterator[tuple[Periods, list[Tensor]]]:
+    def _by_periods(
+        self, schedule: Schedule, params: list[Tensor]
+    ) -> Iterator[tuple[dict[str, int | None], list[Tensor]]]:
         adapt = adaptive(schedule)
         if not adapt:
-            yield schedule, params
+            yield cast(dict[str, int | None], schedule), params
             return
 
         def now(param: Tensor) -> dict[str, int]:
@@ -70,7 +71,7 @@ class ParameterClock:
             return {name: bounds.allowed(int(state.get(every(name), 0))) for name, bounds in adapt.items()}
 
         for periods, same in groupby(sorted(params, key=lambda param: [*now(param).values()]), now):
-            yield {**schedule, **periods}, list(same)
+            yield cast(dict[str, int | None], {**schedule, **periods}), list(same)
 
     def by_steps(self, params: Sequence[Tensor], since: str | None = None) -> Iterator[tuple[int, list[Tensor]]]:
         """Parameters by clock and device; with ``since``, of one device by the steps since that state's value."""
@@ -80,12 +81,12 @@ class ParameterClock:
         counts = self._counts.read(states, STEP)
         if since:
             counts = [steps - start for steps, start in zip(counts, self._counts.read(states, since))]
-        devices = [None] if since else [param.device for param in params]
+        devices: list[torch.device | None] = [None] if since else [param.device for param in params]
         if len(set(counts)) == len(set(devices)) == 1:
             return iter([(counts[0], list(params))])
-        cohorts: dict[tuple[int, torch.device], list[Tensor]] = {}
-        for *place, param in zip(counts, cycle(devices), params):
-            cohorts.setdefault(tuple(place), []).append(param)
+        cohorts: dict[tuple[int, torch.device | None], list[Tensor]] = {}
+        for steps, device, param in zip(counts, cycle(devices), params):
+            cohorts.setdefault((steps, device), []).append(param)
         return ((steps, cohort) for (steps, _), cohort in cohorts.items())
 
     def set(self, cohort: Cohort, steps: int, key: str = STEP) -> None:

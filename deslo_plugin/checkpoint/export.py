@@ -22,7 +22,7 @@ def parts_of(model: Any) -> Parts:
     """Of a model that ``attach`` was called with; a framework with an engine of its own registers another for its
     type."""
     attachment = attachments_of(model, "averaged_state_dict")[0]
-    return model, whole, attachment.groups.world, attachment
+    return model, whole, attachment.fixed_groups.world, attachment
 
 
 @torch.no_grad()

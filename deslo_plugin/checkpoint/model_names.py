@@ -39,7 +39,8 @@ def places(model: nn.Module) -> dict[str, str]:
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Plain name, the first of several -> buffer, of those that belong to the model's state."""
-    buffers, found = {id(buffer) for buffer in model.buffers()}, {}
+    buffers = {id(buffer) for buffer in model.buffers()}
+    found: dict[int, tuple[str, Tensor]] = {}
     for name, value in saved_state(model).items():
         if id(value) in buffers:
             found.setdefault(id(value), (name, value))

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from deslo_plugin.attachment import attachments_of
 from deslo_plugin.checkpoint.save_load import save
 from deslo_plugin.comm.common_last_step import LastStep
+from deslo_plugin.comm.progress import another_connection
+from deslo_plugin.errors import require
 from deslo_plugin.log import log_rank0
 from deslo_plugin.renamed import Renamed
 
@@ -47,9 +49,10 @@ class Preemption:
         self._asked, self._over = threading.Event(), threading.Event()
         if dist.is_initialized():
             topology, timeout = self._attachments[0].topology, self._attachments[0].config.deslo.timeout_s
-            store = dist.PrefixStore(f"deslo/stop/{next(_number)}", dist.group.WORLD.get_group_store())
+            store = dist.PrefixStore(f"deslo/stop/{next(_number)}", require(dist.group.WORLD).get_group_store())
             self._last, watched = (
-                LastStep(each, topology.rank, sorted(topology.ranks), timeout) for each in (store, store.clone())
+                LastStep(each, topology.rank, sorted(topology.ranks), timeout)
+                for each in (store, another_connection(store))
             )
             threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
         self._before = {number: signal.signal(number, lambda *_: self._asked.set()) for number in signals}

@@ -1,5 +1,7 @@
 """The mean of one tensor of the model over all replicas, beside training and its averages."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,7 +27,7 @@ def mean_of(full: Tensor, group: dist.ProcessGroup | None, dtype: torch.dtype | 
     return _mean(full.detach(), group).to("cpu", dtype)
 
 
-def mean_shard(shard: Tensor, groups: Groups) -> Tensor:
+def mean_shard(shard: Any, groups: Groups) -> Tensor:
     """The mean of a DTensor over replicas, sharded as it is, in its dtype and on its device. Collective."""
     own = shard.detach().to_local()
     mean = _mean(own, groups.replica).to(own.device, own.dtype)

@@ -81,7 +81,7 @@ def save(
         if value not in known:
             do = f"write {RENAMED_VALUES[value]!r}, its name of today" if value in RENAMED_VALUES else "choose one"
             raise ConfigError(f"save({name}=...)", f"one of {', '.join(known)}", repr(value), do)
-    topology, world = attachment.topology, attachment.groups.world
+    topology, world = attachment.topology, attachment.fixed_groups.world
     if world is not None:
         check_same_on_all_ranks("save", {"mode": mode, "digest": digest}, do="pass the same on every rank", group=world)
     first = topology.rank == min(topology.ranks)
@@ -108,7 +108,7 @@ def _write(
     strong: bool,
 ) -> None:
     attachment, *_ = attachments
-    topology, world, part = attachment.topology, attachment.groups.world, part_of(final)
+    topology, world, part = attachment.topology, attachment.fixed_groups.world, part_of(final)
     first = topology.rank == min(topology.ranks)
     all_or_none(lambda: begin(final) if first else None, world)
     all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
@@ -116,7 +116,7 @@ def _write(
         sync_replicas(model)
     tree = all_or_none(lambda: _expect_plain(adapter.tree()), world)
     if mode != "per_replica":
-        tree |= unlike(tree, scheduled_states(attachments), attachment.groups.replica)
+        tree |= unlike(tree, scheduled_states(attachments), attachment.fixed_groups.replica)
     if mode == "averaged":
         tree |= means_of(tree, attachments)
     where, name, group = _place(part, mode, attachment)
@@ -155,7 +155,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     """
     attachments, folder = attachments_of(model, "load"), found(Path(path))
     attachment, *_ = attachments
-    adapter, topology, world = adapter_of(model, attachments), attachment.topology, attachment.groups.world
+    adapter, topology, world = adapter_of(model, attachments), attachment.topology, attachment.fixed_groups.world
     proof, where = all_or_none(lambda: read_manifest(folder, sha256), world, READ), f"load({str(folder)!r})"
     if world is not None:
         check_same_on_all_ranks(where, {"deslo.json": proof.digest}, do="give every rank the same folder", group=world)
@@ -253,5 +253,5 @@ def _place(folder: Path, mode: str, attachment: Attachment) -> tuple[Path, str, 
     """Where a rank's part goes, the file of what else it keeps, and with whom it writes one state."""
     if mode == "per_replica":
         rank, replica = attachment.topology.rank, attachment.topology.replica
-        return folder / f"replica_{replica}", f"rank_{rank}.pt", attachment.groups.shard
-    return folder, FIRST, attachment.groups.world
+        return folder / f"replica_{replica}", f"rank_{rank}.pt", attachment.fixed_groups.shard
+    return folder, FIRST, attachment.fixed_groups.world

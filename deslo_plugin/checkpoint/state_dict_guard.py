@@ -23,7 +23,7 @@ from deslo_plugin.attachment import Attachment
 from deslo_plugin.averaging.last_average import LastAverage
 from deslo_plugin.checkpoint.replica_mean import averages, mean_of, mean_shard, whole
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import log_rank0
 
@@ -93,10 +93,12 @@ def refuse_one_replica(
             _guards.setdefault(each, _Guard([], gather, inner=each is not owner)).attachments.append(attachment)
     for owner in new:
         owner.register_state_dict_pre_hook(_before)
-        if mode != "refuse":
-            owner.register_state_dict_post_hook(
-                _give_states if isinstance(owner, torch.optim.Optimizer) else _give_weights
-            )
+        if mode == "refuse":
+            continue
+        if isinstance(owner, torch.optim.Optimizer):
+            owner.register_state_dict_post_hook(_give_states)
+        else:
+            owner.register_state_dict_post_hook(_give_weights)
     if any(isinstance(owner, nn.Module) for owner in new):
         log_rank0(_announcement(attachment))
 
@@ -186,14 +188,14 @@ def _give_weights(owner: nn.Module, state: dict[str, Any], prefix: str, _: Any) 
 
 
 def _mean(value: Tensor, guard: _Guard) -> Tensor:
-    groups = guard.attachments[0].groups
+    groups = guard.attachments[0].fixed_groups
     if hasattr(value, "to_local"):
         return mean_shard(value, groups)
     return mean_of((guard.gather or whole)(value), groups.world, value.dtype)
 
 
 def _last(owner: nn.Module, guard: _Guard, live: dict[str, Tensor]) -> dict[str, Tensor]:
-    keepers = [attachment.averaging.kept for attachment in guard.attachments]
+    keepers = [require(attachment.averaging.kept) for attachment in guard.attachments]
     found, steps = {}, set()
     for name, value in live.items():
         kept = next(filter(None, (keeper.of(value) for keeper in keepers)), None)
@@ -224,9 +226,9 @@ def _like(value: Tensor, own: Tensor) -> Tensor:
     """``own`` as the shard of a DTensor like ``value``, or as it is."""
     if not hasattr(value, "to_local"):
         return own
-    value = value.detach()
-    own = own.to(value.to_local().device)
-    return type(value).from_local(own, value.device_mesh, value.placements, shape=value.shape, stride=value.stride())
+    shard: Any = value.detach()
+    own = own.to(shard.to_local().device)
+    return type(shard).from_local(own, shard.device_mesh, shard.placements, shape=shard.shape, stride=shard.stride())
 
 
 def _give_states(owner: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -250,11 +252,11 @@ def _give_states(owner: torch.optim.Optimizer, state: dict[str, Any]) -> None:
             f"{type(owner).__name__}.state_dict() state",
             {f"{key} of parameter {index}": tuple(value.shape) for (key, index), value in held.items()},
             do="call deslo_plugin.save(path, model), which creates what a rank has not",
-            group=attachment.groups.world,
+            group=attachment.fixed_groups.world,
         )
         state["state"] = {index: dict(of_param) for index, of_param in state["state"].items()}
-        for key, names in groupby(sorted(held), key=lambda name: name[0]):
-            names = list(names)
+        for key, of_key in groupby(sorted(held), key=lambda name: name[0]):
+            names = list(of_key)
             means = attachment.averaging.means("state_dict", local([held[name] for name in names]))
             for (_, index), mean in zip(names, means):
                 value = held[key, index]

@@ -105,7 +105,7 @@ class TorchState:
             self._states_of(self.params[param]).pop(state)
 
     def tree(self) -> Tree:
-        tree = {f"{BUFFERS}/{name}": buffer for name, buffer in self.buffers.items()}
+        tree: Tree = {f"{BUFFERS}/{name}": buffer for name, buffer in self.buffers.items()}
         for name, param in self.params.items():
             for state, value in {PARAMS: param.detach(), **self._states_of(param)}.items():
                 tree[f"{state}/{name}"] = of_dtensor(value) if hasattr(value, "to_local") else value

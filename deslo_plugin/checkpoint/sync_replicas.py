@@ -26,11 +26,11 @@ def sync_replicas(model: Any) -> None:
     """
     attachments = attachments_of(model, "sync_replicas")
     adapter = adapter_of(model, attachments)
-    tree = all_or_none(adapter.tree, attachments[0].groups.world)
+    tree = all_or_none(adapter.tree, attachments[0].fixed_groups.world)
     scheduled = scheduled_states(attachments)
-    more = unlike(tree, scheduled, attachments[0].groups.replica)
+    more = unlike(tree, scheduled, attachments[0].fixed_groups.replica)
     if more:
-        adapter.prepare(united(adapter.states, attachments[0].groups.world))
+        adapter.prepare(united(adapter.states, attachments[0].fixed_groups.world))
         tree = adapter.tree() | {name: value for name, value in more.items() if name.split("/", 1)[0] not in scheduled}
     means = means_of(tree, attachments)
     for name, mean in means.items():
@@ -49,7 +49,7 @@ def means_of(tree: Tree, attachments: Sequence[Attachment]) -> Tree:
     for state, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
         if state == BUFFERS:  # the ranks of one replica have their own as well
             means |= {
-                name: mean_of(tree[name], attachments[0].groups.world, tree[name].dtype)
+                name: mean_of(tree[name], attachments[0].fixed_groups.world, tree[name].dtype)
                 for name in names
                 if tree[name].is_floating_point() or tree[name].is_complex()
             }

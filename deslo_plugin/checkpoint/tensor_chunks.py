@@ -13,6 +13,8 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 
+from deslo_plugin.errors import require
+
 
 @dataclass(frozen=True)
 class TensorChunks:
@@ -42,14 +44,14 @@ class TensorChunks:
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(offset), piece.shape) for offset, piece in self.pieces]
 
-    def at(self, offset: Sequence[int]) -> Tensor:
-        return next(piece for own, piece in self.pieces if own == tuple(offset))
+    def at(self, index: MetadataIndex) -> Tensor:
+        return next(piece for own, piece in self.pieces if own == tuple(require(index.offset)))
 
 
 class SaveTensorChunks(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Any:
         value = self.state_dict[index.fqn]
-        return value.at(index.offset) if isinstance(value, TensorChunks) else super().lookup_object(index)
+        return value.at(index) if isinstance(value, TensorChunks) else super().lookup_object(index)
 
 
 class LoadTensorChunks(DefaultLoadPlanner):
@@ -65,7 +67,7 @@ class LoadTensorChunks(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         value = self.state_dict[index.fqn]
-        return value.at(index.offset) if isinstance(value, TensorChunks) else super().lookup_tensor(index)
+        return value.at(index) if isinstance(value, TensorChunks) else super().lookup_tensor(index)
 
 
 def of_dtensor(tensor: Any) -> TensorChunks:

@@ -41,7 +41,7 @@ def say_placement(topology: Topology, world: dist.ProcessGroup) -> None:
 
 
 def agree_on_model(
-    model: nn.Module, shape_of: Callable[[Tensor], object], group: dist.ProcessGroup | None = None
+    model: nn.Module, shape_of: Callable[[Tensor], Iterable[int]], group: dist.ProcessGroup | None = None
 ) -> None:
     """Raises ``ConfigError`` on every rank if parameters differ in name, shape, dtype or in being trained."""
     check_same_on_all_ranks(
@@ -53,7 +53,7 @@ def agree_on_model(
     )
 
 
-def model_traits(model: nn.Module, shape_of: Callable[[Tensor], object]) -> dict[str, str]:
+def model_traits(model: nn.Module, shape_of: Callable[[Tensor], Iterable[int]]) -> dict[str, str]:
     """Parameter name -> shape, dtype and whether it is trained: what replicas must have alike."""
     return {
         name: f"{tuple(shape_of(p))} {p.dtype}{'' if p.requires_grad else ' frozen'}"
@@ -119,7 +119,7 @@ def broadcast_or_check_params(
 
 
 def differing(
-    mine: Mapping[str, Any], among: Sequence[Sequence[int]], world: dist.ProcessGroup
+    mine: Mapping[str, Any], among: Sequence[Sequence[int]], world: dist.ProcessGroup | None
 ) -> dict[str, list[int]]:
     """Name -> the ranks whose value is not that of the first of their ranks in ``among``; the same on every rank.
     Collective."""

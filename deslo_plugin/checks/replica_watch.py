@@ -69,7 +69,7 @@ class Watch:
     def __deepcopy__(self, memo: Any) -> None:
         return None
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
     def begin(self) -> None:

@@ -62,7 +62,7 @@ def _content(folder: Path, proof: Manifest, problems: dict[str, str]) -> dict[st
         "steps": proof.steps,
         "replicas": len(proof.rows),
         "replica_size": len(proof.rows[0]),
-        "parameters": sum(prod(shape) for shape in params),
+        "parameters": sum(prod(shape or ()) for shape in params),
         "parameter_tensors": len(params),
         "param_groups": [dict(group) for group in proof.groups],
         "copies_of_the_state": indices,

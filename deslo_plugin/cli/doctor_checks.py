@@ -52,7 +52,7 @@ def versions() -> list[Check]:
         there = {rank: each.get(name) for rank, each in everyone.items() if each.get(name) != here}
         found = "".join(f", {other or 'none'} on rank {rank}" for rank, other in list(there.items())[:1])
         different = Check(name, WRONG, (here or "none") + found, "install the same on every rank")
-        checks.append(different if there else _supported(name, here))
+        checks.append(different if there or here is None else _supported(name, here))
     return checks
 
 

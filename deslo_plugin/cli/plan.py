@@ -12,7 +12,7 @@ from deslo_plugin.cli.model_size import count_parameters, parse_count
 from deslo_plugin.cli.output import Json, command, show, show_json
 from deslo_plugin.cli.plan_report import PlanReport
 from deslo_plugin.config.schema import Config
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.planning.comparison import GRADIENT_BYTES, Job
 from deslo_plugin.planning.forecast import Link, compute_seconds
 
@@ -93,7 +93,7 @@ def _numel(params: str | None, model: str | None) -> int:
         raise ConfigError(
             "--params, --model", "one of them", "none" if params is None else "both", "say what is trained"
         )
-    return parse_count(params) if model is None else count_parameters(model)
+    return count_parameters(model) if model is not None else parse_count(require(params))
 
 
 def _step_seconds(
@@ -111,13 +111,15 @@ def _step_seconds(
             f"only {', '.join(known)}" if known else "none",
             "measure a step on one replica, without its peers",
         )
-    for name, value in ({"--step-ms": step_ms} if step_ms is not None else estimate).items():
+    given = {"--step-ms": step_ms} if step_ms is not None else estimate
+    for name, value in ((name, require(value)) for name, value in given.items()):
         if not 0 < value < float("inf") or (name == "--mfu" and value > 1):
             raise ConfigError(
                 name, "a number in (0, 1]" if name == "--mfu" else "a number > 0", f"{value:g}", "correct it"
             )
     if step_ms is not None:
         return step_ms / 1e3, "as given"
+    tokens, peak_tflops, mfu = require(tokens), require(peak_tflops), require(mfu)
     seconds = compute_seconds(numel, tokens, peak_tflops * 1e12 * ranks, mfu)
     return seconds, f"6 d D / (MFU S) = 6 x {numel:.4g} x {tokens:g} / ({mfu:g} x {ranks} x {peak_tflops:g}e12)"
 
@@ -159,7 +161,7 @@ def _link(gbps: float | None, latency_ms: float | None, path: Path | None) -> Li
         if latency_ms is not None:
             raise ConfigError("--latency-ms", "none beside --link, which has it", f"{latency_ms:g}", "remove it")
         gbps, latency_ms = _measured(path)
-    latency_ms = latency_ms or 0.0
+    gbps, latency_ms = require(gbps), latency_ms or 0.0
     if not 0 < gbps < float("inf"):
         raise ConfigError("--gbps", "a number > 0", f"{gbps:g}", "correct it")
     if not 0 <= latency_ms < float("inf"):

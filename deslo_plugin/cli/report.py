@@ -32,7 +32,7 @@ def report(
         if picture is not None:
             png(read, picture)
         if text is not None:
-            text.write_text(markdown(read, picture and picture.name), encoding="utf-8")
+            text.write_text(markdown(read, picture.name if picture is not None else None), encoding="utf-8")
     except OSError as error:
         raise ConfigError("deslo report", "a place to write to", str(error), "name another file") from error
     typer.echo(f"wrote {', '.join(str(path) for path in (out, picture, text) if path is not None)}")

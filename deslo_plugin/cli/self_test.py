@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from deslo_plugin.algorithm.adaptive_periods import Schedule
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.attachment import Attachment, attachment_of
@@ -67,7 +68,7 @@ def self_test(blocks: Mapping[str, Any], device: torch.device) -> SelfTest:
     """Takes the steps on every rank of the world, or in this process alone. Raises whatever a training script would
     get."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)).to(device)
+    model: nn.Module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)).to(device)
     if is_deepspeed(blocks) and find_spec("deepspeed") is not None:
         return _with_deepspeed(model, blocks, device)
     config = _short(load_config(without_auto(blocks)))
@@ -136,13 +137,13 @@ def _short(config: Config) -> Config:
         replica_size=config.deslo.replica_size if dist.is_initialized() else 1,
     )
     if config.optimizer is None:
-        return Config(optimizer=None, deslo=replace(deslo, sync_every=_every_step(deslo.sync_every)))
-    periods = _every_step(config.optimizer.periods)
+        return Config(optimizer=None, deslo=replace(deslo, sync_every=_every_step(config.schedule)))
+    periods = _every_step(config.schedule)
     sources = dict.fromkeys(periods, "for the self-test")
     return Config(optimizer=replace(config.optimizer, periods=periods, period_sources=sources), deslo=deslo)
 
 
-def _every_step(periods: Periods) -> Periods:
+def _every_step(periods: Schedule) -> Periods:
     return {state: 1 if period else None for state, period in periods.items()}
 
 
@@ -156,12 +157,12 @@ def _shorten(ds: dict[str, Any]) -> None:
     if config.deslo.synchronous_steps:
         deslo["synchronous_steps"] = 1
     if config.optimizer is None:
-        deslo["sync_every"] = _every_step(config.deslo.sync_every)
+        deslo["sync_every"] = _every_step(config.schedule)
         return
     params = ds["optimizer"].setdefault("params", {})
     for momentum in [*params.get("momenta", []), *([params["second_moment"]] if "second_moment" in params else [])]:
         momentum.pop("sync_every", None)
-    params["sync_every"] = _every_step(config.optimizer.periods)
+    params["sync_every"] = _every_step(config.schedule)
 
 
 def without_auto(value: Any) -> Any:
@@ -176,7 +177,7 @@ def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """What the config is for: DesLoc, or the stock optimizer of torch that has the states it schedules."""
     if config.optimizer is not None:
         return DesLoc(model.parameters(), config)
-    states = set(config.deslo.sync_every) - {PARAMS}
+    states = set(config.schedule) - {PARAMS}
     if states <= {"exp_avg", "exp_avg_sq", "step"}:
         return torch.optim.AdamW(model.parameters())
     if states <= {"momentum_buffer"}:

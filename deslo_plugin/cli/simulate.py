@@ -132,7 +132,7 @@ def as_dict(scene: SimulationConfig, contestants: Sequence[Algorithm], results: 
         "scene": asdict(scene) | {"data": scene.data and str(scene.data)},
         "algorithms": {
             each.name: {
-                "optimizer": asdict(each.config.optimizer),
+                "optimizer": asdict(each.config.desloc),
                 "gradient_clipping": each.norm_clip,
                 "memory": [row._asdict() for row in remembered(scene, each)],
                 "curves": [asdict(curve) for curve in results[each.name]],
@@ -186,14 +186,14 @@ def proofs(scene: SimulationConfig, contestants: Iterable[Algorithm]) -> list[st
     """The papers' psi and largest proven rate, for those of rule sgdm."""
     lines = []
     for each in contestants:
-        if local(scene, each) and (found := proven(each.config.optimizer)) is not None:
+        if local(scene, each) and (found := proven(each.config.desloc)) is not None:
             rate = "" if found.rate is None else f", converges by proof at rates up to {found.rate:.3g} / L"
             lines.append(f"{each.name}: psi {found.psi:.4g}{rate}")
     return lines
 
 
 def remembered(scene: SimulationConfig, contestant: Algorithm) -> list[Memory]:
-    return memory(contestant.config.optimizer, scene.replicas) if local(scene, contestant) else []
+    return memory(contestant.config.desloc, scene.replicas) if local(scene, contestant) else []
 
 
 def local(scene: SimulationConfig, contestant: Algorithm) -> bool:

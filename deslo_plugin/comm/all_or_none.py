@@ -3,7 +3,7 @@ up."""
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -37,39 +37,42 @@ def all_or_none(act: Callable[[], T], world: dist.ProcessGroup | None, access: s
     Raises ``ConfigError`` on every rank if a rank did, with the ranks that did, and ``OSError`` for whatever else, with
     the rank and the system's error number; ``access`` is what every rank needs to have of a folder.
     """
-    value, problem, cause = None, None, None
+    value: T | None = None
+    problem: ConfigError | _Problem | None = None
+    cause: Exception | None = None
     try:
         value = act()
     except AgreedError:
         raise
     except ConfigError as error:
-        problem = cause = error
+        problem, cause = error, error
     except Exception as error:
         problem, cause = _problem(error), error
-    problems = all_gather_by_rank(problem, world) if world is not None else {0: problem}
+    problems: dict[int, Any] = all_gather_by_rank(problem, world) if world is not None else {0: problem}
     problems = {rank: found for rank, found in problems.items() if found is not None}
     for found in problems.values():
         if isinstance(found, ConfigError):
             alike = [rank for rank, other in problems.items() if str(other) == str(found)]
             everyone = world is None or len(alike) == dist.get_world_size(world)
             raise (found if everyone else found.on(alike)) from cause
-        found = _Problem(*found)  # it has travelled as a list
-        needs = f"; expected a folder that every rank can {access}" if found.number is not None else ""
-        message = f"checkpoint: rank {found.rank} failed: {found.what}{needs}"
-        raise (AgreedError(message) if found.number is None else AgreedError(found.number, message)) from cause
-    return value
+        rank, what, number = found  # it may have travelled as a list
+        needs = f"; expected a folder that every rank can {access}" if number is not None else ""
+        message = f"checkpoint: rank {rank} failed: {what}{needs}"
+        raise (AgreedError(message) if number is None else AgreedError(number, message)) from cause
+    return cast(T, value)
 
 
-def _problem(error: Exception) -> _Problem:
+def _problem(error: BaseException) -> _Problem:
     rank = dist.get_rank() if dist.is_initialized() else 0
     if isinstance(error, Elsewhere):
         rank, error = error.rank, error.error
-    system = error  # what writes a file for torch raises errors of its own while it handles the system's
+    # what writes a file for torch raises errors of its own while it handles the system's
+    system: BaseException | None = error
     while system is not None and not isinstance(system, OSError):
         system = system.__cause__ or system.__context__
     if system is None or system.errno is None:
         return _Problem(rank, repr(error), None)
-    return _Problem(rank, system.strerror + (f": {system.filename}" if system.filename else ""), system.errno)
+    return _Problem(rank, f"{system.strerror}" + (f": {system.filename}" if system.filename else ""), system.errno)
 
 
 def to_os_error(error: BaseException, file: object) -> OSError:

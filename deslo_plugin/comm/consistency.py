@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deslo_plugin.comm.process_groups import all_gather_by_rank
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 
 CHUNK = 1 << 22  # words of 8 bytes hashed at a time
 
@@ -56,7 +56,7 @@ def first_to_say(message: str) -> bool:
     """Whether no other rank of this world has said ``message`` before: what comes up on all is said once. Not
     collective."""
     try:
-        store = dist.group.WORLD.get_group_store() if dist.is_initialized() else dist.HashStore()
+        store = require(dist.group.WORLD).get_group_store() if dist.is_initialized() else dist.HashStore()
         return store.add(f"deslo/said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
     except RuntimeError:
         return True  # the store has ended with its host

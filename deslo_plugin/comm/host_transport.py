@@ -26,9 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deslo_plugin.comm.process_groups import Groups
+from deslo_plugin.comm.progress import another_connection
 from deslo_plugin.comm.staging import Staged, Staging, staging_of
 from deslo_plugin.comm.transport import ReplicaTransport
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 
 EXIT_S = 2.0  # that the end of the process leaves a courier, so that it is not cut off inside a call
 
@@ -49,7 +50,7 @@ class _Parcel:
         try:
             self._staging.wait(self._staged)
             options = dist.AllreduceOptions()
-            options.reduceOp = dist.ReduceOp.AVG
+            options.reduceOp = dist.ReduceOp.AVG  # type: ignore[assignment]  # torch takes either
             self._work = gloo.allreduce([self._staged.buffer.view(self._chunk.dtype)], options)
         except Exception as error:
             self._error = error
@@ -142,7 +143,7 @@ def courier_between(replica: dist.ProcessGroup, world: dist.ProcessGroup, timeou
     made = _made.setdefault(world, {})
     if replica not in made:
         ranks = tuple(dist.get_process_group_ranks(replica))
-        made[replica] = Courier(world.get_group_store().clone(), ranks, timeout_s, replica.group_name)
+        made[replica] = Courier(another_connection(world.get_group_store()), ranks, timeout_s, replica.group_name)
     return made[replica]
 
 
@@ -154,7 +155,7 @@ class HostTransport(ReplicaTransport):
 
     def __init__(self, groups: Groups, *, timeout_s: float, **options: Any):
         super().__init__(groups, timeout_s=timeout_s, **options)
-        self.courier = courier_between(groups.replica, groups.world, timeout_s)
+        self.courier = courier_between(require(groups.replica), require(groups.world), timeout_s)
 
     def _all_reduce(self, own: Tensor) -> _Parcel:
         return self.courier.send(own)

@@ -13,7 +13,7 @@ from torch.distributed import distributed_c10d
 
 from deslo_plugin.comm.progress import STORE_TIMEOUT_S
 from deslo_plugin.comm.topology import Topology
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 
 # An NCCL collective holds its share of the GPU for as long as the slowest link takes, and a slow link needs no more.
 MAX_CTAS = 4
@@ -34,7 +34,7 @@ class Groups:
     singleton: dist.ProcessGroup | None
 
 
-_made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple, Groups]]" = WeakKeyDictionary()
+_made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Topology, float, bool], Groups]]" = WeakKeyDictionary()
 broken: "WeakSet[dist.ProcessGroup]" = WeakSet()
 """Groups in which a collective failed on this rank: what is left of it there would meet the next."""
 
@@ -53,7 +53,7 @@ def make_groups(
 
     Raises ``ConfigError`` for a topology of fewer ranks than the world where torch could only hang.
     """
-    made, key = _made.setdefault(dist.group.WORLD, {}), (topology, timeout_s, on_cpu)
+    made, key = _made.setdefault(require(dist.group.WORLD), {}), (topology, timeout_s, on_cpu)
     known = made.get(key)
     if known is None or any(all_gather_by_rank(known.replica in broken, within).values()):
         made[key] = _create_groups(topology, timeout_s, on_cpu, within)
@@ -139,7 +139,7 @@ def _by_torchcomms() -> bool:
 
 def _expect_names(local: bool) -> None:
     """Raises ``ConfigError`` where the groups of some ranks of the world cannot be created without the others."""
-    if dist.group.WORLD.bound_device_id is not None:
+    if require(dist.group.WORLD).bound_device_id is not None:
         raise ConfigError(
             "attach(process_group=...)",
             "all ranks of the world where it is bound to a device, since NCCL splits new groups off with all of them",

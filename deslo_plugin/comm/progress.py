@@ -31,13 +31,18 @@ STORE_TIMEOUT_S = 5.0  # seconds in which those that still live answer
 LOOK_EVERY, PATIENCE = 1.0, 30.0
 
 
+def another_connection(store: dist.Store) -> dist.Store:
+    """One with the same ``store``, on which nothing of the first waits."""
+    return store.clone()  # type: ignore[attr-defined]  # torch's stubs do not know it
+
+
 class _Board:
     """Two connections with the store of a world, so that nobody who writes waits for an answer to somebody who
     reads."""
 
     def __init__(self, world: dist.ProcessGroup):
         store = world.get_group_store()
-        self.write, self.read, self.attachments = store.clone(), store.clone(), 0
+        self.write, self.read, self.attachments = another_connection(store), another_connection(store), 0
 
 
 _boards: "WeakKeyDictionary[dist.ProcessGroup, _Board]" = WeakKeyDictionary()
@@ -226,6 +231,7 @@ class Progress:
         """
         others = [rank for rank in ranks if rank != self.topology.rank]
         deadline, known = time.monotonic() + STORE_TIMEOUT_S, None
+        behind, silent = list[int](), list[int]()
         while (notes := self._read(others)) is not None:
             known = notes
             if self._note.given_up < launch:
@@ -246,9 +252,10 @@ class Progress:
 
     def _by_replica(self, notes: dict[int, RankProgress]) -> dict[int, float]:
         rates = {
-            replica: [notes[rank].rate for rank in row] for replica, row in enumerate(self.topology.ranks_by_replica)
+            replica: [rate for rank in row if (rate := notes[rank].rate) is not None]
+            for replica, row in enumerate(self.topology.ranks_by_replica)
         }
-        return {replica: min(of_ranks) for replica, of_ranks in rates.items() if None not in of_ranks}
+        return {replica: min(known) for replica, known in rates.items() if len(known) == self.topology.replica_size}
 
     def _look_around(self, then: Callable[[dict[int, RankProgress]], object]) -> None:
         """``then(notes)`` soon, unless a look is under way: the store may be far, and training goes on."""

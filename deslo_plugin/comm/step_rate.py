@@ -16,7 +16,8 @@ class StepRate:
     """Steps per second of this replica between averages; ``clock`` is in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self._clock, self._since, self._waited = clock, None, 0.0
+        self._clock, self._waited = clock, 0.0
+        self._since: tuple[int, float] | None = None  # steps, and when they were complete
         self.rate: float | None = None
 
     def waited(self, seconds: float) -> None:

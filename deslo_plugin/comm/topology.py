@@ -66,16 +66,15 @@ def contiguous(world_size: int, rank: int, replica_size: int) -> Topology:
 def make_topology(deslo: DesloConfig, *, world_size: int, rank: int, local_world_size: int) -> Topology:
     """Resolves ``replica_size: "auto"`` to one replica per node. Raises ``ConfigError`` if it does not fit the
     world."""
-    size, where = deslo.replica_size, "deslo.replica_size"
-    if size == "auto":
-        if local_world_size >= world_size > 1:
-            raise ConfigError(
-                where,
-                "a number of ranks when all ranks are on one node",
-                '"auto"',
-                f'write "deslo": {{"replica_size": S}} with S a divisor of {world_size}',
-            )
-        size = min(local_world_size, world_size)
+    asked, where = deslo.replica_size, "deslo.replica_size"
+    if asked == "auto" and local_world_size >= world_size > 1:
+        raise ConfigError(
+            where,
+            "a number of ranks when all ranks are on one node",
+            '"auto"',
+            f'write "deslo": {{"replica_size": S}} with S a divisor of {world_size}',
+        )
+    size = min(local_world_size, world_size) if asked == "auto" else asked
     if world_size % size:
         divisors = ", ".join(str(s) for s in range(1, world_size + 1) if world_size % s == 0)
         raise ConfigError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank, broken, device_of, uses_nccl
 from deslo_plugin.comm.progress import Progress
-from deslo_plugin.errors import AverageError
+from deslo_plugin.errors import AverageError, require
 from deslo_plugin.log import log_rank0
 
 PEER_CHECK_INTERVAL_S = 1.0  # seconds of waiting
@@ -31,6 +31,12 @@ class Work(Protocol):
         """Blocks until the chunk holds the mean over replicas."""
 
 
+class Collective(Work, Protocol):
+    """What ``dist.Work`` is, as far as an average needs it."""
+
+    def is_completed(self) -> bool: ...
+
+
 class Transport(Protocol):
     """The mean over replicas, for the ranks that hold one shard.
 
@@ -38,8 +44,11 @@ class Transport(Protocol):
     sends ``1 / divisor`` of the bytes. ``progress`` is told of every launch and every wait, where somebody wants to
     know."""
 
-    divisor: int
-    progress: Progress | None
+    @property
+    def divisor(self) -> int: ...
+
+    @property
+    def progress(self) -> Progress | None: ...
 
     def start(self, chunk: Tensor) -> Work:
         """Starts averaging the contiguous 1-D ``chunk`` in place; the caller does not touch it until ``wait``."""
@@ -64,6 +73,16 @@ class Transport(Protocol):
         it may be written."""
 
 
+class LiveTransport(Transport, Protocol):
+    """One whose replicas come and go: how many take part in the present quorum, and which of them this one is."""
+
+    @property
+    def replicas(self) -> int: ...
+
+    @property
+    def rank(self) -> int: ...
+
+
 class _Done:
     def wait(self) -> None:
         pass
@@ -83,7 +102,8 @@ class Fixed:
 class SingleReplica(Fixed):
     """One replica in one process: its own mean."""
 
-    divisor, progress = 1, None
+    divisor: int = 1
+    progress: Progress | None = None
 
     def start(self, chunk: Tensor) -> Work:
         return _Done()
@@ -106,7 +126,7 @@ def left_alone() -> bool:
 @dataclass(frozen=True)
 class _Pending:
     transport: "ReplicaTransport"
-    work: dist.Work
+    work: Collective
     chunk: Tensor
     own: Tensor
     launch: int
@@ -153,7 +173,7 @@ class ReplicaTransport(Fixed):
         progress: Progress | None = None,
     ):
         self.groups, self.timeout_s, self.copies = groups, timeout_s, copies
-        self.progress = progress or Progress(groups.topology, groups.world)
+        self.progress = progress or Progress(groups.topology, require(groups.world))
         self.divisor, self.ranks = copies.size() if copies else 1, dist.get_process_group_ranks(groups.replica)
 
     def start(self, chunk: Tensor) -> Work:
@@ -163,7 +183,7 @@ class ReplicaTransport(Fixed):
             work = self._all_reduce(own)
         return _Pending(self, work, chunk, own, launch, at)
 
-    def _all_reduce(self, own: Tensor) -> dist.Work:
+    def _all_reduce(self, own: Tensor) -> Collective:
         """Starts the mean of ``own`` over the ranks of ``groups.replica``, in place."""
         return dist.all_reduce(own, op=dist.ReduceOp.AVG, group=self.groups.replica, async_op=True)
 
@@ -238,7 +258,7 @@ class ReplicaTransport(Fixed):
 
         def abort() -> None:
             with suppress(Exception):  # the error to tell is the one that led here
-                self.groups.replica._get_backend(torch.device("cuda")).abort()
+                require(self.groups.replica)._get_backend(torch.device("cuda")).abort()
 
         aborting = Thread(target=abort, daemon=True)
         aborting.start()

@@ -7,7 +7,7 @@ blocks stand in a DeepSpeed JSON, in a JSON or YAML file of their own, or in a d
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive, longest, shortest
 from deslo_plugin.algorithm.rules import RULES
@@ -64,7 +64,7 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
     deslo, block = read_deslo(blocks.get("deslo", {})), blocks.get("optimizer")
     kind = block.get("type", "DesLoc") if isinstance(block, Mapping) else "DesLoc"
     if deslo.sync_every is not None and (block is None or kind != "DesLoc"):
-        return _whole(None, deslo)
+        return whole(None, deslo)
     optimizer = Reader("optimizer", {} if block is None else block)
     if isinstance(kind, str) and kind != "DesLoc" and not did_you_mean(kind, ["DesLoc"]):
         optimizer.refuse(
@@ -78,7 +78,7 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
     optimizer.finish()
     if deslo.sync_every is not None:
         raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "move it to optimizer.params.sync_every")
-    return _whole(read_optimizer(params), deslo)
+    return whole(read_optimizer(params), deslo)
 
 
 def read_optimizer(params: Any) -> OptimizerConfig:
@@ -212,10 +212,10 @@ def check_periods(deslo: DesloConfig, periods: Schedule, of: str = "") -> None:
             )
 
 
-def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
-    """Both blocks, if they go together; ``fragments`` as a number."""
-    periods = deslo.sync_every if optimizer is None else optimizer.periods
-    if deslo.fragments == "auto":
+def whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
+    """Both blocks as they were read, ``fragments`` as a number. Raises ``ConfigError`` if they do not go together."""
+    periods, asked = Config(optimizer=optimizer, deslo=deslo).schedule, cast(int | str, deslo.fragments)
+    if asked == "auto":
         deslo = replace(deslo, fragments=min(filter(None, shortest(periods).values())))
     if deslo.fragments > 1 and optimizer is not None and optimizer.reset_momenta:
         raise ConfigError(
@@ -232,7 +232,7 @@ def _whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
             "remove one: the last averages of fragments are of different steps",
         )
     if deslo.sync_delay > 1:
-        others = {"a stock optimizer": True}
+        others: dict[str, object] = {"a stock optimizer": True}
         if optimizer is not None:
             others = {"outer_optimizer": optimizer.outer_optimizer, "reset_momenta": optimizer.reset_momenta}
         for other in (name for name, given in others.items() if given):
@@ -262,7 +262,7 @@ def _stock_periods(reader: Reader) -> Periods | None:
     if block is None:
         return None
     every = Reader(f"{reader.where}.sync_every", block)
-    periods = {PARAMS: every.positive_int(PARAMS)}
+    periods: dict[str, int | None] = {PARAMS: every.positive_int(PARAMS)}
     for state in block:
         if state != PARAMS:
             hint = "give steps: periods adapt with DesLoc only" if adaptive_asked(every, state) else ""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deslo_plugin.algorithm.adaptive_periods import Adaptive, Schedule, adaptive
+from deslo_plugin.algorithm.adaptive_periods import Adaptive, Schedule, adaptive, params_period
 from deslo_plugin.algorithm.schedule import half_life, half_life_period
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT, first_momenta
 from deslo_plugin.config.reader import Reader, repr_with_type
@@ -49,7 +49,8 @@ def read_momenta(reader: Reader, *, adaptive: bool) -> Momenta:
             "momenta", "a list of {beta, weight, sync_every}", repr_with_type(entries), "give at least one momentum"
         )
 
-    sync_every, first = {}, []
+    sync_every: dict[str, Any] = {}
+    first = []
     for j, (state, entry) in enumerate(zip(first_momenta(len(entries)), entries)):
         one = Reader(f"{reader.where}.momenta[{j}]", entry)
         first.append((one.number("beta", below=1.0), one.number("weight", 1.0 if len(entries) == 1 else None)))
@@ -91,18 +92,19 @@ def read_periods(reader: Reader, momenta: Momenta) -> tuple[Schedule, dict[str, 
             raise ConfigError(f"{where}.{state}", "one period", "two (the momentum has its own)", "keep one")
     every = Reader(where, {**block, **momenta.sync_every})
 
-    periods, sources = {}, {}
+    periods: dict[str, int | Adaptive | None] = {}
+    sources = {}
     sources[PARAMS] = "given" if PARAMS in every else "default"
     periods[PARAMS] = _period(every, PARAMS, None, DEFAULT_PERIOD)
     for state, beta in momenta.beta_of.items():
         if state in every:
             half_life_asked = {**block, **momenta.sync_every}[state] == "half_life"
             sources[state] = f"half-life of {beta:g}" if half_life_asked else "given"
-            periods[state] = _period(every, state, beta, periods[PARAMS])
+            periods[state] = _period(every, state, beta, params_period(periods))
         else:
             multiple = MULTIPLE_OF_PARAMS["second" if state == SECOND_MOMENT else "first"]
             sources[state] = f"{multiple} x params"
-            periods[state] = every.pop(state, multiple * periods[PARAMS])
+            periods[state] = every.pop(state, multiple * params_period(periods))
     every.finish()
     return periods, sources
 
@@ -112,11 +114,11 @@ def group_periods(sync_every: Any, periods: Schedule, beta_of: Mapping[str, floa
     own = Reader(f"{where}.sync_every", sync_every)
     resolved: dict[str, int | Adaptive | None] = {}
     for state, period in periods.items():
-        params = resolved.get(PARAMS)
+        params = params_period(resolved) if resolved else 0  # which come first, and ask for none
         resolved[state] = _period(own, state, beta_of.get(state), params) if state in own else own.pop(state, period)
     own.finish()
     for state, bounds in adaptive(resolved).items():
-        if bounds.min % resolved[PARAMS]:
+        if bounds.min % params_period(resolved):
             raise ConfigError(
                 f"{where}.sync_every.{state}",
                 f"a multiple of {resolved[PARAMS]}, this group's period of {PARAMS}, as min",

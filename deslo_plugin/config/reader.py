@@ -6,7 +6,7 @@ Errors have the form *where: expected what, got what; do what*.
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
 
 from deslo_plugin.errors import ConfigError
 
@@ -39,7 +39,8 @@ class Reader:
     def __init__(self, where: str, mapping: Any, renamed: Mapping[str, str] | None = None):
         if not isinstance(mapping, Mapping):
             raise ConfigError(where, "a mapping of keys to values", repr_with_type(mapping), "write {...} there")
-        self.where, self._rest, self._known = where, plain(mapping), []
+        self.where, self._rest = where, plain(mapping)
+        self._known: list[str] = []
         for old, new in (renamed or {}).items():
             if old in self._rest:
                 self.refuse(old, f"its name of today, {new}", "an old one", f"write {new}")
@@ -75,7 +76,7 @@ class Reader:
             self.refuse(key, bounds, repr(value), "choose a value in that range")
         return float(value)
 
-    def positive_int(self, key: str, default: Any = None, *, also: tuple = (), hint: str = "") -> Any:
+    def positive_int(self, key: str, default: Any = None, *, also: tuple[Any, ...] = (), hint: str = "") -> Any:
         """An int >= 1, or one of the values in ``also``."""
         value = self.pop(key, default)
         if value in also and not isinstance(value, bool):
@@ -103,7 +104,7 @@ class Reader:
             self.refuse(key, "one of " + ", ".join(options), repr_with_type(value), do)
         return value
 
-    def refuse(self, key: str, expected: str, got: str, do: str) -> None:
+    def refuse(self, key: str, expected: str, got: str, do: str) -> NoReturn:
         """Raises ``ConfigError`` about ``key``."""
         raise ConfigError(f"{self.where}.{key}", expected, got, do)
 

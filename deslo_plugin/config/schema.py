@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from deslo_plugin.algorithm.adaptive_periods import Schedule
 from deslo_plugin.algorithm.momentum_bound import Bound
@@ -10,6 +10,7 @@ from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT, first_momenta
 from deslo_plugin.config.telemetry import Telemetry
+from deslo_plugin.errors import require
 
 WIRE_DTYPES = ("float32", "float64")
 AVERAGE_AT = ("before_step", "after_step")
@@ -81,7 +82,7 @@ class OptimizerConfig:
     def bounds(self) -> list[Bound]:
         """What the second moment allows each momentum; adopt divides by it before it averages, sgdm has none."""
         firsts = zip(self.momenta, self.betas) if RULES[self.rule].bounds_momenta else ()
-        return [Bound(state, SECOND_MOMENT, beta, self.beta2) for state, beta in firsts]
+        return [Bound(state, SECOND_MOMENT, beta, require(self.beta2)) for state, beta in firsts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +99,13 @@ class DesloConfig:
     that start unequal: "auto" makes them equal to replica 0 and says what differed, "broadcast" does so without a word,
     "check" is an error. ``transport`` is the way averages take: from device to device, or through host memory."""
 
-    replica_size: int | str = "auto"
+    replica_size: int | Literal["auto"] = "auto"
     synchronous_steps: int = 0
     sync_every: Periods | None = None
     average_at: str = "before_step"
     overlap_comm: bool = True
     sync_delay: int = 1
-    fragments: int | str = 1
+    fragments: int = 1
     wire_dtype: str = "float32"
     bucket_cap_mb: int = 64
     initial_params: str = "auto"
@@ -124,3 +125,13 @@ class Config:
 
     optimizer: OptimizerConfig | None
     deslo: DesloConfig
+
+    @property
+    def desloc(self) -> OptimizerConfig:
+        """``optimizer`` of a config that is known to be DesLoc's."""
+        return require(self.optimizer)
+
+    @property
+    def schedule(self) -> Schedule:
+        """State -> period, of a DesLoc or of a stock optimizer."""
+        return require(self.deslo.sync_every) if self.optimizer is None else self.optimizer.periods

@@ -60,7 +60,7 @@ def attach(
     changed."""
     where = mesh, replicate, process_group
     if manager is not None:
-        framework: Framework = TorchFT(model, *checked(model, optimizer, config), manager, where)
+        framework: Framework[Any] = TorchFT(model, *checked(model, optimizer, config), manager, where)
     elif not dist.is_initialized():
         framework = Alone(model, *checked(model, optimizer, config))
     else:

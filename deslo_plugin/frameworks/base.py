@@ -3,11 +3,12 @@
 ``plain``, ``ddp``, ``fsdp2``, ``torchft`` and ``deepspeed`` answer; nothing else asks how a model is wrapped."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from deslo_plugin.algorithm.rules import Tensors
 from deslo_plugin.attachment import Attachment
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.state_averager import StateAverager
@@ -26,8 +27,10 @@ from deslo_plugin.optim.desloc import DesLoc
 from deslo_plugin.planning.plan import BYTES
 from deslo_plugin.planning.route import Route
 
+G = TypeVar("G", bound=Groups | None)  # None where replicas come and go
 
-class Framework(Protocol):
+
+class Framework(Protocol[G]):
     """One optimizer, and the model that it steps, where a framework keeps them. ``build_attachment`` asks from top to
     bottom; the rest holds once ``groups`` was called."""
 
@@ -36,45 +39,55 @@ class Framework(Protocol):
     state_adapter: Callable[[Any, Sequence[Attachment]], StateAdapter]
     engine_steps: bool = False  # whether an engine takes the steps, and not ``optimizer.step()`` alone
     first: bool = True  # whether nothing else is attached to the model
-    named: Mapping[str, Tensor]  # every parameter that may train, by what messages call it
     alike: Collection[str] = ()  # those of ``named`` that the ranks of a replica must hold alike
     param_groups: Sequence[dict[str, Any]]  # with the tensors that the optimizer steps on this rank
-    fixed_numels: Sequence[int] | None = None  # of ``param_groups``, where the optimizer's own do not show them
-    buffers: Sequence[Tensor] = ()  # of the model, that average
+    buffers: Tensors = ()  # of the model, that average
 
-    def groups(self) -> Groups | None:
+    @property
+    def named(self) -> Mapping[str, Tensor]:
+        """Every parameter that may train, by what messages call it."""
+
+    @property
+    def fixed_numels(self) -> Sequence[int] | None:
+        """Of ``param_groups``, where the optimizer's own do not show them."""
+        return None
+
+    def groups(self) -> G:
         """The process groups of replicas, which are equal from now on; None where replicas come and go. Collective over
         all ranks. Raises ``ConfigError`` on every rank for what cannot be kept inside a replica."""
 
-    def transport(self, groups: Groups | None) -> tuple[Transport, Route | None]:
+    def transport(self, groups: G) -> tuple[Transport, Route | None]:
         """What carries averages, and which way. Collective."""
 
-    def average_buffers(self, averaging: StateAverager, groups: Groups | None) -> None:
+    def average_buffers(self, averaging: StateAverager, groups: G) -> None:
         """Lets ``buffers`` follow the averages of parameters."""
+        return None
 
-    def keep_gradients_inside(self, averaging: StateAverager, groups: Groups | None) -> None:
+    def keep_gradients_inside(self, averaging: StateAverager, groups: G) -> None:
         """From now on gradients stay inside a replica, but for the synchronous warm-up."""
 
     def gradient_bytes(self, divisor: int) -> list[int] | None:
         """What a step of the warm-up sends of each param group; None if it is what an average of a state sends."""
+        return None
 
     def install(self, attachment: Attachment) -> None:
         """Registers ``attachment``, and whatever steps or saves by it."""
 
 
-def build_attachment(framework: Framework, on_average: Callable[[SyncEvent], object] | None = None) -> Attachment:
+def build_attachment(framework: Framework[G], on_average: Callable[[SyncEvent], object] | None = None) -> Attachment:
     """Connects the optimizer of ``framework`` to its replicas: the one way in which an attachment comes into being.
     Collective over all ranks."""
-    config, groups = framework.config, framework.groups()
+    config, of_framework = framework.config, framework.groups()
+    groups: Groups | None = of_framework
     world = groups.world if groups else None
-    transport, route = framework.transport(groups)
+    transport, route = framework.transport(of_framework)
     own = [param for group in framework.param_groups for param in local(group["params"])]
     refuse_empty_fragments(config.deslo.fragments, own, world)
     averaging = _averaging_of(framework, transport, world, on_average)
     if world is not None:
         agree_on_optimizer(averaging, config, world)
-    framework.average_buffers(averaging, groups)
-    framework.keep_gradients_inside(averaging, groups)
+    framework.average_buffers(averaging, of_framework)
+    framework.keep_gradients_inside(averaging, of_framework)
     attachment = Attachment(
         averaging,
         groups,
@@ -92,13 +105,13 @@ def build_attachment(framework: Framework, on_average: Callable[[SyncEvent], obj
         rehearse(attachment, own)
     if groups is not None:  # else the plan is known once a quorum has met
         attachment.announce()
-    if world is not None:
+    if groups is not None and world is not None:
         say_placement(groups.topology, world)
     start_telemetry(attachment)
     return attachment
 
 
-def _averaging_of(framework: Framework, transport: Transport, world: Any, on_average: Any) -> StateAverager:
+def _averaging_of(framework: Framework[Any], transport: Transport, world: Any, on_average: Any) -> StateAverager:
     optimizer, groups = framework.optimizer, framework.param_groups
     if isinstance(optimizer, DesLoc):
         optimizer.attach(transport, [param for group in groups for param in group["params"]], on_average)
@@ -116,7 +129,7 @@ def _averaging_of(framework: Framework, transport: Transport, world: Any, on_ave
     return averaging
 
 
-def _watch_of(framework: Framework, averaging: StateAverager, groups: Groups) -> Watch:
+def _watch_of(framework: Framework[Any], averaging: StateAverager, groups: Groups) -> Watch:
     return Watch(
         averaging,
         groups,

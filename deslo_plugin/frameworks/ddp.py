@@ -15,10 +15,10 @@ from deslo_plugin.checks.module_wrappers import reducers
 from deslo_plugin.checks.replica_checks import local_world_size
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
 from deslo_plugin.comm.topology import Topology, make_topology
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.frameworks.plain import Plain
 
-_hooked: "WeakKeyDictionary[DistributedDataParallel, tuple]" = WeakKeyDictionary()
+_hooked: "WeakKeyDictionary[DistributedDataParallel, tuple[tuple[int, ...], ...]]" = WeakKeyDictionary()
 """DDP that is kept inside replicas -> the ranks of these replicas."""
 
 
@@ -94,7 +94,7 @@ class DDP(Plain):
     def own_groups(self) -> Sequence[dist.ProcessGroup]:
         return [each.process_group for each in self.ddps]
 
-    def copies(self, groups: Groups) -> dist.ProcessGroup:
+    def copies(self, groups: Groups) -> dist.ProcessGroup | None:
         return groups.shard
 
     def keep_gradients_inside(self, averaging: StateAverager, groups: Groups) -> None:
@@ -120,7 +120,7 @@ def hook(model: DistributedDataParallel, averaging: StateAverager, groups: Group
 
     def reduce(_: None, bucket: dist.GradBucket) -> Future[Tensor]:
         synchronous = averaging.synchronous
-        group, buffer = groups.world if synchronous else groups.shard, bucket.buffer()
+        group, buffer = require(groups.world if synchronous else groups.shard), bucket.buffer()
         if synchronous:
             averaging.record(SyncEvent(averaging.steps + 1, {GRADIENTS: buffer.nbytes}, 0.0, {}))
         if group.size() == 1:
@@ -161,7 +161,7 @@ def _has_a_hook(got: str) -> ConfigError:
 
 def refuse_join(model: DistributedDataParallel) -> None:
     """From now on ``model.join()`` raises ``ConfigError``, at once and on every rank."""
-    model.join = model.join_hook = _refuse_join
+    model.join = model.join_hook = _refuse_join  # type: ignore[method-assign]
 
 
 def _refuse_join(*_: object, **__: object) -> None:

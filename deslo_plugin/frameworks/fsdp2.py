@@ -22,7 +22,7 @@ from deslo_plugin.checkpoint.resharding import param_groups, reshard
 from deslo_plugin.checks.replica_checks import listed
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
 from deslo_plugin.comm.topology import Topology
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.frameworks.plain import Plain, dimension_across, topology_from_mesh
 from deslo_plugin.log import log_rank0
 
@@ -55,7 +55,7 @@ class FSDP2(Plain):
     def ranks_of(self, param: DTensor) -> list[int]:
         mesh, ranks = param.device_mesh, param.device_mesh.mesh
         if (across := dimension_across(mesh, self.replicate)) is not None:  # HSDP is pointed at what is left
-            ranks = ranks.movedim(mesh.mesh_dim_names.index(across), 0)[mesh.get_local_rank(across)]
+            ranks = ranks.movedim(require(mesh.mesh_dim_names).index(across), 0)[mesh.get_local_rank(across)]
         return ranks.flatten().tolist()
 
     def forgotten(self) -> set[str]:
@@ -108,8 +108,8 @@ def _across(model: nn.Module, replicate: str | None) -> list[tuple[DeviceMesh, s
     which a model sharded inside replicas shows without a look at what is private."""
     if not any(dimension_across(param.device_mesh, replicate) for param in _dtensors(model)):
         return []
-    meshes = [mesh for mesh in _meshes(model) if dimension_across(mesh, replicate) is not None and mesh.ndim > 1]
-    return [(mesh, dimension_across(mesh, replicate)) for mesh in meshes]
+    found = [(mesh, dimension_across(mesh, replicate)) for mesh in _meshes(model) if mesh.ndim > 1]
+    return [(mesh, across) for mesh, across in found if across is not None]
 
 
 def _dtensors(model: nn.Module) -> list[DTensor]:
@@ -141,7 +141,7 @@ def _point_at_shards(model: nn.Module, mesh: DeviceMesh, replicate: str) -> None
     """From HSDP to FSDP on the dimension that is left: gradients are reduced inside the replica and nowhere else."""
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 
-    (shard,) = (name for name in mesh.mesh_dim_names if name != replicate)
+    (shard,) = (name for name in require(mesh.mesh_dim_names) if name != replicate)
     inside = FSDPMeshInfo(mesh[shard], shard_mesh_dim=0)
     for group in param_groups(model):
         across = group.mesh_info
@@ -163,7 +163,7 @@ def _prove(mesh: DeviceMesh, replicate: str) -> None:
     try:
         _point_at_shards(model, mesh, replicate)
         model(torch.full((1, 4), own, device=mesh.device_type)).sum().backward()
-        gradient = model.weight.grad.to_local()
+        gradient = require(model.weight.grad).to_local()  # type: ignore[attr-defined]  # a DTensor
     except (AttributeError, ImportError) as error:
         raise _moved(error) from error
     if not torch.equal(gradient, torch.full_like(gradient, own)):

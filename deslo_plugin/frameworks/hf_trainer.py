@@ -6,6 +6,7 @@ from transformers import TrainerCallback, TrainerControl
 
 from deslo_plugin.attachment import attachment_of, model_of
 from deslo_plugin.checkpoint.sync_replicas import sync_replicas
+from deslo_plugin.errors import require
 from deslo_plugin.frameworks.versions import expect
 
 expect("transformers")
@@ -21,9 +22,9 @@ class AverageBeforeSave(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, *, optimizer: Any, **_: Any) -> None:
         if control.should_save:
-            sync_replicas(model_of(attachment_of(optimizer.optimizer)))
+            sync_replicas(model_of(require(attachment_of(optimizer.optimizer))))
 
     on_epoch_end = on_step_end
 
     def on_train_end(self, args: Any, state: Any, control: TrainerControl, *, optimizer: Any, **_: Any) -> None:
-        sync_replicas(model_of(attachment_of(optimizer.optimizer)))
+        sync_replicas(model_of(require(attachment_of(optimizer.optimizer))))

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
+from deslo_plugin.errors import require
+
 
 def on_import(name: str, then: Callable[[], None]) -> None:
     """Calls ``then`` now if the top-level package ``name`` is imported already, else right after its import."""
@@ -43,7 +45,7 @@ class _Loader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader
+        require(module.__spec__).loader = module.__loader__ = self.loader
         sys.meta_path.remove(self.finder)
         self.loader.exec_module(module)
         self.finder.then()

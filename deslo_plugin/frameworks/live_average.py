@@ -28,6 +28,7 @@ from torch.distributed import ReduceOp
 from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.replica_checks import model_traits, optimizer_traits
 from deslo_plugin.comm.consistency import digests
+from deslo_plugin.comm.progress import Progress
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import AverageError, ConfigError
 from deslo_plugin.log import log_rank0
@@ -105,12 +106,15 @@ class LiveAverage:
         device: of the tensors that travel.
     """
 
-    divisor, progress = 1, None
+    divisor: int = 1
+    progress: Progress | None = None
 
     def __init__(self, manager: Any, *, timeout_s: float, device: torch.device):
         self.manager, self.timeout_s, self.device = manager, timeout_s, device
         self.replicas, self.rank, self.joined = 1, 0, False
-        self._replaced, self._voices, self._shares, self._verdict = False, 1.0, [], None
+        self._replaced, self._voices = False, 1.0
+        self._shares: list[_Share] = []
+        self._verdict: bool | None = None  # whether what was started has arrived, once that is known
 
     def represent(self, replica: Replica, greet: Callable[[], object]) -> None:
         """``replica`` is what this process trains; ``greet`` is called once it is among the others."""

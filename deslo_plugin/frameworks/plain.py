@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from deslo_plugin.algorithm.rules import Tensors
 from deslo_plugin.attachment import Attachment, all_of_models, attachment_of, register
 from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checkpoint.resharding import reshard
@@ -20,8 +22,8 @@ from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank, make_gr
 from deslo_plugin.comm.topology import Topology, contiguous
 from deslo_plugin.comm.transport import SingleReplica, Transport
 from deslo_plugin.config.schema import Config
-from deslo_plugin.errors import ConfigError
-from deslo_plugin.frameworks.base import Framework
+from deslo_plugin.errors import ConfigError, require
+from deslo_plugin.frameworks.base import Framework, G
 from deslo_plugin.frameworks.gradient_warmup import GradientAveraging
 from deslo_plugin.frameworks.parameter_kinds import refuse_kinds, refuse_nonfinite
 from deslo_plugin.frameworks.requested import refuse_together
@@ -33,8 +35,8 @@ from deslo_plugin.planning.transport_choice import choose_route, make_transport
 REPLICATE = ("replicate", "dp_replicate")  # names under which the dimension across replicas is looked for
 
 
-class Plain(Framework):
-    """What every wrapper of torch has in common; one that reduces gradients by itself says where, and stops it."""
+class Module(Framework[G]):
+    """A model and its optimizer, whether or not its replicas come and go."""
 
     state_adapter = TorchState
 
@@ -53,7 +55,7 @@ class Plain(Framework):
         self.param_groups = optimizer.param_groups
         averaged = {id(buffer) for each in all_of_models() for buffer in each.averaging.buffers}  # models may be shared
         floating = [each for each in wrappers.saved_buffers(self.model).values() if each.is_floating_point()]
-        self.buffers: Sequence[Tensor] = [each for each in floating if id(each) not in averaged]
+        self.buffers: Tensors = [each for each in floating if id(each) not in averaged]
 
     @property
     def named(self) -> Mapping[str, Tensor]:
@@ -66,6 +68,10 @@ class Plain(Framework):
             for index, param in enumerate(group["params"])
         )
         return named | {name: param for name, param in others if id(param) not in known}
+
+
+class Plain(Module[Groups]):
+    """What every wrapper of torch has in common; one that reduces gradients by itself says where, and stops it."""
 
     def groups(self) -> Groups:
         config, model, topology = self.config, self.model, self.topology()
@@ -80,7 +86,7 @@ class Plain(Framework):
         tensors = [*self.named.values(), *wrappers.saved_buffers(model).values()]
         on_cpu = all_gather_by_rank(any(each.device.type == "cpu" for each in tensors), self.process_group)
         groups = make_groups(topology, config.deslo.timeout_s, on_cpu=any(on_cpu.values()), within=self.process_group)
-        refuse_together(lambda: topology.replicas > 1 and self.refuse(topology), groups.world)
+        refuse_together(lambda: self.refuse(topology) if topology.replicas > 1 else None, groups.world)
         agree_on_model(model, lambda p: p.shape, groups.world)
         refuse_kinds(model, self.optimizer)
         reshard(model)
@@ -145,7 +151,7 @@ class Plain(Framework):
 
     def average_buffers(self, averaging: StateAverager, groups: Groups) -> None:
         if self.buffers and groups.topology.replicas > 1:
-            parameters = averaging.transport
+            parameters: Any = averaging.transport  # a ReplicaTransport: buffers travel by another of its class
             everyone = replace(groups, replica=groups.world)
             averaging.add_buffers(
                 self.buffers,
@@ -203,7 +209,7 @@ def topology_from_mesh(mesh: DeviceMesh, replicate: str | None) -> Topology:
             f"one over {mesh.size()}",
             "pass the mesh that init_device_mesh returned",
         )
-    across = mesh.mesh.movedim(mesh.mesh_dim_names.index(name), 0)
+    across = mesh.mesh.movedim(require(mesh.mesh_dim_names).index(name), 0)
     return Topology(tuple(map(tuple, across.reshape(len(across), -1).tolist())), dist.get_rank())
 
 

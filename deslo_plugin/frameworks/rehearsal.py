@@ -22,7 +22,7 @@ def rehearse(attachment: Attachment, averaged: Sequence[Tensor]) -> None:
         return
     device = averaged[0].device
     by_host = isinstance(attachment.averaging.transport, HostTransport)
-    open_groups(attachment.groups, device, averages=not by_host)
+    open_groups(attachment.fixed_groups, device, averages=not by_host)
     if device.type == "cuda":
         reserve(attachment, device)
 

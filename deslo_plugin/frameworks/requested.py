@@ -39,22 +39,21 @@ def agreed(
 ) -> tuple[torch.optim.Optimizer, Config]:
     """As ``checked``, the same on every rank, or an error on every rank: a mistake of one must not leave the others
     waiting."""
-    problem = ""
+    found: tuple[torch.optim.Optimizer, Config] | ConfigError
     try:
-        inner, config = checked(model, optimizer, config)
+        found = checked(model, optimizer, config)
     except ConfigError as error:
-        problem = error
+        found = error
     shape = None if mesh is None else mesh.mesh.tolist()
-    mine = {"model": type(model).__name__, "optimizer": type(optimizer).__name__, "mesh": shape, "error": problem}
-    check_same_on_all_ranks(
-        "attach's", mine | ({} if problem else as_dict(config)), do="call attach alike on every rank", group=group
-    )
-    if problem:
-        raise problem
-    return inner, config
+    mine: dict[str, Any] = {"model": type(model).__name__, "optimizer": type(optimizer).__name__, "mesh": shape}
+    mine |= {"error": found} if isinstance(found, ConfigError) else {"error": "", **as_dict(found[1])}
+    check_same_on_all_ranks("attach's", mine, do="call attach alike on every rank", group=group)
+    if isinstance(found, ConfigError):
+        raise found
+    return found
 
 
-def refuse_together(check: Callable[[], object], world: dist.ProcessGroup) -> None:
+def refuse_together(check: Callable[[], object], world: dist.ProcessGroup | None) -> None:
     """What ``check`` refuses on any rank is refused on all. Collective."""
     problem = None
     try:

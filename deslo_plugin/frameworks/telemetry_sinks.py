@@ -10,7 +10,7 @@ from pathlib import Path
 from deslo_plugin.attachment import Attachment
 from deslo_plugin.averaging.pseudo_gradient import PseudoGradient
 from deslo_plugin.comm.process_groups import all_gather_by_rank
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.telemetry.recorder import Sink
 
 
@@ -22,7 +22,7 @@ def start_telemetry(attachment: Attachment) -> None:
     telemetry, averaging = attachment.config.deslo.telemetry, attachment.averaging
     if telemetry is None:
         return
-    folder, world = Path(telemetry.path).expanduser(), attachment.groups.world
+    folder, world = Path(telemetry.path).expanduser(), attachment.fixed_groups.world
     problem = _begin(attachment, folder)
     for rank, told in (all_gather_by_rank(problem, world) if world else {0: problem}).items():
         if told:
@@ -42,7 +42,11 @@ def start_telemetry(attachment: Attachment) -> None:
 
 def _begin(attachment: Attachment, folder: Path) -> tuple[str, str, str] | None:
     """Opens this rank's file, if it has one; what is wrong, if anything is: (key, what it needs, what is there)."""
-    if attachment.config.deslo.telemetry.tensorboard and _first(attachment) and find_spec("tensorboard") is None:
+    if (
+        require(attachment.config.deslo.telemetry).tensorboard
+        and _first(attachment)
+        and find_spec("tensorboard") is None
+    ):
         return "tensorboard", "the package tensorboard", "none"
     if attachment.topology.shard == 0:
         try:
@@ -80,6 +84,6 @@ class _tensorboard:
         self._writer.close()
 
 
-def _end(attachment: weakref.ref) -> None:
-    if attachment() is not None:
-        attachment().close()
+def _end(attachment: weakref.ref[Attachment]) -> None:
+    if (there := attachment()) is not None:
+        there.close()

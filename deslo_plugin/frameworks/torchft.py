@@ -18,16 +18,16 @@ from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks.live_average import LiveAverage, Replica
 from deslo_plugin.frameworks.parameter_kinds import refuse_kinds
-from deslo_plugin.frameworks.plain import Plain
+from deslo_plugin.frameworks.plain import Module
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import announce
 
-MANAGER = {  # what a manager must be given, and why
+MANAGER: dict[str, tuple[object, str]] = {  # what a manager must be given, and why
     "use_async_quorum": (False, "a replica takes over another's state between two steps"),
     "init_sync": (False, "replicas start equal, which is checked"),
     "group_world_size": (1, "a replica is one rank here"),
 }
-DESLO = {
+DESLO: dict[str, tuple[object, ...]] = {
     "synchronous_steps": (0,),
     "sync_delay": (1,),
     "replica_weights": ("uniform",),
@@ -39,7 +39,7 @@ DESLO = {
 }
 
 
-class TorchFT(Plain):
+class TorchFT(Module[None]):
     """A bare model that is one replica, of which others come and go: the transport is torchft's, and so is the way in
     which replicas become equal."""
 
@@ -66,10 +66,10 @@ class TorchFT(Plain):
                 raise ConfigError(
                     f"torchft.Manager({name.removeprefix('group_')}=...)", str(wanted), str(got), f"give it: {why}"
                 )
-        for key, wanted in DESLO.items():
+        for key, allowed in DESLO.items():
             got = getattr(self.config.deslo, key)
-            if got not in wanted:
-                raise ConfigError(f"deslo.{key}", f"{wanted[-1]} with a torchft manager", str(got), "remove it")
+            if got not in allowed:
+                raise ConfigError(f"deslo.{key}", f"{allowed[-1]} with a torchft manager", str(got), "remove it")
         several = dist.is_initialized() and dist.get_world_size() > 1
         if several or reducers(self.around) or is_sharded(self.model):
             raise ConfigError(
@@ -81,7 +81,8 @@ class TorchFT(Plain):
 
     def transport(self, groups: None) -> tuple[LiveAverage, None]:
         device = local([next(self.around.parameters())])[0].device
-        return LiveAverage(self.manager, timeout_s=self.config.deslo.timeout_s, device=device), None
+        self.live = LiveAverage(self.manager, timeout_s=self.config.deslo.timeout_s, device=device)
+        return self.live, None
 
     def average_buffers(self, averaging: StateAverager, groups: None) -> None:
         if self.buffers:
@@ -96,5 +97,5 @@ class TorchFT(Plain):
     def install(self, attachment: Attachment) -> None:
         averaging = attachment.averaging
         replica = Replica(self.around, averaging, self.config)
-        averaging.transport.represent(replica, greet=lambda: announce(attachment.plan.describe()))
+        self.live.represent(replica, greet=lambda: announce(attachment.plan.describe()))
         register(attachment, self.optimizer, self.model)

@@ -3,7 +3,7 @@
 import re
 from importlib import import_module
 
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 
 SUPPORTED = {  # from, and below; the same as in pyproject.toml
     "torch": ("2.9", None),
@@ -33,4 +33,4 @@ def expect(package: str) -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.match(r"\d+(\.\d+)*", version)[0].split(".")))
+    return tuple(map(int, require(re.match(r"\d+(\.\d+)*", version))[0].split(".")))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deslo_plugin.errors import require
 from deslo_plugin.log import log_rank0
 
 TORCHS = "torch's operators"
@@ -100,8 +101,9 @@ def complaint(device: torch.device) -> Complaint | None:
 
 def _cuda_complaint(device: torch.device) -> Complaint | None:
     index = torch.cuda.current_device() if device.index is None else device.index
+    module = require(_module)
     try:
-        error, driver, runtime = _module.cuda_status(index)
+        error, driver, runtime = module.cuda_status(index)
     except RuntimeError as failure:
         error, driver, runtime = str(failure), 0, 0
     if not error:
@@ -116,7 +118,7 @@ def _cuda_complaint(device: torch.device) -> Complaint | None:
     if error in NO_CODE:
         capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
         return Complaint(
-            f"the CUDA kernels have code for compute capability {_module.architectures} and "
+            f"the CUDA kernels have code for compute capability {module.architectures} and "
             f"{torch.cuda.get_device_name(index)} has {capability} ({error})",
             f"TORCH_CUDA_ARCH_LIST={capability} {again} builds them for it",
         )

@@ -25,7 +25,7 @@ bit, on the instruction set.
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, chain
 from operator import mul
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ def reference(rule: str) -> Callable[..., None]:
         scalars = {"grad_scale": grad_scale, "found_inf": found_inf, "t": t_tensor, "lr": lr_tensor}
         _check(x, g, u, v, copy, betas, weights, clip_value, scalars)
         settle(x[:1])
-        t, lr = t if t_tensor is None else t_tensor.item(), lr if lr_tensor is None else lr_tensor.item()
+        t, lr = t if t_tensor is None else cast(int, t_tensor.item()), lr if lr_tensor is None else lr_tensor.item()
         if found_inf is not None and found_inf.item():
             return
         momenta = [u[j * len(x) : (j + 1) * len(x)] for j in range(len(betas))]

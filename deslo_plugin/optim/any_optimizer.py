@@ -18,6 +18,7 @@ from deslo_plugin.averaging.state_averager import Group, StateAverager
 from deslo_plugin.averaging.step_counter import GROUP_STEP, GroupClock
 from deslo_plugin.comm.transport import Transport
 from deslo_plugin.config.schema import DesloConfig
+from deslo_plugin.errors import require
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import log_rank0
 from deslo_plugin.optim.any_optimizer_states import (
@@ -56,6 +57,7 @@ class AnyOptimizerAverager(StateAverager):
         on_average: Callable[[SyncEvent], object] | None = None,
     ):
         refuse_inner_loops(optimizer)
+        self._sync_every = require(deslo.sync_every)
         super().__init__(
             optimizer,
             deslo,
@@ -107,11 +109,9 @@ class AnyOptimizerAverager(StateAverager):
             if self._groups is None:  # an engine's clock is the engine's
                 group[GROUP_STEP] = max(clocks, default=before)  # 0, where that was loaded
             own = {
-                name
-                for name in kinds_of(group["params"], self.optimizer.state, counters)
-                if name in self.deslo.sync_every
+                name for name in kinds_of(group["params"], self.optimizer.state, counters) if name in self._sync_every
             }
-            self._schedule(group, own | {name for name in self._known if name in self.deslo.sync_every})
+            self._schedule(group, own | {name for name in self._known if name in self._sync_every})
         self._taken = list(self.groups)
 
     def loading(self, state_dict: Mapping[str, Any]) -> None:
@@ -147,7 +147,7 @@ class AnyOptimizerAverager(StateAverager):
             return
         kinds = [{name: kind for each, _ in of_group for name, kind in each.items()} for of_group in everyone]
         known = {name: kind for of_group in kinds for name, kind in of_group.items()}
-        check_state_periods(self.deslo.sync_every, known, type(self.optimizer).__name__)
+        check_state_periods(self._sync_every, known, type(self.optimizer).__name__)
         for group, of_group in zip(self.groups, kinds):
             self._schedule(group, of_group)
         self._known = {
@@ -193,9 +193,7 @@ class AnyOptimizerAverager(StateAverager):
 
     def _schedule(self, group: Group, names: Iterable[str]) -> None:
         names = sorted(names)
-        group["sync_every"] = {PARAMS: self.deslo.sync_every[PARAMS]} | {
-            name: self.deslo.sync_every[name] for name in names
-        }
+        group["sync_every"] = {PARAMS: self._sync_every[PARAMS]} | {name: self._sync_every[name] for name in names}
 
     def _receive(self, cohort: Cohort, states: States, means: States) -> None:
         write_means(states, means)
@@ -229,5 +227,5 @@ class AnyOptimizerAverager(StateAverager):
     def _counters(self, params: Sequence[Tensor]) -> dict[str, Any]:
         """Name -> value of the counters of that parameter which has been updated most often."""
         states = [state for param in params if (state := self.optimizer.state.get(param))]
-        furthest = max(states, key=updates_of, default={})
-        return {name: value for name, value in furthest.items() if name not in self.deslo.sync_every and counts(value)}
+        furthest: Mapping[str, Any] = max(states, key=updates_of, default={})
+        return {name: value for name, value in furthest.items() if name not in self._sync_every and counts(value)}

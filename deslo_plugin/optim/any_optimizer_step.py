@@ -60,11 +60,13 @@ def schedule(averaging: AnyOptimizerAverager) -> None:
                 "optimizer.add_param_group", f"parameters of {shapes}", averaging.deslo.timeout_s
             )
 
-    optimizer.step = MethodType(step, optimizer)  # a method still: torch's lr schedulers ask for its __func__
-    optimizer.add_param_group = MethodType(add_param_group, optimizer)
+    # a method still: torch's lr schedulers ask for its __func__
+    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+    optimizer.add_param_group = MethodType(add_param_group, optimizer)  # type: ignore[method-assign]
     optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: averaging.loading(state_dict))
     optimizer.register_load_state_dict_post_hook(lambda _: averaging.loaded())
-    optimizer._step_supports_amp_scaling = True  # GradScaler: call ``step`` always, so that every replica's clock ticks
+    # GradScaler: call ``step`` always, so that every replica's clock ticks
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
 
 
 def _taken_through_ours(optimizer: torch.optim.Optimizer) -> Callable[..., Any]:

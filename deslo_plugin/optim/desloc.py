@@ -77,7 +77,7 @@ class DesLoc(torch.optim.Optimizer):
                 "move the periods to optimizer.params.sync_every",
             )
         self._on_average, self.armed = on_average, False
-        optimizer = self.config.optimizer
+        optimizer = self.config.desloc
         rate = lr if isinstance(lr, Tensor) else optimizer.lr
         super().__init__(params, {"lr": rate, "weight_decay": optimizer.weight_decay, "sync_every": {}})
         self._set_rule()
@@ -86,7 +86,7 @@ class DesLoc(torch.optim.Optimizer):
             self.attach(average or SingleReplica(), chain.from_iterable(group["params"] for group in self.param_groups))
 
     def _set_rule(self) -> None:
-        optimizer = self.config.optimizer
+        optimizer = self.config.desloc
         self._rule, self._operator = RULES[optimizer.rule], OPERATORS[optimizer.rule]
 
     def attach(self, average: Transport, params: Any, on_average: Callable[[SyncEvent], object] | None = None) -> None:
@@ -102,7 +102,7 @@ class DesLoc(torch.optim.Optimizer):
                 self._create_state(param)
         self._unattached = self._unattached and isinstance(average, SingleReplica)
         self._clock = ParameterClock(self, self._create_state)
-        bounds = self.config.optimizer.bounds
+        bounds = self.config.desloc.bounds
         self.averaging = StateAverager(
             self,
             self.config.deslo,
@@ -123,7 +123,7 @@ class DesLoc(torch.optim.Optimizer):
         """As torch's; the new parameters meet with the others, by the clock of all. Collective once it is attached."""
         clock = self.averaging.steps if getattr(self, "armed", False) and self.state else 0
         super().add_param_group(param_group)
-        group, optimizer = self.param_groups[-1], self.config.optimizer
+        group, optimizer = self.param_groups[-1], self.config.desloc
         where = f"param group {len(self.param_groups) - 1}"
         group["sync_every"] = group_periods(group["sync_every"], optimizer.periods, optimizer.beta_of, where)
         check_periods(self.config.deslo, group["sync_every"], f" of {where}")
@@ -165,7 +165,7 @@ class DesLoc(torch.optim.Optimizer):
 
     def _receive(self, cohort: Cohort, states: States, means: States) -> None:
         """Replaces every state that has landed by its mean; parameters through the outer optimizer."""
-        optimizer, part = self.config.optimizer, self.averaging.part
+        optimizer, part = self.config.desloc, self.averaging.part
         outer = optimizer.outer_optimizer
         for state, mean in means.items():
             if state == PARAMS and outer:
@@ -180,7 +180,7 @@ class DesLoc(torch.optim.Optimizer):
 
     def _update(self, cohorts: Sequence[Cohort]) -> None:
         """The local rule, on those parameters that have a gradient; the others only age."""
-        optimizer, part = self.config.optimizer, self.averaging.part
+        optimizer, part = self.config.desloc, self.averaging.part
         scale = getattr(self, "grad_scale", None)
         options = optimizer.constants | ({} if scale is None else {"grad_scale": scale.float().reciprocal()})
         for cohort in cohorts:
@@ -208,7 +208,7 @@ class DesLoc(torch.optim.Optimizer):
     def _remains(self, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
         """What update ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""
         shrinks_by = float(lr) * weight_decay if weight_decay else 0.0
-        return self._rule.remains(t, shrinks_by, self.config.optimizer.beta_of)
+        return self._rule.remains(t, shrinks_by, self.config.desloc.beta_of)
 
     def _tick(self, cohorts: Sequence[Cohort]) -> None:
         """No update: the rule's own count t stays where it is while the clock goes on."""
@@ -231,7 +231,7 @@ class DesLoc(torch.optim.Optimizer):
                 "'float32'",
                 "set it: float32 averages would round their states",
             )
-        optimizer, state = self.config.optimizer, self.state[param]
+        optimizer, state = self.config.desloc, self.state[param]
         if dtype == torch.float64 and optimizer.state_dtype == "bfloat16":
             raise ConfigError(
                 "optimizer.params.state_dtype",
@@ -253,7 +253,7 @@ class DesLoc(torch.optim.Optimizer):
     def counters(self) -> list[str]:
         """The 0-dim states of a parameter, which stay on the host."""
         adapt = {state for group in self.param_groups for state in adaptive(group["sync_every"])}
-        return [STEP, ORIGIN, *(every(state) for state in self.config.optimizer.moments if state in adapt)]
+        return [STEP, ORIGIN, *(every(state) for state in self.config.desloc.moments if state in adapt)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads states and drops averages in flight; the periods, and the dtypes of states, stay those of the config.

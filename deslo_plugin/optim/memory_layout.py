@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.kernels.local_tensors import local
 
 
@@ -40,10 +40,11 @@ def _copied(tensors: Sequence[Tensor], strides: Sequence[tuple[int, ...]]) -> li
 def refuse_sparse(params: Iterable[Tensor], name_of: Callable[[Tensor], str]) -> None:
     """Raises ``ConfigError`` for the first of ``params`` whose gradient is not dense."""
     for param in params:
-        if param.grad.layout != torch.strided:
+        gradient = require(param.grad)
+        if gradient.layout != torch.strided:
             raise ConfigError(
                 f"gradient of parameter {name_of(param)}",
                 "a dense one",
-                str(param.grad.layout),
+                str(gradient.layout),
                 "build its module with sparse=False, or attach SparseAdam for it",
             )

@@ -1,7 +1,7 @@
 """What would let training wait less, on a link: parts of averages, averages that travel longer, and longer periods."""
 
 from dataclasses import dataclass, replace
-from math import ceil, inf, lcm
+from math import ceil, lcm
 
 from deslo_plugin.config.schema import Config
 from deslo_plugin.planning.alternatives import in_fragments, most_fragments, periods_of
@@ -26,7 +26,7 @@ def hiding_delay(job: Job, link: Link) -> int | None:
     moved = transfers(own, job.steps)
     warm_up = forecast(own, link, job.step_s, min(job.steps, config.deslo.synchronous_steps), moved=[]).exposed_s
     longest = max((travel_seconds(own, link, each) for each in moved), default=0.0)
-    for delay in range(max(1, ceil(longest / job.step_s - 1e-9)), 1 + (1 if fixed else min(periods, default=inf))):
+    for delay in range(max(1, ceil(longest / job.step_s - 1e-9)), 1 + (1 if fixed else min(periods))):
         late = replace(config, deslo=replace(config.deslo, sync_delay=delay))
         seen = forecast(job.plan(late), link, job.step_s, job.steps, moved=moved)
         if seen.exposed_s - seen.asked_s <= warm_up * (1 + 1e-9) + 1e-9:
@@ -78,9 +78,7 @@ def _seen(job: Job, link: Link, fragments: int) -> Forecast:
 
 
 def _stretched(config: Config, times: int) -> Config:
-    def longer(periods):
-        return {state: period and period * times for state, period in periods.items()}
-
+    longer = {state: period and period * times for state, period in periods_of(config).items()}
     if config.optimizer is None:
-        return replace(config, deslo=replace(config.deslo, sync_every=longer(config.deslo.sync_every)))
-    return replace(config, optimizer=replace(config.optimizer, periods=longer(periods_of(config))))
+        return replace(config, deslo=replace(config.deslo, sync_every=longer))
+    return replace(config, optimizer=replace(config.optimizer, periods=longer))

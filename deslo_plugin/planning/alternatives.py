@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from deslo_plugin.algorithm.adaptive_periods import adaptive, shortest
+from deslo_plugin.algorithm.adaptive_periods import adaptive, params_period, shortest
 from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import Periods, half_life_period
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
@@ -15,14 +15,14 @@ LOCAL = {name: f"Local {rule.title}" for name, rule in RULES.items()}
 
 def periods_of(config: Config) -> Periods:
     """State -> period, of a DesLoc or of a stock optimizer; the shortest of those that adapt."""
-    return config.deslo.sync_every if config.optimizer is None else shortest(config.optimizer.periods)
+    return shortest(config.schedule)
 
 
 def papers_default(periods: Periods) -> Periods:
     """Momenta at 3 times, the second moment at 6 times the parameters' period (arXiv 2505.22549, App. I)."""
     first, second = MULTIPLE_OF_PARAMS["first"], MULTIPLE_OF_PARAMS["second"]
     times = {PARAMS: 1, SECOND_MOMENT: second}
-    return {state: times.get(state, first) * periods[PARAMS] for state in periods}
+    return {state: times.get(state, first) * params_period(periods) for state in periods}
 
 
 def half_life_rule(config: Config) -> Periods | None:
@@ -30,16 +30,17 @@ def half_life_rule(config: Config) -> Periods | None:
     known."""
     if config.optimizer is None:
         return None
-    own, shortest = config.optimizer.periods, config.optimizer.periods[PARAMS]
-    return {PARAMS: shortest} | {
-        state: max(shortest, half_life_period(beta)) for state, beta in config.optimizer.beta_of.items() if state in own
+    own, least = config.optimizer.periods, params_period(config.optimizer.periods)
+    return {PARAMS: least} | {
+        state: max(least, half_life_period(beta)) for state, beta in config.optimizer.beta_of.items() if state in own
     }
 
 
 def alternatives(config: Config) -> Mapping[str, Periods]:
     """Name -> periods, all with the parameters' period of ``config``; none that it has itself, and none twice."""
     own = periods_of(config)
-    every, found = own[PARAMS], {}
+    every = own[PARAMS]
+    found: dict[str, Periods] = {}
     named: dict[str, Periods | None] = {
         "all on one period" if config.optimizer is None else LOCAL[config.optimizer.rule]: dict.fromkeys(own, every),
         "params only (DiLoCo)": {state: every if state == PARAMS else None for state in own},

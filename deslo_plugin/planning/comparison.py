@@ -34,9 +34,12 @@ class Job:
         config = config or self.config
         shard = ceil(self.numel / self.replica_size)
         topology = contiguous(self.replicas * self.replica_size, 0, self.replica_size)
-        own = config.deslo.sync_every if config.optimizer is None else config.optimizer.periods
         return make_plan(
-            config, [shard], [periods or own], topology, gradient_bytes=[shard * GRADIENT_BYTES[self.gradient_dtype]]
+            config,
+            [shard],
+            [periods or config.schedule],
+            topology,
+            gradient_bytes=[shard * GRADIENT_BYTES[self.gradient_dtype]],
         )
 
 

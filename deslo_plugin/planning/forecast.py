@@ -12,6 +12,7 @@ from math import ceil, lcm
 from deslo_plugin.algorithm.adaptive_periods import adaptive, shortest
 from deslo_plugin.algorithm.fragments import offsets
 from deslo_plugin.algorithm.state_names import GRADIENTS
+from deslo_plugin.errors import require
 from deslo_plugin.planning.plan import Plan
 
 BACKWARD = 2 / 3  # of a step: what gradients can hide under at best, when each leaves as soon as it is there
@@ -85,7 +86,8 @@ def transfers(plan: Plan, steps: int) -> list[Transfer]:
     due, moved = set[int](), list[Transfer]()
     for periods in (shortest(group.periods) for group in plan.groups):
         for state, starts in offsets(tuple(periods.items()), plan.config.deslo.fragments).items():
-            due.update(*(range(start or periods[state], steps + 1, periods[state]) for start in starts))
+            own = require(periods[state])
+            due.update(*(range(start or own, steps + 1, own) for start in starts))
     every = lcm(*(period for group in plan.groups for period in shortest(group.periods).values() if period))
     once: dict[int, Transfer] = {}  # all cycles are alike
     for at in (at for at in sorted(due) if at > plan.config.deslo.synchronous_steps):
@@ -114,7 +116,7 @@ def forecast(
         hidden_s: seconds of a step under which the gradients of the warm-up travel.
     """
     deslo = plan.config.deslo
-    sent, events = Counter(), Counter()
+    sent, events = Counter[str](), Counter[str]()
     waited, longest, words = 0.0, 0.0, 0.0
     if warm_up := min(steps, deslo.synchronous_steps) if plan.topology.replicas > 1 else 0:
         gradients = _transfer(plan, 1)
@@ -124,7 +126,7 @@ def forecast(
     lands_after = 0 if deslo.average_at == "after_step" else deslo.sync_delay
     asked = link.latency_s if deslo.overlap_comm else 0.0  # whether it may land: one word, when it is waited for
     # the time at which the link has nothing left to do; (landing step, time of arrival, transfer)
-    free, flying = 0.0, deque()
+    free, flying = 0.0, deque[tuple[int, float, Transfer]]()
 
     def land(until: int) -> None:
         nonlocal waited, longest, words

@@ -1,7 +1,7 @@
 """The link between replicas, measured with the all-reduces that averages use, all shards of all replicas at once."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median, quantiles
 
@@ -86,6 +86,6 @@ def _samples(groups: Groups, run: Callable[[], None], rounds: int) -> list[float
     return [max(each) for each in zip(*all_gather_by_rank(mine[WARM_UP:], groups.world).values())]
 
 
-def _spread(samples: Sequence[float]) -> ReplicaVariance:
+def _spread(samples: list[float]) -> ReplicaVariance:
     low, _, high = quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
     return ReplicaVariance(median(samples), low, high)

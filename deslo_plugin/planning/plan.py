@@ -12,6 +12,7 @@ from deslo_plugin.algorithm.schedule import Periods, vectors_per_step
 from deslo_plugin.algorithm.state_names import BUFFERS, GRADIENTS, PARAMS
 from deslo_plugin.comm.topology import Topology
 from deslo_plugin.config.schema import Config, OptimizerConfig
+from deslo_plugin.errors import require
 from deslo_plugin.planning.route import Route
 
 BYTES = {"float32": 4, "float64": 8}
@@ -70,14 +71,14 @@ class Plan:
         averaged = [(group, state) for group in self.groups for state, period in group.periods.items() if period]
         if self.config.deslo.fragments == 1:
             return sum(group.bytes_per_event[state] for group, state in averaged) + self.buffer_bytes
-        window = min(lcm(*(shortest(group.periods)[state] for group, state in averaged)), WINDOW)
+        window = min(lcm(*(require(shortest(group.periods)[state]) for group, state in averaged)), WINDOW)
         load = [0] * window
         for group, state in averaged:
             periods = shortest(group.periods)
             starts = offsets(tuple(periods.items()), self.config.deslo.fragments)[state]
             for index, (start, nbytes) in enumerate(zip(starts, group.fragment_bytes[state])):
                 buffers = self.buffer_bytes if state == PARAMS and index == 0 and group is self.groups[0] else 0
-                for step in range(start, window, periods[state]):
+                for step in range(start, window, require(periods[state])):
                     load[step] += nbytes + buffers
         delay = self.config.deslo.sync_delay
         return max(sum(load[step - ahead] for ahead in range(delay)) for step in range(window))
@@ -112,7 +113,7 @@ class Plan:
     def words_at(self, steps: int) -> Counter[str]:
         """Those of ``bytes_at`` that are words beside averages, counted as the first state of each group's that is
         due."""
-        word, words = BYTES[self.config.deslo.wire_dtype], Counter()
+        word, words = BYTES[self.config.deslo.wire_dtype], Counter[str]()
         for group in self.groups:
             for states in group.due(self.config.deslo.fragments, steps).values() if group.numel else ():
                 words[states[0]] += word
@@ -140,7 +141,7 @@ class Plan:
                 f"  beware: beta {beta:g} outlives beta2 {opt.beta2:g}, with which Adam can diverge; take beta2 above "
                 f"{beta**2:.4g}, or adopt"
                 for beta in opt.betas
-                if beta**2 >= opt.beta2
+                if beta**2 >= require(opt.beta2)
             ]
         if deslo.synchronous_steps:
             each = sum(group.gradient_bytes for group in self.groups)
@@ -156,8 +157,8 @@ class Plan:
                 every = (
                     f"every {period} steps" if isinstance(period, int) else str(period) if period else "never averaged"
                 )
-                each = f", {group.bytes_per_event[state]:,} bytes from each rank" if period else ""
-                lines.append(f"  {state + name}: {every} ({source}){each}")
+                sent = f", {group.bytes_per_event[state]:,} bytes from each rank" if period else ""
+                lines.append(f"  {state + name}: {every} ({source}){sent}")
         if self.buffer_bytes:
             lines.append(
                 f"  floating persistent buffers: with the parameters, {self.buffer_bytes:,} bytes from each rank"
@@ -185,12 +186,12 @@ class Plan:
         measured = deslo.telemetry is not None and deslo.telemetry.pseudo_gradient
         lines.append(memory + ", and one more copy of the parameters for the pseudo-gradient" * measured)
         never = dict.fromkeys(state for group in self.groups for state, period in group.periods.items() if not period)
-        never = [
+        left_out = [
             "gradients" + " after those steps" * bool(deslo.synchronous_steps),
             *never,
             *["buffers"][: not self.buffer_bytes],
         ]
-        lines.append(f"  not averaged: {', '.join(never)}")
+        lines.append(f"  not averaged: {', '.join(left_out)}")
         return "\n".join(lines)
 
 

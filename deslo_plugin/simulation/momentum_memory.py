@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from deslo_plugin.algorithm.adaptive_periods import longest, params_period
 from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import half_life
-from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
+from deslo_plugin.algorithm.state_names import SECOND_MOMENT
 from deslo_plugin.algorithm.theory import (
     first_momentum_drift,
     kept,
@@ -40,10 +41,11 @@ class Memory(NamedTuple):
 
 
 def memory(config: OptimizerConfig, replicas: int) -> list[Memory]:
-    """Every momentum of ``config``, where ``replicas`` replicas average."""
+    """Every momentum of ``config``, where ``replicas`` replicas average; periods that adapt are at their longest."""
+    periods = longest(config.periods)
     # a momentum that is never averaged, nor reset, has been local for ever
-    unshared = config.periods[PARAMS] if config.reset_momenta else inf
-    return [_memory(state, beta, config.periods[state], unshared, replicas) for state, beta in config.beta_of.items()]
+    unshared = params_period(config.periods) if config.reset_momenta else inf
+    return [_memory(state, beta, periods[state], unshared, replicas) for state, beta in config.beta_of.items()]
 
 
 def _memory(state: str, beta: float, period: int | None, unshared: float, replicas: int) -> Memory:
@@ -75,7 +77,6 @@ def proven(config: OptimizerConfig) -> Proven | None:
     """What the papers prove of ``config``; None for other rules, of which they prove no rate in this form."""
     if RULES[config.rule].has_second_moment:
         return None
-    cost = psi(
-        config.periods[PARAMS], config.betas, config.weights, [config.periods[state] for state in config.momenta]
-    )
+    own, periods = params_period(config.periods), longest(config.periods)
+    cost = psi(own, config.betas, config.weights, [periods[state] for state in config.momenta])
     return Proven(cost, proven_rate(config.betas[0], cost) if config.weights == (1.0,) else None)

@@ -98,7 +98,7 @@ class Replicas:
 
     def meets(self, steps: int) -> bool:
         """Whether parameters, of fragments the first, are averaged once ``steps`` steps are complete."""
-        periods = shortest(self.config.optimizer.periods)
+        periods = shortest(self.config.desloc.periods)
         return PARAMS in due_fragments(periods, self.config.deslo.fragments, steps).get(0, ())
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class Replicas:
             averaging.gradients.average(averaging.steps + 1, averaging.gradients.local())
         if norm_clip is not None:
             gradients *= (norm_clip / (gradients.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
-        self._group["lr"] = self.config.optimizer.lr * rate
+        self._group["lr"] = self.config.desloc.lr * rate
         self.optimizer.step()
 
     def leave(self, ids: Iterable[int]) -> None:
@@ -143,11 +143,11 @@ class Replicas:
         if set(coming) & set(self.ids):
             raise ValueError(f"Replicas.join: expected replicas other than {self.ids}, got {coming}")
         states, origins = self._states()
-        reset = () if momenta else self.config.optimizer.moments
+        reset = () if momenta else self.config.desloc.moments
         for name, rows in states.items():
             mean = torch.zeros_like(rows[0]) if name in reset else rows.mean(0)
             states[name] = torch.cat([rows, mean.expand(len(coming), -1)])
-        origin = origins.min() if momenta else float(self.steps)
+        origin = float(origins.min()) if momenta else float(self.steps)
         self._seat(self.ids + coming, states, torch.cat([origins, origins.new_full((len(coming),), origin)]))
         for replica in coming:
             self.away.pop(replica, None)
@@ -157,7 +157,7 @@ class Replicas:
         return self.optimizer.param_groups[0]
 
     @property
-    def _blocks(self) -> Sequence[Tensor]:
+    def _blocks(self) -> list[Tensor]:
         return self._group["params"]
 
     def _states(self) -> tuple[dict[str, Tensor], Tensor]:

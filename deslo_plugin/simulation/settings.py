@@ -149,8 +149,8 @@ class SimulationConfig:
     def build(self, seed: int) -> Objective:
         """The objective with the noise and data of ``seed``. Raises ``ConfigError`` for a spectrum or text that is not
         one."""
-        common = {"replicas": self.capacity, "seed": seed}
-        sigma = SIGMA.get(self.objective) if self.sigma is None else self.sigma
+        common: dict[str, int] = {"replicas": self.capacity, "seed": seed}
+        sigma = SIGMA.get(self.objective, 0.0) if self.sigma is None else self.sigma
         if self.objective == "rosenbrock":
             own = self.noniid * normal(seed, -3, self.capacity).abs()
             return Rosenbrock(torch.tensor(START, device=self.device), own if self.noniid else sigma, **common)
@@ -164,7 +164,7 @@ class SimulationConfig:
     def membership(self, config: Config, seed: int) -> Membership:
         """Who comes and goes. Those that join receive momenta where ``config`` ever averages one, else parameters
         alone."""
-        momenta = any(config.optimizer.periods[state] for state in config.optimizer.moments)
+        momenta = any(config.desloc.periods[state] for state in config.desloc.moments)
         changes: list[Membership] = []
         if self.double_at is not None:
             changes.append(Growth(self.double_at, self.replicas, momenta))

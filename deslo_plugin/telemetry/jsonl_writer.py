@@ -38,7 +38,8 @@ class JsonlWriter:
             raise FileExistsError(f"{path} is being written by another attachment of this process")
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _opened(path, first.encode())
-        self.path, self._waiting, self._over = path, [], Event()
+        self.path, self._over = path, Event()
+        self._waiting: list[Mapping[str, Any]] = []
         thread = Thread(target=_write_on, args=(path, file, self._waiting, self._over), daemon=True)
         thread.start()
         _open[path] = self

@@ -18,7 +18,7 @@ from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.comm.topology import Topology
 from deslo_plugin.config.load import as_dict
 from deslo_plugin.config.reader import plain, repr_with_type
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.log import log_rank0
 from deslo_plugin.planning.plan import Plan
 from deslo_plugin.telemetry.jsonl_writer import JsonlWriter
@@ -32,7 +32,8 @@ class Recorder:
     """Writes down what ``averaging`` does once ``start`` was called, and passes scalars on to those that were added."""
 
     def __init__(self, averaging: StateAverager):
-        self.averaging, self.journal = averaging, None
+        self.averaging = averaging
+        self.journal: JsonlWriter | None = None
         self._sinks: list[Sink] = []
         self.closing: list[Callable[[], object]] = []  # writers of the user's own, told at the end that it is one
         self._pending: dict[str, float] = {}
@@ -130,7 +131,7 @@ class Recorder:
         return "\n".join(lines)
 
     def _write(self, event: SyncEvent) -> None:
-        self.journal.write(
+        require(self.journal).write(
             {
                 "kind": "average",
                 "at": time.time(),

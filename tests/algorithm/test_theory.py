@@ -184,6 +184,16 @@ def test_a_momentum_that_is_reset_is_local_since_then():
     assert second.drift == pytest.approx(second_momentum_drift(0.99, 8))
 
 
+def test_a_period_that_adapts_is_told_at_its_longest():
+    def config_of(period, **more):
+        every = {"params": 4, "exp_avg": period}
+        return load_config({"optimizer": {"params": {"sync_every": every, **more}}}).optimizer
+
+    bounds = {"adaptive": {"min": 4, "max": 16}}
+    assert memory(config_of(bounds), replicas=4) == memory(config_of(16), replicas=4)
+    assert proven(config_of(bounds, rule="sgdm")) == proven(config_of(16, rule="sgdm"))
+
+
 def test_what_is_proven_of_a_config():
     des_loc, mt_dao = (
         load_config({"optimizer": {"params": {"rule": "sgdm", "sync_every": {"params": 32}} | params}}).optimizer

@@ -102,6 +102,28 @@ def test_model_shapes_that_differ_between_ranks_are_named(four):
         assert "got (4, 8) torch.float32 on rank(s) [3]" in error
 
 
+STOCK = {"optimizer": {"type": "AdamW", "params": {}}}
+EVERY = {"params": 4, "exp_avg": 8, "exp_avg_sq": 8}
+
+
+@pytest.mark.parametrize(
+    ("deslo", "message"),
+    [
+        ({"sync_delay": 2}, "deslo.sync_delay: expected 1 with a stock optimizer, got 2"),
+        ({"fragments": 64}, "deslo.fragments: expected at most 8, the longest period, got 64"),
+    ],
+)
+def test_a_schedule_of_a_stock_optimizer_is_refused_as_without_deepspeed(four, deslo, message):
+    ds = ds_config(RULES["des-loc-adam"], 2) | STOCK
+    ds["deslo"] |= {"sync_every": EVERY, **deslo}
+    for error in four().run(engine_error_jobs.raises, ds):
+        assert message in error
+
+
+def test_auto_fragments_are_a_number_whoever_made_the_optimizer(four):
+    assert four().run(engine_error_jobs.fragments_read, EVERY) == [(4, 4)] * 4
+
+
 def test_an_optimizer_given_twice_is_refused(four):
     for error in four().run(engine_error_jobs.given_twice, GOOD):
         assert "expected one optimizer, got two" in error

@@ -61,6 +61,17 @@ def given_twice(ds: dict) -> str:
     return raises(ds, model=model, optimizer=DesLoc(model.parameters(), lr=1e-3))
 
 
+def fragments_read(every: dict[str, int]) -> tuple[int, int]:
+    """Of "auto", for a stock optimizer of the JSON and for a DesLoc that the script made."""
+    from deslo_plugin import DesLoc
+    from deslo_plugin.frameworks.deepspeed.config import job_of
+
+    auto = {"fragments": "auto"}
+    stock, _ = job_of({"optimizer": {"type": "AdamW"}, "deslo": auto | {"sync_every": every}}, None)
+    ours, _ = job_of({"deslo": auto}, DesLoc(net().parameters(), sync_every=every))
+    return stock.fragments, ours.fragments
+
+
 def foreign_mpu(ds: dict) -> str:
     class Unit:
         def get_data_parallel_world_size(self) -> int:

@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.comm.progress import another_connection
+from deslo_plugin.errors import ConfigError, require
 
 LOOK_EVERY, WAIT_S = 1.0, 1800.0  # seconds; ranks may load models at different speeds, for as long as torch would wait
 OURS, OTHERS = "deslo", "no such block"
@@ -26,10 +27,10 @@ def leave_note(what: str, ours: bool) -> str | None:
     one."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
-    counts = _counts.setdefault(dist.group.WORLD, Counter())
+    counts = _counts.setdefault(require(dist.group.WORLD), Counter())
     counts[what] += 1  # every rank builds them in one order
     place = f"deslo/{what}/{counts[what]}"
-    store = dist.group.WORLD.get_group_store()
+    store = require(dist.group.WORLD).get_group_store()
     store.set(f"{place}/{dist.get_rank()}", OURS if ours else OTHERS)
     if not ours:
         store.set(f"{place}/others", str(dist.get_rank()))
@@ -41,7 +42,7 @@ def expect_ours(what: str, place: str | None) -> None:
     those that have left no note for ``WAIT_S`` seconds."""
     if place is None:
         return
-    store, ranks = dist.group.WORLD.get_group_store().clone(), range(dist.get_world_size())
+    store, ranks = another_connection(require(dist.group.WORLD).get_group_store()), range(dist.get_world_size())
     notes, until = [f"{place}/{rank}" for rank in ranks], time.monotonic() + WAIT_S
     while not _there(store, notes):
         if store.check([f"{place}/others"]):

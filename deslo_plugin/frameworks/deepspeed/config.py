@@ -2,10 +2,9 @@
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
-from deslo_plugin.config.load import check_periods, load_config, read_deslo
+from deslo_plugin.config.load import load_config, read_deslo, whole
 from deslo_plugin.config.reader import repr_with_type
 from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.errors import ConfigError
@@ -59,7 +58,7 @@ def job_of(ds: Mapping[str, Any], optimizer: Any) -> tuple[DesloConfig, Any]:
         return optimizer.config.deslo, optimizer
     deslo = read_deslo(block)
     if deslo.sync_every is not None and (kind is not None or optimizer is not None):
-        return deslo, optimizer
+        return whole(None, deslo).deslo, optimizer
     if not callable(optimizer):
         raise ConfigError(
             '"deslo" block',
@@ -94,8 +93,7 @@ def _take_block(optimizer: DesLoc, block: Any) -> None:
         deslo = read_deslo(block)
         if deslo.sync_every is not None:
             raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "give the periods to DesLoc")
-        check_periods(deslo, optimizer.config.optimizer.periods)
-        optimizer.config = replace(optimizer.config, deslo=deslo)
+        optimizer.config = whole(optimizer.config.optimizer, deslo)
     optimizer.armed = False
 
 

@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero import utils as zero_utils
+from torch import Tensor
 
 from deslo_plugin.attachment import Attachment, register
 from deslo_plugin.averaging.state_averager import StateAverager
@@ -152,7 +153,7 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
     refuse_together(lambda: refuse_nonfinite(trained), groups.world)
 
 
-class DeepSpeed(Framework):
+class DeepSpeed(Framework[Groups]):
     """The seam to an engine that was built on the groups of ``unit``."""
 
     state_adapter, engine_steps = EngineState, True
@@ -164,12 +165,16 @@ class DeepSpeed(Framework):
         self.config = self.optimizer.config if ours else Config(optimizer=None, deslo=deslo)
         zero.zero_padding(engine)
         self.param_groups = [{"params": params} for params in zero.partitions(engine)]
-        self.named = {
+        self._named = {
             f"parameter {i} of param group {g}": param
             for g, group in enumerate(self.param_groups)
             for i, param in enumerate(group["params"])
         }
-        self.alike = () if engine.zero_optimization() else self.named
+        self.alike = () if engine.zero_optimization() else self._named
+
+    @property
+    def named(self) -> Mapping[str, Tensor]:
+        return self._named
 
     @property
     def fixed_numels(self) -> list[int] | None:

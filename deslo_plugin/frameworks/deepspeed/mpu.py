@@ -33,7 +33,7 @@ class ReplicaMPU:
     def __init__(self, groups: Groups):
         self.groups = groups
 
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
         return self.groups.shard
 
     def get_data_parallel_group_ranks(self) -> list[int]:
@@ -45,7 +45,7 @@ class ReplicaMPU:
     def get_data_parallel_rank(self) -> int:
         return self.groups.topology.rank
 
-    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
+    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup | None:
         return self.groups.shard
 
     def get_sequence_data_parallel_world_size(self) -> int:
@@ -54,7 +54,7 @@ class ReplicaMPU:
     def get_sequence_data_parallel_rank(self) -> int:
         return self.groups.topology.shard
 
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
         return self.groups.singleton
 
     def get_model_parallel_world_size(self) -> int:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from deslo_plugin.checks.module_wrappers import bare
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.process_groups import all_gather_by_rank
 from deslo_plugin.errors import ConfigError
-from deslo_plugin.frameworks.deepspeed.zero import copy_masters_to_model, local_shard, low_precision_pairs
+from deslo_plugin.frameworks.deepspeed.zero import copy_masters_to_model, local_shard, low_precision_pairs, shard_start
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 
 SCALES = (bool, int, float)  # a loss scaler's numbers; what else it has is its configuration's
@@ -48,7 +47,7 @@ class EngineState:
     @property
     def states(self) -> States:
         of_stepped = {id(range.flat): self.optimizer.state.get(range.flat, {}) for range in self.ranges.values()}
-        own = {
+        own: dict[str, dict[str, Sequence[int] | None]] = {
             name: {PARAMS: list(self.shapes[name])}
             | {state: self._shape(name, value) for state, value in of_stepped[id(range.flat)].items()}
             for name, range in self.ranges.items()
@@ -86,8 +85,7 @@ class EngineState:
                         value = deepcopy(value)  # clocks of a partition are shared
                     tree[f"{state}/{name}"] = value
             elif hasattr(param, "ds_tensor") and not param.requires_grad:
-                start = dist.get_rank(param.ds_process_group) * param.partition_numel()
-                tree[f"{PARAMS}/{name}"] = of_range(local_shard(param), start, shape)
+                tree[f"{PARAMS}/{name}"] = of_range(local_shard(param), shard_start(param), shape)
             # ZeRO partitions nothing of a parameter without elements
             elif not param.requires_grad or not shape.numel():
                 tree[f"{PARAMS}/{name}"] = param.detach()
@@ -169,11 +167,8 @@ class EngineState:
             for name, param in self.params.items():
                 if param.requires_grad and local_shard(param).numel():
                     group, at, _ = wrapper.grad_position[wrapper.get_param_id(param)]
-                    start = dist.get_rank(param.ds_process_group) * param.partition_numel()
-                    yield (
-                        name,
-                        Range(wrapper.fp32_partitioned_groups_flat[group], at, start, local_shard(param).numel()),
-                    )
+                    flat, numel = wrapper.fp32_partitioned_groups_flat[group], local_shard(param).numel()
+                    yield name, Range(flat, at, shard_start(param), numel)
         else:
             for name, param in self.params.items():
                 held = getattr(param, "_hp_mapping", None)

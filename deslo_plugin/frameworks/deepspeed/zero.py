@@ -1,6 +1,7 @@
 """Where each ZeRO stage keeps the tensors that the optimizer steps, and how they get from there into the model."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,7 +77,7 @@ def low_precision_pairs(engine: DeepSpeedEngine) -> Iterator[tuple[Tensor, Tenso
         yield from zip(params, masters)
 
 
-def local_shard(param: Tensor) -> Tensor:
+def local_shard(param: Any) -> Tensor:
     """This rank's shard of a ZeRO-3 parameter, without the uninitialised padding of the last one."""
     shard = param.ds_tensor.data.view(-1)
     return shard[: _own_numel(param)]
@@ -93,6 +94,10 @@ def zero_padding(engine: DeepSpeedEngine) -> None:
             part[_own_numel(param) :].zero_()
 
 
-def _own_numel(param: Tensor) -> int:
-    size, start = param.partition_numel(), dist.get_rank(param.ds_process_group) * param.partition_numel()
-    return min(size, max(0, param.ds_numel - start))
+def shard_start(param: Any) -> int:
+    """Where this rank's shard begins in a ZeRO-3 parameter."""
+    return dist.get_rank(param.ds_process_group) * param.partition_numel()
+
+
+def _own_numel(param: Any) -> int:
+    return min(param.partition_numel(), max(0, param.ds_numel - shard_start(param)))

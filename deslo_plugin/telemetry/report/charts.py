@@ -86,16 +86,24 @@ def _charts(runs: Sequence[Run]) -> list[Chart]:
     """Those that would not be empty."""
     states = list(dict.fromkeys(state for run in runs for state in [*run.bytes, *run.drift]))
     color_of = {state: COLORS[number % len(COLORS)] for number, state in enumerate(states)}
-    both = {"runs": runs, "color_of": color_of}
     charts = []
     if any(run.losses for run in runs):
         charts.append(Chart("Loss by step, by token and by wall clock", partial(_losses, runs=runs), (1, 1, 1), 3.2))
     if any(run.bytes for run in runs):
         charts.append(
-            Chart("Bytes sent by a rank, and seconds waited for averages", partial(_costs, **both), (1, 1), 3.0)
+            Chart(
+                "Bytes sent by a rank, and seconds waited for averages",
+                partial(_costs, runs=runs, color_of=color_of),
+                (1, 1),
+                3.0,
+            )
         )
     if any(run.drift for run in runs):
-        charts.append(Chart("Drift of the replicas from their average", partial(_drift, **both), (1, 1), 3.4))
+        charts.append(
+            Chart(
+                "Drift of the replicas from their average", partial(_drift, runs=runs, color_of=color_of), (1, 1), 3.4
+            )
+        )
     for run in runs:
         if run.flights:
             lanes = len({flight.state for flight in run.flights})

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from urllib.parse import quote
 
@@ -32,13 +33,13 @@ def rows(runs: Sequence[Run]) -> list[list[str]]:
         row("restarts", lambda run: str(run.processes - 1)),
         row("tokens", lambda run: _large(run.tokens) if run.tokens else "-"),
         row("final loss", lambda run: "-" if run.final_loss is None else f"{run.final_loss:.4f}"),
-        *(row(f"bytes of a rank: {state}", lambda run, state=state: _bytes(run.bytes.get(state))) for state in states),
+        *(row(f"bytes of a rank: {state}", partial(_sent, state=state)) for state in states),
         row("bytes in total", lambda run: _bytes(sum(run.bytes.values()))),
         row("times fewer than synchronous", lambda run: f"{run.reduction:.1f}" if run.reduction else "-"),
         row("seconds", lambda run: f"{run.seconds:.1f}"),
         row("seconds waited, mean (most)", lambda run: f"{sum(run.exposed) / run.found:.2f} ({max(run.exposed):.2f})"),
         row("% waited", lambda run: f"{100 * sum(run.exposed) / run.found / run.seconds:.2g}" if run.seconds else "-"),
-        *(row(f"last cosine: {state}", lambda run, state=state: _last(run, state)) for state in measured),
+        *(row(f"last cosine: {state}", partial(_last, state=state)) for state in measured),
     ]
 
 
@@ -95,6 +96,10 @@ def _periods(run: Run) -> str:
 
 def _last(run: Run, state: str) -> str:
     return f"{run.drift[state][-1].cosine:.4f}" if state in run.drift else "-"
+
+
+def _sent(run: Run, state: str) -> str:
+    return _bytes(run.bytes.get(state))
 
 
 def _bytes(count: int | None) -> str:
