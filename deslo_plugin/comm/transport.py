@@ -69,7 +69,7 @@ class _Done:
         pass
 
 
-class Fixed:
+class FixedMembership:
     """What transports between the same replicas from the first step to the last have in common: a failure is an
     error."""
 
@@ -80,7 +80,7 @@ class Fixed:
         return True
 
 
-class SingleReplica(Fixed):
+class SingleReplica(FixedMembership):
     """One replica in one process: its own mean."""
 
     divisor, progress = 1, None
@@ -136,7 +136,7 @@ class _Pending:
             time.sleep(min((now - start) / 64, 0.05))
 
 
-class ReplicaTransport(Fixed):
+class ReplicaTransport(FixedMembership):
     """Means over ``groups.replica``.
 
     ``copies``: the group of those ranks of this replica that hold the same tensors (all of them under ZeRO stage 0 and
