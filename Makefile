@@ -10,13 +10,17 @@ GPU_MODULE ?=
 CPP    := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' -o -name '*.c')
 PIP    := $(VENV)/bin/pip --disable-pip-version-check -q install -c constraints.txt
 
-.PHONY: train test check format bench gpu gpu-pack docs matrix cuda-build clean
+.PHONY: train test test-all check format bench gpu gpu-pack docs matrix cuda-build clean
 
 train: $(VENV)/ready
 	$(VENV)/bin/python examples/train.py --config $(CONFIG) $(ARGS)
 
 test: check
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# and what takes long, or repeats an assertion in another combination: before a release
+test-all: check
+	$(VENV)/bin/python -m pytest -m "" $(ARGS)
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff format --check --quiet

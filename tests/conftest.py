@@ -9,6 +9,7 @@ import torch
 from deslo_plugin.kernels import update as ops
 from tests.support import device
 from tests.support.device import DEVICE, ON_CPU
+from tests.support.more import MORE
 from tests.support.worlds import Processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,11 @@ ON_A_GPU_SKIP = {  # pattern in a test's name or file -> why it asks nothing of 
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what has the mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(re.search(pattern, item.nodeid) for pattern in MORE):
+            item.add_marker(pytest.mark.more)
     for item in () if ON_CPU else items:
         for pattern, reason in ON_A_GPU_SKIP.items():
             if re.search(pattern, item.nodeid.lower()):

@@ -40,7 +40,7 @@ def contestants() -> dict[str, Callable[[], None]]:
     def steps(wrap: Callable[[nn.Module], nn.Module], ours: bool) -> Callable[[], None]:
         torch.manual_seed(0)
         model = wrap(nn.Sequential(*[layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.GELU())]))
-        optimizer = deslo_plugin.DesLoc(model.parameters(), config, average=None if ours else SingleReplica())
+        optimizer = deslo_plugin.DesLoc(model.parameters(), config, transport=None if ours else SingleReplica())
         if ours:
             deslo_plugin.attach(model, optimizer)
         inputs = torch.randn(BATCH, WIDTH)

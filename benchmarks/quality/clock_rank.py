@@ -24,7 +24,7 @@ def build(how: str, run: Run, preset: Preset) -> Running:
 
     def local(model: nn.Module) -> DesLoc:
         params = run.blocks["optimizer"]["params"] | {"sync_every": {"params": NEVER}}
-        return DesLoc(model.parameters(), {"optimizer": {"params": params}}, average=SingleReplica())
+        return DesLoc(model.parameters(), {"optimizer": {"params": params}}, transport=SingleReplica())
 
     setting = Setting(preset.shape, preset.sequences, preset.period, preset.warm_up, local)
     torch.manual_seed(run.seed)

@@ -27,7 +27,7 @@ STORES: list[Any] = []
 
 
 def local_adam(model: nn.Module) -> DesLoc:
-    return DesLoc(model.parameters(), lr=1e-3, sync_every={"params": NEVER}, average=SingleReplica())
+    return DesLoc(model.parameters(), lr=1e-3, sync_every={"params": NEVER}, transport=SingleReplica())
 
 
 @dataclass(frozen=True)

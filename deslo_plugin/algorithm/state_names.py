@@ -16,7 +16,7 @@ OUTER_PARAMS = "outer_params"  # parameters after the last outer step (outer opt
 OUTER_MOMENTUM = "outer_momentum"
 
 
-def every(state: str) -> str:
+def period_key(state: str) -> str:
     """Where a parameter keeps the period in force of a ``state`` whose period adapts; 0 before its first average."""
     return f"{state}_every"
 

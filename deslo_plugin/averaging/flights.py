@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deslo_plugin.algorithm.adaptive_periods import adaptive
 from deslo_plugin.algorithm.rules import Tensors
-from deslo_plugin.algorithm.state_names import PARAMS, every
+from deslo_plugin.algorithm.state_names import PARAMS, period_key
 from deslo_plugin.averaging import delayed
 from deslo_plugin.averaging.cohort import Cohort, Key
 from deslo_plugin.averaging.flight import Flight, FlightTable, Landing, States, Weigh
@@ -145,7 +145,7 @@ class Flights:
             before = require(cohort.periods[state])
             period = cohort.periods[state] = bounds.after(cohort.steps, before, drift)
             for param in cohort.params:
-                states[param][every(state)] = torch.tensor(period, device="cpu")
+                states[param][period_key(state)] = torch.tensor(period, device="cpu")
             if period != before:
                 log_rank0(
                     f"deslo: {state} is averaged every {period} steps now, after step {cohort.steps} found drift "

@@ -1,6 +1,6 @@
 """How many steps a parameter has completed: the clock that periods are counted on."""
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import cycle, groupby
 from typing import Any, Protocol, cast
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive
-from deslo_plugin.algorithm.state_names import ORIGIN, STEP, every
+from deslo_plugin.algorithm.state_names import ORIGIN, STEP, period_key
 from deslo_plugin.averaging.cohort import Cohort
 from deslo_plugin.averaging.count_vector import CountVectors
 
@@ -68,7 +68,7 @@ class ParameterClock:
 
         def now(param: Tensor) -> dict[str, int]:
             state = self._optimizer.state[param]
-            return {name: bounds.allowed(int(state.get(every(name), 0))) for name, bounds in adapt.items()}
+            return {name: bounds.allowed(int(state.get(period_key(name), 0))) for name, bounds in adapt.items()}
 
         for periods, same in groupby(sorted(params, key=lambda param: [*now(param).values()]), now):
             yield cast(dict[str, int | None], {**schedule, **periods}), list(same)
@@ -91,6 +91,12 @@ class ParameterClock:
 
     def set(self, cohort: Cohort, steps: int, key: str = STEP) -> None:
         self._counts.fill([self._optimizer.state[param] for param in cohort.params], key, steps)
+
+
+def counters_of(groups: Iterable[Mapping[str, Any]], moments: Iterable[str]) -> list[str]:
+    """The 0-dim states of each parameter of ``groups``, which stay on the host."""
+    adapt = {state for group in groups for state in adaptive(group["sync_every"])}
+    return [STEP, ORIGIN, *(period_key(state) for state in moments if state in adapt)]
 
 
 class GroupClock:

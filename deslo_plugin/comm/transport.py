@@ -88,7 +88,7 @@ class _Done:
         pass
 
 
-class Fixed:
+class FixedMembership:
     """What transports between the same replicas from the first step to the last have in common: a failure is an
     error."""
 
@@ -99,7 +99,7 @@ class Fixed:
         return True
 
 
-class SingleReplica(Fixed):
+class SingleReplica(FixedMembership):
     """One replica in one process: its own mean."""
 
     divisor: int = 1
@@ -156,7 +156,7 @@ class _Pending:
             time.sleep(min((now - start) / 64, 0.05))
 
 
-class ReplicaTransport(Fixed):
+class ReplicaTransport(FixedMembership):
     """Means over ``groups.replica``.
 
     ``copies``: the group of those ranks of this replica that hold the same tensors (all of them under ZeRO stage 0 and
@@ -198,7 +198,7 @@ class ReplicaTransport(Fixed):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            broken.add(self.groups.replica)
+            broken.add(require(self.groups.replica))
             who = self.progress.missing(self.ranks, launch, timed_out=time.monotonic() - at >= 0.9 * self.timeout_s)
             self._abort()
             raise AverageError(

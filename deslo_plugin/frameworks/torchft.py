@@ -16,7 +16,7 @@ from deslo_plugin.checkpoint.resharding import is_sharded
 from deslo_plugin.checks.module_wrappers import reducers
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
-from deslo_plugin.frameworks.live_average import LiveAverage, Replica
+from deslo_plugin.frameworks.live_transport import LiveTransport, Replica
 from deslo_plugin.frameworks.parameter_kinds import refuse_kinds
 from deslo_plugin.frameworks.plain import Module
 from deslo_plugin.kernels.local_tensors import local
@@ -79,9 +79,9 @@ class TorchFT(Module[None]):
                 "start each replica alone, without a wrapper",
             )
 
-    def transport(self, groups: None) -> tuple[LiveAverage, None]:
+    def transport(self, groups: None) -> tuple[LiveTransport, None]:
         device = local([next(self.around.parameters())])[0].device
-        self.live = LiveAverage(self.manager, timeout_s=self.config.deslo.timeout_s, device=device)
+        self.live = LiveTransport(self.manager, timeout_s=self.config.deslo.timeout_s, device=device)
         return self.live, None
 
     def average_buffers(self, averaging: StateAverager, groups: None) -> None:

@@ -11,7 +11,7 @@ import torch
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
-from deslo_plugin.optim.capture import refuse_capture
+from deslo_plugin.optim.step_checks import refuse_capture
 
 
 def schedule(averaging: AnyOptimizerAverager) -> None:

@@ -7,17 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin.algorithm.adaptive_periods import adaptive
 from deslo_plugin.algorithm.outer_optimizer import mean_, nesterov_
 from deslo_plugin.algorithm.rules import RULES
-from deslo_plugin.algorithm.state_names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP, every
+from deslo_plugin.algorithm.state_names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP
 from deslo_plugin.averaging.cohort import Cohort
 from deslo_plugin.averaging.flight import States
 from deslo_plugin.averaging.members import trains
 from deslo_plugin.averaging.metrics import Meter, SyncEvent
 from deslo_plugin.averaging.state_averager import StateAverager
-from deslo_plugin.averaging.step_counter import ParameterClock
-from deslo_plugin.comm.transport import SingleReplica, Transport, left_alone
+from deslo_plugin.averaging.step_counter import ParameterClock, counters_of
+from deslo_plugin.comm.transport import SingleReplica, Transport
 from deslo_plugin.config.load import check_periods, load_config
 from deslo_plugin.config.periods import group_periods
 from deslo_plugin.config.schema import Config
@@ -25,8 +24,8 @@ from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.availability import settle
 from deslo_plugin.kernels.update import OPERATORS
 from deslo_plugin.optim.adam_states import in_own_form
-from deslo_plugin.optim.capture import refuse_capture
 from deslo_plugin.optim.memory_layout import alike, refuse_sparse
+from deslo_plugin.optim.step_checks import refuse_capture, refuse_unattached
 
 
 class DesLoc(torch.optim.Optimizer):
@@ -37,7 +36,7 @@ class DesLoc(torch.optim.Optimizer):
             ``lr``, ``weight_decay`` and ``sync_every`` (state name -> period).
         config: both blocks as a ``Config``, a dict, or the path of a JSON or YAML file; or leave it out and give the
             keys of ``optimizer.params`` as keyword arguments: ``DesLoc(params, lr=1e-3, betas=(0.9, 0.95))``.
-        average: the transport between replicas; None means one replica, the plain optimizer.
+        transport: between replicas; None means one replica, the plain optimizer.
         on_average: called with a ``SyncEvent`` after every average.
         armed: False defers everything until ``attach``; steps do nothing until then.
 
@@ -58,7 +57,7 @@ class DesLoc(torch.optim.Optimizer):
         params: Any,
         config: Config | Mapping[str, Any] | str | None = None,
         *,
-        average: Transport | None = None,
+        transport: Transport | None = None,
         on_average: Callable[[SyncEvent], object] | None = None,
         armed: bool = True,
         **options: Any,
@@ -81,15 +80,18 @@ class DesLoc(torch.optim.Optimizer):
         rate = lr if isinstance(lr, Tensor) else optimizer.lr
         super().__init__(params, {"lr": rate, "weight_decay": optimizer.weight_decay, "sync_every": {}})
         self._set_rule()
-        self._unattached = average is None
+        self._unattached = transport is None
         if armed:
-            self.attach(average or SingleReplica(), chain.from_iterable(group["params"] for group in self.param_groups))
+            everything = chain.from_iterable(group["params"] for group in self.param_groups)
+            self.attach(transport or SingleReplica(), everything)
 
     def _set_rule(self) -> None:
         optimizer = self.config.desloc
         self._rule, self._operator = RULES[optimizer.rule], OPERATORS[optimizer.rule]
 
-    def attach(self, average: Transport, params: Any, on_average: Callable[[SyncEvent], object] | None = None) -> None:
+    def attach(
+        self, transport: Transport, params: Any, on_average: Callable[[SyncEvent], object] | None = None
+    ) -> None:
         """Creates the state of ``params`` where none was loaded, connects the transport and arms ``step``."""
         settle(param for group in self.param_groups for param in group["params"])
         # not those that are as they were made
@@ -100,13 +102,13 @@ class DesLoc(torch.optim.Optimizer):
                 self.state[param] = trained[param]
             elif trains(param):
                 self._create_state(param)
-        self._unattached = self._unattached and isinstance(average, SingleReplica)
+        self._unattached = self._unattached and isinstance(transport, SingleReplica)
         self._clock = ParameterClock(self, self._create_state)
         bounds = self.config.desloc.bounds
         self.averaging = StateAverager(
             self,
             self.config.deslo,
-            average,
+            transport,
             self._clock,
             receive=self._receive,
             bounds=lambda group: bounds,
@@ -135,13 +137,7 @@ class DesLoc(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every replica's own, after or before the averages that are due: Algorithm 1."""
-        if self.armed and self._unattached and left_alone():
-            raise ConfigError(
-                "DesLoc.step",
-                "deslo_plugin.attach(model, optimizer) before the first step",
-                "none in a world of several ranks",
-                "attach it, or say average=SingleReplica() for an optimizer that averages nothing",
-            )
+        refuse_unattached(self.armed and self._unattached)
         refuse_capture(self)
         loss = None
         if closure is not None:
@@ -252,8 +248,7 @@ class DesLoc(torch.optim.Optimizer):
     @property
     def counters(self) -> list[str]:
         """The 0-dim states of a parameter, which stay on the host."""
-        adapt = {state for group in self.param_groups for state in adaptive(group["sync_every"])}
-        return [STEP, ORIGIN, *(every(state) for state in self.config.desloc.moments if state in adapt)]
+        return counters_of(self.param_groups, self.config.desloc.moments)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads states and drops averages in flight; the periods, and the dtypes of states, stay those of the config.

@@ -76,7 +76,7 @@ class Replicas:
         self._mean = RowMean(count)
         rows = start.detach().expand(count, -1).clone()
         self.optimizer = DesLoc(
-            [rows], replace(config, deslo=replace(config.deslo, bucket_cap_mb=UNCUT)), average=self._mean
+            [rows], replace(config, deslo=replace(config.deslo, bucket_cap_mb=UNCUT)), transport=self._mean
         )
         self.optimizer.averaging.fragments = Columns(config.deslo.fragments)
         self.ids = list(range(count))

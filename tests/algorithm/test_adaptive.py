@@ -61,7 +61,7 @@ def test_it_goes_by_the_drift_over_all_replicas():
         optimizer = DesLoc(
             [weight],
             config,
-            average=average,
+            transport=average,
             on_average=lambda event: found.extend([event.steps] * ("exp_avg" in event.drift)),
         )
         for _ in range(16):
@@ -119,7 +119,7 @@ def test_simulated_replicas_decide_as_separate_ones_and_keep_their_periods_when_
 
     def separate(average):
         weight, found = torch.nn.Parameter(torch.zeros(9, dtype=torch.float64)), []
-        optimizer = DesLoc([weight], config, average=average)
+        optimizer = DesLoc([weight], config, transport=average)
         for each in gradients:
             weight.grad = each[average.rank].clone()
             optimizer.step()

@@ -72,7 +72,7 @@ def test_no_momentum_is_ever_larger_than_an_adam_alone_could_have_it(s, seed, we
 
     def replica(average):
         (p,) = params = [nn.Parameter(torch.linspace(-1, 1, size, dtype=torch.float64))]
-        optimizer = DesLoc(params, config, average=average)
+        optimizer = DesLoc(params, config, transport=average)
         for t in range(steps):
             p.grad = mean_in_warm_up(average.rank, t)
             if weighted:

@@ -130,7 +130,7 @@ def test_the_optimizer_keeps_its_moments_in_bfloat16(dtype):
 
     def replica(average):
         params = [torch.nn.Parameter(torch.ones(70, dtype=dtype)), torch.nn.Parameter(torch.ones(3, 5, dtype=dtype))]
-        optimizer = DesLoc(params, {"optimizer": {"params": settings}}, average=average)
+        optimizer = DesLoc(params, {"optimizer": {"params": settings}}, transport=average)
         for step in range(9):
             give_gradients(params, step, average.rank)
             optimizer.step()
@@ -151,7 +151,7 @@ def test_a_mean_lands_rounded_to_nearest():
         p = torch.nn.Parameter(torch.zeros(1000))
         params = {"state_dtype": "bfloat16", "sync_every": {"params": 1, "exp_avg": 1}}
         settings = {"optimizer": {"params": params}, "deslo": {"average_at": "after_step"}}
-        optimizer = DesLoc([p], settings, average=average)
+        optimizer = DesLoc([p], settings, transport=average)
         optimizer.state[p]["exp_avg"].fill_(1 if average.rank == 0 else 1 + 2**-7)
         optimizer.state[p]["exp_avg_sq"].fill_(1)  # such a momentum is held to nothing less
         optimizer.skip_step()

@@ -135,7 +135,9 @@ def counters_from_rank_0() -> tuple[list[int], list[int]]:
     from deslo_plugin import SingleReplica
 
     params = [torch.nn.Parameter(torch.ones(2)) for _ in range(PARAMS)]
-    optimizer = DesLoc(params, {"optimizer": {"params": {"lr": 1e-3, "sync_every": PERIODS}}}, average=SingleReplica())
+    optimizer = DesLoc(
+        params, {"optimizer": {"params": {"lr": 1e-3, "sync_every": PERIODS}}}, transport=SingleReplica()
+    )
     for _ in range(3 if dist.get_rank() else 6):
         for param in params:
             param.grad = torch.ones_like(param)

@@ -38,7 +38,7 @@ def test_bytes_are_as_planned_at_every_step(fragments, deslo):
     def replica(average):
         events = []
         optimizer = DesLoc(
-            params := params_of(0), settings(fragments, **deslo), average=average, on_average=events.append
+            params := params_of(0), settings(fragments, **deslo), transport=average, on_average=events.append
         )
         for step in range(24):
             if deslo:
@@ -83,12 +83,12 @@ def test_peaks_fall_to_a_fragment():
 @pytest.mark.parametrize("delay", [1, 3])
 def test_a_resume_in_the_middle_changes_no_bit(delay):
     def replica(average, resume_at=None):
-        optimizer = DesLoc(params := params_of(0), settings(3, delay), average=average)
+        optimizer = DesLoc(params := params_of(0), settings(3, delay), transport=average)
         take_steps(optimizer, params, range(resume_at or 20), average.rank)
         if resume_at:
             saved, aside = optimizer.state_dict(), optimizer.averaging.get_extra_state()
             values = [param.detach().clone() for param in params]
-            optimizer = DesLoc(params := params_of(0), settings(3, delay), average=average)
+            optimizer = DesLoc(params := params_of(0), settings(3, delay), transport=average)
             with torch.no_grad():
                 for param, value in zip(params, values):
                     param.copy_(value)
@@ -106,11 +106,11 @@ def test_a_resume_in_the_middle_changes_no_bit(delay):
 
 def test_a_checkpoint_of_other_fragments_under_way_is_refused():
     def replica(average):
-        optimizer = DesLoc(params := params_of(0), settings(3, delay=3), average=average)
+        optimizer = DesLoc(params := params_of(0), settings(3, delay=3), transport=average)
         take_steps(optimizer, params, range(5), average.rank)
         aside = optimizer.averaging.get_extra_state()
         assert aside["late"]["parts"]
-        other = DesLoc(params, settings(2, delay=3), average=average)
+        other = DesLoc(params, settings(2, delay=3), transport=average)
         take_steps(other, params, range(1), average.rank)
         with pytest.raises(ConfigError, match="deslo.fragments: expected 3, in which averages of the checkpoint"):
             other.averaging.set_extra_state(aside)
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_other_fragments_under_way_is_refused():
 @pytest.mark.parametrize("delay", [1, 2])
 def test_what_is_frozen_between_fragments_is_equal_everywhere_before_it_leaves(delay):
     def replica(average):
-        optimizer = DesLoc(params := params_of(0), settings(4, delay), average=average)
+        optimizer = DesLoc(params := params_of(0), settings(4, delay), transport=average)
         take_steps(optimizer, params, range(10), average.rank)
         params[0].requires_grad_(False)
         params[0].grad = None

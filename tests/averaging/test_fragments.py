@@ -92,7 +92,7 @@ def test_replicas_are_weighed_by_what_they_saw_since_that_fragment_was_averaged(
     def replica(average):
         (p,) = params = [torch.nn.Parameter(start.clone())]
         config = blocks(s, wire_dtype="float64", replica_weights="samples")
-        optimizer = DesLoc(params, config, average=average)
+        optimizer = DesLoc(params, config, transport=average)
         for step in range(STEPS):
             p.grad = noisy_quadratic(average.rank, step, p.detach())
             optimizer.averaging.samples.record_samples(seen(average.rank, step))

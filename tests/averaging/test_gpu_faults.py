@@ -15,7 +15,7 @@ from deslo_plugin.averaging import instants, synchronizer
 from deslo_plugin.averaging.synchronizer import Synchronizer
 from deslo_plugin.comm.buckets import pack
 from deslo_plugin.comm.topology import contiguous
-from deslo_plugin.comm.transport import Fixed
+from deslo_plugin.comm.transport import FixedMembership
 from deslo_plugin.config.load import load_config
 from deslo_plugin.frameworks import rehearsal
 from deslo_plugin.planning.plan import make_plan
@@ -53,7 +53,7 @@ class Event:
         return 1e3 * (other.at - self.at)
 
 
-class Travel(Fixed):
+class Travel(FixedMembership):
     """A transport whose averages take ``seconds`` on a stream of their own, behind what the device computes before.
     The host polls for their end, as for NCCL's, and the device's stream waits for it."""
 

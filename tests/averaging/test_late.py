@@ -86,7 +86,7 @@ def test_only_updates_count_not_the_steps_that_a_replica_skips(rule):
 
     def replica(average):
         (p,) = params = [torch.nn.Parameter(start.clone())]
-        optimizer = DesLoc(params, blocks(s, wire_dtype="float64"), average=average)
+        optimizer = DesLoc(params, blocks(s, wire_dtype="float64"), transport=average)
         for step in range(STEPS):
             if (average.rank, step) in SKIPS:
                 optimizer.skip_step()
@@ -103,7 +103,7 @@ def trained(average, one_by_one, steps=14):
     2."""
     weights, bias, late = (torch.nn.Parameter(torch.ones(n, dtype=torch.float64)) for n in (5, 3, 2))
     groups = [{"params": [weights]}, {"params": [bias], "weight_decay": 0.1, "sync_every": {"params": 6}}]
-    optimizer = DesLoc(groups, settings(wire_dtype="float64"), average=average)
+    optimizer = DesLoc(groups, settings(wire_dtype="float64"), transport=average)
     for step in range(steps):
         if step == 2:
             optimizer.add_param_group({"params": [late]})
@@ -131,7 +131,7 @@ def test_drift_is_between_what_was_launched_and_its_mean():
     def replica(average):
         p, found = torch.nn.Parameter(torch.full((5,), 1.0 + 2 * average.rank)), []
         optimizer = DesLoc(
-            [p], settings(lr=0.0), average=average, on_average=lambda event: found.append((event.steps, event.drift))
+            [p], settings(lr=0.0), transport=average, on_average=lambda event: found.append((event.steps, event.drift))
         )
         for step in range(7):
             give_gradients([p], step, average.rank)
@@ -149,7 +149,7 @@ def test_bfloat16_states_land_too(dtype):
         p = torch.nn.Parameter(torch.ones(50, dtype=dtype))
         config = settings()
         config["optimizer"]["params"]["state_dtype"] = "bfloat16"
-        optimizer = DesLoc([p], config, average=average)
+        optimizer = DesLoc([p], config, transport=average)
         for step in range(12):
             give_gradients([p], step, average.rank)
             optimizer.step()
@@ -162,7 +162,7 @@ def test_bfloat16_states_land_too(dtype):
 def test_nan_stops_every_replica_and_is_not_written():
     def replica(average):
         p = torch.nn.Parameter(torch.ones(5))
-        optimizer = DesLoc([p], settings(), average=average)
+        optimizer = DesLoc([p], settings(), transport=average)
         for step in range(9):
             give_gradients([p], step, average.rank)
             if (average.rank, step) == (1, 1):
@@ -182,7 +182,7 @@ def test_nan_stops_every_replica_and_is_not_written():
 def test_after_a_load_what_flew_is_averaged_as_it_is_when_it_should_land():
     def replica(average):
         p = torch.nn.Parameter(torch.ones(5))
-        optimizer = DesLoc([p], settings(), average=average)
+        optimizer = DesLoc([p], settings(), transport=average)
         for step in range(5):  # the average of step 4 is in flight
             give_gradients([p], step, average.rank)
             optimizer.step()

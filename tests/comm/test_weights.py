@@ -31,7 +31,7 @@ def run_ours(s: Setting, told=samples, steps: int = STEPS, reload_at: int | None
 
     def replica(average):
         params = [torch.nn.Parameter(torch.linspace(-1, 1, SIZE, dtype=torch.float64))]
-        optimizer = DesLoc(params, config, average=average)
+        optimizer = DesLoc(params, config, transport=average)
         for step in range(steps):
             if step == reload_at:
                 optimizer.load_state_dict(optimizer.state_dict())
@@ -115,7 +115,7 @@ def test_no_samples_on_any_replica_is_an_error():
 def tells_unless(silent: int):
     def replica(average):
         param = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
-        optimizer = DesLoc([param], blocks(S, wire_dtype="float64", replica_weights="samples"), average=average)
+        optimizer = DesLoc([param], blocks(S, wire_dtype="float64", replica_weights="samples"), transport=average)
         for _ in range(5):
             param.grad = torch.ones_like(param)
             if average.rank != silent:

@@ -136,7 +136,9 @@ def optimizer_of(*weights, average, sync_every, on_average=None, **deslo):
         "optimizer": {"params": {"lr": 1e-2, "sync_every": sync_every}},
         "deslo": {"average_at": "after_step", **deslo},
     }
-    return DesLoc([torch.nn.Parameter(weight) for weight in weights], settings, average=average, on_average=on_average)
+    return DesLoc(
+        [torch.nn.Parameter(weight) for weight in weights], settings, transport=average, on_average=on_average
+    )
 
 
 def drifts(average, steps=1):
@@ -145,7 +147,7 @@ def drifts(average, steps=1):
     weights = (torch.full((5, 3), 1.0 + 2 * average.rank), torch.full((7,), 1.0 + 2 * average.rank))
     found = []
     optimizer = optimizer_of(
-        *weights, average=average, sync_every={"params": 1}, on_average=lambda event: found.append(event.drift)
+        *weights, transport=average, sync_every={"params": 1}, on_average=lambda event: found.append(event.drift)
     )
     for _ in range(steps):
         optimizer.skip_step()
@@ -175,7 +177,7 @@ def test_a_single_replica_does_not_drift():
 def test_finite_means_whose_squares_overflow_are_no_error():
     def replica(average):
         weights = torch.full((3,), 1e200 * (1 + 2 * average.rank), dtype=torch.float64)
-        optimizer = optimizer_of(weights, average=average, sync_every={"params": 1}, wire_dtype="float64")
+        optimizer = optimizer_of(weights, transport=average, sync_every={"params": 1}, wire_dtype="float64")
         optimizer.skip_step()
         return weights.tolist()
 
@@ -186,7 +188,7 @@ def test_finite_means_whose_squares_overflow_are_no_error():
 def test_a_broken_state_is_named_and_nothing_is_written(value):
     def replica(average):
         weights = [torch.full((3,), 1.0 + average.rank), torch.full((3,), 1.0 + average.rank)]
-        optimizer = optimizer_of(*weights, average=average, sync_every=EVERY_STEP)
+        optimizer = optimizer_of(*weights, transport=average, sync_every=EVERY_STEP)
         if average.rank == 1:
             optimizer.state[optimizer.param_groups[0]["params"][1]]["exp_avg"][2] = value
         with pytest.raises(

@@ -57,7 +57,7 @@ def test_a_group_has_its_own_rate_decay_and_periods():
         optimizer = DesLoc(
             groups,
             config(lr=1e-2, sync_every={"params": 3}),
-            average=average,
+            transport=average,
             on_average=lambda event: landed.append((event.steps, event.bytes)),
         )
         for step in range(7):
@@ -87,7 +87,7 @@ def test_parameters_without_gradient_age_and_average():
         trained, idle = params_of((3,), (2,))
         with torch.no_grad():
             idle.fill_(average.rank)
-        optimizer = DesLoc([trained, idle], config(lr=1e-2, sync_every={"params": 2}), average=average)
+        optimizer = DesLoc([trained, idle], config(lr=1e-2, sync_every={"params": 2}), transport=average)
         for step in range(3):
             give_gradients([trained], step, average.rank)
             optimizer.step()
@@ -155,7 +155,7 @@ def test_state_dict_round_trip_changes_no_bit_and_keeps_the_configs_periods():
 def test_loading_drops_an_average_in_flight():
     def replica(average):
         params = params_of((3,))
-        optimizer = DesLoc(params, config(lr=1e-2, sync_every={"params": 2}), average=average)
+        optimizer = DesLoc(params, config(lr=1e-2, sync_every={"params": 2}), transport=average)
         saved = None
         for step in range(2):
             give_gradients(params, step, average.rank)
@@ -202,7 +202,7 @@ def broken_at(policy, when):
     def replica(average):
         params = params_of((3,))
         settings = config({"deslo": {"on_nonfinite": policy, "average_at": when}}, lr=1e-2, sync_every={"params": 4})
-        optimizer = DesLoc(params, settings, average=average)
+        optimizer = DesLoc(params, settings, transport=average)
         for step in range(6):
             give_gradients(params, step, average.rank)
             if (average.rank, step) == (1, 1):
@@ -232,7 +232,7 @@ def test_adopt_that_skips_its_first_step_still_sets_its_second_moment_from_a_gra
     def replica(average):
         params = params_of((3,))
         settings = config({"deslo": {"on_nonfinite": "skip"}}, rule="adopt", lr=1e-2)
-        optimizer = DesLoc(params, settings, average=average)
+        optimizer = DesLoc(params, settings, transport=average)
         for step in range(2):
             give_gradients(params, step)
             gradient = params[0].grad.clone()
@@ -249,7 +249,7 @@ def test_k_256_768_1536_moves_170_times_less_than_synchronous():
     def replica(average):
         params = params_of((4096,))
         optimizer = DesLoc(
-            params, config(lr=1e-3, sync_every={"params": 256, "exp_avg": 768, "exp_avg_sq": 1536}), average=average
+            params, config(lr=1e-3, sync_every={"params": 256, "exp_avg": 768, "exp_avg_sq": 1536}), transport=average
         )
         for step in range(1537):
             params[0].grad = torch.ones(4096)

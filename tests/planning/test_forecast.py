@@ -148,7 +148,7 @@ def test_predicted_bytes_and_averages_are_those_that_a_meter_counts(deslo, steps
 
     def train(average):
         weights = torch.nn.Parameter(torch.ones(7))
-        optimizer = DesLoc([weights], planned.config, average=average)
+        optimizer = DesLoc([weights], planned.config, transport=average)
         for _ in range(steps):
             weights.grad = torch.ones(7)
             optimizer.step()

@@ -88,7 +88,7 @@ def test_clocks_are_right_under_any_default_dtype_and_after_any_number_of_steps(
     def replica(average):
         param = nn.Parameter(torch.zeros(3, dtype=torch.float32))
         every = {"params": 3, "exp_avg": {"adaptive": {"min": 300, "max": 600}}}
-        optimizer = DesLoc([param], {"optimizer": {"params": {"rule": "sgdm", "sync_every": every}}}, average=average)
+        optimizer = DesLoc([param], {"optimizer": {"params": {"rule": "sgdm", "sync_every": every}}}, transport=average)
         for start in (0, 2**24, 2**40):
             optimizer.state[param]["step"].fill_(3 * start)
             for _ in range(4):
@@ -134,7 +134,7 @@ def test_param_groups_may_be_empty_anywhere(kind, empty):
 def test_a_meter_counts_averages_after_the_clock_went_back_too():
     def replica(average):
         param = nn.Parameter(torch.ones(2))
-        optimizer = DesLoc([param], rule="sgdm", sync_every={"params": 2, "exp_avg": None}, average=average)
+        optimizer = DesLoc([param], rule="sgdm", sync_every={"params": 2, "exp_avg": None}, transport=average)
         for _ in range(3):
             kept = None
             for step in range(3):  # after each third step, back to where the second began

@@ -35,7 +35,7 @@ def desloc(config, every, deslo=None, **more):
     for momentum in [*params.get("momenta", []), params.get("second_moment", {})]:
         momentum.pop("sync_every", None)
     return lambda params_of, average: DesLoc(
-        params_of, {"optimizer": {"params": params}, "deslo": deslo or {}}, average=average
+        params_of, {"optimizer": {"params": params}, "deslo": deslo or {}}, transport=average
     )
 
 

@@ -53,7 +53,9 @@ WRITES = [clamped, row_begun_anew, on_one_replica_alone, through_data, rows_exch
 
 
 def desloc(params, average, **deslo):
-    return DesLoc(params, {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY}}, "deslo": deslo}, average=average)
+    return DesLoc(
+        params, {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY}}, "deslo": deslo}, transport=average
+    )
 
 
 def stock(params, average, **deslo):
@@ -93,7 +95,7 @@ def test_nine_times_plus_one_is_nine():
         optimizer = DesLoc(
             params,
             {"optimizer": {"params": {"lr": 0.0, "sync_every": {"params": 4}}}, "deslo": {"sync_delay": delay}},
-            average=average,
+            transport=average,
         )
         for _ in range(9):
             x.grad = torch.ones(4)
@@ -108,7 +110,7 @@ def test_nine_times_plus_one_is_nine():
 def test_nothing_written_costs_one_word_of_an_average_and_something_written_one_average_more():
     def replica(average, write):
         (x,) = params = [torch.nn.Parameter(torch.zeros(100))]
-        optimizer = DesLoc(params, rule="sgdm", sync_every={"params": 2, "exp_avg": 2}, average=average)
+        optimizer = DesLoc(params, rule="sgdm", sync_every={"params": 2, "exp_avg": 2}, transport=average)
         for _ in range(5):
             x.grad = torch.ones(100)
             optimizer.step()

@@ -42,7 +42,7 @@ def run_ours(s, *, replicas=REPLICAS, steps=STEPS, dtype=torch.float64, overlap=
         start = torch.linspace(-1, 1, SIZE, dtype=torch.float64).to(dtype)
         shape = (12,) if s.offsets else (3, 4)  # fragments of a vector are cut anywhere, as the oracle cuts
         params = [torch.nn.Parameter(start[:5].clone()), torch.nn.Parameter(start[5:].clone().view(shape))]
-        optimizer = DesLoc(params, config, average=average)
+        optimizer = DesLoc(params, config, transport=average)
         for step in range(steps):
             flat = torch.cat([p.detach().flatten() for p in params])
             g = gradient(average.rank, step, flat)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin.comm.transport import Fixed
+from deslo_plugin.comm.transport import FixedMembership
 from tests.support import device
 
 PLENTY_S = 900  # against hangs, on a machine that is ten times as busy
@@ -26,7 +26,7 @@ STARTED = torch.multiprocessing.get_context("forkserver" if device.ON_CPU else "
 STARTED.set_forkserver_preload(["tests.support.preloaded"])
 
 
-class ThreadAverage(Fixed):
+class ThreadAverage(FixedMembership):
     """The ``Transport`` of one replica of ``world``: means by barrier, over the replicas' threads."""
 
     divisor, progress = 1, None

@@ -73,7 +73,7 @@ def test_the_pseudo_gradient_of_equal_steps_has_cosine_1_and_of_opposite_steps_m
         params = {"rule": "sgdm", "lr": 1.0, "betas": [0.0], "sync_every": {"params": 1, "exp_avg": None}}
         config = {"optimizer": {"params": params}, "deslo": {"average_at": "after_step"}}
         optimizer = deslo_plugin.DesLoc(
-            [x], config, average=average, on_average=lambda event: found.append(event.drift.get(NAME))
+            [x], config, transport=average, on_average=lambda event: found.append(event.drift.get(NAME))
         )
         optimizer.averaging.receive = PseudoGradient(optimizer.averaging.receive, optimizer.averaging.record)
         for gradients in ((-0.5, -0.5), (-0.5, -0.5), (-0.25, 0.75)):

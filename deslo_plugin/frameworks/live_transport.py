@@ -96,7 +96,7 @@ class _Share:
             self.chunk.div_(self.voices)
 
 
-class LiveAverage:
+class LiveTransport:
     """Means over the replicas of the present quorum (an ``Transport``).
 
     Args:
