@@ -132,6 +132,7 @@ def _short(config: Config) -> Config:
     deslo = replace(
         config.deslo,
         sync_delay=1,
+        fragments=1,
         synchronous_steps=min(1, config.deslo.synchronous_steps),
         timeout_s=min(60.0, config.deslo.timeout_s),
         replica_size=config.deslo.replica_size if dist.is_initialized() else 1,
@@ -150,7 +151,8 @@ def _every_step(periods: Schedule) -> Periods:
 def _shorten(ds: dict[str, Any]) -> None:
     """As ``_short``, in the JSON that DeepSpeed reads itself."""
     config, deslo = load_config(ds), ds.setdefault("deslo", {})
-    deslo.pop("delay", None)
+    for key in ("sync_delay", "fragments"):  # of periods that have one step now
+        deslo.pop(key, None)
     deslo["timeout_s"] = min(60.0, config.deslo.timeout_s)
     if not dist.is_initialized():
         deslo["replica_size"] = 1

@@ -19,7 +19,7 @@ WARM_UP = 2  # samples that nobody counts: connections open, memory is pinned
 
 
 @dataclass(frozen=True)
-class ReplicaVariance:
+class Quartiles:
     """Median and quartiles of samples."""
 
     median: float
@@ -32,8 +32,8 @@ class Measured:
     """``gbit_per_s`` of one replica towards the others, all its ranks together; ``latency_ms`` of one all-reduce of 4
     bytes."""
 
-    gbit_per_s: ReplicaVariance
-    latency_ms: ReplicaVariance
+    gbit_per_s: Quartiles
+    latency_ms: Quartiles
     replicas: int
     bytes_per_rank: int
     rounds: int
@@ -86,6 +86,6 @@ def _samples(groups: Groups, run: Callable[[], None], rounds: int) -> list[float
     return [max(each) for each in zip(*all_gather_by_rank(mine[WARM_UP:], groups.world).values())]
 
 
-def _spread(samples: list[float]) -> ReplicaVariance:
+def _spread(samples: list[float]) -> Quartiles:
     low, _, high = quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
-    return ReplicaVariance(median(samples), low, high)
+    return Quartiles(median(samples), low, high)

@@ -18,10 +18,11 @@ def test_probe_wants_a_launcher(monkeypatch):
     assert "torchrun" in run("probe", status=2).stderr
 
 
-def test_doctor_alone_steps_the_config_and_says_what_it_could_not_see(tmp_path, monkeypatch):
+@pytest.mark.parametrize("deslo", [{}, {"fragments": "auto"}, {"sync_delay": 2}], ids=str)
+def test_doctor_alone_steps_the_config_and_says_what_it_could_not_see(tmp_path, monkeypatch, deslo):
     monkeypatch.delenv("RANK", raising=False)
     path = tmp_path / "two.json"
-    path.write_text(json.dumps({"deslo": {"replica_size": 8}}))
+    path.write_text(json.dumps({"deslo": {"replica_size": 8} | deslo}))
     found = answer("doctor", "--config", str(path))
     checks = {each["name"]: each for each in found["checks"]}
     assert found["ok"] and checks["torch"]["found"] == torch.__version__
