@@ -131,13 +131,13 @@ def test_bad_input_names_the_argument(kernels, message):
 EVERY_STEP = {"params": 1, "exp_avg": 1, "exp_avg_sq": 1}
 
 
-def optimizer_of(*weights, average, sync_every, on_average=None, **deslo):
+def optimizer_of(*weights, transport, sync_every, on_average=None, **deslo):
     settings = {
         "optimizer": {"params": {"lr": 1e-2, "sync_every": sync_every}},
         "deslo": {"average_at": "after_step", **deslo},
     }
     return DesLoc(
-        [torch.nn.Parameter(weight) for weight in weights], settings, transport=average, on_average=on_average
+        [torch.nn.Parameter(weight) for weight in weights], settings, transport=transport, on_average=on_average
     )
 
 
