@@ -30,6 +30,7 @@ MANAGER: dict[str, tuple[object, str]] = {  # what a manager must be given, and 
 DESLO: dict[str, tuple[object, ...]] = {
     "synchronous_steps": (0,),
     "sync_delay": (1,),
+    "fragments": (1,),  # replicas would never be equal at one step
     "replica_weights": ("uniform",),
     "initial_params": ("auto", "check"),
     "replica_size": ("auto", 1),

@@ -187,6 +187,7 @@ class Idle:
         ({"_init_sync": True}, {}, "torchft.Manager(init_sync=...): expected False, got True"),
         ({"_group_world_size": 2}, {}, "torchft.Manager(world_size=...): expected 1, got 2"),
         ({}, {"sync_delay": 2}, "deslo.sync_delay: expected 1 with a torchft manager, got 2"),
+        ({}, {"fragments": 2}, "deslo.fragments: expected 1 with a torchft manager, got 2"),
         ({}, {"synchronous_steps": 5}, "deslo.synchronous_steps: expected 0 with a torchft manager, got 5"),
         (
             {},
