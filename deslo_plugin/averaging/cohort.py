@@ -12,18 +12,18 @@ Key = Tensor | tuple[Tensor, int]
 
 
 class Rows(NamedTuple):
-    """``count`` rows along dimension ``dim`` of a parameter that has ``of``."""
+    """``size`` rows along dimension ``dim`` of a parameter that has ``of``."""
 
     start: int
-    count: int  # type: ignore[assignment]  # hides a tuple's method of that name
+    size: int
     of: int
     dim: int = 0
 
     def part(self, tensor: Tensor) -> Tensor:
         """These rows of a state of the parameter, a view. One with other rows goes with the first of them, whole."""
         if tensor.dim() > self.dim and tensor.shape[self.dim] == self.of:
-            return tensor.narrow(self.dim, self.start, self.count)
-        return tensor[None].narrow(0, 0, int(self.start == 0 and self.count > 0))
+            return tensor.narrow(self.dim, self.start, self.size)
+        return tensor[None].narrow(0, 0, int(self.start == 0 and self.size > 0))
 
 
 class Cohort(NamedTuple):

@@ -38,9 +38,14 @@ class Fragments:
         if self.count == 1:
             return cohort
         cuts = [self._rows_of(param, cohort)[index] for param in cohort.params]
-        seats = [seat for seat, rows in enumerate(cuts) if rows.count] or [0]
+        seats = [seat for seat, rows in enumerate(cuts) if rows.size] or [0]
         params, rows = [cohort.params[seat] for seat in seats], tuple(cuts[seat] for seat in seats)
         return cohort._replace(params=params, rows=rows, fragment=index)
+
+    def forget(self) -> None:
+        """The parameters are others now."""
+        self._cuts.clear()
+        self._alive.clear()
 
     def numels(self, cohort: Cohort) -> list[int]:
         """Elements of each fragment of ``cohort``, on this rank."""

@@ -35,8 +35,7 @@ class Groups:
 
 
 _made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Topology, float, bool], Groups]]" = WeakKeyDictionary()
-broken: "WeakSet[dist.ProcessGroup]" = WeakSet()
-"""Groups in which a collective failed on this rank: what is left of it there would meet the next."""
+_broken: "WeakSet[dist.ProcessGroup]" = WeakSet()
 
 
 def make_groups(
@@ -55,9 +54,15 @@ def make_groups(
     """
     made, key = _made.setdefault(require(dist.group.WORLD), {}), (topology, timeout_s, on_cpu)
     known = made.get(key)
-    if known is None or any(all_gather_by_rank(known.replica in broken, within).values()):
+    if known is None or any(all_gather_by_rank(known.replica in _broken, within).values()):
         made[key] = _create_groups(topology, timeout_s, on_cpu, within)
     return made[key]
+
+
+def mark_broken(group: dist.ProcessGroup) -> None:
+    """A collective failed in ``group`` on this rank: what is left of it there would meet those of the next
+    attachment."""
+    _broken.add(group)
 
 
 def uses_nccl(group: dist.ProcessGroup | None = None) -> bool:

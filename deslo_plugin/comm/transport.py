@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank, broken, device_of, uses_nccl
+from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank, device_of, mark_broken, uses_nccl
 from deslo_plugin.comm.progress import Progress
 from deslo_plugin.errors import AverageError, require
 from deslo_plugin.log import log_rank0
@@ -198,7 +198,7 @@ class ReplicaTransport(FixedMembership):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            broken.add(require(self.groups.replica))
+            mark_broken(require(self.groups.replica))
             who = self.progress.missing(self.ranks, launch, timed_out=time.monotonic() - at >= 0.9 * self.timeout_s)
             self._abort()
             raise AverageError(

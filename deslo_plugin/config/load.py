@@ -34,11 +34,7 @@ from deslo_plugin.config.schema import (
 from deslo_plugin.config.telemetry import read_telemetry
 from deslo_plugin.errors import ConfigError
 
-RENAMED_PARAMS = {
-    "outer": "outer_optimizer",
-    "clip": "clip_value, a number",
-    "average": "transport, an argument of DesLoc",
-}
+RENAMED_PARAMS = {"outer": "outer_optimizer", "clip": "clip_value, a number"}
 RENAMED_DESLO = {
     "when": "average_at",
     "delay": "sync_delay",

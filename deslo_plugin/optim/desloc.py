@@ -62,6 +62,8 @@ class DesLoc(torch.optim.Optimizer):
         armed: bool = True,
         **options: Any,
     ):
+        if "average" in options:
+            raise ConfigError("DesLoc(average=...)", "transport=...", "its old name", "rename the argument")
         lr = options.get("lr")
         if isinstance(lr, Tensor):  # one that the script goes on to fill, as torch's optimizers take it
             options |= {"lr": lr.item()}

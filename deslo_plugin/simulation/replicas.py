@@ -172,6 +172,7 @@ class Replicas:
         before = optimizer.state[self._blocks[0]]  # its periods are those of all
         optimizer.averaging.abandon()  # what flies was launched of the old rows; it is taken anew when it lands
         optimizer.averaging.members.forget()
+        optimizer.averaging.fragments.forget()
         optimizer.state.clear()
         self._group["params"], self.ids = [], []
         for origin in origins.unique():

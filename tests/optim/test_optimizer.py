@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deslo_plugin import ConfigError, DesLoc, NonFiniteError
+from deslo_plugin.comm.transport import SingleReplica
 from tests.support.worlds import threads
 
 F64 = {"deslo": {"wire_dtype": "float64"}}
@@ -273,3 +274,9 @@ def test_an_unarmed_optimizer_does_nothing():
     optimizer.step()
     optimizer.skip_step()
     assert torch.equal(weights, before) and not optimizer.state
+
+
+@pytest.mark.parametrize("config", [None, {"optimizer": {"params": {"lr": 0.1}}}])
+def test_the_old_name_of_the_transport_says_the_new_one(config):
+    with pytest.raises(ConfigError, match=r"DesLoc\(average=...\): expected transport=..., got its old name"):
+        DesLoc([torch.nn.Parameter(torch.ones(2))], config, average=SingleReplica())

@@ -124,8 +124,10 @@ def test_a_joiner_with_everything_goes_on_as_the_one_it_joined(rule):
         assert torch.equal(*world.state(name))
 
 
-def test_what_left_is_freed_with_the_averages_that_it_flew_in():
-    world = last(Bowls(), double(ADAM), replicas=3, steps=4).replicas  # the average of params is in flight
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_what_left_is_freed_with_the_averages_that_it_flew_in(fragments):
+    config = double(ADAM | {"deslo": {"fragments": fragments}})
+    world = last(Bowls(), config, replicas=3, steps=4).replicas  # an average of params is in flight
     old = weakref.ref(world.optimizer.param_groups[0]["params"][0])
     world.leave([1])
     gc.collect()
