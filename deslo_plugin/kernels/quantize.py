@@ -1,0 +1,271 @@
+"""``torch.ops.deslo.{quantize, mean_quantized, dequantize, carry_}``: values as few bits, their mean, and what was lost.
+
+A tensor is blocks of ``BLOCK`` elements, the last one filled up with zeros, and each block becomes one record of bytes
+by one of the ``FORMATS``: a scale, which is a float32, and a code for each element; bfloat16 has no scale. With x the
+elements of a block, of which a is the largest by magnitude, and half-way cases rounded to even:
+
+    int8, int4   s = a / 127 or a / 7      code = round(x / s)            s code
+    float8       s = a / 448               code = the nearest e4m3        s code
+    bfloat16                               the nearest bfloat16
+    rooted       s = sqrt(a) / 255, / 15 or / 448, codes of sqrt(x) without a sign, at least 1 where x > 0     (s code)^2
+
+Rooted formats are for second moments: they hold many decades, and one that is not zero stays above it, since momenta
+are divided by its root; what is below zero is taken for zero. A block with NaN or inf has a scale that is NaN, and so
+is all that comes of it. One whose scale would be below 2^-100 is zeros.
+
+    quantize(values, bases, errors, records, own, first, format)
+        records <- codes of y = values - bases + errors; own <- y itself, of the blocks from ``first`` on
+    mean_quantized(received, own, weights, rank, records, format)
+        m = sum_j weights[j] y_j, with own for y_rank; records <- codes of m; own <- (m - what they say) / weights[rank]
+    dequantize(records, bases, means, format)
+        means <- bases + what the records say
+    carry_(values, bases, errors, means, sent, own, rank, format)
+        errors <- y - what ``sent`` says of it, or own where this rank was the one that took the mean; bases <- means
+
+``values`` are float32, bfloat16 or float16; ``bases``, ``errors``, ``means``, ``own`` and ``weights`` float32; all of
+a tensor's shape and contiguous; no bases are zeros, no errors are none and stay so. ``records`` are uint8 (blocks,
+bytes of a record), the blocks of one tensor after those of another, and zeros after the last. Bad input raises
+``ValueError`` naming the argument.
+
+Here are the schemas and the meaning; the native module adds CPU and CUDA kernels, which give the same records, but for
+subnormal numbers, which they take for zero.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deslo_plugin.kernels.argument_checks import refuse
+from deslo_plugin.kernels.availability import define
+
+BLOCK = 128  # elements with one scale
+SCALE = 4  # bytes
+TINY = 2.0**-100
+
+_library = torch.library.Library("deslo", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a block becomes a record: ``number`` is what operators call it, ``bits`` those of a code, ``levels`` the
+    largest code."""
+
+    number: int
+    bits: int
+    levels: int
+    rooted: bool = False
+
+    @property
+    def record_bytes(self) -> int:
+        return BLOCK * self.bits // 8 + (0 if self.bits == 16 else SCALE)
+
+
+FORMATS = {
+    "bfloat16": Format(0, 16, 0),
+    "float8": Format(1, 8, 448),
+    "int8": Format(2, 8, 127),
+    "int4": Format(3, 4, 7),
+}
+ROOTED = {
+    "bfloat16": FORMATS["bfloat16"],  # it has the exponents of float32
+    "float8": Format(4, 8, 448, rooted=True),
+    "int8": Format(5, 8, 255, rooted=True),
+    "int4": Format(6, 4, 15, rooted=True),
+}
+_BY_NUMBER = {each.number: each for each in [*FORMATS.values(), *ROOTED.values()]}
+E4M3_LEAST = 1  # the code of the smallest number above zero
+
+
+def blocks_of(numel: int) -> int:
+    return -(-numel // BLOCK)
+
+
+def encode(y: Tensor, format: Format) -> Tensor:
+    """Records (blocks, bytes) of ``y`` (blocks, BLOCK), float32."""
+    if format.bits == 16:
+        return y.to(torch.bfloat16).view(torch.uint8)
+    x = y.clamp_min(0).sqrt() if format.rooted else y
+    largest = x.abs().amax(1, keepdim=True)
+    scale = largest / format.levels
+    scale = torch.where(scale >= TINY, scale, 0.0)
+    inverse = torch.where(scale > 0, format.levels / largest, 0.0)
+    broken = ~torch.isfinite(y).all(1, keepdim=True)
+    codes = torch.where(broken, 0.0, x * inverse).clamp(0.0 if format.rooted else -format.levels, format.levels)
+    seen = (y > 0) & (scale > 0) & ~broken if format.rooted else None
+    scale = torch.where(broken, float("nan"), scale).contiguous().view(torch.uint8)
+    return torch.cat([scale, _packed(codes, seen, format)], 1)
+
+
+def _packed(codes: Tensor, seen: Tensor | None, format: Format) -> Tensor:
+    if format.levels == 448:
+        small = codes.to(torch.float8_e4m3fn).view(torch.uint8)
+        return small if seen is None else torch.where(seen, small.clamp_min(E4M3_LEAST), small)
+    whole = codes.round()
+    whole = whole if seen is None else torch.where(seen, whole.clamp_min(1), whole)
+    if format.bits == 8:
+        return whole.to(torch.uint8) if format.rooted else whole.to(torch.int8).view(torch.uint8)
+    nibbles = (whole if format.rooted else whole + 8).to(torch.uint8)  # the first of two in the lower half
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+
+
+def decode(records: Tensor, format: Format) -> Tensor:
+    """What ``records`` (blocks, bytes) say: (blocks, BLOCK), float32."""
+    if format.bits == 16:
+        return records.contiguous().view(torch.bfloat16).float()
+    scale, codes = records[:, :SCALE].contiguous().view(torch.float32), records[:, SCALE:].contiguous()
+    if format.levels == 448:
+        x = codes.view(torch.float8_e4m3fn).float()
+    elif format.bits == 8:
+        x = (codes if format.rooted else codes.view(torch.int8)).float()
+    else:
+        x = torch.stack([codes & 15, codes >> 4], 2).flatten(1).float() - (0 if format.rooted else 8)
+    x = x * scale
+    return x * x if format.rooted else x
+
+
+def _blocks(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1).float()
+    return torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+
+
+def _sent(values: Sequence[Tensor], bases: Sequence[Tensor], errors: Sequence[Tensor]) -> Tensor:
+    """y of all of them, (blocks, BLOCK)."""
+    of = [_blocks(value) for value in values]
+    of = [x - _blocks(base) for x, base in zip(of, bases)] if bases else of
+    return torch.cat([x + _blocks(error) for x, error in zip(of, errors)] if errors else of)
+
+
+def _parts(tensors: Sequence[Tensor], blocks: Tensor) -> Iterator[Tensor]:
+    """The elements of each of ``tensors`` among ``blocks``, in its shape."""
+    start = 0
+    for tensor in tensors:
+        end = start + blocks_of(tensor.numel())
+        yield blocks[start:end].reshape(-1)[: tensor.numel()].view(tensor.shape)
+        start = end
+
+
+def quantize_reference(
+    values: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    errors: Sequence[Tensor],
+    records: Tensor,
+    own: Tensor,
+    first: int,
+    format: int,
+) -> None:
+    """The operator made of torch's own."""
+    of = _check(values, bases, errors, [], records, format)
+    y = _sent(values, bases, errors)
+    records[: len(y)] = encode(y, of)
+    records[len(y) :] = 0
+    own.zero_()
+    mine = y[first : first + len(own)]
+    own[: len(mine)] = mine
+
+
+def mean_reference(received: Tensor, own: Tensor, weights: Tensor, rank: int, records: Tensor, format: int) -> None:
+    """The operator made of torch's own."""
+    of = _format(format)
+    mean = torch.zeros_like(own)
+    for each in range(len(weights)):
+        mean += weights[each] * (own if each == rank else decode(received[each], of))
+    records.copy_(encode(mean, of))
+    rest = (mean - decode(records, of)) / weights[rank]
+    own.copy_(torch.where(weights[rank] > 0, rest, 0.0))
+
+
+def dequantize_reference(records: Tensor, bases: Sequence[Tensor], means: Sequence[Tensor], format: int) -> None:
+    """The operator made of torch's own."""
+    of = _check(means, bases, [], [], records, format)
+    for i, said in enumerate(_parts(means, decode(records, of))):
+        means[i].copy_(said + bases[i] if bases else said)
+
+
+def carry_reference(
+    values: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    errors: Sequence[Tensor],
+    means: Sequence[Tensor],
+    sent: Tensor,
+    own: Tensor,
+    rank: int,
+    format: int,
+) -> None:
+    """The operator made of torch's own."""
+    of = _check(values, bases, errors, means, sent.flatten(0, -2), format)
+    if errors:
+        y = _sent(values, bases, errors)
+        lost = torch.zeros(sent.shape[:-1].numel(), BLOCK, device=sent.device)
+        lost[: len(y)] = y - decode(sent.flatten(0, -2)[: len(y)], of)
+        lost.view(*sent.shape[:-1], BLOCK)[:, rank] = own
+        for error, rest in zip(errors, _parts(errors, lost)):
+            error.copy_(rest)
+    for base, mean in zip(bases, means):
+        base.copy_(mean)
+
+
+def _format(number: int) -> Format:
+    if number not in _BY_NUMBER:
+        refuse(f"format: expected one of {', '.join(map(str, _BY_NUMBER))}, got {number}")
+    return _BY_NUMBER[number]
+
+
+def _check(
+    values: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    errors: Sequence[Tensor],
+    means: Sequence[Tensor],
+    records: Tensor,
+    format: int,
+) -> Format:
+    """What csrc/torch/quantize_checks.h refuses, in its words."""
+    of = _format(format)
+    if not values:
+        refuse("values: expected one tensor or more, got an empty list")
+    for name, tensors in (("bases", bases), ("errors", errors), ("means", means)):
+        if tensors and len(tensors) != len(values):
+            refuse(f"{name}: expected {len(values)} tensors or none, got {len(tensors)}")
+        for i, tensor in enumerate(tensors):
+            if tensor.dtype != torch.float32:
+                refuse(f"{name}[{i}]: expected float32, got {str(tensor.dtype).removeprefix('torch.')}")
+            if tensor.shape != values[i].shape:
+                refuse(f"{name}[{i}]: expected shape {list(values[i].shape)} of values[{i}], got {list(tensor.shape)}")
+    for name, tensors in (("values", values), ("bases", bases), ("errors", errors), ("means", means)):
+        for i, tensor in enumerate(tensors):
+            if tensor.device != values[0].device:
+                refuse(f"{name}[{i}]: expected the device of values[0], got another")
+            if tensor.layout != torch.strided or not tensor.is_contiguous():
+                refuse(f"{name}[{i}]: expected a contiguous tensor")
+            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                refuse(f"{name}[{i}]: expected float32, bfloat16 or float16, got another dtype")
+    need = sum(blocks_of(value.numel()) for value in values)
+    if records.dtype != torch.uint8 or records.dim() != 2 or records.shape[1] != of.record_bytes or len(records) < need:
+        refuse(
+            f"records: expected uint8 of shape [{need} or more, {of.record_bytes}], got "
+            f"{str(records.dtype).removeprefix('torch.')} of shape {list(records.shape)}"
+        )
+    return of
+
+
+define(
+    _library,
+    "quantize(Tensor[] values, Tensor[] bases, Tensor[] errors, Tensor(a!) records, Tensor(b!) own, int first, "
+    "int format) -> ()",
+    quantize_reference,
+)
+define(
+    _library,
+    "mean_quantized(Tensor received, Tensor(a!) own, Tensor weights, int rank, Tensor(b!) records, int format) -> ()",
+    mean_reference,
+)
+define(
+    _library, "dequantize(Tensor records, Tensor[] bases, Tensor(a!)[] means, int format) -> ()", dequantize_reference
+)
+define(
+    _library,
+    "carry_(Tensor[] values, Tensor(a!)[] bases, Tensor(b!)[] errors, Tensor[] means, Tensor sent, Tensor own, "
+    "int rank, int format) -> ()",
+    carry_reference,
+)
