@@ -1,4 +1,4 @@
-"""``torch.ops.deslo.{quantize, mean_quantized, dequantize, carry_}``: values as few bits, their mean, and what was lost.
+"""``torch.ops.deslo.{quantize, mean_quantized, dequantize, carry_}``: values in few bits, their mean, what was lost.
 
 A tensor is blocks of ``BLOCK`` elements, the last one filled up with zeros, and each block becomes one record of bytes
 by one of the ``FORMATS``: a scale, which is a float32, and a code for each element; bfloat16 has no scale. With x the
@@ -7,7 +7,7 @@ elements of a block, of which a is the largest by magnitude, and half-way cases 
     int8, int4   s = a / 127 or a / 7      code = round(x / s)            s code
     float8       s = a / 448               code = the nearest e4m3        s code
     bfloat16                               the nearest bfloat16
-    rooted       s = sqrt(a) / 255, / 15 or / 448, codes of sqrt(x) without a sign, at least 1 where x > 0     (s code)^2
+    rooted       s = sqrt(a) / 255, / 15 or / 448, codes of sqrt(x) without a sign, at least 1 where x > 0    (s code)^2
 
 Rooted formats are for second moments: they hold many decades, and one that is not zero stays above it, since momenta
 are divided by its root; what is below zero is taken for zero. A block with NaN or inf has a scale that is NaN, and so
