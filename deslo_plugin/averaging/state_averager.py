@@ -32,7 +32,7 @@ from deslo_plugin.averaging.wire_states import Store, WireStates
 from deslo_plugin.comm.sample_weights import Samples
 from deslo_plugin.comm.transport import Transport
 from deslo_plugin.config.schema import DesloConfig
-from deslo_plugin.kernels.local_tensors import local
+from deslo_plugin.kernels.local_tensors import local, states_of
 
 
 class StateAverager:
@@ -70,7 +70,7 @@ class StateAverager:
         self._sync, self.members = self._synchronizer(average), Members()
         skips = deslo.on_nonfinite == "skip"
         self.gradients = Gradients(optimizer, lambda: self.groups, self._sync, self.stats, skips_nonfinite=skips)
-        self.wire = WireStates(deslo.wire, {} if wire_states is None else wire_states, self.local_tensors, self.means)
+        self.wire = WireStates(deslo.wire, wire_states, self.local_tensors, self.means)
         self.flights = Flights(self._sync, deslo, self.wire, self._weigh, self.record)
         self.fragments = Fragments(deslo.fragments)
         self._periods: dict[int, Periods] = {}  # of each param group, by its id
@@ -145,7 +145,7 @@ class StateAverager:
         """What averages, by clock, and what trains and does not average yet, without periods."""
         cohorts = self.members.cohorts(self.groups, self.clock)
         self._periods |= {id(cohort.group): cohort.periods for cohort in cohorts if cohort.periods}
-        self.wire.prepare(cohorts, lambda: not self.diverged)
+        self.wire.prepare(cohorts, equal_until=max(self._met, self.deslo.synchronous_steps))
         return cohorts
 
     def _start_quorum(self) -> bool:
@@ -188,12 +188,14 @@ class StateAverager:
             self.kept.forget()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What this rank knows beside the optimizer's state: values that were launched, samples seen."""
-        return {"late": self.flights.saved(list(self.optimizer.state)), "samples": self.samples.saved(self.groups)}
+        """What this rank knows beside the optimizer's state: values that were launched, samples seen, bits lost."""
+        params, own = list(self.optimizer.state), {"samples": self.samples.saved(self.groups)}
+        return own | {"late": self.flights.saved(params), "wire": self.wire.saved(params)}
 
     def set_extra_state(self, aside: Mapping[str, Any]) -> None:
         """Goes on from what ``aside`` gave, with a state that has as many parameters in the same order."""
         self.flights.load(list(self.optimizer.state), aside["late"])
+        self.wire.load(list(self.optimizer.state), aside.get("wire", ()))
         self.samples.load(self.groups, aside["samples"])
 
     def means(self, name: str, tensors: Tensors) -> list[Tensor]:
@@ -213,10 +215,7 @@ class StateAverager:
 
     def local_tensors(self, state: str, params: Tensors) -> Tensors:
         """This rank's part of a state of each parameter; zeros where a stock optimizer has not created it yet."""
-        if state == PARAMS:
-            return local(params)
-        found = [self.optimizer.state[param].get(state) for param in params]
-        return local([torch.zeros_like(params[i]) if each is None else each for i, each in enumerate(found)])
+        return local(params) if state == PARAMS else states_of(self.optimizer.state, state, params)
 
     def _average(self, cohorts: list[Cohort]) -> list[Cohort]:
         """Averages what is due; the cohorts from now on, which are others where parameters were frozen or unfrozen."""

@@ -10,7 +10,7 @@
 nobody can say that they are, as after a load of replicas that differ, as their mean.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ class Packed(NamedTuple):
 
 
 class WireStates:
-    """``c`` and ``e`` of parameters, in the optimizer's own state where that is ours (``store``).
+    """``c`` and ``e`` of parameters, in ``store``, the state of an optimizer of ours, or else here.
 
     Args:
         states: gives a state of some parameters, (name, parameters) -> one tensor for each.
@@ -46,20 +46,22 @@ class WireStates:
     def __init__(
         self,
         wire: Wire,
-        store: Store,
+        store: Store | None,
         states: Callable[[str, Tensors], Tensors],
         means: Callable[[str, Tensors], Sequence[Tensor]],
     ):
-        self.wire, self.store, self._states, self._means = wire, store, states, means
+        self.wire, self._states, self._means = wire, states, means
+        self._own: Store = {}
+        self.store = self._own if store is None else store
         self._ready: set[int] = set()  # ids of parameters that have all of it
 
-    def prepare(self, cohorts: Sequence[Cohort], equal: Callable[[], bool]) -> None:
-        """Gives parameters that average, and have none yet, what their averages will go by. Collective unless replicas
-        are ``equal``."""
+    def prepare(self, cohorts: Sequence[Cohort], equal_until: int) -> None:
+        """Gives parameters that average, and have none yet, what their averages will go by. Collective where replicas
+        have taken steps of their own, which they were equal before."""
         for cohort in cohorts if self.wire.difference or self.wire.feedback else ():
             new = [param for param in cohort.params if id(param) not in self._ready] if cohort.periods else []
             if new:
-                self._create(new, cohort.periods, equal())
+                self._create(new, cohort.periods, cohort.steps <= equal_until)
                 self._ready.update(map(id, new))
 
     def _create(self, params: Sequence[Tensor], periods: Mapping[str, int | None], equal: bool) -> None:
@@ -72,6 +74,21 @@ class WireStates:
         for state in (state for state in self.wire.feedback if periods.get(state)):
             for param in params:
                 self.store.setdefault(param, {}).setdefault(error_key(state), _like(param))
+
+    def make_room(self) -> None:
+        """Before a load: parameters that have been trained have what a checkpoint may bring."""
+        trained = [param for param, state in self.store.items() if state]
+        self._create(trained, dict.fromkeys([*self.wire.difference, *self.wire.feedback], 1), equal=True)
+
+    def saved(self, params: Sequence[Tensor]) -> list[tuple[int, str, Tensor]]:
+        """What is not in the optimizer's state: place in ``params``, name, this rank's part on the CPU."""
+        kept = ((i, name, each) for i, param in enumerate(params) for name, each in self._own.get(param, {}).items())
+        return [(i, name, local([each])[0].cpu()) for i, name, each in kept]
+
+    def load(self, params: Sequence[Tensor], saved: Iterable[tuple[int, str, Tensor]]) -> None:
+        """Goes on from what was ``saved``."""
+        for i, name, value in saved:
+            self._own.setdefault(params[i], {})[name] = _like(params[i], value)
 
     def meet(self, cohorts: Sequence[Cohort]) -> None:
         """All replicas are equal: what they have in common is what they hold."""
