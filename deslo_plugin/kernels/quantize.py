@@ -84,6 +84,8 @@ def blocks_of(numel: int) -> int:
 
 def encode(y: Tensor, format: Format) -> Tensor:
     """Records (blocks, bytes) of ``y`` (blocks, BLOCK), float32."""
+    if not len(y):
+        return torch.empty(0, format.record_bytes, dtype=torch.uint8, device=y.device)
     if format.bits == 16:
         return y.to(torch.bfloat16).view(torch.uint8)
     x = y.clamp_min(0).sqrt() if format.rooted else y
