@@ -91,7 +91,8 @@ def encode(y: Tensor, format: Format) -> Tensor:
     """Records (blocks, bytes) of ``y`` (blocks, BLOCK), float32."""
     if format.bits == 16:
         return y.to(torch.bfloat16).view(torch.uint8)
-    x = torch.where(y > 0, y, 0.0).double().sqrt().float() if format.rooted else y  # torch's float32 sqrt is not nearest
+    # torch's sqrt of float32 is not always the nearest
+    x = torch.where(y > 0, y, 0.0).double().sqrt().float() if format.rooted else y
     largest = x.abs().amax(1, keepdim=True)
     levels = torch.full_like(largest, format.levels)  # torch divides by and into a number with two roundings
     scale = largest / levels
@@ -100,7 +101,7 @@ def encode(y: Tensor, format: Format) -> Tensor:
     broken = ~torch.isfinite(y).all(1, keepdim=True)
     codes = torch.where(broken, 0.0, x * inverse).clamp(0.0 if format.rooted else -format.levels, format.levels)
     seen = (y > 0) & (scale > 0) & ~broken if format.rooted else None
-    scale = torch.where(broken, float("nan"), scale).contiguous().view(torch.uint8)
+    scale = torch.where(broken, float("nan"), scale).reshape(-1).view(torch.uint8).view(-1, SCALE)
     return torch.cat([scale, _packed(codes, seen, format)], 1)
 
 
@@ -119,8 +120,8 @@ def _packed(codes: Tensor, seen: Tensor | None, format: Format) -> Tensor:
 def decode(records: Tensor, format: Format) -> Tensor:
     """What ``records`` (blocks, bytes) say: (blocks, BLOCK), float32."""
     if format.bits == 16:
-        return records.contiguous().view(torch.bfloat16).float()
-    scale, codes = records[:, :SCALE].contiguous().view(torch.float32), records[:, SCALE:].contiguous()
+        return _aligned(records).view(torch.bfloat16).float()
+    scale, codes = _aligned(records[:, :SCALE]).view(torch.float32), _aligned(records[:, SCALE:])
     if format.levels == 448:
         x = codes.view(torch.float8_e4m3fn).float()
     elif format.bits == 8:
@@ -129,6 +130,10 @@ def decode(records: Tensor, format: Format) -> Tensor:
         x = torch.stack([codes & 15, codes >> 4], 2).flatten(1).float() - (0 if format.rooted else 8)
     x = x * scale
     return x * x if format.rooted else x
+
+
+def _aligned(records: Tensor) -> Tensor:
+    return records.clone(memory_format=torch.contiguous_format)
 
 
 def _blocks(tensor: Tensor) -> Tensor:
