@@ -74,21 +74,25 @@ DESLO_INLINE float read_e4m3(uint32_t code) {
   return float_of((size == 0x7f00000u ? 0x7fc00000u : number) | ((code & 0x80u) << 24));
 }
 
+// The integer nearest to |x| < 2^22, half-way cases to even, modulo 2^9: the low bits of 1.5 * 2^23 + x.
+DESLO_INLINE uint32_t round_to_integer(float x) { return bits_of(x + 0x1.8p23f) & 0x1ffu; }
+
 // The code of a finite y.
 template <class Format>
 DESLO_INLINE uint32_t make_code(float y, float inverse) {
   if constexpr (Format::kBits == 16) {
     return BFloat16::from_float(y).bits;
+  } else if constexpr (Format::kRooted) {
+    const int32_t bits = int32_t(bits_of(y)), positive = bits > 0 ? bits : 0;
+    const float x = square_root(float_of(uint32_t(positive))) * inverse;
+    const int32_t code = int32_t(Format::kLevels == 448 ? make_e4m3(x) : round_to_integer(x));
+    const int32_t least = int32_t((0u - uint32_t(positive)) >> 31);  // 1 above zero
+    return uint32_t(code > least ? code : least);
+  } else if constexpr (Format::kLevels == 448) {
+    return make_e4m3(y * inverse);
   } else {
-    const float x = (Format::kRooted ? square_root(y > 0.0f ? y : 0.0f) : y) * inverse;
-    // the low bits of 1.5 * 2^23 + x are those of the integer that is nearest to x
-    const int32_t whole = int32_t(Format::kLevels == 448 ? make_e4m3(x) : bits_of(x + 0x1.8p23f) & 0x1ffu);
-    if constexpr (Format::kRooted) {
-      const int32_t least = y > 0.0f ? 1 : 0;
-      return uint32_t(whole > least ? whole : least);
-    } else {
-      return Format::kBits == 4 ? uint32_t(whole + 8) & 15u : uint32_t(whole) & 0xffu;
-    }
+    const uint32_t code = round_to_integer(y * inverse);
+    return Format::kBits == 4 ? (code + 8) & 15u : code & 0xffu;
   }
 }
 

@@ -56,6 +56,13 @@ DESLO_INLINE void subtract(const RecordSlot& slot, int64_t offset, int64_t count
   }
 }
 
+// Not inlined: GCC makes no vectors of the square roots in this loop where it stands between the branches of encode.
+template <class Format>
+__attribute__((noinline)) void make_codes(const Elements& y, float inverse, uint8_t* codes) {
+#pragma omp simd
+  for (int e = 0; e < kRecordBlock; ++e) codes[e] = uint8_t(make_code<Format>(y.at[e], inverse));
+}
+
 // Writes the record of a block. One that is not finite loses its elements.
 template <class Format>
 DESLO_INLINE void encode(Elements& y, uint8_t* record) {
@@ -74,8 +81,7 @@ DESLO_INLINE void encode(Elements& y, uint8_t* record) {
     const Scale scale = make_scale<Format>(largest);
     if (largest >= kInfinity) y = {};
     alignas(64) uint8_t codes[kRecordBlock];
-#pragma omp simd
-    for (int e = 0; e < kRecordBlock; ++e) codes[e] = uint8_t(make_code<Format>(y.at[e], scale.inverse));
+    make_codes<Format>(y, scale.inverse, codes);
     memcpy(record, &scale.scale, 4);
     if constexpr (Format::kBits == 8) {
       memcpy(record + 4, codes, sizeof codes);
@@ -172,7 +178,6 @@ void take_mean(const MeanTask& task, int64_t begin, int64_t end) {
   }
 }
 
-// `count` of what add_to_base computes; what is no whole block goes through a copy.
 template <class Format>
 void dequantize(const DequantizeTask& task, int64_t begin, int64_t end) {
   for_each_block(task, begin, end, [&](const RecordSlot& slot, int64_t offset, int64_t count, int64_t block) {
