@@ -39,6 +39,7 @@ from torch import Tensor
 
 from deslo_plugin.kernels.argument_checks import refuse
 from deslo_plugin.kernels.availability import define
+from deslo_plugin.kernels.quantize_checks import check_buffer, check_lists, check_rank, check_records
 
 BLOCK = 128  # elements with one scale
 SCALE = 4  # bytes
@@ -82,21 +83,27 @@ def blocks_of(numel: int) -> int:
     return -(-numel // BLOCK)
 
 
+def _blocks_of_all(tensors: Sequence[Tensor]) -> int:
+    return sum(blocks_of(tensor.numel()) for tensor in tensors)
+
+
 def encode(y: Tensor, format: Format) -> Tensor:
     """Records (blocks, bytes) of ``y`` (blocks, BLOCK), float32."""
     if not len(y):
         return torch.empty(0, format.record_bytes, dtype=torch.uint8, device=y.device)
     if format.bits == 16:
         return y.to(torch.bfloat16).view(torch.uint8)
-    x = y.clamp_min(0).sqrt() if format.rooted else y
+    # torch's sqrt of float32 is not always the nearest
+    x = torch.where(y > 0, y, 0.0).double().sqrt().float() if format.rooted else y
     largest = x.abs().amax(1, keepdim=True)
-    scale = largest / format.levels
+    levels = torch.full_like(largest, format.levels)  # torch divides by and into a number with two roundings
+    scale = largest / levels
     scale = torch.where(scale >= TINY, scale, 0.0)
-    inverse = torch.where(scale > 0, format.levels / largest, 0.0)
+    inverse = torch.where(scale > 0, levels / largest, 0.0)
     broken = ~torch.isfinite(y).all(1, keepdim=True)
     codes = torch.where(broken, 0.0, x * inverse).clamp(0.0 if format.rooted else -format.levels, format.levels)
     seen = (y > 0) & (scale > 0) & ~broken if format.rooted else None
-    scale = torch.where(broken, float("nan"), scale).contiguous().view(torch.uint8)
+    scale = torch.where(broken, float("nan"), scale).reshape(-1).view(torch.uint8).view(-1, SCALE)
     return torch.cat([scale, _packed(codes, seen, format)], 1)
 
 
@@ -115,8 +122,8 @@ def _packed(codes: Tensor, seen: Tensor | None, format: Format) -> Tensor:
 def decode(records: Tensor, format: Format) -> Tensor:
     """What ``records`` (blocks, bytes) say: (blocks, BLOCK), float32."""
     if format.bits == 16:
-        return records.contiguous().view(torch.bfloat16).float()
-    scale, codes = records[:, :SCALE].contiguous().view(torch.float32), records[:, SCALE:].contiguous()
+        return _aligned(records).view(torch.bfloat16).float()
+    scale, codes = _aligned(records[:, :SCALE]).view(torch.float32), _aligned(records[:, SCALE:])
     if format.levels == 448:
         x = codes.view(torch.float8_e4m3fn).float()
     elif format.bits == 8:
@@ -125,6 +132,10 @@ def decode(records: Tensor, format: Format) -> Tensor:
         x = torch.stack([codes & 15, codes >> 4], 2).flatten(1).float() - (0 if format.rooted else 8)
     x = x * scale
     return x * x if format.rooted else x
+
+
+def _aligned(records: Tensor) -> Tensor:
+    return records.clone(memory_format=torch.contiguous_format)
 
 
 def _blocks(tensor: Tensor) -> Tensor:
@@ -158,7 +169,13 @@ def quantize_reference(
     format: int,
 ) -> None:
     """The operator made of torch's own."""
-    of = _check(values, bases, errors, [], records, format)
+    of = _format(format)
+    check_lists("values", values, bases=bases, errors=errors)
+    check_records(records, _blocks_of_all(values), of.record_bytes, "values[0]", values[0])
+    fits = own.dim() == 2 and len(own) <= len(records) and own.shape[1] == BLOCK
+    check_buffer("own", own, torch.float32, "values[0]", values[0], fits, f"[{len(records)} or fewer, {BLOCK}]")
+    if not 0 <= first <= len(records) - len(own):
+        refuse(f"first: expected 0 to {len(records) - len(own)}, got {first}")
     y = _sent(values, bases, errors)
     records[: len(y)] = encode(y, of)
     records[len(y) :] = 0
@@ -170,6 +187,14 @@ def quantize_reference(
 def mean_reference(received: Tensor, own: Tensor, weights: Tensor, rank: int, records: Tensor, format: int) -> None:
     """The operator made of torch's own."""
     of = _format(format)
+    check_buffer("own", own, torch.float32, "own", own, own.dim() == 2 and own.shape[1] == BLOCK, f"[blocks, {BLOCK}]")
+    blocks, replicas = len(own), len(received)
+    fits = received.dim() == 3 and received.shape[1:] == (blocks, of.record_bytes)
+    check_buffer("received", received, torch.uint8, "own", own, fits, f"[replicas, {blocks}, {of.record_bytes}]")
+    check_buffer("weights", weights, torch.float32, "own", own, weights.shape == (replicas,), f"[{replicas}]")
+    fits = records.shape == (blocks, of.record_bytes)
+    check_buffer("records", records, torch.uint8, "own", own, fits, f"[{blocks}, {of.record_bytes}]")
+    check_rank(rank, replicas)
     mean = torch.zeros_like(own)
     for each in range(len(weights)):
         mean += weights[each] * (own if each == rank else decode(received[each], of))
@@ -180,7 +205,9 @@ def mean_reference(received: Tensor, own: Tensor, weights: Tensor, rank: int, re
 
 def dequantize_reference(records: Tensor, bases: Sequence[Tensor], means: Sequence[Tensor], format: int) -> None:
     """The operator made of torch's own."""
-    of = _check(means, bases, [], [], records, format)
+    of = _format(format)
+    check_lists("means", means, written=True, bases=bases)
+    check_records(records, _blocks_of_all(means), of.record_bytes, "means[0]", means[0])
     for i, said in enumerate(_parts(means, decode(records, of))):
         means[i].copy_(said + bases[i] if bases else said)
 
@@ -196,7 +223,16 @@ def carry_reference(
     format: int,
 ) -> None:
     """The operator made of torch's own."""
-    of = _check(values, bases, errors, means, sent.flatten(0, -2), format)
+    of = _format(format)
+    check_lists("values", values, bases=bases, errors=errors, means=means)
+    need = _blocks_of_all(values)
+    fits = sent.dim() == 4 and sent.shape[3] == of.record_bytes and sent.shape[:3].numel() >= need
+    shape = f"[copies, replicas, blocks, {of.record_bytes}] with {need} blocks or more in all"
+    check_buffer("sent", sent, torch.uint8, "values[0]", values[0], fits, shape)
+    copies, replicas, part, _ = sent.shape
+    fits = own.shape == (copies, part, BLOCK)
+    check_buffer("own", own, torch.float32, "values[0]", values[0], fits, f"[{copies}, {part}, {BLOCK}]")
+    check_rank(rank, replicas)
     if errors:
         y = _sent(values, bases, errors)
         lost = torch.zeros(sent.shape[:-1].numel(), BLOCK, device=sent.device)
@@ -212,43 +248,6 @@ def _format(number: int) -> Format:
     if number not in _BY_NUMBER:
         refuse(f"format: expected one of {', '.join(map(str, _BY_NUMBER))}, got {number}")
     return _BY_NUMBER[number]
-
-
-def _check(
-    values: Sequence[Tensor],
-    bases: Sequence[Tensor],
-    errors: Sequence[Tensor],
-    means: Sequence[Tensor],
-    records: Tensor,
-    format: int,
-) -> Format:
-    """What csrc/torch/quantize_checks.h refuses, in its words."""
-    of = _format(format)
-    if not values:
-        refuse("values: expected one tensor or more, got an empty list")
-    for name, tensors in (("bases", bases), ("errors", errors), ("means", means)):
-        if tensors and len(tensors) != len(values):
-            refuse(f"{name}: expected {len(values)} tensors or none, got {len(tensors)}")
-        for i, tensor in enumerate(tensors):
-            if tensor.dtype != torch.float32:
-                refuse(f"{name}[{i}]: expected float32, got {str(tensor.dtype).removeprefix('torch.')}")
-            if tensor.shape != values[i].shape:
-                refuse(f"{name}[{i}]: expected shape {list(values[i].shape)} of values[{i}], got {list(tensor.shape)}")
-    for name, tensors in (("values", values), ("bases", bases), ("errors", errors), ("means", means)):
-        for i, tensor in enumerate(tensors):
-            if tensor.device != values[0].device:
-                refuse(f"{name}[{i}]: expected the device of values[0], got another")
-            if tensor.layout != torch.strided or not tensor.is_contiguous():
-                refuse(f"{name}[{i}]: expected a contiguous tensor")
-            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                refuse(f"{name}[{i}]: expected float32, bfloat16 or float16, got another dtype")
-    need = sum(blocks_of(value.numel()) for value in values)
-    if records.dtype != torch.uint8 or records.dim() != 2 or records.shape[1] != of.record_bytes or len(records) < need:
-        refuse(
-            f"records: expected uint8 of shape [{need} or more, {of.record_bytes}], got "
-            f"{str(records.dtype).removeprefix('torch.')} of shape {list(records.shape)}"
-        )
-    return of
 
 
 define(
