@@ -10,7 +10,7 @@ from deslo_plugin.algorithm.adaptive_periods import Adaptive, adaptive, shortest
 from deslo_plugin.algorithm.schedule import half_life
 from deslo_plugin.cli.output import bytes_of, number, table
 from deslo_plugin.planning.advice import Reach, hiding_delay, hiding_fragments, reach
-from deslo_plugin.planning.alternatives import half_life_rule, papers_default, periods_of
+from deslo_plugin.planning.alternatives import FEW_BITS, half_life_rule, papers_default, periods_of
 from deslo_plugin.planning.comparison import IN_TURN, OWN, SYNCHRONOUS, Job, Method, methods
 from deslo_plugin.planning.forecast import BACKWARD, Forecast, Link, memory
 
@@ -153,7 +153,13 @@ class PlanReport:
             return None
         periods = periods_of(self.job.config)
         longer = {state: period and period * found.stretch for state, period in periods.items()}
-        return {"periods": longer, "fragments": found.fragments, "utilisation": found.utilisation}
+        said = {"periods": longer, "fragments": found.fragments, "utilisation": found.utilisation}
+        return said | {"wire_dtype": FEW_BITS if found.few_bits else self.job.config.deslo.wire.of_all}
+
+    @property
+    def _wire(self) -> str:
+        wire = self.job.config.deslo.wire
+        return wire.of_all if wire.of is None else ", ".join(f"{state} {name}" for state, name in wire.of.items())
 
     @property
     def _adaptive(self) -> Mapping[str, Adaptive]:
@@ -175,7 +181,7 @@ class PlanReport:
             "rank(s) of a replica; headers and protocol are not counted: what deslo probe measures has them taken off",
             f"a rank holds and sends 1/{job.replica_size} of the parameters (ZeRO 1 to 3, FSDP2; DDP and ZeRO 0 send "
             "as much, but hold all states on every rank); that shards differ by padding is not counted",
-            f"averages travel in {deslo.wire.plain}; gradients of synchronous training in {job.gradient_dtype} "
+            f"averages travel in {self._wire}; gradients of synchronous training in {job.gradient_dtype} "
             f"({self.why['gradients']}), reduced inside a replica first",
             f"a step computes for {job.step_s * 1e3:.4g} ms ({self.why['step']}), with and without communication "
             f"beside it",
@@ -196,13 +202,12 @@ class PlanReport:
 
 def _target_line(target: float, found: Mapping[str, Any] | None) -> str:
     if found is None:
-        return (
-            f"No periods and fragments that were looked at reach {target:.4g} of the time for computing on this link."
-        )
+        return f"No periods, fragments and formats that were tried reach {target:.4g} of the time for computing here."
     every = ", ".join(f"{state} {period or 'never'}" for state, period in found["periods"].items())
+    few = f' and "wire_dtype": "{FEW_BITS}"' if found["wire_dtype"] == FEW_BITS else ""
     return (
-        f'To compute for {target:.1%} of the time: periods of {every}, with "fragments": {found["fragments"]} '
-        f"({found['utilisation']:.1%}). Longer periods cost loss: docs/results.md."
+        f'To compute for {target:.1%} of the time: periods of {every}, with "fragments": {found["fragments"]}{few} '
+        f"({found['utilisation']:.1%}). What it costs in loss: of periods docs/results.md, of few bits docs/wire.md."
     )
 
 

@@ -1,4 +1,4 @@
-"""Hours over bandwidth, one line for each method: the papers' wall-clock figures for one's own job."""
+"""The share of the time that computes over bandwidth, one line for each method, for one's own job."""
 
 from pathlib import Path
 
@@ -17,18 +17,22 @@ def draw(outlook: PlanReport, path: Path) -> None:
     job, low, high = outlook.job, SWEEP[0], SWEEP[-1]
     rates = [low * (high / low) ** (index / (POINTS - 1)) for index in range(POINTS)]
     hours = [outlook.hours(rate) for rate in rates]
+    computed = job.steps * job.step_s / 3600
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for name in (each for each in hours[0] if each != IN_TURN):
         axes.plot(
-            rates, [each[name] for each in hours], label=name, linestyle="--" if name.startswith("synchronous") else "-"
+            rates,
+            [100 * computed / each[name] for each in hours],
+            label=name,
+            linestyle="--" if name.startswith("synchronous") else "-",
         )
     axes.axvline(outlook.link.gbit_per_s, color="grey", linewidth=0.8)
     axes.set(
         xscale="log",
-        yscale="log",
         xlabel="Gbit/s between replicas",
-        ylabel=f"hours for {job.steps:,} steps",
+        ylabel="% of the time spent computing",
+        ylim=(0, 101),
         title=f"{job.numel:.3g} parameters, {job.replicas} replicas, {job.step_s * 1e3:.4g} ms a step",
     )
     axes.legend(fontsize="small")

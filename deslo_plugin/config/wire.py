@@ -86,10 +86,10 @@ def settle_wire(wire: Wire, periods: Periods) -> Wire:
                 did_you_mean(state, averaged) or "remove it",
             )
     chosen: dict[str, Any] = {}
-    for key in ("difference", "feedback"):
+    for key, pays in (("difference", _differs_little), ("feedback", _loses_much)):
         asked: Any = getattr(wire, key)
         if asked == AUTO:
-            chosen[key] = tuple(state for state in quantized if state == PARAMS)
+            chosen[key] = tuple(state for state in quantized if pays(state, wire.name_of(state)))
             continue
         for state in asked:
             if state not in quantized:
@@ -108,6 +108,16 @@ def settle_wire(wire: Wire, periods: Periods) -> Wire:
                 )
         chosen[key] = tuple(state for state in quantized if state in asked)
     return Wire(of_all=wire.of_all, of=wire.of, **chosen)
+
+
+def _differs_little(state: str, name: str) -> bool:
+    """Parameters go a small part of their size between averages; a momentum is another by then."""
+    return state == PARAMS
+
+
+def _loses_much(state: str, name: str) -> bool:
+    """By docs/wire.md: eight bits lose nothing that was seen, nor do second moments in four."""
+    return name == "int4" and state not in NEVER_NEGATIVE
 
 
 def _refuse(where: str, expected: str, got: str, do: str) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from math import ceil, lcm
 
 from deslo_plugin.config.schema import Config
-from deslo_plugin.planning.alternatives import in_fragments, most_fragments, periods_of
+from deslo_plugin.planning.alternatives import in_few_bits, in_fragments, most_fragments, periods_of
 from deslo_plugin.planning.comparison import Job
 from deslo_plugin.planning.forecast import Forecast, Link, forecast, transfers, travel_seconds
 
@@ -43,23 +43,27 @@ def hiding_fragments(job: Job, link: Link) -> int | None:
 
 @dataclass(frozen=True)
 class Reach:
-    """All periods times ``stretch`` and ``fragments`` of each state, with which a replica computes for ``utilisation``
-    of its time."""
+    """All periods times ``stretch`` and ``fragments`` of each state, in ``few_bits`` or as the config has it, with
+    which a replica computes for ``utilisation`` of its time."""
 
     stretch: int
     fragments: int
     utilisation: float
+    few_bits: bool = False
 
 
 def reach(job: Job, link: Link, target: float) -> Reach | None:
-    """The shortest periods, and for them the fewest fragments, with which a replica computes for ``target`` of its time
-    once the warm-up is over; None if none of those that are looked at do."""
+    """The shortest periods, for them states as they are rather than in few bits, and for those the fewest fragments,
+    with which a replica computes for ``target`` of its time once the warm-up is over; None if none of those that are
+    looked at do."""
     for stretch in STRETCHES:
-        longer = replace(job, config=_stretched(job.config, stretch))
-        for count in (longer.config.deslo.fragments, *_counts(longer.config)):
-            found = _seen(longer, link, count).utilisation
-            if found >= target:
-                return Reach(stretch, count, found)
+        longer = _stretched(job.config, stretch)
+        fewer = in_few_bits(longer)
+        for config in (longer, fewer) if fewer != longer else (longer,):
+            for count in (config.deslo.fragments, *_counts(config)):
+                found = _seen(replace(job, config=config), link, count).utilisation
+                if found >= target:
+                    return Reach(stretch, count, found, few_bits=config is not longer)
     return None
 
 

@@ -8,8 +8,11 @@ from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import Periods, half_life_period
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT
 from deslo_plugin.config.periods import MULTIPLE_OF_PARAMS
-from deslo_plugin.config.schema import Config
+from deslo_plugin.config.schema import Config, DesloConfig
+from deslo_plugin.config.wire import Wire, settle_wire
 
+FEW_BITS = "int8"
+"""What states may travel as without a loss that was seen, by docs/wire.md."""
 LOCAL = {name: f"Local {rule.title}" for name, rule in RULES.items()}
 
 
@@ -67,6 +70,14 @@ def most_fragments(config: Config) -> int:
 def in_fragments(config: Config, count: int) -> Config:
     """The same job, its states in ``count`` fragments."""
     return replace(config, deslo=replace(config.deslo, fragments=count))
+
+
+def in_few_bits(config: Config) -> Config:
+    """The same job, its states as ``FEW_BITS``; itself where the config has chosen already what they travel as."""
+    if config.deslo.wire != DesloConfig().wire:
+        return config
+    wire = settle_wire(Wire(of_all=FEW_BITS), periods_of(config))
+    return replace(config, deslo=replace(config.deslo, wire=wire))
 
 
 def synchronous(config: Config, steps: int) -> Config:

@@ -8,12 +8,12 @@ from math import ceil
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.comm.topology import contiguous
 from deslo_plugin.config.schema import Config
-from deslo_plugin.planning.alternatives import alternatives, in_fragments, most_fragments, synchronous
+from deslo_plugin.planning.alternatives import alternatives, in_few_bits, in_fragments, most_fragments, synchronous
 from deslo_plugin.planning.forecast import BACKWARD, Forecast, Link, Transfer, forecast, transfers
 from deslo_plugin.planning.plan import Plan, make_plan
 
 GRADIENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-OWN, IN_TURN, IN_FRAGMENTS = "this config", "its overlap off", "in fragments"
+OWN, IN_TURN, IN_FRAGMENTS, IN_BITS = "this config", "its overlap off", "in fragments", "in fragments and few bits"
 SYNCHRONOUS, HIDDEN = "synchronous", "synchronous, overlapped"
 
 
@@ -61,7 +61,8 @@ class Method:
 
 
 def methods(job: Job) -> list[Method]:
-    """The config first, then itself in turn, synchronous training twice, the alternatives, and itself in fragments."""
+    """The config first, then itself in turn, synchronous training twice, the alternatives, and itself in fragments and
+    in few bits."""
     deslo, every_step = job.config.deslo, job.plan(synchronous(job.config, job.steps))
     found = [Method(OWN, job, job.plan())]
     if deslo.overlap_comm:
@@ -69,5 +70,14 @@ def methods(job: Job) -> list[Method]:
         found.append(Method(IN_TURN, job, job.plan(in_turn)))
     found += [Method(SYNCHRONOUS, job, every_step), Method(HIDDEN, job, every_step, BACKWARD * job.step_s)]
     found += [Method(name, job, job.plan(periods=periods)) for name, periods in alternatives(job.config).items()]
-    most = most_fragments(job.config)
-    return found + ([Method(IN_FRAGMENTS, job, job.plan(in_fragments(job.config, most)))] if most > 1 else [])
+    if (most := most_fragments(job.config)) > 1:
+        found.append(Method(IN_FRAGMENTS, job, job.plan(in_fragments(job.config, most))))
+    if (few := in_few_bits(job.config)) != job.config:
+        found.append(
+            Method(
+                IN_BITS if most > 1 else "in few bits",
+                job,
+                job.plan(in_fragments(few, max(most, job.config.deslo.fragments))),
+            )
+        )
+    return found

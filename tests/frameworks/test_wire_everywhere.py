@@ -1,4 +1,4 @@
-"""States in few bits on real engines and wrappers: near the oracle, equal on all replicas, the plan's bytes, resumes."""
+"""States in few bits on real engines and wrappers: near the oracle, equal on all replicas, planned bytes, resumes."""
 
 from dataclasses import replace
 
