@@ -1,9 +1,9 @@
 """What an optimizer that is connected to its replicas can be asked: ``attach(...)`` returns it, ``engine.deslo`` is
 it."""
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from inspect import signature
 from itertools import chain
@@ -40,6 +40,7 @@ class Attachment:
     ``checkpoint.state_tree.StateAdapter``. ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is
     what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer alone;
     ``fixed_numels`` are the ``numels`` where its param groups do not show them. ``route`` is the way of averages.
+    ``holders``: parameter -> how many ranks of a replica hold it, where not all of them hold each.
     """
 
     averaging: StateAverager
@@ -52,6 +53,12 @@ class Attachment:
     engine_steps: bool = False
     watch: Watch | None = None
     route: Route | None = None
+    holders: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the ranks of a replica hold other parameters than each other: stages of a pipeline, experts."""
+        return bool(self.holders)
 
     @property
     def numels(self) -> Sequence[int]:

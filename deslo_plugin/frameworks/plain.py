@@ -25,6 +25,7 @@ from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.frameworks.base import Framework, G
 from deslo_plugin.frameworks.gradient_warmup import GradientAveraging
+from deslo_plugin.frameworks.gradients_inside import place_as_parameters
 from deslo_plugin.frameworks.parameter_kinds import refuse_kinds, refuse_nonfinite
 from deslo_plugin.frameworks.requested import refuse_together
 from deslo_plugin.kernels.local_tensors import local
@@ -159,6 +160,8 @@ class Plain(Module[Groups]):
             )
 
     def keep_gradients_inside(self, averaging: StateAverager, groups: Groups) -> None:
+        if self.first:
+            place_as_parameters(self.model.parameters())
         if self.first and groups.topology.replicas > 1 and self.config.deslo.synchronous_steps:
             GradientAveraging(self.model, averaging)
 
