@@ -19,7 +19,18 @@ def assert_replicas(results: list[dict], theory: list[dict]) -> None:
         assert result["bytes"] == result["planned"]
 
 
-@pytest.mark.parametrize("kind, seats", [("left out of fsdp", 2), ("left out of hsdp", 2), ("replicate x tp", 1)])
-def test_what_ranks_of_a_replica_hold_whole_trains_as_the_oracle(four, kind, seats):
-    """Parameters that fully_shard has not got, and norms whose gradients torch leaves as partial sums."""
-    assert_replicas(four().run(jobs.run, kind, blocks(S), STEPS), jobs.theory(S, STEPS, seats))
+KINDS = {  # what a replica's ranks share -> data-parallel ranks of a replica, the whole model
+    "left out of fsdp": (2, jobs.net),
+    "left out of hsdp": (2, jobs.net),
+    "replicate x tp": (1, jobs.net),
+    "pipeline": (1, jobs.net),
+    "expert parallel": (2, jobs.moe),
+    "context parallel": (1, jobs.attention),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replica_that_shares_its_model_trains_as_the_oracle(four, kind):
+    """Parameters that fully_shard has not got, norms whose gradients torch leaves as partial sums, stages, experts."""
+    seats, whole = KINDS[kind]
+    assert_replicas(four().run(jobs.run, kind, blocks(S), STEPS), jobs.theory(S, STEPS, seats, build=whole))
