@@ -21,7 +21,7 @@ from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checkpoint.resharding import param_groups, reshard
 from deslo_plugin.checks.replica_checks import listed
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
-from deslo_plugin.comm.topology import Topology
+from deslo_plugin.comm.topology import Topology, topology_of_groups
 from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.frameworks.gradients_inside import MeanInside
 from deslo_plugin.frameworks.plain import Plain, dimension_across, topology_from_mesh
@@ -42,16 +42,16 @@ class FSDP2(Plain):
         if across:
             return topology_from_mesh(*across[0])
         own = _mesh_of(self.model).mesh.flatten().tolist()
-        replicas = sorted({tuple(ranks) for ranks in all_gather_by_rank(own).values()})
-        if len(replicas) == 1 < len(replicas[0]):
+        found = topology_of_groups(all_gather_by_rank(own).values(), dist.get_rank())
+        if found.replicas == 1 < found.replica_size:
             raise ConfigError(
                 "attach(model)",
                 "a model sharded over the ranks of one replica",
-                f"one sharded over all {len(replicas[0])} ranks",
+                f"one sharded over all {found.replica_size} ranks",
                 "shard it on one dimension of a 2-D mesh: mesh = init_device_mesh(device, (replicas, ranks of a "
                 'replica), mesh_dim_names=("replicate", "shard")); fully_shard(model, mesh=mesh["shard"])',
             )
-        return Topology(tuple(replicas), dist.get_rank())
+        return found
 
     def ranks_of(self, param: DTensor) -> list[int]:
         return _inside(param.device_mesh, self.replicate)

@@ -1,10 +1,15 @@
 """Parallelism inside a replica: each local shard averages with its peer, and the ranks of a replica stay one model."""
 
+from dataclasses import replace
+
 import pytest
 
+import deslo_plugin
 from tests.support import parallel_jobs as jobs
+from tests.support import parallel_models as models
 from tests.support.oracle import blocks
 from tests.support.theory import RULES
+from tests.support.worlds import Processes
 
 S, STEPS = RULES["mt-dao-adam-n2"], 14
 
@@ -20,12 +25,12 @@ def assert_replicas(results: list[dict], theory: list[dict]) -> None:
 
 
 KINDS = {  # what a replica's ranks share -> data-parallel ranks of a replica, the whole model
-    "left out of fsdp": (2, jobs.net),
-    "left out of hsdp": (2, jobs.net),
-    "replicate x tp": (1, jobs.net),
-    "pipeline": (1, jobs.net),
-    "expert parallel": (2, jobs.moe),
-    "context parallel": (1, jobs.attention),
+    "left out of fsdp": (2, models.net),
+    "left out of hsdp": (2, models.net),
+    "replicate x tp": (1, models.net),
+    "pipeline": (1, models.net),
+    "expert parallel": (2, models.moe),
+    "context parallel": (1, models.attention),
 }
 
 
@@ -34,3 +39,40 @@ def test_a_replica_that_shares_its_model_trains_as_the_oracle(four, kind):
     """Parameters that fully_shard has not got, norms whose gradients torch leaves as partial sums, stages, experts."""
     seats, whole = KINDS[kind]
     assert_replicas(four().run(jobs.run, kind, blocks(S), STEPS), jobs.theory(S, STEPS, seats, build=whole))
+
+
+@pytest.mark.parametrize("kind", ["left out of hsdp", "replicate x tp", "pipeline", "expert parallel"])
+def test_nothing_crosses_replicas_between_averages(four, tmp_path, kind):
+    s = replace(S, periods=dict.fromkeys(S.periods, 3))
+    assert four().run(jobs.one_replica_ahead, kind, blocks(s), 2, str(tmp_path)) == [4] * 4
+
+
+def test_eight_ranks_in_three_dimensions_train_as_the_oracle(tmp_path):
+    """2 replicas x 2 shards x 2 that split tensors, or stages."""
+    eight = Processes(8, tmp_path)
+    try:
+        theory = jobs.theory(S, STEPS, 2)
+        for kind in ("fsdp x tp", "hsdp x tp", "fsdp x pp", "hsdp x pp"):
+            assert_replicas(eight.run(jobs.run, kind, blocks(S), STEPS), theory)
+    finally:
+        eight.close()
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "expert parallel", "replicate x tp"])
+def test_checkpoints_and_exports_are_of_the_whole_model(four, tmp_path, kind):
+    """All parts in one folder, which loads into plain replicas; resumed to the last bit from one for each replica."""
+    seats, build = KINDS[kind]
+    exact = four().run(jobs.saved, kind, blocks(S), str(tmp_path / "exact"), "per_replica")
+    assert all(result["same"] and result["steps"] == 9 for result in exact)
+    four().run(jobs.saved, kind, blocks(S), str(tmp_path / "mean"), "averaged")
+    stored = deslo_plugin.load_averaged_state_dict(tmp_path / "mean")
+    replicas = [replica["params"] for replica in jobs.theory(S, 5, seats, build=build)]
+    for name, tensor in build().state_dict().items():
+        mean = sum(replica[name] for replica in replicas) / 2
+        for found in [stored[name], *(result["whole"][name] for result in exact)]:
+            assert found.shape == tensor.shape and (found.flatten().double() - mean).abs().max() <= 1e-5
+        for result in exact:
+            assert name not in result["here"] or (result["here"][name].double() - mean).abs().max() <= 1e-5
+    assert all(result["whole"].keys() == build().state_dict().keys() for result in exact)
+    (*_, loaded), *_ = four().run(jobs.loaded_plain, build, blocks(S), str(tmp_path / "mean"))
+    assert all((loaded[name].flatten() - stored[name].flatten()).abs().max() == 0 for name in stored)

@@ -1,14 +1,18 @@
 """Models that a replica's ranks share in other ways than DDP and FSDP2 alone, and what they must come to by the
 oracle."""
 
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import Replicate, Shard
@@ -21,33 +25,12 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tests.support import oracle
+from tests.support.parallel_models import attention, batch, loss_of, moe, net
 from tests.support.theory import CLIP
 from tests.support.torch_jobs import mesh_of, whole
 
-WIDTH, LENGTH, BATCH = 6, 4, 4
-Data = tuple[Tensor, Tensor]
 Built = tuple[nn.Module, dict[str, Any], int, Callable[[Tensor, Tensor], None] | None]
 """A model, where it is attached, whose data this rank takes, and its forward and backward if they are its own."""
-
-
-def net() -> nn.Sequential:
-    """A norm, two layers and a head, over (batch, length, width)."""
-    torch.manual_seed(5)
-    parts = [nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, WIDTH), nn.Linear(WIDTH, WIDTH)]
-    with torch.no_grad():
-        parts[0].weight.add_(0.1 * torch.randn(WIDTH))
-    return nn.Sequential(*parts)
-
-
-def batch(seat: int, step: int) -> Data:
-    """Inputs and targets of one data-parallel rank."""
-    generator = torch.Generator().manual_seed(1000 * seat + step)
-    inputs, targets = torch.randn(2, BATCH, LENGTH, WIDTH, generator=generator)
-    return inputs, targets
-
-
-def loss_of(outputs: Tensor, targets: Tensor) -> Tensor:
-    return (outputs - targets).square().mean()
 
 
 def theory(s: oracle.Setting, steps: int, seats: int, replicas: int = 2, build: Callable = net) -> list[dict]:
@@ -96,28 +79,6 @@ def replicate_tp() -> Built:
     return model, {"mesh": mesh}, mesh.get_local_rank("replicate"), None
 
 
-class Experts(nn.Module):
-    """Even positions of a sequence pass through the first half of the experts, odd ones through the second: here those
-    of ``own`` alone, to which ``exchange`` brings what all ranks have for them, and brings it back."""
-
-    def __init__(self, own: Sequence[int] = (0, 1), exchange: Callable = lambda tokens: tokens):
-        super().__init__()
-        torch.manual_seed(6)
-        layers = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
-        self.experts = nn.ModuleDict({str(index): layers[index] for index in own})
-        self.exchange = exchange
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        tokens = self.exchange(torch.stack([inputs[:, 0::2], inputs[:, 1::2]]))  # by expert
-        of_each = [expert(each) for expert, each in zip(self.experts.values(), tokens.chunk(len(self.experts)))]
-        outputs = self.exchange(torch.cat(of_each))
-        return torch.stack([outputs[0], outputs[1]], 2).flatten(1, 2)
-
-
-def moe(**options: Any) -> nn.Sequential:
-    return nn.Sequential(*net(), Experts(**options))
-
-
 def expert_parallel() -> Built:
     """An expert on each rank of a replica, under a name of its own; all else sharded over the same ranks."""
     mesh = mesh_of((2, 2), ("replicate", "ep"))
@@ -131,24 +92,6 @@ def expert_parallel() -> Built:
         param.register_hook(lambda gradient: gradient / 2)  # of the mean over ranks, as all other gradients
     fully_shard(model, mesh=mesh["ep"], ignored_params=set(model[-1].parameters()))
     return model, {"mesh": mesh}, dist.get_rank(), None
-
-
-class Attention(nn.Module):
-    """Over the whole sequence, of which ``gather`` brings what other ranks have."""
-
-    def __init__(self, gather: Callable = lambda tensor: tensor):
-        super().__init__()
-        self.project, self.gather = nn.Linear(WIDTH, 3 * WIDTH), gather
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        queries, keys, values = self.project(inputs).chunk(3, -1)
-        scores = queries @ self.gather(keys).transpose(1, 2)
-        return scores.softmax(-1) @ self.gather(values)
-
-
-def attention(**options: Any) -> nn.Sequential:
-    torch.manual_seed(8)
-    return nn.Sequential(nn.LayerNorm(WIDTH), Attention(**options), nn.Linear(WIDTH, WIDTH))
 
 
 def context_parallel() -> Built:
@@ -167,16 +110,40 @@ def context_parallel() -> Built:
 def pipeline() -> Built:
     """Two stages that torch.distributed.pipelining trains, named as in the whole model."""
     mesh = mesh_of((2, 2), ("replicate", "pp"))
-    index, seat = mesh.get_local_rank("pp"), mesh.get_local_rank("replicate")
+    stage, backward = piped(mesh)
+    return stage, {"mesh": mesh}, mesh.get_local_rank("replicate"), backward
+
+
+def piped(mesh: DeviceMesh) -> tuple[nn.Sequential, Callable[[Tensor, Tensor], None]]:
+    """This rank's stage, and what trains it."""
+    index = mesh.get_local_rank("pp")
     layers = list(net().named_children())
     stage = nn.Sequential(OrderedDict(layers[3:] if index else layers[:3]))
-    piped = PipelineStage(stage, index, 2, torch.device("cpu"), group=mesh["pp"].get_group())
-    schedule = Schedule1F1B(piped, n_microbatches=2, loss_fn=loss_of)
+    place = PipelineStage(stage, index, 2, torch.device("cpu"), group=mesh["pp"].get_group())
+    schedule = Schedule1F1B(place, n_microbatches=2, loss_fn=loss_of)
 
     def backward(inputs: Tensor, targets: Tensor) -> None:
         schedule.step(target=targets) if index else schedule.step(inputs)
 
-    return stage, {"mesh": mesh}, seat, backward
+    return stage, backward
+
+
+def three_dimensions(kind: str) -> Built:
+    """8 ranks: 2 replicas of 2 x 2 in which ``fully_shard`` meets tensor parallelism or stages."""
+    inner = "pp" if kind.endswith("pp") else "tp"
+    mesh = mesh_of((2, 2, 2), ("replicate", "shard", inner))
+    seat = 2 * mesh.get_local_rank("replicate") + mesh.get_local_rank("shard")
+    dims = ("replicate", "shard") if kind.startswith("hsdp") else ("shard",)
+    if inner == "pp":
+        stage, backward = piped(mesh)
+        for layer in stage:
+            if list(layer.parameters()):
+                fully_shard(layer, mesh=mesh[dims])
+        return stage, {"mesh": mesh}, seat, backward
+    model = net()
+    tensor_parallel(model, mesh["tp"])
+    fully_shard(model, mesh=mesh[dims])
+    return model, {"mesh": mesh}, seat, None
 
 
 BUILDS: dict[str, Callable[[], Built]] = {
@@ -186,6 +153,7 @@ BUILDS: dict[str, Callable[[], Built]] = {
     "pipeline": pipeline,
     "expert parallel": expert_parallel,
     "context parallel": context_parallel,
+    **{kind: partial(three_dimensions, kind) for kind in ("fsdp x tp", "hsdp x tp", "fsdp x pp", "hsdp x pp")},
 }
 
 
@@ -218,6 +186,24 @@ def run(kind: str, blocks: dict, steps: int) -> dict:
     return answer(model, optimizer, attachment, steps)
 
 
+def one_replica_ahead(kind: str, blocks: dict, free: int, folder: str) -> int:
+    """Replica 0 takes ``free`` steps while the other waits for a file that it writes then; then both go on. If anything
+    crossed replicas in those steps, replica 0 would wait for ever."""
+    *_, attachment, train = attached(kind, blocks)
+    done = Path(folder)
+    if attachment.topology.replica == 0:
+        train(range(free))
+        (done / str(dist.get_rank())).touch()
+    else:
+        deadline = time.monotonic() + 60
+        while len(list(done.iterdir())) < attachment.topology.replica_size:
+            assert time.monotonic() < deadline, "replica 0 waited for something from another replica"
+            time.sleep(0.01)
+        train(range(free))
+    train(range(free, free + 2))
+    return attachment.steps
+
+
 def answer(model: nn.Module, optimizer: Any, attachment: Any, steps: int) -> dict:
     states: dict[str, dict[str, Tensor]] = {"params": {}}
     for name, param in model.named_parameters():
@@ -231,3 +217,33 @@ def answer(model: nn.Module, optimizer: Any, attachment: Any, steps: int) -> dic
         "bytes": dict(meter.bytes),
         "planned": {state: sum(plan.bytes_at(t).get(state, 0) for t in range(steps)) for state in meter.bytes},
     }
+
+
+def saved(kind: str, blocks: dict, folder: str, mode: str) -> dict:
+    """Whether what is loaded, at once and by another model, is what was saved; and the exports."""
+    import deslo_plugin
+
+    model, optimizer, attachment, train = attached(kind, blocks)
+    train(range(5))
+    whole_model = deslo_plugin.averaged_state_dict(model)
+    with deslo_plugin.averaged_weights(model):
+        here = {name: whole(param) for name, param in model.named_parameters()}
+    deslo_plugin.save(folder, model, mode=mode, extra={"step": 5})
+    train(range(5, 9))
+    straight = answer(model, optimizer, attachment, 9)["states"]
+    assert deslo_plugin.load(folder, model) == {"step": 5}
+    train(range(5, 9))
+    again = answer(model, optimizer, attachment, 9)["states"]
+    same = all(torch.equal(own, again[state][name]) for state in straight for name, own in straight[state].items())
+    return {"whole": whole_model, "here": here, "same": same, "steps": attachment.steps}
+
+
+def loaded_plain(build: Callable, blocks: dict, folder: str) -> tuple[int, dict[str, Tensor]]:
+    """Step and parameters of four replicas of one rank that load a checkpoint."""
+    import deslo_plugin
+
+    model = build()
+    optimizer = deslo_plugin.DesLoc(model.parameters(), blocks)
+    attachment = deslo_plugin.attach(model, optimizer)
+    deslo_plugin.load(folder, model)
+    return attachment.steps, {name: param.detach().clone() for name, param in model.named_parameters()}
