@@ -58,7 +58,7 @@ class FSDP2(Plain):
 
     def refuse(self, topology: Topology) -> None:
         super().refuse(topology)
-        left_out = [name for name, param in self._left_out().items() if not isinstance(param, DTensor)]
+        left_out = list(self._left_out())
         if left_out and len({tuple(_inside(mesh, self.replicate)) for mesh in _meshes(self.model)}) > 1:
             raise ConfigError(
                 f"attach(model) parameter {left_out[0]}",
@@ -74,20 +74,19 @@ class FSDP2(Plain):
         return {name for name, param in self.model.named_parameters() if id(param) not in inside}
 
     def _left_out(self) -> dict[str, Tensor]:
-        """Those of ``forgotten`` that train, and that the ranks of a shard group hold alike: not cut over them by
-        themselves, as experts may be."""
-        forgotten, shards = (
-            self.forgotten(),
-            {rank for mesh in _meshes(self.model) for rank in mesh.mesh.flatten().tolist()},
-        )
-        own = {dist.get_rank()}
-        return {
-            name: param
-            for name, param in self.model.named_parameters()
-            if name in forgotten
-            and param.requires_grad
-            and not (isinstance(param, DTensor) and shards & set(self.ranks_of(param)) > own)
-        }
+        """Those of ``forgotten`` that train, and that the ranks of a shard group hold alike: not cut over them, nor
+        under a name of their own, as experts may be."""
+        forgotten = self.forgotten()
+        found = {name: p for name, p in self.model.named_parameters() if name in forgotten and p.requires_grad}
+        if not found:
+            return {}
+        shards = set(_inside(_meshes(self.model)[0], self.replicate))
+
+        def alike(name: str, param: Tensor) -> bool:
+            everywhere = self.holders.get(name, len(shards)) >= len(shards)
+            return everywhere and not (isinstance(param, DTensor) and len(shards & set(self.ranks_of(param))) > 1)
+
+        return {name: param for name, param in found.items() if alike(name, param)}
 
     def own_groups(self) -> Sequence[dist.ProcessGroup]:
         """Points what is HSDP across replicas at its shard dimension first."""
@@ -114,7 +113,7 @@ class FSDP2(Plain):
                 "after every backward; fully_shard on the whole model too does that once a step"
             )
         plain = [name for name, p in self.model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
-        if ignored := [name for name in plain if name not in left_out]:
+        if ignored := [name for name in plain if name not in left_out and self.holders.get(name, 2) > 1]:
             log_rank0(
                 f"deslo: {listed(ignored)} are trained, and ignored_params of fully_shard: nothing reduces their "
                 "gradients inside a replica, whose ranks go apart unless you do",

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 import deslo_plugin
 from tests.support import parallel_jobs as jobs
@@ -30,6 +31,7 @@ KINDS = {  # what a replica's ranks share -> data-parallel ranks of a replica, t
     "replicate x tp": (1, models.net),
     "pipeline": (1, models.net),
     "expert parallel": (2, models.moe),
+    "experts beside one layer": (2, models.moe),
     "context parallel": (1, models.attention),
 }
 
@@ -39,6 +41,29 @@ def test_a_replica_that_shares_its_model_trains_as_the_oracle(four, kind):
     """Parameters that fully_shard has not got, norms whose gradients torch leaves as partial sums, stages, experts."""
     seats, whole = KINDS[kind]
     assert_replicas(four().run(jobs.run, kind, blocks(S), STEPS), jobs.theory(S, STEPS, seats, build=whole))
+
+
+@pytest.mark.parametrize("kind", ["left out of fsdp", "replicate x tp", "pipeline", "expert parallel"])
+def test_the_norm_is_that_of_the_whole_replica(four, kind):
+    seats, build = KINDS[kind]
+    for rank, (*found, one, clipped) in enumerate(four().run(jobs.norms, kind, blocks(S))):
+        model, replica = build().double(), rank // 2
+        for seat in range(replica * seats, (replica + 1) * seats):
+            inputs, targets = models.batch(seat, 0)
+            (models.loss_of(model(inputs.double()), targets.double()) / seats).backward()
+        norms = [
+            torch.nn.utils.get_total_norm([p.grad for p in model.parameters()], order) for order in (1, 2, torch.inf)
+        ]
+        assert found == pytest.approx([float(norm) for norm in norms], rel=1e-6)
+        assert one == pytest.approx(found[1]) and clipped == pytest.approx(0.1, rel=1e-4)
+
+
+def test_an_expert_that_no_token_reaches_gets_the_states_of_its_peer(four):
+    results = four().run(jobs.idle_expert, 6)
+    assert all(problems == [] for problems, _ in results)
+    for rank in (0, 1):
+        mine, theirs = results[rank][1], results[rank + 2][1]
+        assert all(torch.equal(mine[name], theirs[name]) for name in ("exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.parametrize("kind", ["left out of hsdp", "replicate x tp", "pipeline", "expert parallel"])

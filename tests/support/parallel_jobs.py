@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tests.support import oracle
+from tests.support.attaching import adamw, config
 from tests.support.parallel_models import attention, batch, loss_of, moe, net
 from tests.support.theory import CLIP
 from tests.support.torch_jobs import mesh_of, whole
@@ -79,8 +80,9 @@ def replicate_tp() -> Built:
     return model, {"mesh": mesh}, mesh.get_local_rank("replicate"), None
 
 
-def expert_parallel() -> Built:
-    """An expert on each rank of a replica, under a name of its own; all else sharded over the same ranks."""
+def expert_parallel(sharded: str = "all else") -> Built:
+    """An expert on each rank of a replica, under a name of its own; all else sharded over the same ranks, or one layer,
+    and the rest left out."""
     mesh = mesh_of((2, 2), ("replicate", "ep"))
     group = mesh["ep"].get_group()
 
@@ -90,7 +92,10 @@ def expert_parallel() -> Built:
     model = moe(own=[mesh.get_local_rank("ep")], exchange=exchange)
     for param in model[-1].parameters():
         param.register_hook(lambda gradient: gradient / 2)  # of the mean over ranks, as all other gradients
-    fully_shard(model, mesh=mesh["ep"], ignored_params=set(model[-1].parameters()))
+    if sharded == "all else":
+        fully_shard(model, mesh=mesh["ep"], ignored_params=set(model[-1].parameters()))
+    else:
+        fully_shard(model[1], mesh=mesh["ep"])
     return model, {"mesh": mesh}, dist.get_rank(), None
 
 
@@ -152,6 +157,7 @@ BUILDS: dict[str, Callable[[], Built]] = {
     "replicate x tp": replicate_tp,
     "pipeline": pipeline,
     "expert parallel": expert_parallel,
+    "experts beside one layer": partial(expert_parallel, "one layer"),
     "context parallel": context_parallel,
     **{kind: partial(three_dimensions, kind) for kind in ("fsdp x tp", "hsdp x tp", "fsdp x pp", "hsdp x pp")},
 }
@@ -183,6 +189,7 @@ def run(kind: str, blocks: dict, steps: int) -> dict:
     """Trains and returns what this rank's replica holds, the meter and the plan."""
     model, optimizer, attachment, train = attached(kind, blocks)
     train(range(steps))
+    assert attachment.check() == []
     return answer(model, optimizer, attachment, steps)
 
 
@@ -202,6 +209,38 @@ def one_replica_ahead(kind: str, blocks: dict, free: int, folder: str) -> int:
         train(range(free))
     train(range(free, free + 2))
     return attachment.steps
+
+
+def norms(kind: str, blocks: dict) -> list[float]:
+    """Of the first gradient of this rank's replica, by three orders."""
+    import deslo_plugin
+
+    model, where, seat, backward = BUILDS[kind]()
+    deslo_plugin.attach(model, deslo_plugin.DesLoc(model.parameters(), blocks), **where)
+    inputs, targets = batch(seat, 0)
+    backward(inputs, targets) if backward else loss_of(model(inputs), targets).backward()
+    found = [float(deslo_plugin.clip_grad_norm_(model, 1e9, order)) for order in (1.0, 2.0, torch.inf)]
+    clipped = [deslo_plugin.clip_grad_norm_(model, 0.1), deslo_plugin.clip_grad_norm_(model, 1.0)]
+    return [*found, *map(float, clipped)]
+
+
+def idle_expert(steps: int) -> tuple[list[str], dict[str, Tensor]]:
+    """A stock optimizer that has no state of rank 1's expert, which no token reaches at first: problems, and the states
+    of this rank's expert."""
+    import deslo_plugin
+
+    model, where, seat, _ = BUILDS["expert parallel"]()
+    optimizer = adamw(model)
+    attachment = deslo_plugin.attach(model, optimizer, config(), **where)
+    for step in range(steps):
+        inputs, targets = batch(seat, step)
+        loss_of(model(inputs), targets).backward()
+        if step < 4 and dist.get_rank() == 1:
+            model[-1].zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+    bias = list(model[-1].parameters())[-1]
+    return attachment.check(), {name: value.clone() for name, value in optimizer.state[bias].items()}
 
 
 def answer(model: nn.Module, optimizer: Any, attachment: Any, steps: int) -> dict:
