@@ -72,13 +72,14 @@ def test_nothing_crosses_replicas_between_averages(four, tmp_path, kind):
     assert four().run(jobs.one_replica_ahead, kind, blocks(s), 2, str(tmp_path)) == [4] * 4
 
 
-def test_eight_ranks_in_three_dimensions_train_as_the_oracle(tmp_path):
-    """2 replicas x 2 shards x 2 that split tensors, or stages."""
+def test_eight_ranks_in_several_dimensions_train_as_the_oracle(tmp_path):
+    """2 replicas x 2 shards x 2 that split tensors, or stages; and stages x tensors in a mesh of five dimensions."""
     eight = Processes(8, tmp_path)
     try:
         theory = jobs.theory(S, STEPS, 2)
         for kind in ("fsdp x tp", "hsdp x tp", "fsdp x pp", "hsdp x pp"):
             assert_replicas(eight.run(jobs.run, kind, blocks(S), STEPS), theory)
+        assert_replicas(eight.run(jobs.run, "five dimensions", blocks(S), STEPS), jobs.theory(S, STEPS, 1))
     finally:
         eight.close()
 

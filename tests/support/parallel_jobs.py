@@ -151,6 +151,16 @@ def three_dimensions(kind: str) -> Built:
     return model, {"mesh": mesh}, seat, None
 
 
+def five_dimensions() -> Built:
+    """8 ranks: HSDP of stages that tensor parallelism cuts, over a mesh that could hold context parallelism too."""
+    mesh = mesh_of((2, 1, 2, 1, 2), ("replicate", "shard", "pp", "cp", "tp"))
+    stage, backward = piped(mesh)
+    cut = {"1": ColwiseParallel(output_layouts=Replicate())}, {"3": RowwiseParallel(input_layouts=Replicate())}
+    parallelize_module(stage, mesh["tp"], cut[mesh.get_local_rank("pp")])
+    fully_shard(stage, mesh=mesh["replicate", "shard"])
+    return stage, {"mesh": mesh}, mesh.get_local_rank("replicate"), backward
+
+
 BUILDS: dict[str, Callable[[], Built]] = {
     "left out of fsdp": lambda: left_out(("shard",)),
     "left out of hsdp": lambda: left_out(("replicate", "shard")),
@@ -159,6 +169,7 @@ BUILDS: dict[str, Callable[[], Built]] = {
     "expert parallel": expert_parallel,
     "experts beside one layer": partial(expert_parallel, "one layer"),
     "context parallel": context_parallel,
+    "five dimensions": five_dimensions,
     **{kind: partial(three_dimensions, kind) for kind in ("fsdp x tp", "hsdp x tp", "fsdp x pp", "hsdp x pp")},
 }
 
