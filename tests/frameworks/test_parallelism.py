@@ -31,6 +31,7 @@ KINDS = {  # what a replica's ranks share -> data-parallel ranks of a replica, t
     "replicate x tp": (1, models.net),
     "pipeline": (1, models.net),
     "expert parallel": (2, models.moe),
+    "experts in a tensor": (2, models.stacked_moe),
     "experts beside one layer": (2, models.moe),
     "context parallel": (1, models.attention),
 }
@@ -40,10 +41,10 @@ KINDS = {  # what a replica's ranks share -> data-parallel ranks of a replica, t
 def test_a_replica_that_shares_its_model_trains_as_the_oracle(four, kind):
     """Parameters that fully_shard has not got, norms whose gradients torch leaves as partial sums, stages, experts."""
     seats, whole = KINDS[kind]
-    assert_replicas(four().run(jobs.run, kind, blocks(S), STEPS), jobs.theory(S, STEPS, seats, build=whole))
+    assert_replicas(four().run(jobs.run, kind, blocks(S), STEPS), models.theory(S, STEPS, seats, build=whole))
 
 
-@pytest.mark.parametrize("kind", ["left out of fsdp", "replicate x tp", "pipeline", "expert parallel"])
+@pytest.mark.parametrize("kind", ["left out of fsdp", "replicate x tp", "pipeline", "experts in a tensor"])
 def test_the_norm_is_that_of_the_whole_replica(four, kind):
     seats, build = KINDS[kind]
     for rank, (*found, one, clipped) in enumerate(four().run(jobs.norms, kind, blocks(S))):
@@ -76,15 +77,15 @@ def test_eight_ranks_in_several_dimensions_train_as_the_oracle(tmp_path):
     """2 replicas x 2 shards x 2 that split tensors, or stages; and stages x tensors in a mesh of five dimensions."""
     eight = Processes(8, tmp_path)
     try:
-        theory = jobs.theory(S, STEPS, 2)
+        theory = models.theory(S, STEPS, 2)
         for kind in ("fsdp x tp", "hsdp x tp", "fsdp x pp", "hsdp x pp"):
             assert_replicas(eight.run(jobs.run, kind, blocks(S), STEPS), theory)
-        assert_replicas(eight.run(jobs.run, "five dimensions", blocks(S), STEPS), jobs.theory(S, STEPS, 1))
+        assert_replicas(eight.run(jobs.run, "five dimensions", blocks(S), STEPS), models.theory(S, STEPS, 1))
     finally:
         eight.close()
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "expert parallel", "replicate x tp"])
+@pytest.mark.parametrize("kind", ["pipeline", "expert parallel", "experts in a tensor", "replicate x tp"])
 def test_checkpoints_and_exports_are_of_the_whole_model(four, tmp_path, kind):
     """All parts in one folder, which loads into plain replicas; resumed to the last bit from one for each replica."""
     seats, build = KINDS[kind]
@@ -92,7 +93,7 @@ def test_checkpoints_and_exports_are_of_the_whole_model(four, tmp_path, kind):
     assert all(result["same"] and result["steps"] == 9 for result in exact)
     four().run(jobs.saved, kind, blocks(S), str(tmp_path / "mean"), "averaged")
     stored = deslo_plugin.load_averaged_state_dict(tmp_path / "mean")
-    replicas = [replica["params"] for replica in jobs.theory(S, 5, seats, build=build)]
+    replicas = [replica["params"] for replica in models.theory(S, 5, seats, build=build)]
     for name, tensor in build().state_dict().items():
         mean = sum(replica[name] for replica in replicas) / 2
         for found in [stored[name], *(result["whole"][name] for result in exact)]:

@@ -1,5 +1,5 @@
-"""Models that a replica's ranks share in other ways than DDP and FSDP2 alone, and what they must come to by the
-oracle."""
+"""Models that a replica's ranks share in other ways than DDP and FSDP2 alone, run on every rank of a ``Processes``
+world."""
 
 import time
 from collections import OrderedDict
@@ -24,36 +24,13 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from tests.support import oracle
 from tests.support.attaching import adamw, config
-from tests.support.parallel_models import attention, batch, loss_of, moe, net
+from tests.support.parallel_models import attention, batch, loss_of, moe, net, stacked_moe
 from tests.support.theory import CLIP
 from tests.support.torch_jobs import mesh_of, whole
 
 Built = tuple[nn.Module, dict[str, Any], int, Callable[[Tensor, Tensor], None] | None]
 """A model, where it is attached, whose data this rank takes, and its forward and backward if they are its own."""
-
-
-def theory(s: oracle.Setting, steps: int, seats: int, replicas: int = 2, build: Callable = net) -> list[dict]:
-    """replica -> state -> parameter name -> flat tensor; a replica has ``seats`` data-parallel ranks."""
-    model = build().double()
-    params = dict(model.named_parameters())
-
-    def gradient(replica: int, step: int, vectors: list[Tensor]) -> list[Tensor]:
-        torch.nn.utils.vector_to_parameters(vectors[0], params.values())
-        model.zero_grad()
-        for seat in range(replica * seats, (replica + 1) * seats):
-            inputs, targets = batch(seat, step)
-            (loss_of(model(inputs.double()), targets.double()) / seats).backward()
-        return [torch.cat([param.grad.flatten() for param in params.values()])]
-
-    start = torch.cat([param.detach().flatten() for param in params.values()])
-    world = oracle.train([s], [start], replicas, steps, gradient, norm_clip=CLIP)
-    sizes = [param.numel() for param in params.values()]
-    return [
-        {state: dict(zip(params, vector.split(sizes))) for state, vector in oracle.states(s, group).items()}
-        for (group,) in world
-    ]
 
 
 def left_out(dims: tuple[str, ...]) -> Built:
@@ -80,22 +57,26 @@ def replicate_tp() -> Built:
     return model, {"mesh": mesh}, mesh.get_local_rank("replicate"), None
 
 
-def expert_parallel(sharded: str = "all else") -> Built:
-    """An expert on each rank of a replica, under a name of its own; all else sharded over the same ranks, or one layer,
-    and the rest left out."""
+def exchange_over(mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
+    group = mesh.get_group()
+    return lambda tokens: all_to_all_single_autograd(tokens.contiguous(), None, None, group)
+
+
+def expert_parallel(kind: str = "by name") -> Built:
+    """An expert on each rank of a replica, under a name of its own or as part of a DTensor; all else sharded over the
+    same ranks, or "one layer" alone."""
     mesh = mesh_of((2, 2), ("replicate", "ep"))
-    group = mesh["ep"].get_group()
-
-    def exchange(tokens: Tensor) -> Tensor:
-        return all_to_all_single_autograd(tokens.contiguous(), None, None, group)
-
-    model = moe(own=[mesh.get_local_rank("ep")], exchange=exchange)
+    exchange = exchange_over(mesh["ep"])
+    if kind == "tensor":
+        model = stacked_moe(exchange=exchange, mesh=mesh["ep"])
+    else:
+        model = moe(own=[mesh.get_local_rank("ep")], exchange=exchange)
     for param in model[-1].parameters():
         param.register_hook(lambda gradient: gradient / 2)  # of the mean over ranks, as all other gradients
-    if sharded == "all else":
-        fully_shard(model, mesh=mesh["ep"], ignored_params=set(model[-1].parameters()))
-    else:
+    if kind == "one layer":
         fully_shard(model[1], mesh=mesh["ep"])
+    else:
+        fully_shard(model, mesh=mesh["ep"], ignored_params=set(model[-1].parameters()))
     return model, {"mesh": mesh}, dist.get_rank(), None
 
 
@@ -167,6 +148,7 @@ BUILDS: dict[str, Callable[[], Built]] = {
     "replicate x tp": replicate_tp,
     "pipeline": pipeline,
     "expert parallel": expert_parallel,
+    "experts in a tensor": partial(expert_parallel, "tensor"),
     "experts beside one layer": partial(expert_parallel, "one layer"),
     "context parallel": context_parallel,
     "five dimensions": five_dimensions,
