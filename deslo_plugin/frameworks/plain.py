@@ -20,6 +20,7 @@ from deslo_plugin.checkpoint.state_tree import TorchState
 from deslo_plugin.checks import module_wrappers as wrappers
 from deslo_plugin.checks.replica_checks import broadcast_or_check_params, listed, model_traits, refuse_parts
 from deslo_plugin.checks.replica_parts import agree_on_parts, holders_of
+from deslo_plugin.comm.consistency import first_to_say
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank, make_groups, reachable
 from deslo_plugin.comm.topology import Topology, contiguous
 from deslo_plugin.comm.transport import SingleReplica, Transport
@@ -106,7 +107,7 @@ class Plain(Module[Groups]):
             size = topology.replica_size
             return {name: each for name, each in tensors.items() if self.holders.get(name, size) == size}
 
-        self.alike = on_each(plain)
+        self.alike = {name: param for name, param in plain.items() if self.holders.get(name, topology.replica_size) > 1}
         if (forgotten := self.forgotten()) is not None and config.deslo.initial_params != "broadcast":
             refuse_parts(plain, groups, forgotten)
         shared = on_each(plain | buffers)
@@ -199,13 +200,13 @@ class Plain(Module[Groups]):
         if groups.topology.replica_size == 1 or any(isinstance(param, DTensor) for param in self.named.values()):
             return
         if several := [name for name in trained if self.holders.get(name, 0) > 1]:
-            log_rank0(
+            message = (
                 f"deslo: {listed(several)} are trained on several ranks of a replica, which hold other parts of the "
                 "model beside them: reduce their gradients over those ranks before each step, or call fully_shard on "
-                "them, else these ranks go apart",
-                logging.WARNING,
-                anywhere=True,
+                "them, else these ranks go apart"
             )
+            if first_to_say(message):
+                log_rank0(message, logging.WARNING, anywhere=True)
         elif not self.holders and trained:
             MeanInside(list(trained.values()), [require(groups.shard)])
             log_rank0("deslo: gradients are averaged inside a replica after every backward: nothing else reduces them")

@@ -44,6 +44,15 @@ def test_a_replica_that_shares_its_model_trains_as_the_oracle(four, kind):
     assert_replicas(four().run(jobs.run, kind, blocks(S), STEPS), models.theory(S, STEPS, seats, build=whole))
 
 
+@pytest.mark.parametrize("kind", ["left out of hsdp", "replicate x tp", "pipeline", "expert parallel"])
+def test_a_synchronous_warm_up_trains_as_the_oracle(four, kind):
+    seats, build = KINDS[kind]
+    results = four().run(jobs.run, kind, blocks(S, synchronous_steps=4), 10)
+    for result in results:  # each of two backwards averages
+        result["planned"]["gradients"] *= 2
+    assert_replicas(results, models.theory(S, 10, seats, build, synchronous_steps=4))
+
+
 @pytest.mark.parametrize("kind", ["left out of fsdp", "replicate x tp", "pipeline", "experts in a tensor"])
 def test_the_norm_is_that_of_the_whole_replica(four, kind):
     seats, build = KINDS[kind]
@@ -65,6 +74,19 @@ def test_an_expert_that_no_token_reaches_gets_the_states_of_its_peer(four):
     for rank in (0, 1):
         mine, theirs = results[rank][1], results[rank + 2][1]
         assert all(torch.equal(mine[name], theirs[name]) for name in ("exp_avg", "exp_avg_sq"))
+
+
+def test_a_tied_weight_of_two_stages_is_named_and_watched(four):
+    """Where the script reduces its gradient nothing is said later; where it does not, the first average and check()
+    do."""
+    for reduces in (True, False):
+        results = four().run(jobs.tied, reduces)
+        lines = [line for said, _ in results for line in said]
+        named = [line for line in lines if "table are trained on several ranks of a replica" in line]
+        assert len(named) == reduces  # once in a world
+        assert any("hold other values than the first rank" in line for line in lines) != reduces
+        for _, found in results:
+            assert len(found) == (not reduces) and all("hold other values than" in each for each in found), found
 
 
 @pytest.mark.parametrize("kind", ["left out of hsdp", "replicate x tp", "pipeline", "expert parallel"])

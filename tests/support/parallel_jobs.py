@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from tests.support.attaching import adamw, config
+from tests.support.attaching import adamw, config, heard
 from tests.support.parallel_models import attention, batch, loss_of, moe, net, stacked_moe
 from tests.support.theory import CLIP
 from tests.support.torch_jobs import mesh_of, whole
@@ -234,6 +234,25 @@ def idle_expert(steps: int) -> tuple[list[str], dict[str, Tensor]]:
         optimizer.zero_grad()
     bias = list(model[-1].parameters())[-1]
     return attachment.check(), {name: value.clone() for name, value in optimizer.state[bias].items()}
+
+
+def tied(reduces: bool) -> tuple[list[str], list[str]]:
+    """Two stages that share a table, whose gradients the script adds or leaves: what was said, and problems."""
+    import deslo_plugin
+
+    mesh = mesh_of((2, 2), ("replicate", "pp"))
+    torch.manual_seed(3)
+    stage = nn.ParameterDict({"table": torch.randn(4, 3), f"own{mesh.get_local_rank('pp')}": torch.randn(3)})
+    optimizer = adamw(stage)
+    with heard() as lines:
+        attachment = deslo_plugin.attach(stage, optimizer, config(), mesh=mesh)
+        for _ in range(4):  # an average after the third
+            sum((param - dist.get_rank()).square().sum() for param in stage.values()).backward()
+            if reduces:
+                dist.all_reduce(stage["table"].grad, group=mesh["pp"].get_group())
+            optimizer.step()
+            optimizer.zero_grad()
+        return lines, attachment.check()
 
 
 def answer(model: nn.Module, optimizer: Any, attachment: Any, steps: int) -> dict:

@@ -95,7 +95,9 @@ def attention(**options: Any) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(WIDTH), Attention(**options), nn.Linear(WIDTH, WIDTH))
 
 
-def theory(s: oracle.Setting, steps: int, seats: int, replicas: int = 2, build: Callable = net) -> list[dict]:
+def theory(
+    s: oracle.Setting, steps: int, seats: int, build: Callable = net, replicas: int = 2, **options: Any
+) -> list[dict]:
     """replica -> state -> parameter name -> flat tensor; a replica has ``seats`` data-parallel ranks."""
     model = build().double()
     params = dict(model.named_parameters())
@@ -109,7 +111,7 @@ def theory(s: oracle.Setting, steps: int, seats: int, replicas: int = 2, build: 
         return [torch.cat([param.grad.flatten() for param in params.values()])]
 
     start = torch.cat([param.detach().flatten() for param in params.values()])
-    world = oracle.train([s], [start], replicas, steps, gradient, norm_clip=CLIP)
+    world = oracle.train([s], [start], replicas, steps, gradient, norm_clip=CLIP, **options)
     sizes = [param.numel() for param in params.values()]
     return [
         {state: dict(zip(params, vector.split(sizes))) for state, vector in oracle.states(s, group).items()}
