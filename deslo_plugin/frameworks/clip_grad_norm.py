@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from deslo_plugin.attachment import Attachment, attachments_of
+from deslo_plugin.attachment import Attachment, attachment_of
 from deslo_plugin.checks.module_wrappers import bare
 from deslo_plugin.comm.process_groups import reachable
 from deslo_plugin.errors import ConfigError
@@ -33,16 +33,19 @@ def clip_grad_norm_(
     dimensions, to the bit the same on its ranks. Collective over the ranks of a replica; nothing crosses replicas.
     Raises ``ConfigError`` for a model that nothing is attached to.
     """
-    attachment, order = attachments_of(model, "clip_grad_norm_")[0], float(norm_type)
+    attachment, order = attachment_of(model), float(norm_type)
+    if attachment is None or attachment.engine_steps:
+        raise ConfigError(
+            "clip_grad_norm_(model)",
+            "a model of torch that attach was called with",
+            type(model).__name__,
+            'attach it first, or set "gradient_clipping" in the DeepSpeed JSON of an engine',
+        )
     if order <= 0:
         raise ConfigError("clip_grad_norm_(norm_type=...)", "a number above 0", repr(norm_type), "take 2.0 or inf")
     named = {name: param for name, param in bare(model).named_parameters() if param.grad is not None}
     gradients = local([param.grad for param in named.values() if param.grad is not None])
     gradients = [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]
-    if attachment.engine_steps:
-        raise ConfigError(
-            "clip_grad_norm_(model)", "a model of torch", "an engine", 'set "gradient_clipping" in the DeepSpeed JSON'
-        )
     norm = _over_replica(_norms(named, gradients, order, attachment), order, attachment)
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise RuntimeError(f"clip_grad_norm_: expected a finite norm of order {order:g}, got {float(norm)}")
@@ -81,7 +84,7 @@ def _cuts(param: Tensor) -> int:
 
 def _over_replica(own: Tensor, order: float, attachment: Attachment) -> Tensor:
     """The norm by the parts of all ranks of a replica, which are added in the order of ranks: the same bits on each."""
-    group = attachment.fixed_groups.shard
+    group = attachment.groups.shard if attachment.groups else None  # where replicas come and go each has one rank
     if group is not None and group.size() > 1:
         sent = reachable(own, group)
         parts = [torch.empty_like(sent) for _ in range(group.size())]

@@ -92,10 +92,10 @@ class Plain(Module[Groups]):
         on_cpu = all_gather_by_rank(any(each.device.type == "cpu" for each in tensors), self.process_group)
         groups = make_groups(topology, config.deslo.timeout_s, on_cpu=any(on_cpu.values()), within=self.process_group)
         refuse_together(lambda: self.refuse(topology) if topology.replicas > 1 else None, groups.world)
+        reshard(model)
         whole = model_traits(model, lambda p: p.shape)
         agree_on_parts(whole, {name: self._part_of(p) for name, p in model.named_parameters()}, groups)
         refuse_together(lambda: refuse_kinds(model, self.optimizer), groups.world)
-        reshard(model)
         named = self.named
         pieces = {name: param for name, param in named.items() if hasattr(param, "to_local")}
         plain = {name: param for name, param in named.items() if name not in pieces}
@@ -138,8 +138,8 @@ class Plain(Module[Groups]):
         if not isinstance(param, DTensor):
             return ""
         ranks, own = self.ranks_of(param), dist.get_rank()
-        cut = f"cut {list(param.placements)} over {len(ranks)} ranks"
-        return f" {cut}, {tuple(param.to_local().shape)} of it on number {ranks.index(own)}" if own in ranks else cut
+        cut = f" cut {list(param.placements)} over {len(ranks)} ranks"
+        return f"{cut}, {tuple(param.to_local().shape)} of it on number {ranks.index(own)}" if own in ranks else cut
 
     def refuse(self, topology: Topology) -> None:
         """Raises ``ConfigError`` for what communicates, or is sharded, beyond this rank's replica."""

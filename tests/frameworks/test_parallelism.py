@@ -28,6 +28,7 @@ def assert_replicas(results: list[dict], theory: list[dict]) -> None:
 KINDS = {  # what a replica's ranks share -> data-parallel ranks of a replica, the whole model
     "left out of fsdp": (2, models.net),
     "left out of hsdp": (2, models.net),
+    "left out of hsdp inside": (2, models.net),
     "replicate x tp": (1, models.net),
     "pipeline": (1, models.net),
     "expert parallel": (2, models.moe),
@@ -125,3 +126,8 @@ def test_checkpoints_and_exports_are_of_the_whole_model(four, tmp_path, kind):
     assert all(result["whole"].keys() == build().state_dict().keys() for result in exact)
     (*_, loaded), *_ = four().run(jobs.loaded_plain, build, blocks(S), str(tmp_path / "mean"))
     assert all((loaded[name].flatten() - stored[name].flatten()).abs().max() == 0 for name in stored)
+
+
+def test_a_model_that_nothing_is_attached_to_has_no_norm_of_a_replica():
+    with pytest.raises(deslo_plugin.ConfigError, match="a model of torch that attach was called with, got Sequential"):
+        deslo_plugin.clip_grad_norm_(models.net(), 1.0)

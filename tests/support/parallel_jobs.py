@@ -33,11 +33,11 @@ Built = tuple[nn.Module, dict[str, Any], int, Callable[[Tensor, Tensor], None] |
 """A model, where it is attached, whose data this rank takes, and its forward and backward if they are its own."""
 
 
-def left_out(dims: tuple[str, ...]) -> Built:
+def left_out(*dims: str, shape: tuple = (2, 2), names: tuple = ("replicate", "shard")) -> Built:
     """One layer sharded on ``dims``, all else plain."""
-    mesh, model = mesh_of((2, 2), ("replicate", "shard")), net()
+    mesh, model = mesh_of(shape, names), net()
     fully_shard(model[1], mesh=mesh[dims])
-    return model, {"mesh": mesh}, dist.get_rank(), None
+    return model, {"mesh": mesh, "replicate": names[0]}, dist.get_rank(), None
 
 
 def tensor_parallel(model: nn.Module, mesh: Any) -> None:
@@ -57,16 +57,15 @@ def replicate_tp() -> Built:
     return model, {"mesh": mesh}, mesh.get_local_rank("replicate"), None
 
 
-def exchange_over(mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
-    group = mesh.get_group()
-    return lambda tokens: all_to_all_single_autograd(tokens.contiguous(), None, None, group)
-
-
 def expert_parallel(kind: str = "by name") -> Built:
     """An expert on each rank of a replica, under a name of its own or as part of a DTensor; all else sharded over the
     same ranks, or "one layer" alone."""
     mesh = mesh_of((2, 2), ("replicate", "ep"))
-    exchange = exchange_over(mesh["ep"])
+    group = mesh["ep"].get_group()
+
+    def exchange(tokens: Tensor) -> Tensor:
+        return all_to_all_single_autograd(tokens.contiguous(), None, None, group)
+
     if kind == "tensor":
         model = stacked_moe(exchange=exchange, mesh=mesh["ep"])
     else:
@@ -143,8 +142,9 @@ def five_dimensions() -> Built:
 
 
 BUILDS: dict[str, Callable[[], Built]] = {
-    "left out of fsdp": lambda: left_out(("shard",)),
-    "left out of hsdp": lambda: left_out(("replicate", "shard")),
+    "left out of fsdp": partial(left_out, "shard"),
+    "left out of hsdp": partial(left_out, "replicate", "shard"),
+    "left out of hsdp inside": partial(left_out, "node", "shard", shape=(2, 2, 1), names=("site", "node", "shard")),
     "replicate x tp": replicate_tp,
     "pipeline": pipeline,
     "expert parallel": expert_parallel,
