@@ -1,6 +1,8 @@
 """Parallelism inside a replica: each local shard averages with its peer, and the ranks of a replica stay one model."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ KINDS = {  # what a replica's ranks share -> data-parallel ranks of a replica, t
     "left out of hsdp inside": (2, models.net),
     "replicate x tp": (1, models.net),
     "pipeline": (1, models.net),
+    "interleaved pipeline": (1, models.net),
     "expert parallel": (2, models.moe),
     "experts in a tensor": (2, models.stacked_moe),
     "experts beside one layer": (2, models.moe),
@@ -96,7 +99,7 @@ def test_nothing_crosses_replicas_between_averages(four, tmp_path, kind):
     assert four().run(jobs.one_replica_ahead, kind, blocks(s), 2, str(tmp_path)) == [4] * 4
 
 
-def test_eight_ranks_in_several_dimensions_train_as_the_oracle(tmp_path):
+def test_eight_ranks_in_several_dimensions_train_and_save_as_the_oracle(tmp_path):
     """2 replicas x 2 shards x 2 that split tensors, or stages; and stages x tensors in a mesh of five dimensions."""
     eight = Processes(8, tmp_path)
     try:
@@ -104,6 +107,8 @@ def test_eight_ranks_in_several_dimensions_train_as_the_oracle(tmp_path):
         for kind in ("fsdp x tp", "hsdp x tp", "fsdp x pp", "hsdp x pp"):
             assert_replicas(eight.run(jobs.run, kind, blocks(S), STEPS), theory)
         assert_replicas(eight.run(jobs.run, "five dimensions", blocks(S), STEPS), models.theory(S, STEPS, 1))
+        for kind, seats in (("hsdp x tp", 2), ("fsdp x pp", 2), ("five dimensions", 1)):
+            assert_saved(eight, tmp_path / kind, kind, seats, models.net)
     finally:
         eight.close()
 
@@ -111,11 +116,15 @@ def test_eight_ranks_in_several_dimensions_train_as_the_oracle(tmp_path):
 @pytest.mark.parametrize("kind", ["pipeline", "expert parallel", "experts in a tensor", "replicate x tp"])
 def test_checkpoints_and_exports_are_of_the_whole_model(four, tmp_path, kind):
     """All parts in one folder, which loads into plain replicas; resumed to the last bit from one for each replica."""
-    seats, build = KINDS[kind]
-    exact = four().run(jobs.saved, kind, blocks(S), str(tmp_path / "exact"), "per_replica")
+    assert_saved(four(), tmp_path, kind, *KINDS[kind])
+
+
+def assert_saved(world: Processes, folder: Path, kind: str, seats: int, build: Callable) -> None:
+    folder.mkdir(exist_ok=True)
+    exact = world.run(jobs.saved, kind, blocks(S), str(folder / "exact"), "per_replica")
     assert all(result["same"] and result["steps"] == 9 for result in exact)
-    four().run(jobs.saved, kind, blocks(S), str(tmp_path / "mean"), "averaged")
-    stored = deslo_plugin.load_averaged_state_dict(tmp_path / "mean")
+    world.run(jobs.saved, kind, blocks(S), str(folder / "mean"), "averaged")
+    stored = deslo_plugin.load_averaged_state_dict(folder / "mean")
     replicas = [replica["params"] for replica in models.theory(S, 5, seats, build=build)]
     for name, tensor in build().state_dict().items():
         mean = sum(replica[name] for replica in replicas) / 2
@@ -124,7 +133,7 @@ def test_checkpoints_and_exports_are_of_the_whole_model(four, tmp_path, kind):
         for result in exact:
             assert name not in result["here"] or (result["here"][name].double() - mean).abs().max() <= 1e-5
     assert all(result["whole"].keys() == build().state_dict().keys() for result in exact)
-    (*_, loaded), *_ = four().run(jobs.loaded_plain, build, blocks(S), str(tmp_path / "mean"))
+    (*_, loaded), *_ = world.run(jobs.loaded_plain, build, blocks(S), str(folder / "mean"))
     assert all((loaded[name].flatten() - stored[name].flatten()).abs().max() == 0 for name in stored)
 
 
