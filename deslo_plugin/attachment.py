@@ -41,8 +41,7 @@ class Attachment:
     ``checkpoint.state_tree.StateAdapter``. ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is
     what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer alone;
     ``fixed_numels`` are the ``numels`` where its param groups do not show them. ``route`` is the way of averages.
-    ``holders``: parameter -> how many ranks of a replica hold it, where they hold different ones; else nothing.
-    """
+    ``holders``: parameter -> how many ranks of a replica hold it, where they hold different ones; else nothing."""
 
     averaging: StateAverager
     groups: Groups | None
