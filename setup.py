@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 NATIVE = os.environ.get("DESLO_NATIVE", "auto")
-CPU_SOURCES = ["csrc/cpu/update.cpp", "csrc/cpu/averages.cpp"]
+CPU_SOURCES = ["csrc/cpu/update.cpp", "csrc/cpu/averages.cpp", "csrc/cpu/quantize.cpp"]
 TORCH_ABI = "0x020a000000000000"  # torch 2.10: the oldest that the binary runs on
 PYTHON_ABI = "0x030a0000"
 

@@ -212,10 +212,11 @@ class Attachment:
         )
 
     @property
-    def _cuts(self) -> list[list[int]] | None:
-        """Elements of each fragment of each param group, on this rank, where its param groups show them."""
+    def _cuts(self) -> list[list[list[int]]] | None:
+        """Of each fragment of each param group the elements of its parts, on this rank, where its param groups show
+        them."""
         members, fragments = self.averaging.members, self.averaging.fragments
-        if self.fixed_numels or fragments.count == 1:
+        if self.fixed_numels or (fragments.count == 1 and not self.config.deslo.wire.quantizes):
             return None
         return [fragments.numels(Cohort(0, group, members.of(group), {})) for group in self.averaging.groups]
 

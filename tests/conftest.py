@@ -98,7 +98,8 @@ def emulated(kernels, tmp_path_factory):
         check=True,
     )
     library = torch.library.Library("deslo_emulated", "DEF")
-    for name in [*(f"{rule}_" for rule in ops.OPERATORS), "drift", "land_", "fingerprint"]:
+    of_averages = ["drift", "land_", "fingerprint", "quantize", "mean_quantized", "dequantize", "carry_"]
+    for name in [*(f"{rule}_" for rule in ops.OPERATORS), *of_averages]:
         library.define(str(getattr(torch.ops.deslo, name).default._schema).removeprefix("deslo::"))
     torch.ops.load_library(built)
     yield torch.ops.deslo_emulated

@@ -28,9 +28,9 @@ from torch import nn
 import deslo_plugin
 from deslo_plugin.comm.host_transport import HostTransport
 from deslo_plugin.comm.process_groups import make_groups
+from deslo_plugin.comm.replica_transport import ReplicaTransport
 from deslo_plugin.comm.staging import staging_of
 from deslo_plugin.comm.topology import contiguous
-from deslo_plugin.comm.transport import ReplicaTransport
 
 TIMEOUT_S = 120.0
 SIZES = (1, 3, 1000, 65_537, 1 << 20)

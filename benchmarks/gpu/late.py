@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 import deslo_plugin
-from deslo_plugin.comm.transport import ReplicaTransport
+from deslo_plugin.comm.replica_transport import ReplicaTransport
 
 TIMEOUT_S = 2.0
 

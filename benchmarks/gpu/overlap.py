@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 import deslo_plugin
-from deslo_plugin.comm.transport import ReplicaTransport
+from deslo_plugin.comm.replica_transport import ReplicaTransport
 
 KINDS = ("plain", "ddp", "fsdp2", "zero2", "zero3")
 NEVER = 10**6

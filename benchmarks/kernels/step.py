@@ -107,16 +107,18 @@ def measure_averages(size: int, rounds: int) -> dict:
     return {"elements": size, "threads": torch.get_num_threads(), "seconds": drift | land}
 
 
-def timed(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, once per round, in an order that changes."""
+def timed(
+    steps: dict[str, Step], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each by ``clock``, once per round, in an order that changes."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
     for _ in range(rounds):
         for name in random.sample(list(steps), len(steps)):
-            start = time.perf_counter()
+            start = clock()
             steps[name]()
-            seconds[name].append(round(time.perf_counter() - start, 7))
+            seconds[name].append(round(clock() - start, 7))
     return seconds
 
 

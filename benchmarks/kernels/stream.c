@@ -22,3 +22,25 @@ void stream(const float* g, float** m, int count, long begin, long end) {
       break;
   }
 }
+
+// The memory traffic of any kernel: `count` tensors of which a step moves bytes[k], reads them, writes them, or both
+// (kinds[k] = 1, 2, 3). Bytes are multiples of 4; steps begin..end.
+void traffic(char** tensors, const long* bytes, const int* kinds, int count, long begin, long end) {
+  for (long i = begin; i < end; ++i) {
+    unsigned sum = 1;
+    for (int k = 0; k < count; ++k) {
+      unsigned* const words = (unsigned*)(tensors[k] + i * bytes[k]);
+      const long length = bytes[k] / 4;
+      if (kinds[k] == 1) {
+#pragma omp simd reduction(^ : sum)
+        for (long w = 0; w < length; ++w) sum ^= words[w];
+      } else if (kinds[k] == 2) {
+#pragma omp simd
+        for (long w = 0; w < length; ++w) words[w] = sum;
+      } else {
+#pragma omp simd
+        for (long w = 0; w < length; ++w) words[w] ^= sum;
+      }
+    }
+  }
+}

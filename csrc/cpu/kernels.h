@@ -4,6 +4,7 @@
 #include "../delayed_update.h"
 #include "../drift.h"
 #include "../fingerprint.h"
+#include "../quantize.h"
 
 namespace deslo {
 
@@ -16,6 +17,10 @@ namespace deslo {
   void drift_blocks(const DriftTask& task, int64_t begin, int64_t end, double* sums);   \
   void land_blocks(const LandTask& task, int64_t begin, int64_t end);                   \
   uint64_t fingerprint_blocks(const FingerprintTask& task, int64_t begin, int64_t end); \
+  void record_blocks(const QuantizeTask& task, int64_t begin, int64_t end);             \
+  void record_blocks(const MeanTask& task, int64_t begin, int64_t end);                 \
+  void record_blocks(const DequantizeTask& task, int64_t begin, int64_t end);           \
+  void record_blocks(const CarryTask& task, int64_t begin, int64_t end);                \
   }
 
 DESLO_DECLARE_ISA(baseline)

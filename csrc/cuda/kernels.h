@@ -4,6 +4,7 @@
 #include "../delayed_update.h"
 #include "../drift.h"
 #include "../fingerprint.h"
+#include "../quantize.h"
 
 namespace deslo {
 
@@ -32,6 +33,11 @@ void land_cuda(const LandTask& task, int device, void* stream);
 // Likewise: adds to `sums`, fingerprint_columns(task, device) numbers that add up to the result.
 int64_t fingerprint_columns(const FingerprintTask& task, int device);
 void fingerprint_cuda(const FingerprintTask& task, int device, void* stream, uint64_t* sums);
+
+void records_cuda(const QuantizeTask& task, int device, void* stream);
+void records_cuda(const MeanTask& task, int device, void* stream);
+void records_cuda(const DequantizeTask& task, int device, void* stream);
+void records_cuda(const CarryTask& task, int device, void* stream);
 
 // Whether the kernels of this module can run on `device`. Launches nothing.
 struct CudaStatus {

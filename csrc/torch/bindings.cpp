@@ -25,11 +25,20 @@ struct Isa {
   void (*drift)(const DriftTask&, int64_t, int64_t, double*);
   void (*land)(const LandTask&, int64_t, int64_t);
   uint64_t (*fingerprint)(const FingerprintTask&, int64_t, int64_t);
+  void (*quantize)(const QuantizeTask&, int64_t, int64_t);
+  void (*mean)(const MeanTask&, int64_t, int64_t);
+  void (*dequantize)(const DequantizeTask&, int64_t, int64_t);
+  void (*carry)(const CarryTask&, int64_t, int64_t);
+
+  void run_records(const QuantizeTask& task, int64_t begin, int64_t end) const { quantize(task, begin, end); }
+  void run_records(const MeanTask& task, int64_t begin, int64_t end) const { mean(task, begin, end); }
+  void run_records(const DequantizeTask& task, int64_t begin, int64_t end) const { dequantize(task, begin, end); }
+  void run_records(const CarryTask& task, int64_t begin, int64_t end) const { carry(task, begin, end); }
 };
 
 #define DESLO_KERNELS(isa)                                                                         \
   isa::update_blocks, isa::update_blocks, isa::update_blocks, isa::drift_blocks, isa::land_blocks, \
-      isa::fingerprint_blocks
+      isa::fingerprint_blocks, isa::record_blocks, isa::record_blocks, isa::record_blocks, isa::record_blocks
 
 // From the widest to the one that every machine of the architecture has.
 const Isa kIsas[] = {
@@ -102,6 +111,20 @@ struct Cpu {
     *static_cast<uint64_t*>(words.mutable_data_ptr()) = sum;
     return words;
   }
+
+  // Of the rows of a QuantizeTask some hold no tensor's elements.
+  static int64_t count_rows(const QuantizeTask& task) { return task.rows; }
+  template <class Task>
+  static int64_t count_rows(const Task& task) {
+    return task.blocks;
+  }
+
+  template <class Task>
+  static void run_records(const Task& task, const Tensor&) {
+    const Isa& isa = *active_isa;
+    torch::stable::parallel_for(0, count_rows(task), kGrain * kBlock / kRecordBlock,
+                                [&](int64_t begin, int64_t end) { isa.run_records(task, begin, end); });
+  }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(deslo, CPU, library) { register_operators<Cpu>(library); }
@@ -156,6 +179,13 @@ struct Cuda {
     const Tensor sums = make_zero_words(like, fingerprint_columns(task, device));
     fingerprint_cuda(task, device, get_current_stream(device), static_cast<uint64_t*>(sums.mutable_data_ptr()));
     return sums;
+  }
+
+  template <class Task>
+  static void run_records(const Task& task, const Tensor& like) {
+    const int32_t device = like.get_device_index();
+    const DeviceGuard guard(device);
+    records_cuda(task, device, get_current_stream(device));
   }
 
  private:

@@ -6,6 +6,7 @@
 //   drift(DriftTask, like)               returns a tensor of kSums rows there, whose columns add up to the sums
 //   land(LandTask, like)
 //   fingerprint(FingerprintTask, like)   returns a row of integers there, which add up to the number
+//   run_records(task, like)              for QuantizeTask, MeanTask, DequantizeTask and CarryTask
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,6 +15,7 @@
 #include "delayed_update_checks.h"
 #include "drift_checks.h"
 #include "fingerprint_checks.h"
+#include "quantize_checks.h"
 #include "update_checks.h"
 
 namespace deslo {
@@ -90,6 +92,33 @@ Tensor fingerprint(const Tensors& tensors) {
 }
 
 template <class Backend>
+void quantize(const Tensors& values, const Tensors& bases, const Tensors& errors, const Tensor& records,
+              const Tensor& own, int64_t first, int64_t format) {
+  const CheckedQuantize checked(values, bases, errors, records, own, first, format);
+  if (checked.task.rows) Backend::run_records(checked.task, values[0]);
+}
+
+template <class Backend>
+void mean_quantized(const Tensor& received, const Tensor& own, const Tensor& weights, int64_t rank,
+                    const Tensor& records, int64_t format) {
+  const MeanTask task = check_mean(received, own, weights, rank, records, format);
+  if (task.blocks) Backend::run_records(task, own);
+}
+
+template <class Backend>
+void dequantize(const Tensor& records, const Tensors& bases, const Tensors& means, int64_t format) {
+  const CheckedDequantize checked(records, bases, means, format);
+  if (checked.task.blocks) Backend::run_records(checked.task, means[0]);
+}
+
+template <class Backend>
+void carry_(const Tensors& values, const Tensors& bases, const Tensors& errors, const Tensors& means,
+            const Tensor& sent, const Tensor& own, int64_t rank, int64_t format) {
+  const CheckedCarry checked(values, bases, errors, means, sent, own, rank, format);
+  if (checked.task.blocks) Backend::run_records(checked.task, values[0]);
+}
+
+template <class Backend>
 void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("sgdm_", TORCH_BOX(&sgdm_<Backend>));
   library.impl("adam_", TORCH_BOX(&adam_<Backend>));
@@ -97,6 +126,10 @@ void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("drift", TORCH_BOX(&drift<Backend>));
   library.impl("land_", TORCH_BOX(&land_<Backend>));
   library.impl("fingerprint", TORCH_BOX(&fingerprint<Backend>));
+  library.impl("quantize", TORCH_BOX(&quantize<Backend>));
+  library.impl("mean_quantized", TORCH_BOX(&mean_quantized<Backend>));
+  library.impl("dequantize", TORCH_BOX(&dequantize<Backend>));
+  library.impl("carry_", TORCH_BOX(&carry_<Backend>));
 }
 
 }  // namespace deslo

@@ -21,6 +21,22 @@ def period_key(state: str) -> str:
     return f"{state}_every"
 
 
+def common_key(state: str) -> str:
+    """Where a parameter keeps what all replicas had in common at the last average of a ``state`` that travels as a
+    difference."""
+    return f"{state}_common"
+
+
+def error_key(state: str) -> str:
+    """Where it keeps what was lost of that average, if that is sent with the next."""
+    return f"{state}_error"
+
+
+def is_of_wire(name: str) -> bool:
+    """Whether a state serves averages in few bits alone: training goes on without it."""
+    return name.endswith((common_key(""), error_key("")))
+
+
 def first_momenta(count: int) -> tuple[str, ...]:
     """``("exp_avg", "exp_avg_2", ..., "exp_avg_<count>")``."""
     return tuple("exp_avg" if j == 1 else f"exp_avg_{j}" for j in range(1, count + 1))

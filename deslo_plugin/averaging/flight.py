@@ -9,7 +9,7 @@ from deslo_plugin.algorithm.rules import Tensors
 from deslo_plugin.averaging.cohort import Cohort, Key
 from deslo_plugin.averaging.instants import Instant
 from deslo_plugin.comm.buckets import Bucket
-from deslo_plugin.comm.transport import Work
+from deslo_plugin.comm.transport import Quantized, Work
 from deslo_plugin.errors import require
 
 States = Mapping[str, Tensors]
@@ -30,7 +30,7 @@ class Flight:
     steps: int
     state: str
     keys: Sequence[Key]
-    bucket: Bucket
+    bucket: Bucket | Quantized
     works: list[Work]
     bytes: int
     start: Instant
@@ -74,6 +74,14 @@ class Landing:
 
     def flights(self, state: str) -> list[Flight]:
         return list(dict.fromkeys(flight for flight, _ in self.seats[state]))
+
+    def carry(self) -> None:
+        """Lets what travelled in few bits keep what all replicas have in common now, and what was lost: before means
+        are written over what was launched."""
+        for state, seats in self.seats.items():
+            for flight in self.flights(state):
+                if not isinstance(flight.bucket, Bucket):
+                    flight.bucket.carry([seat for each, seat in seats if each is flight])
 
 
 class FlightTable:

@@ -16,6 +16,7 @@ from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.recall import MOVED, WRITTEN, Answer, Recall
 from deslo_plugin.averaging.replica_variance import ReplicaVariance
 from deslo_plugin.averaging.synchronizer import Synchronizer
+from deslo_plugin.averaging.wire_states import WireStates
 from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.kernels.fingerprint import fingerprint
@@ -32,10 +33,11 @@ class Flights:
         self,
         sync: Synchronizer,
         deslo: DesloConfig,
+        wire: WireStates,
         weigh: Callable[[Cohort], Weigh | None],
         on_average: Callable[[SyncEvent], object],
     ):
-        self._sync, self._deslo, self._weigh = sync, deslo, weigh
+        self._sync, self._deslo, self._wire, self._weigh = sync, deslo, wire, weigh
         self._table, self._resumed = FlightTable(), delayed.Resumed()
         self._variance = ReplicaVariance(sync.transport, on_average)
         self._recall = Recall(sync.transport, sync.wire_dtype)
@@ -50,17 +52,24 @@ class Flights:
         if states:
             self._sync.announce(cohort.steps)
         for state, tensors in states.items():
-            flight = self._start(cohort, state, cohort.keys, tensors)
+            flight = self._start(cohort, state, tensors, range(len(tensors)))
             if self._deslo.sync_delay == 1:
                 flight.fingerprint = fingerprint(tensors)
 
-    def _start(self, cohort: Cohort, state: str, keys: Sequence[Key], tensors: Tensors) -> Flight:
-        """Starts the average of ``tensors``, or of what flew of them when a checkpoint was saved."""
+    def _start(self, cohort: Cohort, state: str, tensors: Tensors, seats: Sequence[int]) -> Flight:
+        """Starts the average of those of ``tensors`` in ``seats``, or of what flew of them when a checkpoint was
+        saved."""
         weigh, kept = self._weigh(cohort), None
+        keys, tensors = [cohort.keys[seat] for seat in seats], [tensors[seat] for seat in seats]
         if self._deslo.sync_delay > 1:
             kept = self._resumed.take(keys, state, tensors, self._sync.wire_dtype)
             tensors = [each.launched for each in kept]
-        flight = self._sync.start(cohort.steps, state, keys, tensors, weigh and weigh(state))
+        weight = weigh and weigh(state)
+        packed = self._wire.pack(cohort, state, seats, tensors) if self._sync.transport.replicas > 1 else None
+        if packed:
+            flight = self._sync.start_quantized(cohort.steps, state, keys, packed, weight)
+        else:
+            flight = self._sync.start(cohort.steps, state, keys, tensors, weight)
         if kept:
             flight.launched, flight.remains = tensors, [each.remains for each in kept]
         if state in adaptive(cohort.group["sync_every"]):
@@ -116,11 +125,10 @@ class Flights:
         """Launches what is to land and does not fly yet; what lands."""
         for cohort, states in due:
             for state, tensors in states.items():
-                keys = cohort.keys
-                absent = [i for i, seat in enumerate(self._table.seats(keys, state)) if seat is None]
+                absent = [i for i, seat in enumerate(self._table.seats(cohort.keys, state)) if seat is None]
                 if absent:
                     self._sync.announce(cohort.steps)
-                    self._start(cohort, state, [keys[i] for i in absent], [tensors[i] for i in absent])
+                    self._start(cohort, state, tensors, absent)
         return [
             Landing(cohort, states, {state: self._table.take(cohort.keys, state) for state in states})
             for cohort, states in due

@@ -47,10 +47,10 @@ class Fragments:
         self._cuts.clear()
         self._alive.clear()
 
-    def numels(self, cohort: Cohort) -> list[int]:
-        """Elements of each fragment of ``cohort``, on this rank."""
+    def numels(self, cohort: Cohort) -> list[list[int]]:
+        """Of each fragment of ``cohort`` the elements of its parts, on this rank."""
         fragments = [self.of(cohort, index) for index in range(self.count)] if cohort.params else []
-        return [sum(part.numel() for part in each.parts(local(each.params))) for each in fragments] or [0] * self.count
+        return [[part.numel() for part in each.parts(local(each.params))] for each in fragments] or [[]] * self.count
 
     def _rows_of(self, param: Tensor, cohort: Cohort) -> Sequence[Rows]:
         if id(param) not in self._cuts:

@@ -4,7 +4,6 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -29,10 +28,11 @@ from deslo_plugin.averaging.metrics import Meter, SyncEvent
 from deslo_plugin.averaging.recall import Answer
 from deslo_plugin.averaging.step_counter import Clock
 from deslo_plugin.averaging.synchronizer import Synchronizer
+from deslo_plugin.averaging.wire_states import Store, WireStates
 from deslo_plugin.comm.sample_weights import Samples
 from deslo_plugin.comm.transport import Transport
 from deslo_plugin.config.schema import DesloConfig
-from deslo_plugin.kernels.local_tensors import local
+from deslo_plugin.kernels.local_tensors import local, states_of
 
 
 class StateAverager:
@@ -47,6 +47,7 @@ class StateAverager:
         receive: writes what landed, given (cohort, states, means); the plain mean by default.
         bounds: what first momenta of a param group are held to once they have landed; nothing by default.
         on_average: called with every ``SyncEvent``, the first of ``listeners``.
+        wire_states: where quantised averages keep what they go by, by parameter; by default with the averager.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class StateAverager:
         receive: Callable[[Cohort, States, States], None] | None = None,
         bounds: Callable[[Group], Sequence[Bound]] = lambda group: (),
         on_average: Callable[[SyncEvent], object] | None = None,
+        wire_states: Store | None = None,
     ):
         self.optimizer, self.deslo, self.transport, self.clock, self.bounds = optimizer, deslo, average, clock, bounds
         self._groups, self.stats, self.listeners = groups, Meter(), [on_average] if on_average else []
@@ -68,7 +70,8 @@ class StateAverager:
         self._sync, self.members = self._synchronizer(average), Members()
         skips = deslo.on_nonfinite == "skip"
         self.gradients = Gradients(optimizer, lambda: self.groups, self._sync, self.stats, skips_nonfinite=skips)
-        self.flights = Flights(self._sync, deslo, self._weigh, self.record)
+        self.wire = WireStates(deslo.wire, wire_states, self.local_tensors, self.means)
+        self.flights = Flights(self._sync, deslo, self.wire, self._weigh, self.record)
         self.fragments = Fragments(deslo.fragments)
         self._periods: dict[int, Periods] = {}  # of each param group, by its id
         self.add_buffers((), average)
@@ -108,6 +111,7 @@ class StateAverager:
             self.clock.set(cohort, cohort.steps + 1)
             cohorts[index] = cohort._replace(steps=cohort.steps + 1)
             self.samples.tick(cohort.group, cohort.steps + 1)
+        self.wire.meet([cohort for cohort in cohorts if cohort.steps == self.deslo.synchronous_steps])
         if self.kept and self.steps == self.deslo.synchronous_steps:
             self.keep()
         if any(map(self._due, cohorts)) and self._start_quorum():
@@ -123,7 +127,7 @@ class StateAverager:
         elif self._held is not None:
             self._held += cohorts
         elif self.deslo.overlap_comm:
-            for cohort, states in chain.from_iterable(map(self._due, cohorts)):
+            for cohort, states in [due for each in cohorts for due in self._due(each)]:
                 self.flights.launch(cohort, states)
 
     @contextmanager
@@ -141,6 +145,7 @@ class StateAverager:
         """What averages, by clock, and what trains and does not average yet, without periods."""
         cohorts = self.members.cohorts(self.groups, self.clock)
         self._periods |= {id(cohort.group): cohort.periods for cohort in cohorts if cohort.periods}
+        self.wire.prepare(cohorts, equal_until=max(self._met, self.deslo.synchronous_steps))
         return cohorts
 
     def _start_quorum(self) -> bool:
@@ -150,8 +155,7 @@ class StateAverager:
         return replaced
 
     def periods(self, group: Group) -> Periods:
-        """The periods in force in a param group; adaptive ones change (where ZeRO cuts a group, those of its last
-        part)."""
+        """The periods in force in a param group; adaptive ones change (where ZeRO cuts it, those of its last part)."""
         return self._periods.get(id(group), shortest(group["sync_every"]))
 
     @property
@@ -176,6 +180,7 @@ class StateAverager:
         """Drops averages in flight: after a load they start from the loaded values, when they were about to land."""
         self._met = 0  # an exact load leaves replicas that differ
         self.flights.abandon()
+        self.wire.forget()
         if self.watch:
             self.watch.placed()
         self.samples.forget()
@@ -183,21 +188,20 @@ class StateAverager:
             self.kept.forget()
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What this rank knows beside the optimizer's state: values that were launched, samples seen."""
-        late = self.flights.saved(list(self.optimizer.state))
-        return {"late": late, "samples": self.samples.saved(self.groups)}
+        """What this rank knows beside the optimizer's state: values that were launched, samples seen, bits lost."""
+        params, own = list(self.optimizer.state), {"samples": self.samples.saved(self.groups)}
+        return own | {"late": self.flights.saved(params), "wire": self.wire.saved(params)}
 
     def set_extra_state(self, aside: Mapping[str, Any]) -> None:
         """Goes on from what ``aside`` gave, with a state that has as many parameters in the same order."""
         self.flights.load(list(self.optimizer.state), aside["late"])
+        self.wire.load(list(self.optimizer.state), aside.get("wire", ()))
         self.samples.load(self.groups, aside["samples"])
 
     def means(self, name: str, tensors: Tensors) -> list[Tensor]:
         """The means of floating tensors in at least float32, counted under ``name``; they stay. Collective."""
-        if not tensors:
-            return []
         wire = functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
-        return self._synchronizer(self.transport, wire).mean(self.steps, {name: tensors})[name]
+        return self._sync.mean(self.steps, {name: tensors}, wire)[name] if tensors else []
 
     @property
     def steps(self) -> int:
@@ -211,10 +215,7 @@ class StateAverager:
 
     def local_tensors(self, state: str, params: Tensors) -> Tensors:
         """This rank's part of a state of each parameter; zeros where a stock optimizer has not created it yet."""
-        if state == PARAMS:
-            return local(params)
-        found = [self.optimizer.state[param].get(state) for param in params]
-        return local([torch.zeros_like(params[i]) if each is None else each for i, each in enumerate(found)])
+        return local(params) if state == PARAMS else states_of(self.optimizer.state, state, params)
 
     def _average(self, cohorts: list[Cohort]) -> list[Cohort]:
         """Averages what is due; the cohorts from now on, which are others where parameters were frozen or unfrozen."""
@@ -224,12 +225,10 @@ class StateAverager:
         self._companions.launch(meeting, self._weigh)
         landed = True
         for landing, answer in zip(landings, answers):
-            means = self.flights.land(landing, answer)
-            if means is None:
-                landed = False
-                continue
-            self.flights.adapt(landing, means, self.optimizer.state)
-            self._write(landing, means)
+            if means := self.flights.land(landing, answer):
+                self.flights.adapt(landing, means, self.optimizer.state)
+                self._write(landing, means)
+            landed = landed and means is not None
         self._companions.land(self.kept)
         self.stats.refused_averages += not landed
         if not any(answer.moved for answer in answers):
@@ -241,6 +240,7 @@ class StateAverager:
     def _write(self, landing: Landing, means: dict[str, list[Tensor]]) -> None:
         """Puts what has landed where it belongs."""
         cohort, states = landing.cohort, landing.states
+        landing.carry()
         if self.deslo.sync_delay == 1:
             self.receive(cohort, states, means)
             if self.watch and PARAMS in states:
@@ -253,8 +253,7 @@ class StateAverager:
         hold_(self.bounds(cohort.group), means, functools.partial(self.part, cohort), now)
 
     def _ask(self, cohorts: list[Cohort]) -> tuple[Due, list[Answer]]:
-        """What is due, once all replicas have said whether it may land: what may not is dropped, and flies anew.
-        Collective."""
+        """What is due, once all replicas have said whether it may land; what may not flies anew. Collective."""
         due = self._all_due(cohorts)
         answers = self.flights.ask(due, any(PARAMS in states for _, states in due) and self.members.moved(self.groups))
         if any(answer.moved for answer in answers):
@@ -280,16 +279,16 @@ class StateAverager:
         """What is due of ``cohort``, as ``Fragments.due`` gives it."""
         if not cohort.params or cohort.steps <= self.deslo.synchronous_steps:
             return []
-        due = self.fragments.due(cohort, whole)
-        return [(part, {state: self.part(part, state) for state in states}) for part, states in due]
+        parts = self.fragments.due(cohort, whole)
+        return [(part, {state: self.part(part, state) for state in states}) for part, states in parts]
 
     def part(self, cohort: Cohort, state: str) -> Tensors:
         """What belongs to ``cohort`` of a state, on this rank, as ``local_tensors`` gives it."""
         return cohort.parts(self.local_tensors(state, cohort.params))
 
-    def _synchronizer(self, average: Transport, wire_dtype: torch.dtype | None = None) -> Synchronizer:
-        wire, chunk = wire_dtype or getattr(torch, self.deslo.wire_dtype), self.deslo.bucket_cap_mb << 20
-        return Synchronizer(average, wire_dtype=wire, bucket_bytes=chunk, on_average=self.record)
+    def _synchronizer(self, average: Transport) -> Synchronizer:
+        dtype, chunk = getattr(torch, self.deslo.wire.plain), self.deslo.bucket_cap_mb << 20
+        return Synchronizer(average, wire_dtype=dtype, bucket_bytes=chunk, on_average=self.record)
 
     def record(self, event: SyncEvent) -> None:
         """Counts ``event`` and passes it on to ``on_average`` and to those who listen."""

@@ -12,8 +12,9 @@ from deslo_plugin.averaging.flight import Flight, Seat, States
 from deslo_plugin.averaging.instants import now, seconds_between
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.recall import Answer
+from deslo_plugin.averaging.wire_states import Packed
 from deslo_plugin.comm.buckets import pack
-from deslo_plugin.comm.sample_weights import start_weighted
+from deslo_plugin.comm.sample_weights import WeighedBucket, start_weighted
 from deslo_plugin.comm.transport import Transport
 from deslo_plugin.errors import NonFiniteError
 from deslo_plugin.kernels.drift import Drift, drift_of, measure
@@ -62,6 +63,18 @@ class Synchronizer:
             sent += self.wire_dtype.itemsize
         return Flight(steps, state, keys, bucket, works, sent, start)
 
+    @torch.profiler.record_function("deslo::launch")
+    def start_quantized(
+        self, steps: int, state: str, keys: Sequence[Key], packed: Packed, weight: float | None = None
+    ) -> Flight:
+        """Starts the average of what is ``packed``, in few bits both ways."""
+        start = now(packed.values[0].device)
+        total = None if weight is None else self.transport.total(weight)
+        bucket, work = self.transport.start_quantized(*packed, total)
+        if weight is not None:
+            work = WeighedBucket(self.transport, weight, bucket, work)
+        return Flight(steps, state, keys, bucket, [work], bucket.nbytes, start)
+
     @torch.profiler.record_function("deslo::land")
     def land(
         self, steps: int, seats: Mapping[str, Sequence[Seat]], launched: States, told: Answer = NOTHING_ASKED
@@ -100,13 +113,13 @@ class Synchronizer:
         return means
 
     @torch.profiler.record_function("deslo::mean")
-    def mean(self, steps: int, states: States) -> dict[str, list[Tensor]]:
-        """The means of ``states`` in wire dtype, launched and waited for, whatever they hold."""
+    def mean(self, steps: int, states: States, dtype: torch.dtype | None = None) -> dict[str, list[Tensor]]:
+        """The means of ``states`` in ``dtype``, by default the wire's, launched and waited for, whatever they hold."""
         self.announce(steps)
         device = next(iter(states.values()))[0].device
         start, means, sent = now(device), {}, {}
         for state, tensors in states.items():
-            bucket = pack(tensors, self.wire_dtype, self.bucket_bytes, self.transport.divisor)
+            bucket = pack(tensors, dtype or self.wire_dtype, self.bucket_bytes, self.transport.divisor)
             for work in [self.transport.start(chunk) for chunk in bucket.chunks]:
                 work.wait()
             means[state] = bucket.views

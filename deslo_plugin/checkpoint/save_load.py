@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deslo_plugin.algorithm.state_names import is_of_wire
 from deslo_plugin.attachment import Attachment, attachments_of, on_every_rank
 from deslo_plugin.checkpoint.folder import begin, clear_away, found, part_of, put_in_place
 from deslo_plugin.checkpoint.index import read_index, read_tree, write_tree
@@ -172,12 +173,14 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     source, name, group = _place(folder, proof.mode, attachment)
     index, own = all_or_none(lambda: (read_index(source), _expect_own(source / name, proof.mode)), world, READ)
     all_or_none(lambda: adapter.prepare(proof.states), world)
+    for each in attachments:
+        each.averaging.wire.make_room()
     states = united(adapter.states, world) if attachment.holders else adapter.states
     all_or_none(lambda: check_same_structure(states, proof.states, where), world)
     for each in attachments:
         each.averaging.abandon()
-    if proof.mode == "per_replica":
-        adapter.forget([each for each in adapter.tree() if each not in index.state_dict_metadata])
+    absent = [name for name in adapter.tree() if name not in index.state_dict_metadata]
+    adapter.forget([name for name in absent if proof.mode == "per_replica" or is_of_wire(name.split("/", 1)[0])])
     content = all_or_none(adapter.tree, world)
     all_or_none(
         lambda: read_tree(content, source, index, group),

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deslo_plugin.algorithm.state_names import BUFFERS, ORIGIN, PARAMS, STEP
+from deslo_plugin.algorithm.state_names import BUFFERS, ORIGIN, PARAMS, STEP, is_of_wire
 from deslo_plugin.checkpoint.tensor_chunks import TensorChunks
 from deslo_plugin.comm.process_groups import all_gather_by_rank
 from deslo_plugin.errors import ConfigError
@@ -39,7 +39,11 @@ def check_same_structure(own: States, saved: States, where: str) -> None:
 
 
 def _shown(states: Mapping[str, Sequence[int] | None]) -> str:
-    return ", ".join(name if shape is None else f"{name} {list(shape)}" for name, shape in sorted(states.items()))
+    return ", ".join(
+        name if shape is None else f"{name} {list(shape)}"
+        for name, shape in sorted(states.items())
+        if not is_of_wire(name)
+    )
 
 
 def united(states: States, group: dist.ProcessGroup | None) -> States:
@@ -124,10 +128,10 @@ def fresh_states(
     saved: Mapping[str, Sequence[int] | None], param: Tensor, whole: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """Zeros for the ``saved`` states of ``param``, whose whole shape is ``whole``: with its shape, or without
-    dimensions."""
+    dimensions. Those of averages in few bits are left out: they begin otherwise."""
     whole, fresh = list(param.shape if whole is None else whole), {}
     for state, shape in saved.items():
-        if state != PARAMS:
+        if state != PARAMS and not is_of_wire(state):
             if shape not in (None, [], whole):
                 raise ConfigError(
                     f"load state {state}",

@@ -175,7 +175,7 @@ class PlanReport:
             "rank(s) of a replica; headers and protocol are not counted: what deslo probe measures has them taken off",
             f"a rank holds and sends 1/{job.replica_size} of the parameters (ZeRO 1 to 3, FSDP2; DDP and ZeRO 0 send "
             "as much, but hold all states on every rank); that shards differ by padding is not counted",
-            f"averages travel in {deslo.wire_dtype}; gradients of synchronous training in {job.gradient_dtype} "
+            f"averages travel in {deslo.wire.plain}; gradients of synchronous training in {job.gradient_dtype} "
             f"({self.why['gradients']}), reduced inside a replica first",
             f"a step computes for {job.step_s * 1e3:.4g} ms ({self.why['step']}), with and without communication "
             f"beside it",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin.comm.transport import Transport, Work
+from deslo_plugin.comm.transport import Quantized, Transport, Work
 from deslo_plugin.config.reader import plain
 from deslo_plugin.errors import AverageError, ConfigError
 
@@ -94,20 +94,39 @@ class _Weight:
 
     def wait(self) -> None:
         self.work.wait()
-        mean = float(self.mean[0])
-        if isnan(mean):
-            ranks = self.transport.culprits(isnan(self.mine))
-            raise ConfigError(
-                'deslo.replica_weights "samples"',
-                "every rank to call record_samples(samples) before each step",
-                f"nothing from rank(s) {ranks}",
-                "call it, or remove deslo.replica_weights",
-            )
-        if mean == 0:
-            raise AverageError(
-                "average over replicas: expected samples (record_samples) on some replica since the last one, got "
-                "none on any; nothing of this average was written"
-            )
+        _expect_samples(self.transport, self.mine, float(self.mean[0]))
+
+
+def _expect_samples(transport: Transport, mine: float, all_of_them: float) -> None:
+    """Raises on every rank where a weight was not told by some rank, or nothing was seen by any."""
+    if isnan(all_of_them):
+        ranks = transport.culprits(isnan(mine))
+        raise ConfigError(
+            'deslo.replica_weights "samples"',
+            "every rank to call record_samples(samples) before each step",
+            f"nothing from rank(s) {ranks}",
+            "call it, or remove deslo.replica_weights",
+        )
+    if all_of_them == 0:
+        raise AverageError(
+            "average over replicas: expected samples (record_samples) on some replica since the last one, got "
+            "none on any; nothing of this average was written"
+        )
+
+
+@dataclass(frozen=True)
+class WeighedBucket:
+    """``work`` of the quantised ``bucket``, in which this replica counts what it has seen, ``mine`` of it this
+    rank."""
+
+    transport: Transport
+    mine: float
+    bucket: Quantized
+    work: Work
+
+    def wait(self) -> None:
+        self.work.wait()
+        _expect_samples(self.transport, self.mine, float(self.bucket.weights.sum()))
 
 
 @dataclass(frozen=True)

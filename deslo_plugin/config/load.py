@@ -25,13 +25,13 @@ from deslo_plugin.config.schema import (
     STATE_DICTS,
     STATE_DTYPES,
     TRANSPORTS,
-    WIRE_DTYPES,
     Config,
     DesloConfig,
     OptimizerConfig,
     Outer,
 )
 from deslo_plugin.config.telemetry import read_telemetry
+from deslo_plugin.config.wire import read_wire, settle_wire
 from deslo_plugin.errors import ConfigError
 
 RENAMED_PARAMS = {"outer": "outer_optimizer", "clip": "clip_value, a number"}
@@ -138,7 +138,7 @@ def read_deslo(block: Any) -> DesloConfig:
         overlap_comm=reader.boolean("overlap_comm", default.overlap_comm and before),
         sync_delay=reader.positive_int("sync_delay", default.sync_delay),
         fragments=reader.positive_int("fragments", default.fragments, also=("auto",)),
-        wire_dtype=reader.choice("wire_dtype", default.wire_dtype, WIRE_DTYPES),
+        wire=read_wire(reader),
         bucket_cap_mb=reader.positive_int("bucket_cap_mb", default.bucket_cap_mb),
         initial_params=reader.choice("initial_params", default.initial_params, INITIAL_PARAMS),
         on_nonfinite=reader.choice("on_nonfinite", default.on_nonfinite, ["stop", "skip"]),
@@ -243,7 +243,7 @@ def whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
                 "remove one: it cannot take in an average that is some updates old",
             )
     check_periods(deslo, periods)
-    return Config(optimizer=optimizer, deslo=deslo)
+    return Config(optimizer=optimizer, deslo=replace(deslo, wire=settle_wire(deslo.wire, longest(periods))))
 
 
 def as_dict(config: Config) -> dict[str, Any]:

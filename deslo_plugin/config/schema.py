@@ -10,9 +10,9 @@ from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT, first_momenta
 from deslo_plugin.config.telemetry import Telemetry
+from deslo_plugin.config.wire import Wire
 from deslo_plugin.errors import require
 
-WIRE_DTYPES = ("float32", "float64")
 AVERAGE_AT = ("before_step", "after_step")
 CHECKPOINT_MODES = ("averaged", "per_replica", "synchronized")
 REPLICA_WEIGHTS = ("uniform", "samples")
@@ -92,12 +92,13 @@ class DesloConfig:
 
     ``sync_every`` schedules the states of a stock optimizer; DesLoc has its own in ``optimizer.params``. ``sync_delay``
     is the number of forwards and backwards that an average travels under, ``fragments`` in how many parts each state is
-    averaged, at steps of their own ("auto" is what ``load_config`` turns into a number). ``replica_weights`` is what a
-    replica counts in an average: as much as any other, or what it has seen; ``checkpoint_mode`` is what ``save`` saves,
-    ``checkpoint_digest`` what proves its files; ``state_dict`` is what ``state_dict()`` of the model does while
-    replicas differ; ``telemetry`` is what is written down, if anything. ``initial_params`` is what becomes of replicas
-    that start unequal: "auto" makes them equal to replica 0 and says what differed, "broadcast" does so without a word,
-    "check" is an error. ``transport`` is the way averages take: from device to device, or through host memory."""
+    averaged, at steps of their own ("auto" is what ``load_config`` turns into a number); ``wire`` is what states travel
+    as. ``replica_weights`` is what a replica counts in an average: as much as any other, or what it has seen;
+    ``checkpoint_mode`` is what ``save`` saves, ``checkpoint_digest`` what proves its files; ``state_dict`` is what
+    ``state_dict()`` of the model does while replicas differ; ``telemetry`` is what is written down, if anything.
+    ``initial_params`` is what becomes of replicas that start unequal: "auto" makes them equal to replica 0 and says
+    what differed, "broadcast" does so without a word, "check" is an error. ``transport`` is the way averages take: from
+    device to device, or through host memory."""
 
     replica_size: int | Literal["auto"] = "auto"
     synchronous_steps: int = 0
@@ -106,7 +107,7 @@ class DesloConfig:
     overlap_comm: bool = True
     sync_delay: int = 1
     fragments: int = 1
-    wire_dtype: str = "float32"
+    wire: Wire = Wire()
     bucket_cap_mb: int = 64
     initial_params: str = "auto"
     on_nonfinite: str = "stop"

@@ -25,8 +25,8 @@ from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 from deslo_plugin.optim.any_optimizer_step import schedule
 from deslo_plugin.optim.desloc import DesLoc
-from deslo_plugin.planning.plan import BYTES
 from deslo_plugin.planning.route import Route
+from deslo_plugin.planning.wire_cost import BYTES
 
 G = TypeVar("G", bound=Groups | None)  # None where replicas come and go
 
@@ -97,7 +97,7 @@ def build_attachment(framework: Framework[G], on_average: Callable[[SyncEvent], 
         framework.state_adapter,
         fixed_numels=framework.fixed_numels,
         gradient_bytes=framework.gradient_bytes(transport.divisor),
-        buffer_bytes=sum(buffer.numel() for buffer in framework.buffers) * BYTES[config.deslo.wire_dtype],
+        buffer_bytes=sum(buffer.numel() for buffer in framework.buffers) * BYTES[config.deslo.wire.plain],
         engine_steps=framework.engine_steps,
         watch=_watch_of(framework, averaging, groups) if groups else None,
         route=route,

@@ -29,6 +29,7 @@ from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.replica_checks import model_traits, optimizer_traits
 from deslo_plugin.comm.consistency import digests
 from deslo_plugin.comm.progress import Progress
+from deslo_plugin.comm.transport import SendsWhole
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import AverageError, ConfigError
 from deslo_plugin.log import log_rank0
@@ -96,7 +97,7 @@ class _Share:
             self.chunk.div_(self.voices)
 
 
-class LiveTransport:
+class LiveTransport(SendsWhole):
     """Means over the replicas of the present quorum (an ``Transport``).
 
     Args:

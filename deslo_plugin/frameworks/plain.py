@@ -33,9 +33,9 @@ from deslo_plugin.frameworks.parameter_kinds import refuse_kinds, refuse_nonfini
 from deslo_plugin.frameworks.requested import refuse_together
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import log_rank0
-from deslo_plugin.planning.plan import BYTES
 from deslo_plugin.planning.route import Route
 from deslo_plugin.planning.transport_choice import choose_route, make_transport
+from deslo_plugin.planning.wire_cost import BYTES
 
 REPLICATE = ("replicate", "dp_replicate")  # names under which the dimension across replicas is looked for
 
@@ -214,7 +214,7 @@ class Plain(Module[Groups]):
     def gradient_bytes(self, divisor: int) -> list[int] | None:
         """In wire dtype, with a flag for each parameter."""
         numels = [sum(param.numel() + 1 for param in params) for params in self.trained_by_group()]
-        return [-(-numel // divisor) * BYTES[self.config.deslo.wire_dtype] for numel in numels]
+        return [-(-numel // divisor) * BYTES[self.config.deslo.wire.plain] for numel in numels]
 
     def trained_by_group(self) -> list[list[Tensor]]:
         return [[each for each in local(group["params"]) if each.requires_grad] for group in self.param_groups]

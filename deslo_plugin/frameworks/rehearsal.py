@@ -41,12 +41,11 @@ def refuse_empty_fragments(fragments: int, averaged: Sequence[Tensor], world: di
 def reserve(attachment: Attachment, device: torch.device) -> None:
     """Takes the memory of all averages in flight at once, as it will be asked for, so that it lies ready afterwards."""
     plan = attachment.plan
-    copies = plan.divisor * (2 if plan.config.deslo.sync_delay > 1 else 1)
     sizes = (
         [plan.flight_bytes]
         if plan.config.deslo.fragments > 1
         else [
-            group.bytes_per_event[state] * copies
+            sum(group.fragment_memory[state])
             for group in plan.groups
             for state, period in group.periods.items()
             if period

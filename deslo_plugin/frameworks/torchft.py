@@ -71,6 +71,13 @@ class TorchFT(Module[None]):
             got = getattr(self.config.deslo, key)
             if got not in allowed:
                 raise ConfigError(f"deslo.{key}", f"{allowed[-1]} with a torchft manager", str(got), "remove it")
+        if self.config.deslo.wire.quantizes:
+            raise ConfigError(
+                "deslo.wire_dtype",
+                '"float32" with a torchft manager',
+                "states in few bits",
+                "remove it: a manager adds up what it is given, and codes with scales of their own have no sum",
+            )
         several = dist.is_initialized() and dist.get_world_size() > 1
         if several or reducers(self.around) or is_sharded(self.model):
             raise ConfigError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deslo_plugin.algorithm.state_names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, STEP, period_key
+from deslo_plugin.algorithm.state_names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, STEP, is_of_wire, period_key
 from deslo_plugin.errors import ConfigError
 
 
@@ -29,7 +29,7 @@ def in_own_form(desloc: Any, state_dict: Mapping[str, Any]) -> tuple[dict[Tensor
         for counter in desloc.counters:
             if counter not in (STEP, ORIGIN):
                 state.setdefault(counter, torch.zeros(()))
-        names = sorted(name for name in state if name not in (STEP, ORIGIN) and not name.endswith(period_key("")))
+        names = sorted(name for name in state if not _is_beside(name))
         shapes = [tuple(state[name].shape) for name in names]
         if STEP not in state or names != sorted(wanted) or any(shape != tuple(param.shape) for shape in shapes):
             got = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes))
@@ -41,3 +41,8 @@ def in_own_form(desloc: Any, state_dict: Mapping[str, Any]) -> tuple[dict[Tensor
                 "with fresh ones",
             )
     return states, clock
+
+
+def _is_beside(name: str) -> bool:
+    """Whether an optimizer may have this state or not."""
+    return name in (STEP, ORIGIN) or name.endswith(period_key("")) or is_of_wire(name)

@@ -115,6 +115,7 @@ class DesLoc(torch.optim.Optimizer):
             receive=self._receive,
             bounds=lambda group: bounds,
             on_average=on_average or self._on_average,
+            wire_states=self.state,
         )
         self.armed = True
 
@@ -222,11 +223,11 @@ class DesLoc(torch.optim.Optimizer):
     def _create_state(self, param: Tensor, clock: int = 0) -> dict[str, Tensor]:
         """A state without updates, at step ``clock``."""
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-        if dtype == torch.float64 and self.config.deslo.wire_dtype != "float64":
+        if dtype == torch.float64 and self.config.deslo.wire.of_all != "float64":
             raise ConfigError(
                 "deslo.wire_dtype",
                 "'float64' for float64 parameters",
-                "'float32'",
+                repr(self.config.deslo.wire.of_all),
                 "set it: float32 averages would round their states",
             )
         optimizer, state = self.config.desloc, self.state[param]

@@ -155,7 +155,8 @@ def memory(plan: Plan, moved: Sequence[Transfer]) -> Memory:
     copies = 2 if plan.config.deslo.sync_delay > 1 else 1  # a late average takes off what it was launched with
     outer = 2 * 4 * numel if opt is not None and opt.outer_optimizer else 0
     flying = (sum(each.bytes.values()) - plan.words_at(each.steps).total() for each in moved)
-    most = copies * max(flying, default=0) if plan.config.deslo.fragments == 1 else plan.flight_bytes
+    at_once = plan.config.deslo.fragments > 1 or plan.config.deslo.wire.quantizes
+    most = plan.flight_bytes if at_once else copies * max(flying, default=0)
     return Memory(states * element * numel + outer, most)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from deslo_plugin.comm.host_transport import HostTransport
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
-from deslo_plugin.comm.transport import ReplicaTransport
+from deslo_plugin.comm.replica_transport import ReplicaTransport
 from deslo_plugin.planning.forecast import Link
 
 SMALL_CALLS = 20  # back to back in one sample, so that ranks that begin apart do not count

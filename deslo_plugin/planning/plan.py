@@ -14,19 +14,20 @@ from deslo_plugin.comm.topology import Topology
 from deslo_plugin.config.schema import Config, OptimizerConfig
 from deslo_plugin.errors import require
 from deslo_plugin.planning.route import Route
+from deslo_plugin.planning.wire_cost import BYTES, WireCost
 
-BYTES = {"float32": 4, "float64": 8}
 HORIZON = 100_000  # steps that next_sync looks ahead
 
 
 @dataclass(frozen=True)
 class GroupPlan:
     """One param group: ``numel`` elements on this rank. An average of fragment i of a state sends
-    ``fragment_bytes[state][i]`` from it, a step of the synchronous warm-up ``gradient_bytes``. Of adaptive periods
-    nobody knows more in advance than their bounds."""
+    ``fragment_bytes[state][i]`` from it, and takes ``fragment_memory[state][i]`` bytes there; a step of the synchronous
+    warm-up sends ``gradient_bytes``. Of adaptive periods nobody knows more in advance than their bounds."""
 
     numel: int
     fragment_bytes: Mapping[str, tuple[int, ...]]
+    fragment_memory: Mapping[str, tuple[int, ...]]
     gradient_bytes: int
     periods: Schedule
 
@@ -56,8 +57,9 @@ class Plan:
 
     @property
     def flight_bytes(self) -> int:
-        """Memory that averages take on this rank while most is under way: copies in wire dtype, two with a delay."""
-        return self.peak_bytes * self.divisor * (2 if self.config.deslo.sync_delay > 1 else 1)
+        """Memory that averages take on this rank while most is under way."""
+        buffers = self.buffer_bytes * self.divisor * (2 if self.config.deslo.sync_delay > 1 else 1)
+        return self._peak([group.fragment_memory for group in self.groups], buffers)
 
     @property
     def host_bytes(self) -> int:
@@ -68,18 +70,23 @@ class Plan:
     def peak_bytes(self) -> int:
         """What this rank sends at most for averages that are under way at once: all states, or of fragments those that
         meet."""
+        return self._peak([group.fragment_bytes for group in self.groups], self.buffer_bytes)
+
+    def _peak(self, costs: Sequence[Mapping[str, tuple[int, ...]]], buffer_cost: int) -> int:
+        """The most of ``costs``, those of the param groups, at once."""
+        cost_of = {id(group): cost for group, cost in zip(self.groups, costs)}
         averaged = [(group, state) for group in self.groups for state, period in group.periods.items() if period]
         if self.config.deslo.fragments == 1:
-            return sum(group.bytes_per_event[state] for group, state in averaged) + self.buffer_bytes
+            return sum(sum(cost_of[id(group)][state]) for group, state in averaged) + buffer_cost
         window = min(lcm(*(require(shortest(group.periods)[state]) for group, state in averaged)), WINDOW)
         load = [0] * window
         for group, state in averaged:
             periods = shortest(group.periods)
             starts = offsets(tuple(periods.items()), self.config.deslo.fragments)[state]
-            for index, (start, nbytes) in enumerate(zip(starts, group.fragment_bytes[state])):
-                buffers = self.buffer_bytes if state == PARAMS and index == 0 and group is self.groups[0] else 0
+            for index, (start, cost) in enumerate(zip(starts, cost_of[id(group)][state])):
+                buffers = buffer_cost if state == PARAMS and index == 0 and group is self.groups[0] else 0
                 for step in range(start, window, require(periods[state])):
-                    load[step] += nbytes + buffers
+                    load[step] += cost + buffers
         delay = self.config.deslo.sync_delay
         return max(sum(load[step - ahead] for ahead in range(delay)) for step in range(window))
 
@@ -113,7 +120,7 @@ class Plan:
     def words_at(self, steps: int) -> Counter[str]:
         """Those of ``bytes_at`` that are words beside averages, counted as the first state of each group's that is
         due."""
-        word, words = BYTES[self.config.deslo.wire_dtype], Counter[str]()
+        word, words = BYTES[self.config.deslo.wire.plain], Counter[str]()
         for group in self.groups:
             for states in group.due(self.config.deslo.fragments, steps).values() if group.numel else ():
                 words[states[0]] += word
@@ -163,6 +170,8 @@ class Plan:
             lines.append(
                 f"  floating persistent buffers: with the parameters, {self.buffer_bytes:,} bytes from each rank"
             )
+        if deslo.wire.quantizes:
+            lines.append(f"  {self._in_few_bits()}")
         if opt is not None and opt.outer_optimizer:
             lines.append(
                 f"  outer Nesterov step on averaged params: lr {opt.outer_optimizer.lr:g}, "
@@ -194,6 +203,19 @@ class Plan:
         lines.append(f"  not averaged: {', '.join(left_out)}")
         return "\n".join(lines)
 
+    def _in_few_bits(self) -> str:
+        wire = self.config.deslo.wire
+        averaged = dict.fromkeys(state for group in self.groups for state, period in group.periods.items() if period)
+        said = [
+            f"{state} as {wire.name_of(state)}"
+            + ", as differences" * (state in wire.difference)
+            + ", what is lost with the next" * (state in wire.feedback)
+            for state in averaged
+            if wire.format_of(state)
+        ]
+        kept = 4 * (len(wire.difference) + len(wire.feedback)) * sum(group.numel for group in self.groups)
+        return f"in few bits: {'; '.join(said)}; {kept:,} bytes on each rank are kept for it"
+
 
 def _direction(optimizer: OptimizerConfig | None) -> str:
     if optimizer is None:
@@ -213,7 +235,7 @@ def make_plan(
     gradient_bytes: Sequence[int] | None = None,
     buffer_bytes: int = 0,
     others: Sequence[Mapping[str, int]] | None = None,
-    cuts: Sequence[Sequence[int]] | None = None,
+    cuts: Sequence[Sequence[Sequence[int]]] | None = None,
     route: Route | None = None,
 ) -> Plan:
     """A plan for param groups of ``numels`` elements on this rank; ``divisor`` ranks split each average between them.
@@ -221,33 +243,31 @@ def make_plan(
     Args:
         gradient_bytes: what a step of the warm-up sends for each group, by default as much as an average of one state.
         others: for each group, the elements of those states that are not of the parameters' sizes.
-        cuts: for each group, the elements of each fragment on this rank; by default equal ones.
+        cuts: for each group, of each fragment the elements of its parts on this rank; by default equal ones in one
+            part.
         route: the way of averages, by default what the config says.
     """
 
-    # the latter travels with states whose periods adapt
-    word, spread = BYTES[config.deslo.wire_dtype], BYTES["float64"]
-    weight = (
-        word if config.deslo.replica_weights == "samples" else 0
-    )  # travels with each state of each group, and with buffers
+    cost = WireCost(config.deslo, topology.replicas, divisor)
+    spread = BYTES["float64"]  # travels with states whose periods adapt
 
-    def sent(numel: int) -> int:
-        return -(-numel // divisor) * word
-
-    def parts(index: int, state: str, adapts: bool) -> tuple[int, ...]:
-        """Bytes of each fragment of a state of group ``index``."""
+    def parts(index: int, state: str) -> Sequence[Sequence[int]]:
+        """Elements of the parts of each fragment of a state of group ``index``."""
         numel = (others[index] if others else {}).get(state, numels[index])
-        own = cuts[index] if cuts and numel == numels[index] else sizes(numel, config.deslo.fragments)
-        return tuple(sent(each) + weight + spread * adapts for each in own)
+        return cuts[index] if cuts and numel == numels[index] else [[n] for n in sizes(numel, config.deslo.fragments)]
 
     groups = tuple(
         GroupPlan(
             numel=numel,
-            fragment_bytes={state: parts(index, state, state in adaptive(own)) for state in own},
-            gradient_bytes=gradient_bytes[index] if gradient_bytes else sent(numel),
+            fragment_bytes={
+                state: tuple(cost.sent(state, each) + spread * (state in adaptive(own)) for each in parts(index, state))
+                for state in own
+            },
+            fragment_memory={state: tuple(cost.memory(state, each) for each in parts(index, state)) for state in own},
+            gradient_bytes=gradient_bytes[index] if gradient_bytes else cost.plain(numel),
             periods=own,
         )
         for index, (numel, own) in enumerate(zip(numels, periods, strict=True))
     )
-    buffer_bytes += weight if buffer_bytes else 0
+    buffer_bytes += cost.weight if buffer_bytes else 0
     return Plan(config, topology, groups, buffer_bytes, divisor, route or Route(config.deslo.transport == "host"))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from deslo_plugin.comm.host_transport import HostTransport
 from deslo_plugin.comm.process_groups import Groups
-from deslo_plugin.comm.transport import ReplicaTransport
+from deslo_plugin.comm.replica_transport import ReplicaTransport
 from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.planning.link_probe import probe
 from deslo_plugin.planning.route import Route

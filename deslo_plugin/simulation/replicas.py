@@ -14,28 +14,13 @@ from deslo_plugin.algorithm.fragments import due_fragments, sizes
 from deslo_plugin.algorithm.state_names import ORIGIN, PARAMS, STEP
 from deslo_plugin.averaging.cohort import Rows
 from deslo_plugin.averaging.fragments import Fragments
-from deslo_plugin.comm.transport import SingleReplica, Work
 from deslo_plugin.config.load import load_config
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.optim.desloc import DesLoc
+from deslo_plugin.simulation.row_mean import RowMean
 
 UNCUT = 1 << 30  # MiB in a chunk: every average travels whole, all rows of it
-
-
-class RowMean(SingleReplica):
-    """The ``Transport`` of M replicas in one process: a chunk is M rows of n elements, and each becomes their mean.
-
-    ``divisor`` is M: each replica sends its row of a chunk, and bytes are counted as one replica's.
-    """
-
-    def __init__(self, replicas: int):
-        self.divisor = replicas
-
-    def start(self, chunk: Tensor) -> Work:
-        rows = chunk.view(self.divisor, -1)
-        rows.copy_(rows.mean(0))
-        return super().start(chunk)
 
 
 class Columns(Fragments):
@@ -183,4 +168,4 @@ class Replicas:
             optimizer.state[block] |= {name: each[rows] for name, each in states.items() if name != PARAMS}
             self._group["params"].append(block)
             self.ids += [ids[row] for row in rows]
-        self._mean.divisor = len(self.ids)
+        self._mean.seat(len(self.ids))

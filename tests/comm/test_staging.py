@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from deslo_plugin.comm.host_transport import _Parcel
+from deslo_plugin.comm.courier import Parcel
 from deslo_plugin.comm.staging import CopyStaging, HostBuffers
 from tests.support.fake_cuda import FakeCuda, FakeStaging, Stream
 
@@ -32,7 +32,7 @@ class Doubling:
 
 def send(staging, chunk, gloo=None):
     """A parcel that its courier, another thread, has handed over."""
-    parcel = _Parcel(staging, chunk)
+    parcel = Parcel(staging, chunk)
     courier = threading.Thread(target=parcel.hand_over, args=(gloo or Doubling(),), daemon=True)
     courier.start()
     courier.join(60)
@@ -102,7 +102,7 @@ def test_and_so_would_a_copy_that_did_not_wait_for_the_packing(cuda, monkeypatch
 def test_the_training_thread_waits_for_no_copy(cuda):
     staging = FakeStaging(cuda)
     stream, chunk = cuda.current_stream(), pack(cuda, 3.0)
-    parcel = _Parcel(staging, chunk)
+    parcel = Parcel(staging, chunk)
     assert stream.begun == 0 and not parcel.is_completed()
     courier = threading.Thread(target=parcel.hand_over, args=(Doubling(),), daemon=True)
     courier.start()
@@ -154,7 +154,7 @@ def test_the_buffer_of_a_mean_that_did_not_arrive_is_not_used_again(cuda):
 
 def test_a_chunk_lives_until_it_is_copied_though_its_owner_has_let_go(cuda):
     staging, gloo = FakeStaging(cuda), Doubling()
-    parcel = _Parcel(staging, pack(cuda, 3.0))
+    parcel = Parcel(staging, pack(cuda, 3.0))
     hand_over = parcel.hand_over
     del parcel  # as an error between launch and landing does
     courier = threading.Thread(target=hand_over, args=(gloo,), daemon=True)

@@ -128,7 +128,7 @@ def test_mistakes_in_optimizer_params(params, expected):
             {"average_at": "after_step", "overlap_comm": True},
             "overlap_comm: expected false with average_at 'after_step'",
         ),
-        ({"wire_dtype": "int8"}, "wire_dtype: expected one of float32, float64"),
+        ({"wire_dtype": "int5"}, "wire_dtype: expected one of float32, float64, bfloat16"),
         ({"overlap_comm": "yes"}, "overlap_comm: expected true or false, got 'yes' (str)"),
         ({"timeout_s": 0}, "timeout_s: expected a number >= 1, got 0"),
         ({"transport": "cpu"}, "deslo.transport: expected one of device, host, auto, got 'cpu' (str)"),

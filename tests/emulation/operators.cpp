@@ -5,6 +5,7 @@
 #include "../../csrc/cuda/delayed_update.cu"
 #include "../../csrc/cuda/drift.cu"
 #include "../../csrc/cuda/fingerprint.cu"
+#include "../../csrc/cuda/quantize.cu"
 #include "../../csrc/cuda/update.cu"
 
 namespace deslo {
@@ -30,6 +31,11 @@ struct Emulated {
     const Tensor sums = make_zero_words(like, fingerprint_columns(task, 0));
     fingerprint_cuda(task, 0, nullptr, static_cast<uint64_t*>(sums.mutable_data_ptr()));
     return sums;
+  }
+
+  template <class Task>
+  static void run_records(const Task& task, const Tensor&) {
+    records_cuda(task, 0, nullptr);
   }
 };
 

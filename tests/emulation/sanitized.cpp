@@ -10,6 +10,7 @@
 #include "../../csrc/cuda/delayed_update.cu"
 #include "../../csrc/cuda/drift.cu"
 #include "../../csrc/cuda/fingerprint.cu"
+#include "../../csrc/cuda/quantize.cu"
 #include "../../csrc/cuda/update.cu"
 
 using namespace deslo;
@@ -183,9 +184,61 @@ bool agree_on_fingerprint() {
   return on_cpu == on_gpu;
 }
 
+// Everything that the four operators of one format have written, one after the other. `run` runs a task of theirs.
+template <typename Run>
+std::vector<unsigned char> passed_in_few_bits(int64_t format, int64_t record_bytes, Run run) {
+  constexpr int64_t kReplicas = 3, kRank = 1;
+  std::vector<Buffer> buffers;
+  std::vector<RecordSlot> slots;
+  const auto made = [&](int64_t numel) {
+    buffers.emplace_back(numel, Dtype::kFloat32, unsigned(buffers.size()));
+    return reinterpret_cast<float*>(buffers.back().data.get());
+  };
+  int64_t blocks = 0;
+  for (const int64_t numel : {1, 3, 127, 128, 129, 1000}) {
+    for (const Dtype type : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+      buffers.emplace_back(numel, type, unsigned(buffers.size()));
+      const void* const value = buffers.back().data.get();
+      float* const error = numel % 2 ? made(numel) : nullptr;
+      slots.push_back({value, made(numel), error, made(numel), numel, blocks, type});
+      blocks += (numel + kRecordBlock - 1) / kRecordBlock;
+    }
+  }
+  const int64_t part = blocks / kReplicas + 1, rows = kReplicas * part;
+  std::vector<std::vector<unsigned char>> records(2, std::vector<unsigned char>(rows * record_bytes));
+  float* const own = made(part * kRecordBlock);
+  float* const weights = made(kReplicas);
+  const RecordTask task{slots.data(), int64_t(slots.size()), blocks, format};
+  run(QuantizeTask{task, rows, records[0].data(), own, kRank * part, part}, rows);
+  run(MeanTask{format, part, kReplicas, kRank, records[0].data(), weights, own, records[1].data()}, part);
+  run(DequantizeTask{task, records[0].data()}, blocks);
+  run(CarryTask{task, records[0].data(), own, kReplicas, part, kRank}, blocks);
+  std::vector<unsigned char> written = records[0];
+  written.insert(written.end(), records[1].begin(), records[1].end());
+  for (const Buffer& buffer : buffers)
+    written.insert(written.end(), buffer.data.get(), buffer.data.get() + buffer.bytes);
+  return written;
+}
+
+bool agree_in_few_bits(int64_t format) {
+  int64_t bytes = 0;
+  with_format(format, [&](auto found) { bytes = decltype(found)::kRecordBytes; });
+  const auto on_cpu = passed_in_few_bits(format, bytes, [](const auto& task, int64_t rows) {
+    baseline::record_blocks(task, 0, rows / 2);
+    baseline::record_blocks(task, rows / 2, rows);
+  });
+  return on_cpu == passed_in_few_bits(format, bytes, [](const auto& task, int64_t) { records_cuda(task, 0, nullptr); });
+}
+
 }  // namespace
 
 int main() {
+  for (int64_t format = 0; format < 7; ++format) {
+    if (!agree_in_few_bits(format)) {
+      std::printf("format %d: CPU and CUDA differ\n", int(format));
+      return 1;
+    }
+  }
   if (!agree_on_fingerprint()) {
     std::printf("fingerprint: CPU and CUDA differ\n");
     return 1;

@@ -15,6 +15,7 @@ def run(kind: str, config: dict, steps: int) -> dict:
     job.attachment.averaging.listeners.append(events.append)
     job.train(range(steps))
     plan, meter = job.attachment.plan, job.attachment.stats
+    last = steps + (job.attachment.config.deslo.average_at == "after_step")  # what is due at the end has not landed yet
     sent: dict[int, int] = {}
     for event in events:
         sent[event.steps] = sent.get(event.steps, 0) + sum(event.bytes.values())
@@ -22,7 +23,7 @@ def run(kind: str, config: dict, steps: int) -> dict:
         "states": job.states(),
         "places": _places(job),  # after the states, which it overwrites
         "bytes": dict(meter.bytes),
-        "planned": {state: sum(plan.bytes_at(t).get(state, 0) for t in range(1, steps)) for state in meter.bytes},
+        "planned": {state: sum(plan.bytes_at(t).get(state, 0) for t in range(1, last)) for state in meter.bytes},
         "at each step": sent,
         "peak": plan.peak_bytes,
     }

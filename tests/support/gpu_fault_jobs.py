@@ -148,8 +148,8 @@ def _blocks(**deslo: Any) -> dict:
 def small_collectives(flags: list[bool], values: list[float]) -> dict:
     """``any`` and ``total`` over a replica of all four ranks, each with this rank's part; and what was sent for it."""
     from deslo_plugin.comm.process_groups import make_groups
+    from deslo_plugin.comm.replica_transport import ReplicaTransport
     from deslo_plugin.comm.topology import contiguous
-    from deslo_plugin.comm.transport import ReplicaTransport
 
     rank, calls = dist.get_rank(), []
     transport = ReplicaTransport(make_groups(contiguous(dist.get_world_size(), rank, 4), 60.0), timeout_s=60.0)
@@ -170,8 +170,8 @@ def small_collectives(flags: list[bool], values: list[float]) -> dict:
 def divided_average(divisor: int) -> tuple[list[float], list[float]]:
     """A chunk that the ranks of a replica hold alike and split between them: what arrives, and what must."""
     from deslo_plugin.comm.process_groups import make_groups
+    from deslo_plugin.comm.replica_transport import ReplicaTransport
     from deslo_plugin.comm.topology import contiguous
-    from deslo_plugin.comm.transport import ReplicaTransport
 
     rank, size = dist.get_rank(), dist.get_world_size()
     groups = make_groups(contiguous(size, rank, divisor), 60.0)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deslo_plugin.comm import host_transport
+from deslo_plugin.comm import courier
 from deslo_plugin.comm.staging import CopyStaging, Staged
 from tests.support.jobs import batch, loss_of, net
 from tests.support.torch_jobs import attached, train
@@ -27,7 +27,7 @@ def with_gloo_of_its_own(blocks: dict) -> dict:
 
 @contextmanager
 def staged_by(make: type) -> Iterator[None]:
-    with mock.patch.object(host_transport, "staging_of", lambda device: make()):
+    with mock.patch.object(courier, "staging_of", lambda device: make()):
         yield
 
 
@@ -93,9 +93,9 @@ def waited(blocks: dict, steps: int, behind: bool) -> dict:
         def wait(self, staged: Staged) -> None:
             gate.wait(60)
 
-    is_completed = host_transport._Parcel.is_completed
+    is_completed = courier.Parcel.is_completed
 
-    def asked(parcel: host_transport._Parcel) -> bool:
+    def asked(parcel: courier.Parcel) -> bool:
         if not gate.is_set():
             clock[0] += SECONDS
             gate.set()
@@ -103,7 +103,7 @@ def waited(blocks: dict, steps: int, behind: bool) -> dict:
 
     with (
         staged_by(Gated),
-        mock.patch.object(host_transport._Parcel, "is_completed", asked),
+        mock.patch.object(courier.Parcel, "is_completed", asked),
         mock.patch("time.perf_counter", lambda: clock[0]),
     ):
         model, optimizer, attachment = attached("plain", with_gloo_of_its_own(blocks))

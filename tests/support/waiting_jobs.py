@@ -34,7 +34,7 @@ def device_that_waits() -> Iterator[SimpleNamespace]:
 
     from deepspeed.accelerator import get_accelerator
 
-    from deslo_plugin.comm import transport
+    from deslo_plugin.comm import replica_transport as transport
 
     seen = SimpleNamespace(air=0, waits=[], launched=0)
     start, wait = transport.ReplicaTransport.start, transport._Pending.wait
@@ -100,7 +100,7 @@ def plain_engine_beside(ds: dict) -> tuple[bool, bool]:
 
 def late_rank(blocks: dict, late: int, at: int, steps: int, seconds: float) -> tuple[list[str], dict]:
     """Trains; rank ``late`` pauses before step ``at``. What this rank said meanwhile, and its states."""
-    from deslo_plugin.comm import transport
+    from deslo_plugin.comm import replica_transport as transport
 
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deslo_plugin.comm.quantized import QuantizedBucket
 from deslo_plugin.comm.transport import FixedMembership
 from tests.support import device
 
@@ -32,8 +33,26 @@ class ThreadAverage(FixedMembership):
     divisor, progress = 1, None
 
     def __init__(self, world: "ThreadWorld", rank: int):
-        self.world, self.rank = world, rank
+        self.world, self.rank, self.replicas = world, rank, world.replicas
         self.sent: list[int] = []
+
+    def start_quantized(self, values, bases, errors, format, weight):
+        place = {"copies": 1, "copy": 0, "replicas": self.replicas, "replica": self.rank}
+        bucket = QuantizedBucket(values, bases, errors, format, weight, **place)
+        self.sent.append(bucket.nbytes)
+        return bucket, self._Exchange(self, bucket)
+
+    class _Exchange:
+        def __init__(self, average: "ThreadAverage", bucket: QuantizedBucket):
+            self.average, self.bucket = average, bucket
+
+        def wait(self) -> None:
+            exchange, bucket = self.average.world.exchange, self.bucket
+            sent = exchange(self.average.rank, (bucket.mine.clone(), bucket.weight))
+            if bucket.weight is not None:
+                bucket.weights = torch.tensor([weight for _, weight in sent])
+            codes = bucket.mean(torch.stack([each[self.average.rank] for each, _ in sent]), bucket.rest)
+            bucket.gathered[0] = torch.stack(exchange(self.average.rank, codes))
 
     def start(self, chunk: Tensor) -> "ThreadAverage._Work":
         self.sent.append(chunk.nbytes)
