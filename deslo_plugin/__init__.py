@@ -22,6 +22,7 @@ from deslo_plugin.comm.transport import SingleReplica
 from deslo_plugin.config.load import load_config
 from deslo_plugin.errors import AverageError, ConfigError, NonFiniteError
 from deslo_plugin.frameworks.attach import attach
+from deslo_plugin.frameworks.clip_grad_norm import clip_grad_norm_
 from deslo_plugin.frameworks.import_hooks import on_import
 from deslo_plugin.optim.desloc import DesLoc
 from deslo_plugin.renamed import FUNCTIONS, explain, explain_moved_modules
@@ -40,6 +41,7 @@ __all__ = [
     "attach_accelerator",
     "averaged_state_dict",
     "averaged_weights",
+    "clip_grad_norm_",
     "latest_checkpoint",
     "load",
     "load_averaged_state_dict",

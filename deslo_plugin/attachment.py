@@ -1,9 +1,9 @@
 """What an optimizer that is connected to its replicas can be asked: ``attach(...)`` returns it, ``engine.deslo`` is
 it."""
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from inspect import signature
 from itertools import chain
@@ -11,6 +11,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.distributed import ProcessGroup
 
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.averaging.cohort import Cohort
@@ -40,7 +41,7 @@ class Attachment:
     ``checkpoint.state_tree.StateAdapter``. ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is
     what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer alone;
     ``fixed_numels`` are the ``numels`` where its param groups do not show them. ``route`` is the way of averages.
-    """
+    ``holders``: parameter -> how many ranks of a replica hold it, where they hold different ones; else nothing."""
 
     averaging: StateAverager
     groups: Groups | None
@@ -52,6 +53,12 @@ class Attachment:
     engine_steps: bool = False
     watch: Watch | None = None
     route: Route | None = None
+    holders: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def peers(self) -> ProcessGroup | None:
+        """Over which a whole tensor has its mean: all ranks, or those that hold the same part of a model."""
+        return self.fixed_groups.replica if self.holders else self.fixed_groups.world
 
     @property
     def numels(self) -> Sequence[int]:

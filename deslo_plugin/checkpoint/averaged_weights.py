@@ -41,7 +41,7 @@ def averaged_weights(model: Any) -> Iterator[None]:
     with attachments[0].together("averaged_weights()"), torch.no_grad():
         means = [
             *averaging.means("averaged_weights", weights),
-            *(mean_of(buffer, attachments[0].fixed_groups.world) for buffer in buffers),
+            *(mean_of(buffer, attachments[0].peers) for buffer in buffers),
         ]
     own = [piece.to("cpu", copy=True) for piece in (*weights, *buffers)]
     steps = averaging.steps

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from deslo_plugin.attachment import Attachment, attachments_of
 from deslo_plugin.checkpoint.model_names import saved_state
 from deslo_plugin.checkpoint.replica_mean import averages, mean_of, whole
+from deslo_plugin.checkpoint.whole_model import with_other_parts
+from deslo_plugin.errors import require
 
 Parts = tuple[nn.Module, Callable[[Tensor], Tensor], dist.ProcessGroup | None, Attachment | None]
-"""A module, what makes one of its tensors whole, all ranks, and the attachment."""
+"""A module, what makes one of its tensors whole, over which ranks it has its mean, and the attachment."""
 
 
 @singledispatch
@@ -22,7 +24,7 @@ def parts_of(model: Any) -> Parts:
     """Of a model that ``attach`` was called with; a framework with an engine of its own registers another for its
     type."""
     attachment = attachments_of(model, "averaged_state_dict")[0]
-    return model, whole, attachment.fixed_groups.world, attachment
+    return model, whole, attachment.peers, attachment
 
 
 @torch.no_grad()
@@ -35,6 +37,8 @@ def averaged_state_dict(
     them: DDP, ``torch.compile`` and activation checkpointing leave no trace in them. Floating and complex buffers are
     averaged as well, whole numbers are those of the first rank, and what ``get_extra_state()`` gives is this rank's
     own.
+
+    Where the ranks of a replica hold different parts, such as stages of a pipeline, every rank gets all of them.
 
     Args:
         model: a DeepSpeed engine, or a model that ``attach`` was called with. An engine without replicas has one model.
@@ -57,4 +61,6 @@ def averaged_state_dict(
             if id(value) not in means:
                 dtype = value.dtype if averages(name, value) and as_trained else None
                 means[id(value)] = mean_of(gather(value), world, dtype) if averages(name, value) else value
-    return {name: means[id(value)] for name, value in live.items()}
+        state = {name: means[id(value)] for name, value in live.items()}
+        in_parts = attachment is not None and attachment.holders
+        return with_other_parts(state, require(attachment).fixed_groups) if in_parts else state

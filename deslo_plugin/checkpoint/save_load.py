@@ -40,6 +40,7 @@ from deslo_plugin.checkpoint.state_tree import KEPT, StateAdapter, adapter_of
 from deslo_plugin.checkpoint.sync_replicas import means_of, scheduled_states, sync_replicas
 from deslo_plugin.checkpoint.tensor_chunks import TensorChunks
 from deslo_plugin.checkpoint.tree_agreement import Tree, check_same_structure, united, unlike
+from deslo_plugin.checkpoint.whole_model import names_of_all_parts, refuse_other_numbers
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
 from deslo_plugin.config.load import RENAMED_VALUES
@@ -121,6 +122,8 @@ def _write(
     if mode == "averaged":
         tree |= means_of(tree, attachments)
     where, name, group = _place(part, mode, attachment)
+    numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in adapter.groups]
+    refuse_other_numbers(numbers, attachment)
 
     def write() -> None:
         write_tree(tree, where, group)
@@ -128,9 +131,8 @@ def _write(
             write_plain(own, where / name)
 
     all_or_none(write, world)
-    numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in adapter.groups]
-    states, steps = united(adapter.states, world), attachment.averaging.steps
-    proof = Manifest(mode, topology.ranks_by_replica, steps, states, numbers, adapter.names)
+    states, names = united(adapter.states, world), names_of_all_parts(adapter.names, attachment)
+    proof = Manifest(mode, topology.ranks_by_replica, attachment.averaging.steps, states, numbers, names)
     proof = replace(proof, files=expect_file_checksums(file_checksums(part, world, strong=strong)))
     sha256 = all_or_none(lambda: write_manifest(part, proof) if first else None, world)
     all_or_none(lambda: put_in_place(final) if first else None, world)
@@ -173,7 +175,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     all_or_none(lambda: adapter.prepare(proof.states), world)
     for each in attachments:
         each.averaging.wire.make_room()
-    states = adapter.states
+    states = united(adapter.states, world) if attachment.holders else adapter.states
     all_or_none(lambda: check_same_structure(states, proof.states, where), world)
     for each in attachments:
         each.averaging.abandon()

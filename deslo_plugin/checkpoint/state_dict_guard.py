@@ -188,10 +188,10 @@ def _give_weights(owner: nn.Module, state: dict[str, Any], prefix: str, _: Any) 
 
 
 def _mean(value: Tensor, guard: _Guard) -> Tensor:
-    groups = guard.attachments[0].fixed_groups
+    attachment = guard.attachments[0]
     if hasattr(value, "to_local"):
-        return mean_shard(value, groups)
-    return mean_of((guard.gather or whole)(value), groups.world, value.dtype)
+        return mean_shard(value, attachment.fixed_groups)
+    return mean_of((guard.gather or whole)(value), attachment.peers, value.dtype)
 
 
 def _last(owner: nn.Module, guard: _Guard, live: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -252,7 +252,7 @@ def _give_states(owner: torch.optim.Optimizer, state: dict[str, Any]) -> None:
             f"{type(owner).__name__}.state_dict() state",
             {f"{key} of parameter {index}": tuple(value.shape) for (key, index), value in held.items()},
             do="call deslo_plugin.save(path, model), which creates what a rank has not",
-            group=attachment.fixed_groups.world,
+            group=attachment.peers,
         )
         state["state"] = {index: dict(of_param) for index, of_param in state["state"].items()}
         for key, of_key in groupby(sorted(held), key=lambda name: name[0]):

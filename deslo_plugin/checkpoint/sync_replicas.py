@@ -49,7 +49,7 @@ def means_of(tree: Tree, attachments: Sequence[Attachment]) -> Tree:
     for state, names in groupby(sorted(tree), key=lambda name: name.split("/", 1)[0]):
         if state == BUFFERS:  # the ranks of one replica have their own as well
             means |= {
-                name: mean_of(tree[name], attachments[0].fixed_groups.world, tree[name].dtype)
+                name: mean_of(tree[name], attachments[0].peers, tree[name].dtype)
                 for name in names
                 if tree[name].is_floating_point() or tree[name].is_complex()
             }

@@ -47,14 +47,16 @@ def _shown(states: Mapping[str, Sequence[int] | None]) -> str:
 
 
 def united(states: States, group: dist.ProcessGroup | None) -> States:
-    """The states of all ranks: a replica has none yet of a parameter that others alone have trained. Collective."""
+    """The states of all ranks: a replica has none yet of a parameter that others alone have trained, and a rank may
+    hold a part of the model alone. Collective."""
     if group is None:
         return states
     digest = hashlib.sha256(repr(sorted(states.items())).encode()).hexdigest()
     if len(set(all_gather_by_rank(digest, group).values())) == 1:
         return states
     everyone = all_gather_by_rank(states, group).values()
-    return {name: {state: shape for each in everyone for state, shape in each.get(name, {}).items()} for name in states}
+    names = dict.fromkeys(name for each in everyone for name in each)
+    return {name: {state: shape for each in everyone for state, shape in each.get(name, {}).items()} for name in names}
 
 
 def unlike(tree: Tree, scheduled: Set[str], group: dist.ProcessGroup | None) -> Tree:

@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deslo_plugin.algorithm.adaptive_periods import adaptive
+from deslo_plugin.averaging.members import trains
 from deslo_plugin.averaging.state_averager import StateAverager
+from deslo_plugin.checks.replica_parts import NAME_OF_ITS_OWN
 from deslo_plugin.comm.consistency import check_same_on_all_ranks, digests
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
 from deslo_plugin.comm.topology import Topology, spread
@@ -45,11 +47,7 @@ def agree_on_model(
 ) -> None:
     """Raises ``ConfigError`` on every rank if parameters differ in name, shape, dtype or in being trained."""
     check_same_on_all_ranks(
-        "model parameter",
-        model_traits(model, shape_of),
-        group=group,
-        do="build the same model on every rank; for stages of a "
-        'pipeline, which average among themselves, attach(stage, ..., process_group=mesh["replicate"].get_group())',
+        "model parameter", model_traits(model, shape_of), group=group, do="build the same model on every rank"
     )
 
 
@@ -61,11 +59,29 @@ def model_traits(model: nn.Module, shape_of: Callable[[Tensor], Iterable[int]]) 
     }
 
 
-def agree_on_optimizer(averaging: StateAverager, config: Config, world: dist.ProcessGroup | None = None) -> None:
-    """Raises ``ConfigError`` on every rank if configs or param groups differ."""
-    check_same_on_all_ranks(
-        "optimizer", optimizer_traits(averaging, config), do="build the same optimizer on every rank", group=world
-    )
+def agree_on_optimizer(
+    averaging: StateAverager,
+    config: Config,
+    world: dist.ProcessGroup | None = None,
+    peers: Sequence[Sequence[int]] | None = None,
+) -> None:
+    """Raises ``ConfigError`` on every rank if configs or param groups differ.
+
+    ``peers``: those ranks that hold the same part of a model of which others hold other parts. Rates are compared among
+    them alone; averages are due alike everywhere, since a replica decides on each as a whole."""
+    traits, do = optimizer_traits(averaging, config), "build the same optimizer on every rank"
+    if peers is not None:
+        rates = {key: value for key, value in traits.items() if key.endswith((".lr", ".weight_decay"))}
+        check_same_on_all_ranks("optimizer", rates, do=do, group=world, among=peers)
+        trained = {
+            f"param group {index}.params": "some that train"
+            if any(map(trains, group["params"]))
+            else "none that trains"
+            for index, group in enumerate(averaging.optimizer.param_groups)
+        }
+        traits = {key: value for key, value in traits.items() if key not in rates} | trained
+        do += ", with as many param groups for each part of the model, in each of them parameters that train"
+    check_same_on_all_ranks("optimizer", traits, do=do, group=world)
 
 
 def optimizer_traits(averaging: StateAverager, config: Config) -> dict[str, Any]:
@@ -105,7 +121,7 @@ def broadcast_or_check_params(
             (sharded, groups.replica, topology.replica_group[0], topology.ranks_by_shard),
         ):
             different = differing(digests(tensors.items()), among, groups.world)
-            for name in different:
+            for name in (name for name in different if name in tensors):
                 staged = stage(tensors[name].detach().contiguous())
                 dist.broadcast(staged, src=source, group=group)
                 with torch.no_grad():
@@ -121,19 +137,20 @@ def broadcast_or_check_params(
 def differing(
     mine: Mapping[str, Any], among: Sequence[Sequence[int]], world: dist.ProcessGroup | None
 ) -> dict[str, list[int]]:
-    """Name -> the ranks whose value is not that of the first of their ranks in ``among``; the same on every rank.
-    Collective."""
+    """Name, on any rank -> the ranks whose value is not that of the first of their ranks in ``among`` that has it; the
+    same on every rank. Collective."""
     digest = all_gather_by_rank(hashlib.sha256(repr(tuple(mine.items())).encode()).hexdigest(), world)
     if all(digest[rank] == digest[first] for first, *others in among for rank in others):
         return {}
     values = all_gather_by_rank(dict(mine), world)
     different: dict[str, list[int]] = {}
-    for first, *others in among:
-        for rank in others:
-            for name in values[first]:
-                if values[rank].get(name) != values[first][name]:
+    for ranks in among:
+        expected: dict[str, Any] = {}
+        for rank in ranks:
+            for name, value in values[rank].items():
+                if expected.setdefault(name, value) != value:
                     different.setdefault(name, []).append(rank)
-    return {name: sorted(different[name]) for name in mine if name in different}
+    return {name: sorted(ranks) for name, ranks in different.items()}
 
 
 def refuse_parts(plain: Mapping[str, Tensor], groups: Groups, forgotten: Collection[str]) -> None:
@@ -155,7 +172,8 @@ def refuse_parts(plain: Mapping[str, Tensor], groups: Groups, forgotten: Collect
                 f"another on rank(s) {ranks}",
                 "make it a DTensor (distribute_tensor, or DTensor.from_local with Shard), so that averages and "
                 "checkpoints keep "
-                'every part; only if it is meant to be the same everywhere, set "deslo": '
+                f"every part, or {NAME_OF_ITS_OWN}; "
+                'only if it is meant to be the same everywhere, set "deslo": '
                 '{"initial_params": "broadcast"}',
             )
 

@@ -14,13 +14,14 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.averaging.cohort import Cohort
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.state_averager import StateAverager
-from deslo_plugin.checks.replica_checks import listed
+from deslo_plugin.checks.replica_checks import differing, listed
 from deslo_plugin.checks.watch_messages import TOGETHER, WITHIN
 from deslo_plugin.comm.consistency import digests
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
@@ -39,7 +40,7 @@ class Watch:
 
     Args:
         groups: of the attachment; in a process alone there is nothing to compare.
-        whole: names of those that the ranks of a replica must hold alike.
+        whole: names of those that ranks of a replica must hold alike, as far as they hold them.
         names_left_out: says which trained parameters no attached optimizer has; once for each model is enough.
         in_engine: an engine says when a step has ended, which may be several calls of the optimizer's.
     """
@@ -137,6 +138,8 @@ class Watch:
         moved, self._known = before != self._known, before | self._landed
         self._before, self._after, self._landed = {}, {}, {}
         moved, together, apart = self._over_replicas(moved, before, after)
+        if not self._in_engine and (within := self._within(before, self.groups.shard)):
+            self._complain("within", WITHIN.format(ranks=within))
         self._looked += 1
         self._averages += moved
         if moved and together:
@@ -203,22 +206,22 @@ class Watch:
         left = self._left_out("require gradients")
         now, steps, topology = self._digests(), self.averaging.stats.steps, self.groups.topology
         unasked = steps == self._asked_at and now != self._asked
-        parts = [_hash({name: now[name] for name in self.whole}), _hash(now)]
-        everyone = self._everyone((unasked, *parts, left, self.problems))
+        within = self._within(now, self.groups.world)
+        everyone = self._everyone((unasked, _hash(now), left, self.problems))
         self._asked, self._asked_at = now, steps
         lasting = ("together", "apart", "elsewhere")
         found = {kind: said for *_, problems in everyone.values() for kind, said in problems.items() if kind in lasting}
-        if left := next((left for _, _, _, left, _ in everyone.values() if left), ""):
+        if left := next((left for _, _, left, _ in everyone.values() if left), ""):
             found["left out"] = left
         if any(unasked for unasked, *_ in everyone.values()):
             found["unasked"] = (
                 "deslo: parameters have changed since the last check, or since attach, without a step of the "
                 "attached optimizer; that is right after a load or a write of yours, else step what was attached"
             )
-        if within := self._other_than_first({rank: each[1] for rank, each in everyone.items()}):
+        if within:
             found["within"] = WITHIN.format(ranks=within)
         peers = topology.ranks_by_shard
-        apart = [rank for first, *others in peers for rank in others if everyone[rank][2] != everyone[first][2]]
+        apart = [rank for first, *others in peers for rank in others if everyone[rank][1] != everyone[first][1]]
         if apart and not self.averaging.diverged:
             found["unequal"] = (
                 f"deslo: rank(s) {sorted(apart)} differ from replica 0, and no step was taken since all were "
@@ -231,14 +234,18 @@ class Watch:
     def check_inside(self) -> None:
         """Says if ranks of a replica hold other values of what they must hold alike: a checkpoint keeps one.
         Collective."""
-        if self.whole and self.groups.topology.replica_size > 1:
-            mine = digests((name, param) for name, param in self.named.items() if name in self.whole)
-            if within := self._other_than_first(self._everyone(_hash(mine))):
-                self._complain("within", WITHIN.format(ranks=within))
+        if within := self._within(digests((name, self.named[name]) for name in self.whole), self.groups.world):
+            self._complain("within", WITHIN.format(ranks=within))
 
-    def _other_than_first(self, everyone: Mapping[int, str]) -> list[int]:
-        replicas = self.groups.topology.ranks_by_replica
-        return sorted(rank for first, *others in replicas for rank in others if everyone[rank] != everyone[first])
+    def _within(self, now: Mapping[str, str], group: ProcessGroup | None) -> list[int]:
+        """The ranks of ``group`` that hold another value of one of ``whole`` than the first of their replica that has
+        it. Collective over ``group``: a replica, or all ranks."""
+        topology = self.groups.topology
+        if topology.replica_size == 1:
+            return []
+        among = [topology.shard_group] if group is self.groups.shard else topology.ranks_by_replica
+        found = differing({name: now[name] for name in self.whole}, among, group)
+        return sorted({rank for ranks in found.values() for rank in ranks})
 
     def _everyone(self, mine: Any) -> dict[int, Any]:
         return (

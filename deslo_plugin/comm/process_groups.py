@@ -183,6 +183,17 @@ def device_of(group: dist.ProcessGroup | None) -> str:
     return "cpu" if "cpu" in devices else devices[0]
 
 
+def any_of_shards(tensor: Any, flag: bool) -> bool:
+    """Whether ``flag`` holds on any rank that has a part of ``tensor``, a DTensor; of a plain one this rank has all.
+    Collective over these ranks."""
+    cut = [i for i, each in enumerate(getattr(tensor, "placements", ())) if not each.is_replicate()]
+    for group in [tensor.device_mesh.get_group(dimension) for dimension in cut]:
+        word = torch.full((1,), flag, dtype=torch.int32, device=device_of(group))
+        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=group)
+        flag = bool(word)
+    return flag
+
+
 def reachable(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """``tensor`` where the backend of ``group`` reaches it: NCCL alone knows no CPU."""
     known = f"{tensor.device.type}:" in dist.get_backend_config(group)

@@ -1,6 +1,6 @@
 """Which rank is which: replicas that average, and inside each the shards that reduce gradients at every step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from deslo_plugin.config.schema import DesloConfig
@@ -61,6 +61,21 @@ def contiguous(world_size: int, rank: int, replica_size: int) -> Topology:
     """Rank = replica * replica_size + shard, as launchers number the processes of a node."""
     starts = range(0, world_size, replica_size)
     return Topology(tuple(tuple(range(start, start + replica_size)) for start in starts), rank)
+
+
+def topology_of_groups(groups: Iterable[Sequence[int]], rank: int) -> Topology:
+    """Each of ``groups``, which come from the ranks in them, is a replica. Raises ``ConfigError`` if they are not
+    equally large, or share ranks."""
+    rows = sorted({tuple(ranks) for ranks in groups})
+    if len({len(row) for row in rows}) > 1 or len({rank for row in rows for rank in row}) < sum(map(len, rows)):
+        raise ConfigError(
+            "attach(model)",
+            "replicas of equally many ranks, of which no two share any: each rank averages with its peer of the others",
+            f"the groups {', '.join(map(str, map(list, rows)))}",
+            "wrap the model on one dimension of mesh = init_device_mesh(device, (replicas, ranks of a replica), "
+            'mesh_dim_names=("replicate", "shard"))',
+        )
+    return Topology(tuple(rows), rank)
 
 
 def make_topology(deslo: DesloConfig, *, world_size: int, rank: int, local_world_size: int) -> Topology:

@@ -47,7 +47,8 @@ def attach(
         optimizer: a ``DesLoc``, or any other optimizer whose states ``config`` schedules by ``deslo.sync_every``.
         config: both blocks as a dict or the path of a JSON or YAML file. For a DesLoc only where it has none of its
         own.
-        mesh: the device mesh of all ranks, of which one dimension runs across replicas.
+        mesh: the device mesh of all ranks, of which one dimension runs across replicas. The ranks of a replica may hold
+            different parts of the model then, under names of their own: stages of a pipeline, experts.
         replicate: the name of that dimension; "replicate" or "dp_replicate" by default.
         process_group: without ``mesh``, the ranks that average, each a replica of one rank; by default the world.
         manager: a ``torchft.Manager``, for replicas that may die and come back: every process that has one is a
@@ -64,8 +65,8 @@ def attach(
     elif not dist.is_initialized():
         framework = Alone(model, *checked(model, optimizer, config))
     else:
-        inner, config = agreed(model, optimizer, config, mesh, process_group)
-        framework = _wrapper_of(model)(model, inner, config, *where)
+        inner, config, wrapper = agreed(model, optimizer, config, mesh, process_group, _wrapper_of)
+        framework = wrapper(model, inner, config, *where)
     attachment = build_attachment(framework, on_average)
     wrappers.renew_captured_steps(optimizer)
     return attachment

@@ -3,6 +3,7 @@
 ``plain``, ``ddp``, ``fsdp2``, ``torchft`` and ``deepspeed`` answer; nothing else asks how a model is wrapped."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -40,6 +41,7 @@ class Framework(Protocol[G]):
     engine_steps: bool = False  # whether an engine takes the steps, and not ``optimizer.step()`` alone
     first: bool = True  # whether nothing else is attached to the model
     alike: Collection[str] = ()  # those of ``named`` that the ranks of a replica must hold alike
+    holders: Mapping[str, int] = MappingProxyType({})  # as an ``Attachment`` has them
     param_groups: Sequence[dict[str, Any]]  # with the tensors that the optimizer steps on this rank
     buffers: Tensors = ()  # of the model, that average
 
@@ -84,8 +86,8 @@ def build_attachment(framework: Framework[G], on_average: Callable[[SyncEvent], 
     own = [param for group in framework.param_groups for param in local(group["params"])]
     refuse_empty_fragments(config.deslo.fragments, own, world)
     averaging = _averaging_of(framework, transport, world, on_average)
-    if world is not None:
-        agree_on_optimizer(averaging, config, world)
+    if world is not None and groups is not None:
+        agree_on_optimizer(averaging, config, world, groups.topology.ranks_by_shard if framework.holders else None)
     framework.average_buffers(averaging, of_framework)
     framework.keep_gradients_inside(averaging, of_framework)
     attachment = Attachment(
@@ -99,6 +101,7 @@ def build_attachment(framework: Framework[G], on_average: Callable[[SyncEvent], 
         engine_steps=framework.engine_steps,
         watch=_watch_of(framework, averaging, groups) if groups else None,
         route=route,
+        holders=framework.holders,
     )
     framework.install(attachment)
     if world is not None:

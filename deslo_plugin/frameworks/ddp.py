@@ -14,7 +14,7 @@ from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checks.module_wrappers import reducers
 from deslo_plugin.checks.replica_checks import local_world_size
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
-from deslo_plugin.comm.topology import Topology, make_topology
+from deslo_plugin.comm.topology import Topology, make_topology, topology_of_groups
 from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.frameworks.plain import Plain
 
@@ -31,10 +31,23 @@ class DDP(Plain):
         return reducers(self.around)
 
     def topology(self) -> Topology:
+        found = self._replicas()
+        if self.mesh is not None and super().topology() != found:
+            raise ConfigError(
+                "attach(model, mesh=...)",
+                f"the replicas that DDP has, ranks {', '.join(map(str, map(list, found.ranks_by_replica)))}",
+                f"a mesh of other ones, {', '.join(map(str, map(list, super().topology().ranks_by_replica)))}",
+                "leave mesh= out, or set deslo.replica_size; where ranks of a replica hold different parts of the "
+                "model, shard these with fully_shard in place of DDP",
+            )
+        return found
+
+    def _replicas(self) -> Topology:
+        """The ranks of DDP's own group if it is smaller than the world, else ``deslo.replica_size`` ranks."""
         own = self.ddps[0].process_group
         if own.size() < dist.get_world_size():
-            ranks = tuple(dist.get_process_group_ranks(own))
-            return Topology(tuple(sorted(set(map(tuple, all_gather_by_rank(ranks).values())))), dist.get_rank())
+            groups = all_gather_by_rank(dist.get_process_group_ranks(own)).values()
+            return topology_of_groups(groups, dist.get_rank())
         rank, size = dist.get_rank(), dist.get_world_size()
         topology = make_topology(self.config.deslo, world_size=size, rank=rank, local_world_size=local_world_size())
         if any(each.find_unused_parameters for each in self.ddps) and topology.replica_size > 1:

@@ -12,7 +12,7 @@ from weakref import ref
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,8 +21,9 @@ from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.checkpoint.resharding import param_groups, reshard
 from deslo_plugin.checks.replica_checks import listed
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
-from deslo_plugin.comm.topology import Topology
+from deslo_plugin.comm.topology import Topology, topology_of_groups
 from deslo_plugin.errors import ConfigError, require
+from deslo_plugin.frameworks.gradients_inside import MeanInside
 from deslo_plugin.frameworks.plain import Plain, dimension_across, topology_from_mesh
 from deslo_plugin.log import log_rank0
 
@@ -41,28 +42,51 @@ class FSDP2(Plain):
         if across:
             return topology_from_mesh(*across[0])
         own = _mesh_of(self.model).mesh.flatten().tolist()
-        replicas = sorted({tuple(ranks) for ranks in all_gather_by_rank(own).values()})
-        if len(replicas) == 1 < len(replicas[0]):
+        found = topology_of_groups(all_gather_by_rank(own).values(), dist.get_rank())
+        if found.replicas == 1 < found.replica_size:
             raise ConfigError(
                 "attach(model)",
                 "a model sharded over the ranks of one replica",
-                f"one sharded over all {len(replicas[0])} ranks",
+                f"one sharded over all {found.replica_size} ranks",
                 "shard it on one dimension of a 2-D mesh: mesh = init_device_mesh(device, (replicas, ranks of a "
                 'replica), mesh_dim_names=("replicate", "shard")); fully_shard(model, mesh=mesh["shard"])',
             )
-        return Topology(tuple(replicas), dist.get_rank())
+        return found
 
     def ranks_of(self, param: DTensor) -> list[int]:
-        mesh, ranks = param.device_mesh, param.device_mesh.mesh
-        if (across := dimension_across(mesh, self.replicate)) is not None:  # HSDP is pointed at what is left
-            ranks = ranks.movedim(require(mesh.mesh_dim_names).index(across), 0)[mesh.get_local_rank(across)]
-        return ranks.flatten().tolist()
+        return _inside(param.device_mesh, self.replicate)
+
+    def refuse(self, topology: Topology) -> None:
+        super().refuse(topology)
+        left_out = list(self._left_out())
+        if left_out and len({tuple(_inside(mesh, self.replicate)) for mesh in _meshes(self.model)}) > 1:
+            raise ConfigError(
+                f"attach(model) parameter {left_out[0]}",
+                "every trained parameter in a module of fully_shard, where modules are sharded over several meshes",
+                "one in none",
+                "call fully_shard on the whole model too, which tells the ranks that reduce its gradient",
+            )
 
     def forgotten(self) -> set[str]:
-        """Plain parameters outside every module that was sharded; inside one ``ignored_params`` left them out."""
+        """Parameters outside every module that was sharded; inside one ``ignored_params`` left them out."""
         sharded = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
         inside = {id(param) for module in sharded for param in module.parameters()}
         return {name for name, param in self.model.named_parameters() if id(param) not in inside}
+
+    def _left_out(self) -> dict[str, Tensor]:
+        """Those of ``forgotten`` that train, and that the ranks of a shard group hold alike: not cut over them, nor
+        under a name of their own, as experts may be."""
+        forgotten = self.forgotten()
+        found = {name: p for name, p in self.model.named_parameters() if name in forgotten and p.requires_grad}
+        if not found:
+            return {}
+        shards = set(_inside(_meshes(self.model)[0], self.replicate))
+
+        def alike(name: str, param: Tensor) -> bool:
+            everywhere = self.holders.get(name, len(shards)) >= len(shards)
+            return everywhere and not (isinstance(param, DTensor) and len(shards & set(self.ranks_of(param))) > 1)
+
+        return {name: param for name, param in found.items() if alike(name, param)}
 
     def own_groups(self) -> Sequence[dist.ProcessGroup]:
         """Points what is HSDP across replicas at its shard dimension first."""
@@ -80,15 +104,27 @@ class FSDP2(Plain):
     def keep_gradients_inside(self, averaging: StateAverager, groups: Groups) -> None:
         super().keep_gradients_inside(averaging, groups)
         _reshard_at_steps(self.model, averaging)
-        trained = {name: param for name, param in self.model.named_parameters() if param.requires_grad}
-        beside = [name for name, param in trained.items() if not isinstance(param, DTensor)]
-        if beside and groups.topology.replica_size > 1:
+        if not self.first or groups.topology.replica_size == 1:
+            return
+        if left_out := self._left_out():
+            MeanInside(list(left_out.values()), self._shard_groups())
             log_rank0(
-                f"deslo: {listed(beside)} are trained and not sharded: nothing reduces their gradients inside a "
-                "replica, whose ranks go apart; call fully_shard on the whole model too, or reduce those gradients "
-                "yourself",
+                f"deslo: {listed(left_out)} are trained and not sharded: their gradients are averaged inside a replica "
+                "after every backward; fully_shard on the whole model too does that once a step"
+            )
+        plain = [name for name, p in self.model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        if ignored := [name for name in plain if name not in left_out and self.holders.get(name, 2) > 1]:
+            log_rank0(
+                f"deslo: {listed(ignored)} are trained, and ignored_params of fully_shard: nothing reduces their "
+                "gradients inside a replica, whose ranks go apart unless you do",
                 logging.WARNING,
             )
+
+    def _shard_groups(self) -> list[dist.ProcessGroup]:
+        """Over which a sharded module reduces its gradients inside a replica, one after the other."""
+        info = next(param_groups(self.model)).mesh_info
+        found = (getattr(info, name, None) for name in ("shard_process_group", "replicate_process_group"))
+        return [group for group in found if group is not None]
 
 
 def _reshard_at_steps(model: nn.Module, averaging: StateAverager) -> None:
@@ -114,6 +150,14 @@ def _across(model: nn.Module, replicate: str | None) -> list[tuple[DeviceMesh, s
 
 def _dtensors(model: nn.Module) -> list[DTensor]:
     return [param for param in model.parameters() if isinstance(param, DTensor)]
+
+
+def _inside(mesh: DeviceMesh, replicate: str | None) -> list[int]:
+    """The ranks of ``mesh`` in this rank's replica: those that HSDP reduces over once it is pointed at what is left."""
+    ranks = mesh.mesh
+    if (across := dimension_across(mesh, replicate)) is not None:
+        ranks = ranks.movedim(require(mesh.mesh_dim_names).index(across), 0)[mesh.get_local_rank(across)]
+    return ranks.flatten().tolist()
 
 
 def _mesh_of(model: nn.Module) -> DeviceMesh:

@@ -1,5 +1,6 @@
 """A bare module, of which every rank is a replica, or the ranks of a mesh that do not run across replicas."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,9 @@ from deslo_plugin.checkpoint.resharding import reshard
 from deslo_plugin.checkpoint.state_dict_guard import refuse_one_replica
 from deslo_plugin.checkpoint.state_tree import TorchState
 from deslo_plugin.checks import module_wrappers as wrappers
-from deslo_plugin.checks.replica_checks import agree_on_model, broadcast_or_check_params, refuse_parts
+from deslo_plugin.checks.replica_checks import broadcast_or_check_params, listed, model_traits, refuse_parts
+from deslo_plugin.checks.replica_parts import agree_on_parts, holders_of
+from deslo_plugin.comm.consistency import first_to_say
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank, make_groups, reachable
 from deslo_plugin.comm.topology import Topology, contiguous
 from deslo_plugin.comm.transport import SingleReplica, Transport
@@ -25,9 +28,11 @@ from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.frameworks.base import Framework, G
 from deslo_plugin.frameworks.gradient_warmup import GradientAveraging
+from deslo_plugin.frameworks.gradients_inside import MeanInside, place_as_parameters
 from deslo_plugin.frameworks.parameter_kinds import refuse_kinds, refuse_nonfinite
 from deslo_plugin.frameworks.requested import refuse_together
 from deslo_plugin.kernels.local_tensors import local
+from deslo_plugin.log import log_rank0
 from deslo_plugin.planning.route import Route
 from deslo_plugin.planning.transport_choice import choose_route, make_transport
 from deslo_plugin.planning.wire_cost import BYTES
@@ -87,17 +92,29 @@ class Plain(Module[Groups]):
         on_cpu = all_gather_by_rank(any(each.device.type == "cpu" for each in tensors), self.process_group)
         groups = make_groups(topology, config.deslo.timeout_s, on_cpu=any(on_cpu.values()), within=self.process_group)
         refuse_together(lambda: self.refuse(topology) if topology.replicas > 1 else None, groups.world)
-        agree_on_model(model, lambda p: p.shape, groups.world)
-        refuse_kinds(model, self.optimizer)
         reshard(model)
+        whole = model_traits(model, lambda p: p.shape)
+        agree_on_parts(whole, {name: self._part_of(p) for name, p in model.named_parameters()}, groups)
+        refuse_together(lambda: refuse_kinds(model, self.optimizer), groups.world)
         named = self.named
         pieces = {name: param for name, param in named.items() if hasattr(param, "to_local")}
-        self.alike = plain = {name: param for name, param in named.items() if name not in pieces}
+        plain = {name: param for name, param in named.items() if name not in pieces}
+        buffers = wrappers.saved_buffers(model)
+        self.holders = holders_of([*named, *buffers], groups)
+
+        def on_each(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            """Those that every rank of a replica has."""
+            size = topology.replica_size
+            return {name: each for name, each in tensors.items() if self.holders.get(name, size) == size}
+
+        self.alike = {name: param for name, param in plain.items() if self.holders.get(name, topology.replica_size) > 1}
         if (forgotten := self.forgotten()) is not None and config.deslo.initial_params != "broadcast":
             refuse_parts(plain, groups, forgotten)
+        shared = on_each(plain | buffers)
+        own_parts = {name: each for name, each in (plain | buffers).items() if name not in shared}
         broadcast_or_check_params(
-            plain | wrappers.saved_buffers(model),
-            dict(zip(pieces, local(list(pieces.values())))),
+            shared,
+            own_parts | dict(zip(pieces, local(list(pieces.values())))),
             config.deslo.initial_params,
             groups,
             lambda tensor: reachable(tensor, groups.world),
@@ -115,6 +132,14 @@ class Plain(Module[Groups]):
             return topology_from_mesh(self.mesh, self.replicate)
         ranks = dist.get_process_group_ranks(self.process_group or dist.group.WORLD)
         return Topology(tuple((rank,) for rank in ranks), dist.get_rank())
+
+    def _part_of(self, param: Tensor) -> str:
+        """Which part of ``param`` this rank has, in the words of a message; "" of a plain one."""
+        if not isinstance(param, DTensor):
+            return ""
+        ranks, own = self.ranks_of(param), dist.get_rank()
+        cut = f" cut {list(param.placements)} over {len(ranks)} ranks"
+        return f"{cut}, {tuple(param.to_local().shape)} of it on number {ranks.index(own)}" if own in ranks else cut
 
     def refuse(self, topology: Topology) -> None:
         """Raises ``ConfigError`` for what communicates, or is sharded, beyond this rank's replica."""
@@ -153,14 +178,38 @@ class Plain(Module[Groups]):
         if self.buffers and groups.topology.replicas > 1:
             parameters: Any = averaging.transport  # a ReplicaTransport: buffers travel by another of its class
             everyone = replace(groups, replica=groups.world)
+            if self.holders:  # peers have the same ones, as if they were all there is
+                alone = Topology(tuple((rank,) for rank in groups.topology.replica_group), groups.topology.rank)
+                everyone = replace(groups, topology=alone, world=groups.replica, shard=groups.singleton)
             averaging.add_buffers(
                 self.buffers,
                 type(parameters)(everyone, timeout_s=self.config.deslo.timeout_s, progress=parameters.progress),
             )
 
     def keep_gradients_inside(self, averaging: StateAverager, groups: Groups) -> None:
+        if self.first:
+            place_as_parameters(self.model.parameters())
+            self._reduce_plain_ones(groups)
         if self.first and groups.topology.replicas > 1 and self.config.deslo.synchronous_steps:
             GradientAveraging(self.model, averaging)
+
+    def _reduce_plain_ones(self, groups: Groups) -> None:
+        """Of a model without DTensors nobody else reduces gradients inside a replica; in one with tensor parallelism
+        what is plain has the same gradient on each rank."""
+        trained = {name: param for name, param in self.named.items() if param.requires_grad}
+        if groups.topology.replica_size == 1 or any(isinstance(param, DTensor) for param in self.named.values()):
+            return
+        if several := [name for name in trained if self.holders.get(name, 0) > 1]:
+            message = (
+                f"deslo: {listed(several)} are trained on several ranks of a replica, which hold other parts of the "
+                "model beside them: reduce their gradients over those ranks before each step, or call fully_shard on "
+                "them, else these ranks go apart"
+            )
+            if first_to_say(message):
+                log_rank0(message, logging.WARNING, anywhere=True)
+        elif not self.holders and trained:
+            MeanInside(list(trained.values()), [require(groups.shard)])
+            log_rank0("deslo: gradients are averaged inside a replica after every backward: nothing else reduces them")
 
     def gradient_bytes(self, divisor: int) -> list[int] | None:
         """In wire dtype, with a flag for each parameter."""

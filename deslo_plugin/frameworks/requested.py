@@ -1,7 +1,7 @@
 """What ``attach`` was asked for: refused before anything is changed, on every rank alike."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from deslo_plugin.config.load import as_dict, load_config
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.optim.desloc import DesLoc
+
+W = TypeVar("W")
 
 
 def checked(model: nn.Module, optimizer: Any, config: Any) -> tuple[torch.optim.Optimizer, Config]:
@@ -35,18 +37,28 @@ def checked(model: nn.Module, optimizer: Any, config: Any) -> tuple[torch.optim.
 
 
 def agreed(
-    model: nn.Module, optimizer: Any, config: Any, mesh: DeviceMesh | None, group: dist.ProcessGroup | None
-) -> tuple[torch.optim.Optimizer, Config]:
-    """As ``checked``, the same on every rank, or an error on every rank: a mistake of one must not leave the others
-    waiting."""
-    found: tuple[torch.optim.Optimizer, Config] | ConfigError
+    model: nn.Module,
+    optimizer: Any,
+    config: Any,
+    mesh: DeviceMesh | None,
+    group: dist.ProcessGroup | None,
+    wrapper_of: Callable[[nn.Module], type[W]],
+) -> tuple[torch.optim.Optimizer, Config, type[W]]:
+    """As ``checked``, and what ``wrapper_of`` finds around the model; the same on every rank, or an error on every
+    rank: a mistake of one must not leave the others waiting."""
+    found: tuple[torch.optim.Optimizer, Config, type[W]] | ConfigError
     try:
-        found = checked(model, optimizer, config)
+        found = (*checked(model, optimizer, config), wrapper_of(model))
     except ConfigError as error:
         found = error
     shape = None if mesh is None else mesh.mesh.tolist()
-    mine: dict[str, Any] = {"model": type(model).__name__, "optimizer": type(optimizer).__name__, "mesh": shape}
-    mine |= {"error": found} if isinstance(found, ConfigError) else {"error": "", **as_dict(found[1])}
+    mine: dict[str, Any] = {"optimizer": type(optimizer).__name__, "mesh": shape}
+    if isinstance(found, ConfigError):
+        mine |= {"error": found}
+    else:
+        mine |= {"error": "", "wrapper of the model": found[2].__name__, **as_dict(found[1])}
+    if mesh is None:  # else ranks may hold other parts
+        mine["model"] = type(model).__name__
     check_same_on_all_ranks("attach's", mine, do="call attach alike on every rank", group=group)
     if isinstance(found, ConfigError):
         raise found

@@ -16,6 +16,7 @@ from deslo_plugin.averaging.flight import States
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.state_averager import Group, StateAverager
 from deslo_plugin.averaging.step_counter import GROUP_STEP, GroupClock
+from deslo_plugin.comm.process_groups import any_of_shards
 from deslo_plugin.comm.transport import Transport
 from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.errors import require
@@ -204,10 +205,12 @@ class AnyOptimizerAverager(StateAverager):
             for seat, param in enumerate(cohort.params)
             if name not in self.optimizer.state.get(param, {})
         ]
-        if not absent or not self.transport.any(any(bool(means[name][seat].any()) for _, name, seat in absent)):
+        in_engine = self._groups is not None  # whose tensors may be parts without saying of what
+        if in_engine and absent and not self.transport.any(any(bool(means[n][seat].any()) for _, n, seat in absent)):
             return
         for param, name, seat in absent:
-            if self.transport.any(bool(means[name][seat].any())):
+            used = bool(means[name][seat].any())
+            if self.transport.any(used) if in_engine else any_of_shards(param, used):
                 self._create_states(cohort, param)
                 self.part(cohort, name)[seat].copy_(means[name][seat])
 

@@ -3,6 +3,8 @@
 MORE = [  # patterns in a test's name
     r"test_launch.py::test_the_trainer_learns.*(FSDP2|DeepSpeed)",  # the same on other launchers
     r"test_launch.py::test_what_the_trainer_saves.*\[DDP\]",
+    r"test_parallelism.py::test_eight_ranks",
+    r"test_parallelism.py::test_checkpoints.*(replicate x tp|experts in a tensor)",
     r"test_first_examples.py::.*train_(accelerate|fsdp2|plain)",
     r"test_gpu_plan.py::",  # all parts of make gpu on the CPU
     r"test_native.py::test_address_and_undefined_behaviour",  # compiles the kernels once more
