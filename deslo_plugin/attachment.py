@@ -26,6 +26,7 @@ from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.kernels.availability import kernels_on, settle
 from deslo_plugin.log import announce, log_rank0
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
+from deslo_plugin.optim.desloc import DesLoc
 from deslo_plugin.planning.plan import Plan, make_plan
 from deslo_plugin.planning.route import Route
 from deslo_plugin.renamed import Renamed
@@ -123,6 +124,8 @@ class Attachment:
         settle(params)
         said = self.plan.describe()
         announce(f"{said}\n  kernels: {kernels_on(params)}")
+        if isinstance(self.optimizer, DesLoc):
+            self.optimizer.on_switch.append(lambda switch: announce(f"deslo: the update switches {switch}"))
         if self.watch is not None:
             self.watch.on_first_step = lambda: self._announce_change(said)
             self.watch.begin()
