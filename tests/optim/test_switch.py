@@ -15,7 +15,7 @@ PERIODS = {"x": 3, "u1": 2, "u2": 5, "v": 4}
 FORMS = {  # the betas and weights before, and what becomes of them
     "slow momentum": ([0.9], [1.0], Switch(WARM_UP, [0.99], [0.95], 2.0, (1,))),
     "two momenta": ([0.9, 0.99], [1.0, 0.0], Switch(WARM_UP, [0.9, 0.99], [0.05, 0.95], 2.0, (1, 2))),
-    "one of two reset": ([0.9, 0.99], [0.8, 0.1], Switch(WARM_UP, [0.5, 0.95], [0.3, 0.4], 0.5, (2,))),
+    "one of two reset": ([0.5, 0.99], [0.8, 0.1], Switch(WARM_UP, [0.95, 0.9], [0.3, 0.4], 0.5, (2,))),
 }
 
 
