@@ -10,7 +10,7 @@ from torch import Tensor
 from deslo_plugin.algorithm.outer_optimizer import mean_, nesterov_
 from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.state_names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP
-from deslo_plugin.algorithm.switch import Switch, saved
+from deslo_plugin.algorithm.switch import Switch
 from deslo_plugin.averaging.cohort import Cohort
 from deslo_plugin.averaging.flight import States
 from deslo_plugin.averaging.members import trains
@@ -21,7 +21,7 @@ from deslo_plugin.comm.transport import SingleReplica, Transport
 from deslo_plugin.config.load import check_periods, load_config
 from deslo_plugin.config.periods import group_periods
 from deslo_plugin.config.schema import Config, OptimizerConfig
-from deslo_plugin.config.switch import refuse_other_switch, switch_of_group
+from deslo_plugin.config.switch import switch_of_group
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.availability import settle
 from deslo_plugin.kernels.update import OPERATORS
@@ -251,10 +251,8 @@ class DesLoc(torch.optim.Optimizer):
         The state dict of a plain Adam(W) is taken over: the clock is the most often updated parameter's ``step``, and
         every parameter keeps its own count of updates for bias correction. Collective once it is attached. Raises
         ``ConfigError`` on every rank, before anything is written, for other states than the config's, or another step
-        on some rank."""
+        on some rank, or another switch behind them."""
         states, clock = in_own_form(self, state_dict)
-        for group in state_dict["param_groups"]:
-            refuse_other_switch("load_state_dict", saved(group.get("switch")), self.config.desloc.switch, clock)
         if self.armed:
             self._call("DesLoc.load_state_dict", f"{len(state_dict['param_groups'])} param group(s) of step {clock}")
             self.averaging.abandon()
