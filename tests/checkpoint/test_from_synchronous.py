@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import deslo_plugin
 from deslo_plugin import ConfigError, DesLoc
-from tests.support import checkpoint_jobs
+from tests.support import checkpoint_jobs, synchronous_jobs
 from tests.support.engine_configs import ds_config
 from tests.support.jobs import batch, loss_of, net, two_groups
 from tests.support.oracle import Switch, blocks
@@ -96,6 +96,19 @@ def test_ours_made_of_it_in_one_process_starts_every_framework(four, tmp_path, k
             for state in ("exp_avg", "exp_avg_sq"):
                 assert torch.equal(result["states"][state][names[id(param)]], adamw.state[param][state].flatten())
             assert not result["states"]["exp_avg_2"][names[id(param)]].any()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeeds_own_checkpoint_starts_replicas(four, tmp_path, stage):
+    weights, *_ = four().run(synchronous_jobs.adamw_of_deepspeed, stage, str(tmp_path), STEPS)
+    model = net(seed=1)
+    optimizer = DesLoc(model.parameters(), blocks(S, **WARM))
+    deslo_plugin.attach(model, optimizer)
+    starting_from(tmp_path / "adamw.pt", model, optimizer)
+    for name, param in model.named_parameters():
+        assert torch.equal(param, weights[name]) and optimizer.state[param]["exp_avg_sq"].any()
+        assert optimizer.state[param]["step"] == STEPS and not optimizer.state[param]["exp_avg_2"].any()
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2]
 
 
 def test_what_cannot_be_taken_over_is_refused():
