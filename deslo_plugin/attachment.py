@@ -1,5 +1,4 @@
-"""What an optimizer that is connected to its replicas can be asked: ``attach(...)`` returns it, ``engine.deslo`` is
-it."""
+"""What an optimizer that is connected to its replicas can be asked; ``attach(...)`` and ``engine.deslo`` give it."""
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +26,7 @@ from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.kernels.availability import kernels_on, settle
 from deslo_plugin.log import announce, log_rank0
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
+from deslo_plugin.optim.desloc import DesLoc
 from deslo_plugin.planning.plan import Plan, make_plan
 from deslo_plugin.planning.route import Route
 from deslo_plugin.renamed import Renamed
@@ -126,10 +126,11 @@ class Attachment:
     def announce(self) -> None:
         """Says the plan and what kernels run, and the plan again after the first step if a stock optimizer turned out
         to have other states; begins to watch."""
-        params = [param for group in self.averaging.optimizer.param_groups for param in group["params"]]
+        params, said = [p for group in self.optimizer.param_groups for p in group["params"]], self.plan.describe()
         settle(params)
-        said = self.plan.describe()
         announce(f"{said}\n  kernels: {kernels_on(params)}")
+        if isinstance(self.optimizer, DesLoc):
+            self.optimizer.on_switch.append(lambda switch: announce(f"deslo: the update switches {switch}"))
         if self.watch is not None:
             self.watch.on_first_step = lambda: self._announce_change(said)
             self.watch.begin()
@@ -213,10 +214,9 @@ class Attachment:
 
     @property
     def _cuts(self) -> list[list[list[int]]] | None:
-        """Of each fragment of each param group the elements of its parts, on this rank, where its param groups show
-        them."""
-        members, fragments = self.averaging.members, self.averaging.fragments
-        if self.fixed_numels or (fragments.count == 1 and not self.config.deslo.wire.quantizes):
+        """Of each param group and fragment the elements of its parts on this rank, where its groups show them."""
+        members, fragments, deslo = self.averaging.members, self.averaging.fragments, self.config.deslo
+        if self.fixed_numels or (deslo.fragments == 1 and not deslo.wire.quantizes):
             return None
         return [fragments.numels(Cohort(0, group, members.of(group), {})) for group in self.averaging.groups]
 

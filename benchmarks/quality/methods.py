@@ -1,8 +1,8 @@
 """What the study trains: sizes, methods, and the grid of rates; the ablations are in ablations.py.
 
-Hyper-parameters are those of configs/. What a preset changes: periods (a multiple of those in configs/), and the long
-memories, which must be short against its run: the slow beta of MT-DAO, beta2 of ADOPT and, where that slow beta
-outlives it, of Adam."""
+Hyper-parameters are those of configs/, without the switch of MT-DAO's recipe. A preset changes periods (a multiple
+of those in configs/), and the long memories, which must be short against its run: the slow beta of MT-DAO, beta2 of
+ADOPT and, where that slow beta outlives it, of Adam."""
 
 import hashlib
 import json
@@ -112,12 +112,18 @@ class Method:
     slow: bool = True
 
 
+def momenta(*weighed: tuple[float, float]) -> dict[str, Any]:
+    """``params`` of (beta, weight) pairs that are the update's from the first step to the last."""
+    return {"momenta": [{"beta": beta, "weight": weight, "sync_every": WRITTEN_FOR} for beta, weight in weighed]}
+
+
+SLOW, FAST_AND_SLOW = momenta((0.97, 0.9)), momenta((0.9, 0.5), (0.97, 0.4))  # without the switch of configs/
 ALIKE = {"sync_every": dict.fromkeys(("params", "exp_avg", "exp_avg_sq"), WRITTEN_FOR)}
 METHODS = {
     "synchronous AdamW": Method("des-loc-adam", synchronous=True),
     "synchronous ADOPT": Method("des-loc-adopt", synchronous=True),
-    "synchronous QH": Method("mt-dao-adam-qh", synchronous=True),
-    "synchronous QH, ADOPT": Method("mt-dao-adopt-qh", synchronous=True),
+    "synchronous QH": Method("mt-dao-adam-qh", SLOW, synchronous=True),
+    "synchronous QH, ADOPT": Method("mt-dao-adopt-qh", SLOW, synchronous=True),
     "Local Adam": Method("local-adam"),
     "Local ADOPT": Method("des-loc-adopt", ALIKE),
     "FAVG+OPT": Method("favg+opt"),
@@ -126,9 +132,9 @@ METHODS = {
     "DES-LOC": Method("des-loc-adam"),
     "DES-LOC-QH": Method("des-loc-adam-qh", slow=False),
     "DES-LOC-Nesterov": Method("des-loc-nesterov"),
-    "MT-DAO": Method("mt-dao-adam-qh"),
-    "MT-DAO, ADOPT": Method("mt-dao-adopt-qh"),
-    "MT-DAO, two momenta": Method("mt-dao-adam-n2"),
+    "MT-DAO": Method("mt-dao-adam-qh", SLOW),
+    "MT-DAO, ADOPT": Method("mt-dao-adopt-qh", SLOW),
+    "MT-DAO, two momenta": Method("mt-dao-adam-n2", FAST_AND_SLOW),
 }
 SYNCHRONOUS = [name for name, method in METHODS.items() if method.synchronous]
 LOCAL = [name for name, method in METHODS.items() if not method.synchronous]
@@ -180,6 +186,7 @@ def run(
     method, file = METHODS[name], read_file(CONFIGS / f"{METHODS[name].config}.json")
     period = preset.period if period is None or method.synchronous else period
     params = deepcopy(file["optimizer"]["params"] | method.params) | {"lr": rate}
+    params.pop("switch", None)  # of a recipe; this study's updates are one from start to end
     scaled = lambda every: every and every * period // WRITTEN_FOR
     params["sync_every"] = {state: scaled(every) for state, every in params["sync_every"].items()}
     if "momenta" in params:

@@ -79,7 +79,7 @@ def watch(optimizer: Any, keep: str, bound: float) -> list[float]:
 
     averaging.receive = receive
     if keep != "hold":
-        averaging.bounds = lambda group: ()
+        averaging.bounds = lambda group, steps: ()
     return beyond
 
 

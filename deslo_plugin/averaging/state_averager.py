@@ -45,7 +45,7 @@ class StateAverager:
         clock: how many steps each parameter has completed.
         groups: what to average, where that is not the optimizer's param groups.
         receive: writes what landed, given (cohort, states, means); the plain mean by default.
-        bounds: what first momenta of a param group are held to once they have landed; nothing by default.
+        bounds: what first momenta of a param group are held to that land after so many steps; nothing by default.
         on_average: called with every ``SyncEvent``, the first of ``listeners``.
         wire_states: where quantised averages keep what they go by, by parameter; by default with the averager.
     """
@@ -59,7 +59,7 @@ class StateAverager:
         *,
         groups: Sequence[Group] | None = None,
         receive: Callable[[Cohort, States, States], None] | None = None,
-        bounds: Callable[[Group], Sequence[Bound]] = lambda group: (),
+        bounds: Callable[[Group, int], Sequence[Bound]] = lambda group, steps: (),
         on_average: Callable[[SyncEvent], object] | None = None,
         wire_states: Store | None = None,
     ):
@@ -250,7 +250,7 @@ class StateAverager:
         if self.kept:
             self.kept.landed(cohort.steps, cohort.params, states, means)
         now = cohort.steps + self.deslo.sync_delay - 1
-        hold_(self.bounds(cohort.group), means, functools.partial(self.part, cohort), now)
+        hold_(self.bounds(cohort.group, now), means, functools.partial(self.part, cohort), now)
 
     def _ask(self, cohorts: list[Cohort]) -> tuple[Due, list[Answer]]:
         """What is due, once all replicas have said whether it may land; what may not flies anew. Collective."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from deslo_plugin.algorithm.state_names import PARAMS
+from deslo_plugin.algorithm.switch import Switch, saved
 from deslo_plugin.checkpoint.foreign import what_is_there
 from deslo_plugin.checkpoint.tree_agreement import States
 from deslo_plugin.comm.all_or_none import all_or_none
@@ -34,7 +35,8 @@ Files = Mapping[str, Sequence[Any]]
 @dataclass(frozen=True)
 class Manifest:
     """``rows`` is the topology that saved, ``steps`` the completed steps, ``groups`` the numbers of each param group
-    that a resume takes over, ``names`` each name of the plain model's state dict -> the stored tensor that it names.
+    that a resume takes over, ``names`` each name of the plain model's state dict -> the stored tensor that it names,
+    ``switch`` that of the run's config.
     ``digest`` is the SHA-256 of ``deslo.json`` itself."""
 
     mode: str
@@ -43,6 +45,7 @@ class Manifest:
     states: States
     groups: Sequence[Mapping[str, float]]
     names: Mapping[str, str] = field(default_factory=dict)
+    switch: Switch | None = None
     files: Files = field(default_factory=dict)
     digest: str = ""
 
@@ -104,6 +107,7 @@ def files_in(folder: Path) -> list[str]:
 def write_manifest(folder: Path, proof: Manifest) -> str:
     """Writes ``deslo.json``, a checkpoint's last file, and returns its SHA-256."""
     own = {name: getattr(proof, name) for name in ("mode", "rows", "steps", "states", "groups", "names")}
+    own["switch"] = proof.switch and proof.switch.as_dict()
     content = {"format": FORMAT, "proof": own, "files": dict(sorted(proof.files.items()))}
     text = json.dumps(content | {"crc32": _checksum(content)}, indent=1).encode()
     with (folder / NAME).open("wb") as file:
@@ -180,6 +184,7 @@ def _parsed(content: Any, where: str, digest: str) -> Manifest:
         own["states"],
         own["groups"],
         own["names"],
+        saved(own.get("switch")),  # none before there was one
         files,
         digest,
     )

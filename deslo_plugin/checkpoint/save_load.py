@@ -45,6 +45,7 @@ from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
 from deslo_plugin.config.load import RENAMED_VALUES
 from deslo_plugin.config.schema import CHECKPOINT_MODES, DIGESTS
+from deslo_plugin.config.switch import refuse_other_switch
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.log import log_rank0
 
@@ -132,7 +133,8 @@ def _write(
 
     all_or_none(write, world)
     states, names = united(adapter.states, world), names_of_all_parts(adapter.names, attachment)
-    proof = Manifest(mode, topology.ranks_by_replica, attachment.averaging.steps, states, numbers, names)
+    steps, switch = attachment.averaging.steps, attachment.config.switch
+    proof = Manifest(mode, topology.ranks_by_replica, steps, states, numbers, names, switch)
     proof = replace(proof, files=expect_file_checksums(file_checksums(part, world, strong=strong)))
     sha256 = all_or_none(lambda: write_manifest(part, proof) if first else None, world)
     all_or_none(lambda: put_in_place(final) if first else None, world)
@@ -163,6 +165,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     if world is not None:
         check_same_on_all_ranks(where, {"deslo.json": proof.digest}, do="give every rank the same folder", group=world)
     verify(folder, proof, world)
+    refuse_other_switch(where, proof.switch, attachment.config.switch, proof.steps)
     if proof.mode == "per_replica" and proof.rows != topology.ranks_by_replica:
         raise ConfigError(
             where,

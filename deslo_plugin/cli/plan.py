@@ -12,6 +12,7 @@ from deslo_plugin.cli.model_size import count_parameters, parse_count
 from deslo_plugin.cli.output import Json, command, show, show_json
 from deslo_plugin.cli.plan_report import PlanReport
 from deslo_plugin.config.schema import Config
+from deslo_plugin.config.switch import refuse_after_the_end
 from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.planning.comparison import GRADIENT_BYTES, Job
 from deslo_plugin.planning.forecast import Link, compute_seconds
@@ -55,6 +56,7 @@ def plan(
 ) -> None:
     """Bytes, waits, hours and memory of a config on a link, beside synchronous training and other periods."""
     file = given(config)
+    refuse_after_the_end(file.config, steps, "--steps")
     size, numel = _replica_size(file.config, replica_size), _numel(params, model)
     step_s, computed = _step_seconds(step_ms, tokens_per_step, peak_tflops, mfu, numel, replicas * size)
     dtype, why = _gradient_dtype(gradient_dtype, file.blocks)

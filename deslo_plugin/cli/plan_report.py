@@ -59,6 +59,7 @@ class PlanReport:
             "step_ms": job.step_s * 1e3,
             "gradient_dtype": job.gradient_dtype,
             "link": {"gbit_per_s": self.link.gbit_per_s, "latency_ms": self.link.latency_s * 1e3},
+            "switch": self._switch,
             "states": self._states(),
             "methods": [self._row(method, seen) for method, seen in self.forecasts.values()],
             "memory_bytes_per_rank": vars(memory(own.plan, own.moved)),
@@ -78,6 +79,7 @@ class PlanReport:
             f"{self.name}: {job.numel:,} parameters, {job.replicas} replicas of {job.replica_size} rank(s), "
             f"{link.gbit_per_s:g} Gbit/s and {link.latency_s * 1e3:g} ms between them, steps of "
             f"{job.step_s * 1e3:.4g} ms\n",
+            *([f"Switch {switch}; half-lives are those after it\n"] if (switch := job.config.switch) else []),
             _states_table(content["states"], job.steps),
             "",
             _methods_table(content["methods"], job.steps),
@@ -98,7 +100,7 @@ class PlanReport:
     def _states(self) -> list[dict[str, Any]]:
         config, own = self.job.config, periods_of(self.job.config)
         plan, seen = self.forecasts[OWN][0].plan, self.forecasts[OWN][1]
-        betas = {} if config.optimizer is None else config.optimizer.beta_of
+        betas = {} if config.optimizer is None else config.optimizer.after_switch.beta_of
         sources = dict.fromkeys(own, "given") if config.optimizer is None else config.optimizer.period_sources
         rule, default = half_life_rule(config) or {}, papers_default(own)
         return [
@@ -115,6 +117,11 @@ class PlanReport:
             }
             for state in own
         ]
+
+    @property
+    def _switch(self) -> dict[str, Any] | None:
+        switch = self.job.config.switch
+        return None if switch is None else switch.as_dict()
 
     def _row(self, method: Method, seen: Forecast) -> dict[str, Any]:
         reference, sent = self.forecasts[SYNCHRONOUS][1], sum(seen.bytes.values())

@@ -30,6 +30,7 @@ from deslo_plugin.config.schema import (
     OptimizerConfig,
     Outer,
 )
+from deslo_plugin.config.switch import placed, read_switch, refuse_switch
 from deslo_plugin.config.telemetry import read_telemetry
 from deslo_plugin.config.wire import read_wire, settle_wire
 from deslo_plugin.errors import ConfigError
@@ -64,6 +65,7 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
     deslo, block = read_deslo(blocks.get("deslo", {})), blocks.get("optimizer")
     kind = block.get("type", "DesLoc") if isinstance(block, Mapping) else "DesLoc"
     if deslo.sync_every is not None and (block is None or kind != "DesLoc"):
+        refuse_switch(block)
         return whole(None, deslo)
     optimizer = Reader("optimizer", {} if block is None else block)
     if isinstance(kind, str) and kind != "DesLoc" and not did_you_mean(kind, ["DesLoc"]):
@@ -92,7 +94,9 @@ def read_optimizer(params: Any) -> OptimizerConfig:
         reader.refuse("bias_correction", f"no such key for rule {name}", repr(params["bias_correction"]), "remove it")
 
     momenta = read_momenta(reader, adaptive=rule.has_second_moment)
-    periods, sources = read_periods(reader, momenta)
+    switch = read_switch(reader, momenta)
+    # a half-life is that of the betas for which periods matter
+    periods, sources = read_periods(reader, replace(momenta, betas=switch.betas) if switch else momenta)
     config = OptimizerConfig(
         rule=name,
         lr=reader.number("lr", 1e-3),
@@ -108,6 +112,7 @@ def read_optimizer(params: Any) -> OptimizerConfig:
         reset_momenta=reader.boolean("reset_momenta", False),
         outer_optimizer=_outer(reader),
         state_dtype=reader.choice("state_dtype", "float32", STATE_DTYPES),
+        switch=switch,
     )
     reader.finish()
     averaged = [state for state in config.moments if periods[state]]
@@ -243,7 +248,8 @@ def whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
                 "remove one: it cannot take in an average that is some updates old",
             )
     check_periods(deslo, periods)
-    return Config(optimizer=optimizer, deslo=replace(deslo, wire=settle_wire(deslo.wire, longest(periods))))
+    deslo = replace(deslo, wire=settle_wire(deslo.wire, longest(periods)))
+    return Config(optimizer=optimizer and placed(optimizer, deslo), deslo=deslo)
 
 
 def as_dict(config: Config) -> dict[str, Any]:

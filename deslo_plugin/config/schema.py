@@ -1,7 +1,8 @@
 """What a config can say, as frozen dataclasses: the one place of the defaults of ``deslo``."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from deslo_plugin.algorithm.adaptive_periods import Schedule
@@ -9,6 +10,7 @@ from deslo_plugin.algorithm.momentum_bound import Bound
 from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT, first_momenta
+from deslo_plugin.algorithm.switch import Switch
 from deslo_plugin.config.telemetry import Telemetry
 from deslo_plugin.config.wire import Wire
 from deslo_plugin.errors import require
@@ -37,7 +39,8 @@ class OptimizerConfig:
 
     ``betas`` and ``weights`` have one entry per first momentum; ``beta2`` and ``eps`` are None for sgdm.
     ``state_dtype`` is the dtype of the momenta; float64 parameters have float64 momenta and take no other.
-    ``periods`` and ``period_sources`` (why each period is what it is) run over the averaged states.
+    ``periods`` and ``period_sources`` (why each period is what it is) run over the averaged states. ``switch`` is what
+    changes at one step; ``lr_factor`` multiplies the rate that a param group has, 1 before the switch.
     """
 
     rule: str
@@ -54,6 +57,20 @@ class OptimizerConfig:
     reset_momenta: bool
     outer_optimizer: Outer | None
     state_dtype: str
+    switch: Switch | None = None
+    lr_factor: float = 1.0
+
+    def at(self, steps: int) -> "OptimizerConfig":
+        """What the update computes that ``steps`` completed steps come before."""
+        return self if self.switch is None or steps < self.switch.at else self.after_switch
+
+    @cached_property
+    def after_switch(self) -> "OptimizerConfig":
+        """What the updates from the switch on compute; without one, what all do."""
+        switch = self.switch
+        if switch is None:
+            return self
+        return replace(self, betas=switch.betas, weights=switch.weights, lr_factor=switch.lr_factor, switch=None)
 
     @property
     def momenta(self) -> tuple[str, ...]:
@@ -78,11 +95,17 @@ class OptimizerConfig:
         constants |= {"beta2": self.beta2, "eps": self.eps} if rule.has_second_moment else {}
         return constants | ({"bias_correction": self.bias_correction} if rule.corrects_bias else {})
 
-    @property
-    def bounds(self) -> list[Bound]:
-        """What the second moment allows each momentum; adopt divides by it before it averages, sgdm has none."""
-        firsts = zip(self.momenta, self.betas) if RULES[self.rule].bounds_momenta else ()
-        return [Bound(state, SECOND_MOMENT, beta, require(self.beta2)) for state, beta in firsts]
+    def bounds(self, steps: int) -> list[Bound]:
+        """What the second moment allows each momentum after ``steps`` updates; adopt divides by it before it averages,
+        sgdm has none. A momentum that went through the switch as it was keeps the wider bound of the two."""
+        if not RULES[self.rule].bounds_momenta:
+            return []
+        now, went_on = self.at(steps - 1), dict(zip(self.momenta, self.betas))
+        if self.switch is not None:
+            went_on = {state: beta for state, beta in went_on.items() if state not in self.switch.reset}
+        of = lambda state, beta: Bound(state, SECOND_MOMENT, beta, require(self.beta2))
+        found = [(of(state, beta), of(state, went_on.get(state, beta))) for state, beta in zip(now.momenta, now.betas)]
+        return [max(pair, key=lambda bound: bound.at(steps)) for pair in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +154,10 @@ class Config:
     def desloc(self) -> OptimizerConfig:
         """``optimizer`` of a config that is known to be DesLoc's."""
         return require(self.optimizer)
+
+    @property
+    def switch(self) -> Switch | None:
+        return None if self.optimizer is None else self.optimizer.switch
 
     @property
     def schedule(self) -> Schedule:

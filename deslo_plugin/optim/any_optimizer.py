@@ -163,7 +163,7 @@ class AnyOptimizerAverager(StateAverager):
         ):
             log_rank0(f"deslo: {type(self.optimizer).__name__}: {said}", logging.WARNING)
 
-    def _bounds(self, group: Group) -> list[Bound]:
+    def _bounds(self, group: Group, steps: int = 0) -> list[Bound]:
         """By the constants of the optimizer's own param group: DeepSpeed's tensors are in others, in the same order."""
         index = next(index for index, each in enumerate(self.groups) if each is group)
         return bounds_of(self.optimizer.param_groups[index], self.state_numels(group))

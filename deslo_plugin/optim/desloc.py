@@ -10,6 +10,7 @@ from torch import Tensor
 from deslo_plugin.algorithm.outer_optimizer import mean_, nesterov_
 from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.state_names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, PARAMS, SECOND_MOMENT, STEP
+from deslo_plugin.algorithm.switch import Switch
 from deslo_plugin.averaging.cohort import Cohort
 from deslo_plugin.averaging.flight import States
 from deslo_plugin.averaging.members import trains
@@ -19,13 +20,18 @@ from deslo_plugin.averaging.step_counter import ParameterClock, counters_of
 from deslo_plugin.comm.transport import SingleReplica, Transport
 from deslo_plugin.config.load import check_periods, load_config
 from deslo_plugin.config.periods import group_periods
-from deslo_plugin.config.schema import Config
+from deslo_plugin.config.schema import Config, OptimizerConfig
+from deslo_plugin.config.switch import switch_of_group
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.availability import settle
 from deslo_plugin.kernels.update import OPERATORS
 from deslo_plugin.optim.adam_states import in_own_form
+from deslo_plugin.optim.fresh_state import fresh_state
 from deslo_plugin.optim.memory_layout import alike, refuse_sparse
 from deslo_plugin.optim.step_checks import refuse_capture, refuse_unattached
+from deslo_plugin.optim.switching import Switching
+
+OWN = ("sync_every", "switch")  # of a param group: the config's, whatever is loaded
 
 
 class DesLoc(torch.optim.Optimizer):
@@ -80,7 +86,7 @@ class DesLoc(torch.optim.Optimizer):
         self._on_average, self.armed = on_average, False
         optimizer = self.config.desloc
         rate = lr if isinstance(lr, Tensor) else optimizer.lr
-        super().__init__(params, {"lr": rate, "weight_decay": optimizer.weight_decay, "sync_every": {}})
+        super().__init__(params, {"lr": rate, "weight_decay": optimizer.weight_decay, **dict.fromkeys(OWN)})
         self._set_rule()
         self._unattached = transport is None
         if armed:
@@ -106,18 +112,23 @@ class DesLoc(torch.optim.Optimizer):
                 self._create_state(param)
         self._unattached = self._unattached and isinstance(transport, SingleReplica)
         self._clock = ParameterClock(self, self._create_state)
-        bounds = self.config.desloc.bounds
         self.averaging = StateAverager(
             self,
             self.config.deslo,
             transport,
             self._clock,
             receive=self._receive,
-            bounds=lambda group: bounds,
+            bounds=lambda group, steps: self.config.desloc.bounds(steps),
             on_average=on_average or self._on_average,
             wire_states=self.state,
         )
+        self._switching = Switching(self.averaging)
         self.armed = True
+
+    @property
+    def on_switch(self) -> list[Callable[[Switch], object]]:
+        """Whom to tell when the switch is made, at the start of its step."""
+        return self._switching.listeners
 
     @property
     def stats(self) -> Meter:
@@ -129,8 +140,9 @@ class DesLoc(torch.optim.Optimizer):
         clock = self.averaging.steps if getattr(self, "armed", False) and self.state else 0
         super().add_param_group(param_group)
         group, optimizer = self.param_groups[-1], self.config.desloc
-        where = f"param group {len(self.param_groups) - 1}"
-        group["sync_every"] = group_periods(group["sync_every"], optimizer.periods, optimizer.beta_of, where)
+        where, betas = f"param group {len(self.param_groups) - 1}", optimizer.after_switch.beta_of
+        group["sync_every"] = group_periods(group["sync_every"] or {}, optimizer.periods, betas, where)
+        group["switch"] = switch_of_group(group["switch"], optimizer.switch, where)  # for checkpoints
         check_periods(self.config.deslo, group["sync_every"], f" of {where}")
         if self.armed:
             self._call("DesLoc.add_param_group", f"parameters of {[tuple(param.shape) for param in group['params']]}")
@@ -153,6 +165,7 @@ class DesLoc(torch.optim.Optimizer):
     def _take_step(self, update: Callable[[Sequence[Cohort]], None]) -> None:
         cohorts = self.averaging.before_update()  # x, u, v <- E_m[x], E_m[u], E_m[v]   where t % K = 0
         if cohorts is not None:
+            self._switching.make(self.config.desloc.switch, cohorts)  # u <- 0 at the step of the switch
             update(cohorts)  # u, v, x <- OPT(g)
             self.averaging.after_update(cohorts)  # t <- t + 1; what is due at t starts to travel
 
@@ -179,10 +192,11 @@ class DesLoc(torch.optim.Optimizer):
 
     def _update(self, cohorts: Sequence[Cohort]) -> None:
         """The local rule, on those parameters that have a gradient; the others only age."""
-        optimizer, part = self.config.desloc, self.averaging.part
-        scale = getattr(self, "grad_scale", None)
-        options = optimizer.constants | ({} if scale is None else {"grad_scale": scale.float().reciprocal()})
+        scale, part = getattr(self, "grad_scale", None), self.averaging.part
+        unscaled = {} if scale is None else {"grad_scale": scale.float().reciprocal()}
         for cohort in cohorts:
+            optimizer = self.config.desloc.at(cohort.steps)
+            options = optimizer.constants | unscaled
             self._tick([cohort._replace(params=[p for p in cohort.params if p.grad is None])])
             trained = [p for p in cohort.params if p.grad is not None]
             for t, params in self._clock.by_steps(trained, since=ORIGIN):
@@ -191,7 +205,8 @@ class DesLoc(torch.optim.Optimizer):
                 tensors["u"] = [[state[momentum] for state in states] for momentum in optimizer.momenta]
                 if optimizer.beta2 is not None:
                     tensors["v"] = [state[SECOND_MOMENT] for state in states]
-                lr, decay = _rate(cohort.group["lr"], params[0].device), float(cohort.group["weight_decay"])
+                lr = _rate(cohort.group["lr"], params[0].device) * optimizer.lr_factor
+                decay = float(cohort.group["weight_decay"])
                 try:
                     self._operator(**tensors, t=t, lr=lr, weight_decay=decay, **options)
                 except ValueError:  # before anything was written: a layout that the operator does not take, or worse
@@ -199,15 +214,15 @@ class DesLoc(torch.optim.Optimizer):
                     with alike(tensors) as copies:
                         self._operator(**copies, t=t, lr=lr, weight_decay=decay, **options)
                 if self.averaging.flights.delayed:
-                    self.averaging.flights.decay(params, self._remains(t, lr, decay))
+                    self.averaging.flights.decay(params, self._remains(optimizer, t, lr, decay))
             if optimizer.outer_optimizer and cohort.steps < self.config.deslo.synchronous_steps:
                 # the outer optimizer begins where the warm-up ends: its progress is no pseudo-gradient
                 torch._foreach_copy_(part(cohort, OUTER_PARAMS), part(cohort, PARAMS))
 
-    def _remains(self, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
+    def _remains(self, optimizer: OptimizerConfig, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
         """What update ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""
         shrinks_by = float(lr) * weight_decay if weight_decay else 0.0
-        return self._rule.remains(t, shrinks_by, self.config.desloc.beta_of)
+        return self._rule.remains(t, shrinks_by, optimizer.beta_of)
 
     def _tick(self, cohorts: Sequence[Cohort]) -> None:
         """No update: the rule's own count t stays where it is while the clock goes on."""
@@ -222,30 +237,8 @@ class DesLoc(torch.optim.Optimizer):
 
     def _create_state(self, param: Tensor, clock: int = 0) -> dict[str, Tensor]:
         """A state without updates, at step ``clock``."""
-        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-        if dtype == torch.float64 and self.config.deslo.wire.of_all != "float64":
-            raise ConfigError(
-                "deslo.wire_dtype",
-                "'float64' for float64 parameters",
-                repr(self.config.deslo.wire.of_all),
-                "set it: float32 averages would round their states",
-            )
-        optimizer, state = self.config.desloc, self.state[param]
-        if dtype == torch.float64 and optimizer.state_dtype == "bfloat16":
-            raise ConfigError(
-                "optimizer.params.state_dtype",
-                "'float32' with float64 parameters",
-                "'bfloat16'",
-                "remove it: float64 parameters have float64 momenta",
-            )
-        moment_dtype = torch.bfloat16 if optimizer.state_dtype == "bfloat16" else dtype
-        for counter in self.counters:
-            state[counter] = torch.tensor(clock if counter in (STEP, ORIGIN) else 0, dtype=torch.int64, device="cpu")
-        for moment in optimizer.moments:
-            state[moment] = torch.zeros_like(param, dtype=moment_dtype, memory_format=torch.preserve_format)
-        if optimizer.outer_optimizer:
-            state[OUTER_PARAMS] = param.detach().to(dtype, copy=True)
-            state[OUTER_MOMENTUM] = torch.zeros_like(state[OUTER_PARAMS])
+        state = self.state[param]
+        state |= fresh_state(param, self.config, self.counters, clock)
         return state
 
     @property
@@ -259,7 +252,7 @@ class DesLoc(torch.optim.Optimizer):
         The state dict of a plain Adam(W) is taken over: the clock is the most often updated parameter's ``step``, and
         every parameter keeps its own count of updates for bias correction. Collective once it is attached. Raises
         ``ConfigError`` on every rank, before anything is written, for other states than the config's, or another step
-        on some rank."""
+        on some rank, or another switch behind them."""
         states, clock = in_own_form(self, state_dict)
         if self.armed:
             self._call("DesLoc.load_state_dict", f"{len(state_dict['param_groups'])} param group(s) of step {clock}")
@@ -268,7 +261,7 @@ class DesLoc(torch.optim.Optimizer):
         dtypes = {param: {name: value.dtype for name, value in state.items()} for param, state in self.state.items()}
         super().load_state_dict(state_dict)
         for group, before in zip(self.param_groups, own):
-            group.update({key: value for key, value in before.items() if key == "sync_every" or key not in group})
+            group.update({key: value for key, value in before.items() if key in OWN or key not in group})
         # torch casts floating states to the parameter's dtype, and would round the float32 momenta of bfloat16
         # parameters
         for param in chain.from_iterable(group["params"] for group in self.param_groups):

@@ -35,7 +35,9 @@ def half_life_rule(config: Config) -> Periods | None:
         return None
     own, least = config.optimizer.periods, params_period(config.optimizer.periods)
     return {PARAMS: least} | {
-        state: max(least, half_life_period(beta)) for state, beta in config.optimizer.beta_of.items() if state in own
+        state: max(least, half_life_period(beta))
+        for state, beta in config.optimizer.after_switch.beta_of.items()
+        if state in own
     }
 
 

@@ -147,9 +147,11 @@ class Plan:
             lines += [
                 f"  beware: beta {beta:g} outlives beta2 {opt.beta2:g}, with which Adam can diverge; take beta2 above "
                 f"{beta**2:.4g}, or adopt"
-                for beta in opt.betas
+                for beta in dict.fromkeys((*opt.betas, *opt.after_switch.betas))
                 if beta**2 >= require(opt.beta2)
             ]
+        if switch := self.config.switch:
+            lines.append(f"  switch after step {switch.at:,}: {_direction(opt and opt.after_switch)}; {switch.change}")
         if deslo.synchronous_steps:
             each = sum(group.gradient_bytes for group in self.groups)
             lines.append(

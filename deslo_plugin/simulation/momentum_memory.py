@@ -45,7 +45,9 @@ def memory(config: OptimizerConfig, replicas: int) -> list[Memory]:
     periods = longest(config.periods)
     # a momentum that is never averaged, nor reset, has been local for ever
     unshared = params_period(config.periods) if config.reset_momenta else inf
-    return [_memory(state, beta, periods[state], unshared, replicas) for state, beta in config.beta_of.items()]
+    return [
+        _memory(state, beta, periods[state], unshared, replicas) for state, beta in config.after_switch.beta_of.items()
+    ]
 
 
 def _memory(state: str, beta: float, period: int | None, unshared: float, replicas: int) -> Memory:
@@ -77,6 +79,6 @@ def proven(config: OptimizerConfig) -> Proven | None:
     """What the papers prove of ``config``; None for other rules, of which they prove no rate in this form."""
     if RULES[config.rule].has_second_moment:
         return None
-    own, periods = params_period(config.periods), longest(config.periods)
+    config, own, periods = config.after_switch, params_period(config.periods), longest(config.periods)
     cost = psi(own, config.betas, config.weights, [periods[state] for state in config.momenta])
     return Proven(cost, proven_rate(config.betas[0], cost) if config.weights == (1.0,) else None)

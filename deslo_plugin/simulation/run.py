@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deslo_plugin.config.load import load_config
 from deslo_plugin.config.schema import Config
+from deslo_plugin.config.switch import refuse_after_the_end
 from deslo_plugin.simulation.membership import Membership, constant
 from deslo_plugin.simulation.objectives import Objective
 from deslo_plugin.simulation.replicas import Replicas
@@ -45,6 +47,8 @@ def simulate(
 
     Raises ``ConfigError`` for a config that cannot be meant, ``NonFiniteError`` when an average meets NaN or inf.
     """
+    config = load_config(config)
+    refuse_after_the_end(config, steps, "--steps")
     world = Replicas(objective.start, config, replicas)
     for step in range(steps):
         membership(step, world)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.algorithm.adaptive_periods import written
+from deslo_plugin.algorithm.switch import Switch
 from deslo_plugin.averaging.metrics import SyncEvent
 from deslo_plugin.averaging.state_averager import StateAverager
 from deslo_plugin.comm.topology import Topology
@@ -20,6 +21,7 @@ from deslo_plugin.config.load import as_dict
 from deslo_plugin.config.reader import plain, repr_with_type
 from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.log import log_rank0
+from deslo_plugin.optim.desloc import DesLoc
 from deslo_plugin.planning.plan import Plan
 from deslo_plugin.telemetry.jsonl_writer import JsonlWriter
 from deslo_plugin.version import __version__
@@ -46,6 +48,8 @@ class Recorder:
             {"kind": "start", "at": self._began, "version": __version__} | _place(plan.topology) | _planned(plan)
         )
         self.averaging.listeners.append(self._write)
+        if isinstance(self.averaging.optimizer, DesLoc):
+            self.averaging.optimizer.on_switch.append(self._write_switch)
 
     def add_sink(self, sink: Sink) -> None:
         """``sink`` gets the scalars of every step with an average, once ``step_ended`` says that there are no more, or
@@ -143,6 +147,11 @@ class Recorder:
                 "cosine": {state: drift.cosine for state, drift in event.drift.items()},
             }
         )
+
+    def _write_switch(self, switch: Switch) -> None:
+        if self.journal is not None:
+            record = {"kind": "switch", "at": time.time(), "steps": switch.at}
+            self.journal.write(record | {name: value for name, value in switch.as_dict().items() if name != "at"})
 
     def _collect(self, event: SyncEvent) -> None:
         if event.steps != self._steps:

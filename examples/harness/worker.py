@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
+from deslo_plugin import load_config as read_blocks
+from deslo_plugin.config.switch import refuse_after_the_end
+
 from .corpus import Windows, load_bytes, split
 from .frameworks import start
 from .frameworks.blocks import refuse_unread
@@ -113,6 +116,8 @@ def load_config(args: Namespace) -> dict[str, Any]:
                 f"write one (known are {', '.join(automatic)})"
             )
         schedule[key] = automatic[key]
+    if "deslo" in config:
+        refuse_after_the_end(read_blocks(config), args.steps, "--steps")
     return config
 
 

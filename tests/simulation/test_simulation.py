@@ -9,7 +9,7 @@ import torch
 
 from deslo_plugin import ConfigError, NonFiniteError
 from deslo_plugin.simulation import Failures, Growth, Logistic, Replicas, simulate
-from tests.support.oracle import Setting, blocks, states, train
+from tests.support.oracle import Setting, Switch, blocks, states, train
 from tests.support.quadratic import noisy_quadratic, rare
 from tests.support.theory import RULES, cut
 
@@ -22,6 +22,7 @@ VARIANTS = RULES | {
     "outer": Setting("adam", {"x": 3, "u1": 2, "v": 7}, [0.9], [1.0], outer=(0.7, 0.9)),
     "fragments": cut(Setting("adam", {"x": 3, "u1": 4, "v": 7}, [0.9], [1.0]), 3),
     "fragments with an outer step": cut(Setting("adam", {"x": 4, "u1": 4, "v": 7}, [0.9], [1.0], outer=(0.7, 0.9)), 4),
+    "switch": Setting("adam", {"x": 3, "u1": 2, "v": 7}, [0.9], [1.0], switch=Switch(8, [0.99], [0.95], 2.0, (1,))),
     "reset": Setting("adam", {"x": 3, "u1": None, "v": None}, [0.9], [1.0], reset=True),
 }
 

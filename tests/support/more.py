@@ -18,6 +18,8 @@ MORE = [  # patterns in a test's name
     r"test_configs.py::test_a_shipped_config_trains_under_deepspeed\[.*-[03]\]",  # stage 2 is every config's
     r"test_deepspeed.py::test_every_stage_trains_as_the_oracle\[(des-loc-sgdm|mt-dao-adam-n2)-[01]\]",
     r"test_deepspeed_use.py::test_resume_in_the_middle.*\[6-",
+    r"test_switch_everywhere.py::test_every_framework.*\[(plain-|zero [013]-|ddp-later|fsdp-at|zero 2-at)",
+    r"test_switch_everywhere.py::test_an_exact_resume.*\[zero 2-",
     r"test_stock.py::test_a_deepspeed_resume_in_the_middle.*\[[12]\]",
     r"test_sinks.py::test_deepspeeds_monitor_gets_one_row.*\[(0-DesLoc|1-DesLoc)\]",
     r"test_one_rank_alone.py::.*plain-True-",  # averages that do not overlap

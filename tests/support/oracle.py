@@ -10,6 +10,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from tests.support.oracle_config import Switch
+from tests.support.oracle_config import blocks as blocks
+from tests.support.oracle_config import states as states
+
 Gradient = Callable[[int, int, list[Tensor]], list[Tensor] | None]
 # of a state over replicas, by what they saw up to a step
 Mean = Callable[[str, int, Callable[["Group"], Tensor]], Tensor]
@@ -38,6 +42,9 @@ class Setting:
     offsets: dict[str, list[int]] = field(default_factory=dict)
     places: Tensor | None = None  # the fragment of each element, where they are not equal parts in order
     delay: int = 1  # steps from the launch of an average to the one at whose start it lands, counting that one
+    switch: Switch | None = None
+    # betas before the switch of momenta that went through it, beside ``betas``
+    kept: list[float] | None = None
 
 
 @dataclass
@@ -111,6 +118,8 @@ def train(
                     _land(group, s, t)
             elif averages and not s.after_update:
                 _average(column, s, t, mean)
+            if s.switch and t == s.switch.at:
+                _switch(column, s, s.switch)
             for group, g in zip(column, gradients):
                 if g is not None:
                     _update(group, s, _clip([each.double() for each in g], norm_clip)[index])
@@ -178,11 +187,29 @@ def _hold(group: Group, s: Setting, landed: dict[str, Tensor], t: int) -> None:
     for j, beta in enumerate(s.betas if s.rule == "adam" else []):
         where = [landed[key] for key in (f"u{j + 1}", "v") if key in landed]
         if where:
-            ratio = beta * beta / s.beta2
-            powers = 1 / (1 - ratio) if ratio < 1 else sum(ratio**i for i in range(t))
-            most = (1 - beta) * (group.v * powers / (1 - s.beta2)).sqrt()
+            most = torch.maximum(_most(beta, s, group.v, t), _most((s.kept or s.betas)[j], s, group.v, t))
             held = torch.minimum(torch.maximum(group.u[j], -most), most)
             group.u[j] = torch.where(torch.stack(where).any(0), held, group.u[j])
+
+
+def _most(beta: float, s: Setting, v: Tensor, t: int) -> Tensor:
+    ratio = beta * beta / s.beta2
+    powers = 1 / (1 - ratio) if ratio < 1 else sum(ratio**i for i in range(t))
+    return (1 - beta) * (v * powers / (1 - s.beta2)).sqrt()
+
+
+def _switch(column: list[Group], s: Setting, to: Switch) -> None:
+    """The update's numbers change; what flies of a momentum that is reset lands as nothing."""
+    for group in column:
+        for flight in group.launched:
+            flight.own, flight.mean = torch.zeros_like(flight.own), _remaining(flight, group, s)
+            flight.updates = group.updates
+            if flight.key in [f"u{j}" for j in to.reset]:
+                flight.mean = flight.own
+        for j in to.reset:
+            group.u[j - 1] = torch.zeros_like(group.u[j - 1])
+    s.kept = [to.betas[j] if j + 1 in to.reset else beta for j, beta in enumerate(s.betas)]
+    s.betas, s.weights, s.lr = to.betas, to.weights, s.lr * to.lr_factor
 
 
 def _state(group: Group, key: str) -> Tensor:
@@ -211,17 +238,21 @@ def _land(group: Group, s: Setting, t: int) -> None:
     landing = [each for each in group.launched if each.t == t - s.delay + 1]
     for flight in landing:
         group.launched.remove(flight)
-        made = range(flight.updates, group.updates)
-        remaining = torch.where(flight.due, flight.mean - flight.own, 0.0)
-        for update in made:
-            if s.rule == "adopt" and update == 0:
-                remaining = remaining * (0 if flight.key == "v" else 1)
-            elif flight.key == "x":
-                remaining = remaining * (1 - s.lr * s.weight_decay)
-            else:
-                remaining = remaining * (s.beta2 if flight.key == "v" else s.betas[int(flight.key[1:]) - 1])
-        _set(group, flight.key, _state(group, flight.key) + remaining)
+        _set(group, flight.key, _state(group, flight.key) + _remaining(flight, group, s))
     _hold(group, s, {flight.key: flight.due for flight in landing}, t)
+
+
+def _remaining(flight: Launched, group: Group, s: Setting) -> Tensor:
+    """What updates have left of the difference that an average makes, where it is due."""
+    remaining = torch.where(flight.due, flight.mean - flight.own, 0.0)
+    for update in range(flight.updates, group.updates):
+        if s.rule == "adopt" and update == 0:
+            remaining = remaining * (0 if flight.key == "v" else 1)
+        elif flight.key == "x":
+            remaining = remaining * (1 - s.lr * s.weight_decay)
+        else:
+            remaining = remaining * (s.beta2 if flight.key == "v" else s.betas[int(flight.key[1:]) - 1])
+    return remaining
 
 
 def _server(group: Group, s: Setting, average: Tensor, due: Tensor) -> None:
@@ -259,42 +290,3 @@ def _update(group: Group, s: Setting, g: Tensor) -> None:
     group.x = (1 - s.lr * s.weight_decay) * group.x - s.lr * d / denominator
     if s.rule == "adopt":
         group.v = s.beta2 * group.v + (1 - s.beta2) * g * g
-
-
-def blocks(s: Setting, **deslo: object) -> dict:
-    """The two config blocks that mean ``s``, with ``deslo`` as given."""
-
-    def every(key: str) -> object:
-        if key not in s.adaptive:
-            return s.periods[key]
-        longest, drift = s.adaptive[key]
-        return {"adaptive": {"min": s.periods[key], "max": longest, "drift": drift}}
-
-    momenta = [
-        {"beta": beta, "weight": weight, "sync_every": every(f"u{j + 1}")}
-        for j, (beta, weight) in enumerate(zip(s.betas, s.weights))
-    ]
-    params = {"rule": s.rule, "lr": s.lr, "weight_decay": s.weight_decay, "momenta": momenta}
-    params["sync_every"] = {"params": s.periods["x"]}
-    if s.rule != "sgdm":
-        params |= {"eps": s.eps, "second_moment": {"beta": s.beta2, "sync_every": every("v")}}
-    if s.rule == "adam":
-        params["bias_correction"] = s.bias_correction
-    if s.value_clip is not None:
-        params["clip_value"] = s.value_clip
-    if s.reset:
-        params["reset_momenta"] = True
-    if s.outer is not None:
-        params["outer_optimizer"] = {"lr": s.outer[0], "momentum": s.outer[1]}
-    if s.delay > 1:
-        deslo["sync_delay"] = s.delay
-    if s.offsets:
-        deslo["fragments"] = max(map(len, s.offsets.values()))
-    when = "after_step" if s.after_update else "before_step"
-    return {"optimizer": {"type": "DesLoc", "params": params}, "deslo": {"average_at": when, **deslo}}
-
-
-def states(s: Setting, group: Group) -> dict[str, Tensor]:
-    """What ``DesLoc`` calls params, exp_avg, ..., exp_avg_sq."""
-    names = [f"exp_avg_{j}" if j > 1 else "exp_avg" for j in range(1, len(s.betas) + 1)]
-    return {"params": group.x} | dict(zip(names, group.u)) | ({} if s.rule == "sgdm" else {"exp_avg_sq": group.v})

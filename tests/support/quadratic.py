@@ -32,10 +32,23 @@ def rare(replica: int, step: int, x: torch.Tensor) -> torch.Tensor:
     return noisy_quadratic(replica, step, x) * ((coordinate + step) % 4 == 0) * (coordinate % REPLICAS != replica)
 
 
-def run_ours(s, *, replicas=REPLICAS, steps=STEPS, dtype=torch.float64, overlap=True, gradient=noisy_quadratic):
+def run_ours(
+    s,
+    *,
+    replicas=REPLICAS,
+    steps=STEPS,
+    dtype=torch.float64,
+    overlap=True,
+    gradient=noisy_quadratic,
+    synchronous_steps=0,
+):
     """The states of every replica after ``steps`` steps of ``DesLoc`` on a vector split over two parameters."""
     config = blocks(
-        s, overlap_comm=overlap and not s.after_update, wire_dtype=str(dtype).removeprefix("torch."), bucket_cap_mb=1
+        s,
+        overlap_comm=overlap and not s.after_update,
+        wire_dtype=str(dtype).removeprefix("torch."),
+        bucket_cap_mb=1,
+        synchronous_steps=synchronous_steps,
     )
 
     def replica(average):
@@ -47,6 +60,8 @@ def run_ours(s, *, replicas=REPLICAS, steps=STEPS, dtype=torch.float64, overlap=
             flat = torch.cat([p.detach().flatten() for p in params])
             g = gradient(average.rank, step, flat)
             params[0].grad, params[1].grad = g[:5].clone(), g[5:].clone().view(shape)
+            if optimizer.averaging.synchronous:
+                optimizer.averaging.gradients.average(step + 1, [p.grad for p in params])
             optimizer.step()
         ours = {"params": params} | {
             name: [optimizer.state[p][name] for p in params] for name in optimizer.config.optimizer.moments
@@ -56,9 +71,11 @@ def run_ours(s, *, replicas=REPLICAS, steps=STEPS, dtype=torch.float64, overlap=
     return threads(replicas, replica)
 
 
-def expected(s, *, replicas=REPLICAS, steps=STEPS, gradient=noisy_quadratic):
+def expected(s, *, replicas=REPLICAS, steps=STEPS, gradient=noisy_quadratic, synchronous_steps=0):
     start = torch.linspace(-1, 1, SIZE, dtype=torch.float64)
-    world = train([s], [start], replicas, steps, lambda m, t, x: [gradient(m, t, x[0])])
+    world = train(
+        [s], [start], replicas, steps, lambda m, t, x: [gradient(m, t, x[0])], synchronous_steps=synchronous_steps
+    )
     return [states(s, groups[0]) for groups in world]
 
 

@@ -61,6 +61,7 @@ KINDS: dict[str, dict[str, tuple[Callable[[Any], bool], bool]]] = {
         "cosine": (_by_state(_maybe), True),
     },
     "log": {"at": (_number, True), "steps": (_whole, True), "loss": (_maybe, False), "tokens": (_maybe, False)},
+    "switch": {"at": (_number, True), "steps": (_whole, True), "lr_factor": (_number, True)},
     "end": {"at": (_number, True), "steps": (_whole, True), "taken": (_whole, True)},
 }
 """Kind of a line -> key -> (what fits, whether it must be there), of those that a report reads."""
@@ -69,12 +70,13 @@ KINDS: dict[str, dict[str, tuple[Callable[[Any], bool], bool]]] = {
 @dataclass
 class Replica:
     """What the first rank of a replica wrote: ``start`` as of the last process, ``averages`` and ``logs`` in order,
-    each with ``seconds`` of training before it. ``end`` is that of the last process, if it came to one; ``processes``
-    wrote here."""
+    each with ``seconds`` of training before it. ``switch`` is that of the run, once it was made, ``end`` that of the
+    last process, if it came to one; ``processes`` wrote here."""
 
     start: Record
     averages: list[Record] = field(default_factory=list)
     logs: list[Record] = field(default_factory=list)
+    switch: Record | None = None
     end: Record | None = None
     processes: int = 0
 
@@ -155,11 +157,13 @@ def _go_on(before: Replica | None, process: list[Record]) -> Replica:
         after.processes += before.processes
         after.logs = _before(logs, before.logs)
         after.averages = _before([*averages, *logs], before.averages)
+        after.switch = next(iter(_before([*averages, *logs], [before.switch] if before.switch else [])), None)
     passed = after.seconds
     for each in records:
         each["seconds"] = passed + each["at"] - start["at"]
     after.averages += averages
     after.logs += logs
+    after.switch = next((each for each in records if each["kind"] == "switch"), after.switch)
     after.end = next((each for each in records if each["kind"] == "end"), None)
     return after
 

@@ -30,6 +30,7 @@ def rows(runs: Sequence[Run]) -> list[list[str]]:
         row("replicas x ranks", lambda run: f"{run.replicas} x {run.replica_size}"),
         row("periods", _periods),
         row("steps", lambda run: f"{run.steps:,}" + ("" if run.ended else ", not ended")),
+        *([row("switched after step", lambda run: str(run.switched or "-"))] if any(r.switched for r in runs) else []),
         row("restarts", lambda run: str(run.processes - 1)),
         row("tokens", lambda run: _large(run.tokens) if run.tokens else "-"),
         row("final loss", lambda run: "-" if run.final_loss is None else f"{run.final_loss:.4f}"),

@@ -75,6 +75,12 @@ class Run:
         )
 
     @property
+    def switched(self) -> int | None:
+        """The step after which the update changed (``optimizer.params.switch``); None if it did not."""
+        switch = self._replicas[0].switch
+        return None if switch is None else int(switch["steps"])
+
+    @property
     def taken(self) -> int:
         """Steps that were taken in this folder."""
         first = self._replicas[0]
@@ -176,6 +182,7 @@ class Run:
             "processes",
             "ended",
             "steps",
+            "switched",
             "taken",
             "seconds",
             "tokens",
