@@ -211,6 +211,7 @@ def ours(
     shard: bool,
     transport: str = "device",
     fragments: int | str = 1,
+    wire: str = "float32",
 ) -> Callable[[Setting], Running]:
     """``periods`` in units of K."""
 
@@ -227,6 +228,7 @@ def ours(
                     "replica_size": "auto" if shard else 1,
                     "transport": transport,
                     "fragments": fragments,
+                    "wire_dtype": wire,
                 },
             },
         )
@@ -242,16 +244,20 @@ def ours(
 def _ours(
     name: str, title: str, periods: dict[str, int], momentum: dict[str, float] | None = None, *, shard: bool = False
 ) -> dict[str, Contestant]:
-    """With overlap, in turn (computing, then communicating), and in as many fragments as the period has steps."""
-    streamed = Contestant(
-        f"{title}, in fragments",
-        ours(periods, True, momentum or {}, shard, fragments="auto"),
-        longest=max(periods.values()),
-        per_node=1 + shard,
-        hides=True,
-        ours=True,
-    )
-    return {f"{name}-in-fragments": streamed} | {
+    """With overlap, in turn (computing, then communicating), and in as many fragments as the period has steps, in
+    float32 and int8."""
+    streamed = {
+        f"{name}-in-{short}": Contestant(
+            f"{title}, in {said}",
+            ours(periods, True, momentum or {}, shard, fragments="auto", wire=wire),
+            longest=max(periods.values()),
+            per_node=1 + shard,
+            hides=True,
+            ours=True,
+        )
+        for short, said, wire in (("fragments", "fragments", "float32"), ("int8", "int8 fragments", "int8"))
+    }
+    return streamed | {
         name + ("" if overlap else "-in-turn"): Contestant(
             title + ("" if overlap else ", in turn"),
             ours(periods, overlap, momentum or {}, shard),
