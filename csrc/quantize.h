@@ -173,7 +173,7 @@ struct CarryTask : RecordTask {
   }
 };
 
-// What a mean lost, as what replica `rank` would have had to send more.
+// What a mean lost, as what a replica of that weight would have had to send more.
 DESLO_INLINE float residual(float mean, float said, float weight) {
   return weight > 0.0f ? (mean - said) / weight : 0.0f;
 }

@@ -15,7 +15,13 @@ KERNEL_TESTS = [
     f"tests/{name}.py"
     for name in (
         *("kernels/test_native", "kernels/test_operators", "kernels/test_drift", "kernels/test_landing"),
-        *("kernels/test_fingerprint", "algorithm/test_rounding", "optim/test_optimizer"),
+        *(
+            "kernels/test_fingerprint",
+            "kernels/test_quantize",
+            "kernels/test_records",
+            "algorithm/test_rounding",
+            "optim/test_optimizer",
+        ),
     )
 ]
 ELSEWHERE = "tests/repository/test_example.py trains on the CPU"

@@ -187,6 +187,8 @@ def described(name: str) -> tuple[str, str, str, str]:
     if update := re.search(r"update<deslo::(\w+), (\d+), (\S+), (.*?)>\(", name):
         rule, momenta, state, source = update.groups()
         return rule.lower(), momenta, dtype(state), "device" if source.endswith("*") else "value"
+    if few := re.search(r"namespace\)::(\w+)<deslo::RecordFormat<(\d+), (\d+), (\w+)>", name):
+        return few[1], "", f"{few[2]} bits, {few[3]}{', rooted' * (few[4] == 'true')}", ""
     kernel, state = re.search(r"namespace\)::(\w+)(?:<([^>]+)>)?\(", name).groups()
     return kernel, "", dtype(state) if state else "", ""
 
