@@ -34,6 +34,8 @@ def desloc(config, every, deslo=None, **more):
     )
     for momentum in [*params.get("momenta", []), params.get("second_moment", {})]:
         momentum.pop("sync_every", None)
+    if "switch" in params:
+        params["switch"] |= {"at": 24}  # there is no warm-up here
     return lambda params_of, average: DesLoc(
         params_of, {"optimizer": {"params": params}, "deslo": deslo or {}}, transport=average
     )
