@@ -189,13 +189,13 @@ class StateAverager:
 
     def get_extra_state(self) -> dict[str, Any]:
         """What this rank knows beside the optimizer's state: values that were launched, samples seen, bits lost."""
-        params, own = list(self.optimizer.state), {"samples": self.samples.saved(self.groups)}
-        return own | {"late": self.flights.saved(params), "wire": self.wire.saved(params)}
+        own = {"samples": self.samples.saved(self.groups), "wire": self.wire.saved(self.groups)}
+        return own | {"late": self.flights.saved(list(self.optimizer.state))}
 
     def set_extra_state(self, aside: Mapping[str, Any]) -> None:
         """Goes on from what ``aside`` gave, with a state that has as many parameters in the same order."""
         self.flights.load(list(self.optimizer.state), aside["late"])
-        self.wire.load(list(self.optimizer.state), aside.get("wire", ()))
+        self.wire.load(self.groups, aside.get("wire", ()))
         self.samples.load(self.groups, aside["samples"])
 
     def means(self, name: str, tensors: Tensors) -> list[Tensor]:

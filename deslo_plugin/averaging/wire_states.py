@@ -19,6 +19,7 @@ from torch import Tensor
 from deslo_plugin.algorithm.rules import Tensors
 from deslo_plugin.algorithm.state_names import common_key, error_key
 from deslo_plugin.averaging.cohort import Cohort
+from deslo_plugin.averaging.members import Group
 from deslo_plugin.config.wire import Wire
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.kernels.quantize import Format
@@ -65,35 +66,39 @@ class WireStates:
                 self._ready.update(map(id, new))
 
     def _create(self, params: Sequence[Tensor], periods: Mapping[str, int | None], equal: bool) -> None:
-        for state in (state for state in self.wire.difference if periods.get(state)):
+        # which states a stock optimizer has is known after its first step: before it they are zeros everywhere
+        for state in (state for state in self.wire.difference if periods.get(state, 1)):
             absent = [param for param in params if common_key(state) not in self.store.setdefault(param, {})]
             values = self._states(state, absent)
             common = values if equal or not values else self._means(state, values)
             for param, value in zip(absent, common):
                 self.store[param][common_key(state)] = _like(param, value)
-        for state in (state for state in self.wire.feedback if periods.get(state)):
+        for state in (state for state in self.wire.feedback if periods.get(state, 1)):
             for param in params:
                 self.store.setdefault(param, {}).setdefault(error_key(state), _like(param))
 
     def make_room(self) -> None:
         """Before a load: parameters that have been trained have what a checkpoint may bring."""
         trained = [param for param, state in self.store.items() if state]
-        self._create(trained, dict.fromkeys([*self.wire.difference, *self.wire.feedback], 1), equal=True)
+        self._create(trained, {}, equal=True)
 
-    def saved(self, params: Sequence[Tensor]) -> list[tuple[int, str, Tensor]]:
-        """What is not in the optimizer's state: place in ``params``, name, this rank's part on the CPU."""
+    def saved(self, groups: Sequence[Group]) -> list[tuple[int, str, Tensor]]:
+        """What is not in the optimizer's state: place among the parameters of ``groups``, name, this rank's part on the
+        CPU."""
+        params = [param for group in groups for param in group["params"]]
         kept = ((i, name, each) for i, param in enumerate(params) for name, each in self._own.get(param, {}).items())
         return [(i, name, local([each])[0].cpu()) for i, name, each in kept]
 
-    def load(self, params: Sequence[Tensor], saved: Iterable[tuple[int, str, Tensor]]) -> None:
+    def load(self, groups: Sequence[Group], saved: Iterable[tuple[int, str, Tensor]]) -> None:
         """Goes on from what was ``saved``."""
+        params = [param for group in groups for param in group["params"]]
         for i, name, value in saved:
             self._own.setdefault(params[i], {})[name] = _like(params[i], value)
 
     def meet(self, cohorts: Sequence[Cohort]) -> None:
         """All replicas are equal: what they have in common is what they hold."""
         for cohort in cohorts:
-            for state in (state for state in self.wire.difference if cohort.periods.get(state)):
+            for state in (state for state in self.wire.difference if cohort.periods.get(state, 1)):
                 common = local([self.store[param][common_key(state)] for param in cohort.params])
                 torch._foreach_copy_(common, self._states(state, cohort.params))
 

@@ -8,12 +8,19 @@ from math import ceil
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.comm.topology import contiguous
 from deslo_plugin.config.schema import Config
-from deslo_plugin.planning.alternatives import alternatives, in_few_bits, in_fragments, most_fragments, synchronous
+from deslo_plugin.planning.alternatives import (
+    FEW_BITS,
+    alternatives,
+    in_few_bits,
+    in_fragments,
+    most_fragments,
+    synchronous,
+)
 from deslo_plugin.planning.forecast import BACKWARD, Forecast, Link, Transfer, forecast, transfers
 from deslo_plugin.planning.plan import Plan, make_plan
 
 GRADIENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-OWN, IN_TURN, IN_FRAGMENTS, IN_BITS = "this config", "its overlap off", "in fragments", "in fragments and few bits"
+OWN, IN_TURN, IN_FRAGMENTS, IN_BITS = "this config", "its overlap off", "in fragments", f"{FEW_BITS} fragments"
 SYNCHRONOUS, HIDDEN = "synchronous", "synchronous, overlapped"
 
 
@@ -75,7 +82,7 @@ def methods(job: Job) -> list[Method]:
     if (few := in_few_bits(job.config)) != job.config:
         found.append(
             Method(
-                IN_BITS if most > 1 else "in few bits",
+                IN_BITS if most > 1 else f"in {FEW_BITS}",
                 job,
                 job.plan(in_fragments(few, max(most, job.config.deslo.fragments))),
             )

@@ -63,3 +63,28 @@ def test_averages_may_take_several_steps(four, kind):
         for name, mine in result["states"]["params"].items():
             assert torch.allclose(mine.double(), theirs[rank // 2]["params"][name].double(), rtol=0, atol=3e-3), name
         assert result["bytes"] == result["planned"]
+
+
+STOCK = {"sync_every": {"params": 3, "exp_avg": 3, "exp_avg_sq": 6}}
+
+
+@pytest.mark.parametrize("wire", [WIRE, {"wire_dtype": "int8", "wire_difference": ["params", "exp_avg"]}], ids=str)
+def test_a_stock_optimizer_resumes_to_the_last_bit(four, tmp_path, wire):
+    job = checkpoint_jobs.torch_jobs_adamw
+    config = {"deslo": STOCK | wire}
+    results = four().run(checkpoint_jobs.resumed, "plain", config, str(tmp_path / "c"), "per_replica", 7, 9, job)
+    for result in results:
+        same(result["straight"], result["loaded"])
+
+
+@pytest.mark.parametrize("mode", ["averaged", "per_replica"])
+@pytest.mark.parametrize("before, after", [("float32", "int4"), ("int4", "float32"), ("int8", "int4")])
+def test_a_checkpoint_of_another_wire_loads(four, tmp_path, before, after, mode):
+    """What it lacks begins anew, from what replicas have in common, or from their mean."""
+    s, folder = replace(S, after_update=True), str(tmp_path / "c")
+    four().run(checkpoint_jobs.saved, "fsdp", config_for("fsdp", s, wire_dtype=before), folder, mode, 8)
+    results = four().run(checkpoint_jobs.loaded, "fsdp", config_for("fsdp", s, wire_dtype=after), folder)
+    for result in results:
+        assert result["steps"] == 8
+        if mode == "averaged":
+            same(result["states"], results[0]["states"])
