@@ -23,6 +23,7 @@ class Fragments:
         self.count = count
         self._cuts: dict[int, Sequence[Rows]] = {}  # id of a parameter -> its rows in each fragment
         self._alive: list[Tensor] = []  # so that no id is given anew
+        self._made: dict[tuple[int, ...], tuple[list[Tensor], tuple[Rows, ...]]] = {}  # by index and ids
 
     def due(self, cohort: Cohort, whole: bool = False) -> list[tuple[Cohort, Sequence[str]]]:
         """The fragments of ``cohort`` that are due, with its states; ``whole``: if parameters of one are due, those of
@@ -37,14 +38,18 @@ class Fragments:
         """That fragment of ``cohort``; a part without elements where it has none on this rank."""
         if self.count == 1:
             return cohort
-        cuts = [self._rows_of(param, cohort)[index] for param in cohort.params]
-        seats = [seat for seat, rows in enumerate(cuts) if rows.size] or [0]
-        params, rows = [cohort.params[seat] for seat in seats], tuple(cuts[seat] for seat in seats)
+        name = (index, *map(id, cohort.params))
+        if name not in self._made:
+            cuts = [self._rows_of(param, cohort)[index] for param in cohort.params]
+            seats = [seat for seat, rows in enumerate(cuts) if rows.size] or [0]
+            self._made[name] = [cohort.params[seat] for seat in seats], tuple(cuts[seat] for seat in seats)
+        params, rows = self._made[name]
         return cohort._replace(params=params, rows=rows, fragment=index)
 
     def forget(self) -> None:
         """The parameters are others now."""
         self._cuts.clear()
+        self._made.clear()
         self._alive.clear()
 
     def numels(self, cohort: Cohort) -> list[list[int]]:

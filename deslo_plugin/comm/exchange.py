@@ -47,6 +47,17 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device=device)
 
 
+def open_exchange(group: dist.ProcessGroup, world: dist.ProcessGroup, timeout_s: float, device: torch.device) -> None:
+    """Makes the connections of ``exchange`` of tensors on ``device``. Collective over ``group``. Raises ``ConfigError``
+    where ranks do not reach each other."""
+    if device.type == "cuda" and uses_nccl(group):
+        sent = torch.zeros(group.size(), dtype=torch.uint8, device=device)
+        dist.all_to_all_single(torch.empty_like(sent), sent, group=group)
+        torch.cuda.current_stream(device).synchronize()
+    else:
+        courier_between(group, world, timeout_s, KEY)
+
+
 def exchange(
     bucket: QuantizedBucket, group: dist.ProcessGroup, world: dist.ProcessGroup, timeout_s: float
 ) -> StreamExchange | QuantizedParcel:

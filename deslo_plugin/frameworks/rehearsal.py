@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deslo_plugin.attachment import Attachment
+from deslo_plugin.comm.exchange import open_exchange
 from deslo_plugin.comm.host_transport import HostTransport
 from deslo_plugin.comm.process_groups import all_gather_by_rank, open_groups
-from deslo_plugin.errors import ConfigError
+from deslo_plugin.errors import ConfigError, require
 
 
 def rehearse(attachment: Attachment, averaged: Sequence[Tensor]) -> None:
@@ -23,6 +24,9 @@ def rehearse(attachment: Attachment, averaged: Sequence[Tensor]) -> None:
     device = averaged[0].device
     by_host = isinstance(attachment.averaging.transport, HostTransport)
     open_groups(attachment.fixed_groups, device, averages=not by_host)
+    groups, deslo = attachment.fixed_groups, attachment.config.deslo
+    if deslo.wire.quantizes and groups.topology.replicas > 1:
+        open_exchange(require(groups.replica), require(groups.world), deslo.timeout_s, device)
     if device.type == "cuda":
         reserve(attachment, device)
 
