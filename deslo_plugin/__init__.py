@@ -14,6 +14,7 @@ from deslo_plugin.checkpoint.averaged_weights import averaged_weights
 from deslo_plugin.checkpoint.export import averaged_state_dict
 from deslo_plugin.checkpoint.load_averaged import load_averaged_state_dict
 from deslo_plugin.checkpoint.manifest import latest_checkpoint
+from deslo_plugin.checkpoint.pending_save import PendingSave
 from deslo_plugin.checkpoint.preemption import Preemption
 from deslo_plugin.checkpoint.save_load import load, save
 from deslo_plugin.checkpoint.state_dict_guard import local_state_dict
@@ -34,6 +35,7 @@ __all__ = [
     "ConfigError",
     "DesLoc",
     "NonFiniteError",
+    "PendingSave",
     "Preemption",
     "SingleReplica",
     "__version__",

@@ -4,8 +4,8 @@ others."""
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -45,9 +45,15 @@ def put_in_place(final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def clear_away(final: Path) -> None:
-    """Removes what was begun, as far as it can be."""
-    shutil.rmtree(part_of(final), ignore_errors=True)
+@contextmanager
+def cleared_away_on_error(final: Path, first: bool) -> Iterator[None]:
+    """What was begun is removed by the ``first`` rank, as far as it can be, if the body raises."""
+    try:
+        yield
+    except BaseException:
+        if first:
+            shutil.rmtree(part_of(final), ignore_errors=True)
+        raise
 
 
 def found(path: Path) -> Path:

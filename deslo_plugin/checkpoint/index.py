@@ -41,10 +41,12 @@ class Place(NamedTuple):
     transform_descriptors: None = None
 
 
-def write_tree(tree: Mapping[str, Any], folder: Path, group: dist.ProcessGroup | None) -> None:
+def write_tree(
+    tree: Mapping[str, Any], folder: Path, group: dist.ProcessGroup | None, *, on_host: bool = False
+) -> None:
     """Writes one tree of all ranks of ``group``, and its index. Collective over them. Raises ``Elsewhere`` for an
-    error."""
-    writer = _Writer(folder)
+    error. ``on_host``: no tensor of it is on a GPU, and no stream is asked for."""
+    writer = _Writer(folder, per_thread_copy_ahead=0) if on_host else _Writer(folder)
     with _named(group):
         dcp.save(
             dict(tree), storage_writer=writer, process_group=group, planner=SaveTensorChunks(flatten_state_dict=False)

@@ -13,10 +13,11 @@ from typing import Any
 import torch.distributed as dist
 
 from deslo_plugin.attachment import attachments_of
+from deslo_plugin.checkpoint.pending_save import finish_pending_save
 from deslo_plugin.checkpoint.save_load import save
 from deslo_plugin.comm.common_last_step import LastStep
 from deslo_plugin.comm.progress import another_connection
-from deslo_plugin.errors import require
+from deslo_plugin.errors import ConfigError, require
 from deslo_plugin.log import log_rank0
 from deslo_plugin.renamed import Renamed
 
@@ -78,6 +79,7 @@ class Preemption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._over.set()
+        self._finish_pending_save()
         save(path, self.model, mode=mode, extra=extra)
         for each in self._attachments:
             each.averaging.abandon()
@@ -98,6 +100,14 @@ class Preemption:
         if dist.is_initialized():
             dist.barrier()
         os._exit(0)  # what would follow is the end of the backends' threads, which aborts now and then
+
+    def _finish_pending_save(self) -> None:
+        """An older save that failed in the background is said, and does not stop the last one."""
+        attachment = self._attachments[0]
+        try:
+            finish_pending_save(attachment.topology, attachment.fixed_groups.world)
+        except (ConfigError, OSError) as error:
+            log_rank0(f"deslo: a save before this one had failed: {error}", logging.WARNING)
 
     @property
     def _steps(self) -> int:

@@ -13,28 +13,22 @@ that they are whole. It appears under its name only when it is complete, and all
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from deslo_plugin.algorithm.state_names import is_of_wire
 from deslo_plugin.attachment import Attachment, attachments_of, on_every_rank
-from deslo_plugin.checkpoint.folder import begin, clear_away, found, part_of, put_in_place
-from deslo_plugin.checkpoint.index import read_index, read_tree, write_tree
+from deslo_plugin.checkpoint.content import Content, place
+from deslo_plugin.checkpoint.folder import begin, cleared_away_on_error, found, part_of
+from deslo_plugin.checkpoint.host_copy import when_copied
+from deslo_plugin.checkpoint.index import read_index, read_tree
 from deslo_plugin.checkpoint.load_averaged import READ
-from deslo_plugin.checkpoint.manifest import (
-    Manifest,
-    expect_file_checksums,
-    file_checksums,
-    read_manifest,
-    verify,
-    write_manifest,
-)
-from deslo_plugin.checkpoint.plain_values import expect_mapping, plain, read_plain, write_plain
+from deslo_plugin.checkpoint.manifest import Manifest, read_manifest, verify
+from deslo_plugin.checkpoint.pending_save import PendingSave, finish_pending_save, save_in_background
+from deslo_plugin.checkpoint.plain_values import expect_mapping, plain, read_plain
 from deslo_plugin.checkpoint.random_state import random_state, set_random_state
 from deslo_plugin.checkpoint.state_tree import KEPT, StateAdapter, adapter_of
 from deslo_plugin.checkpoint.sync_replicas import means_of, scheduled_states, sync_replicas
@@ -43,13 +37,12 @@ from deslo_plugin.checkpoint.tree_agreement import Tree, check_same_structure, u
 from deslo_plugin.checkpoint.whole_model import names_of_all_parts, refuse_other_numbers
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
+from deslo_plugin.comm.process_groups import make_groups_of_files
 from deslo_plugin.config.load import RENAMED_VALUES
 from deslo_plugin.config.schema import CHECKPOINT_MODES, DIGESTS
 from deslo_plugin.config.switch import refuse_other_switch
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.log import log_rank0
-
-FIRST = "first_rank.pt"
 
 
 @on_every_rank
@@ -61,7 +54,8 @@ def save(
     mode: str | None = None,
     extra: Mapping[str, Any] | None = None,
     digest: str | None = None,
-) -> None:
+    wait: bool = True,
+) -> PendingSave | None:
     """Saves a model that ``attach`` was called with, or a DeepSpeed engine, with its optimizer's states and clocks.
 
     Args:
@@ -72,6 +66,10 @@ def save(
             otherwise that of the first rank.
         digest: "crc32", which finds accidents, or "sha256" beside it; by default ``deslo.checkpoint_digest`` of the
         config.
+        wait: False copies the state into host memory, writes the files in the background, and returns a
+            ``PendingSave``; the copy is kept until they are written. The next ``save`` or ``load``, the end of the
+            process and ``destroy_process_group`` wait for it; what fails at writing is raised on every rank by
+            ``PendingSave.wait()`` or, if no rank has called that, in place of the next ``save`` or ``load``.
 
     Collective over all ranks. On every rank, with the checkpoint that was there untouched: raises ``ConfigError`` for
     an unknown mode, a model that nothing is attached to, an ``extra`` that is no data, and a folder of other files;
@@ -84,24 +82,33 @@ def save(
         if value not in known:
             do = f"write {RENAMED_VALUES[value]!r}, its name of today" if value in RENAMED_VALUES else "choose one"
             raise ConfigError(f"save({name}=...)", f"one of {', '.join(known)}", repr(value), do)
-    topology, world = attachment.topology, attachment.fixed_groups.world
-    if world is not None:
-        check_same_on_all_ranks("save", {"mode": mode, "digest": digest}, do="pass the same on every rank", group=world)
+    topology, groups = attachment.topology, attachment.fixed_groups
+    if (world := groups.world) is not None:
+        asked = {"mode": mode, "digest": digest, "wait": wait}
+        check_same_on_all_ranks("save", asked, do="pass the same on every rank", group=world)
+    finish_pending_save(topology, world)
     first = topology.rank == min(topology.ranks)
     adapter = adapter_of(model, attachments)
     if attachment.watch is not None:
         attachment.watch.check_inside()
     keeps = first or mode == "per_replica"
     own = all_or_none(lambda: _own(adapter, attachments, mode, extra) if keeps else None, world)
-    try:
-        _write(final, model, adapter, attachments, mode, own, digest == "sha256")
-    except BaseException:
-        if first:
-            clear_away(final)
-        raise
+    with cleared_away_on_error(final, first):
+        content = _gather(final, model, adapter, attachments, mode, own, digest == "sha256")
+        if wait:
+            content.write(groups)
+            return None
+        copied = all_or_none(content.copied, world)
+        when, of_files = when_copied(), make_groups_of_files(groups)
+
+    def write() -> None:
+        with cleared_away_on_error(final, first):
+            copied.write(of_files, when)
+
+    return save_in_background(topology, final, write)
 
 
-def _write(
+def _gather(
     final: Path,
     model: Any,
     adapter: StateAdapter,
@@ -109,40 +116,25 @@ def _write(
     mode: str,
     own: Mapping[str, Any] | None,
     strong: bool,
-) -> None:
+) -> Content:
+    """Begins the folder, and says what goes into it: all of a save that asks the model, or other replicas' states."""
     attachment, *_ = attachments
     topology, world, part = attachment.topology, attachment.fixed_groups.world, part_of(final)
-    first = topology.rank == min(topology.ranks)
-    all_or_none(lambda: begin(final) if first else None, world)
+    all_or_none(lambda: begin(final) if topology.rank == min(topology.ranks) else None, world)
     all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
     if mode == "synchronized":
         sync_replicas(model)
-    tree = all_or_none(lambda: _expect_plain(adapter.tree()), world)
+    tree, means = all_or_none(lambda: _expect_plain(adapter.tree()), world), Tree()
     if mode != "per_replica":
         tree |= unlike(tree, scheduled_states(attachments), attachment.fixed_groups.replica)
     if mode == "averaged":
-        tree |= means_of(tree, attachments)
-    where, name, group = _place(part, mode, attachment)
+        means = means_of(tree, attachments)
     numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in adapter.groups]
     refuse_other_numbers(numbers, attachment)
-
-    def write() -> None:
-        write_tree(tree, where, group)
-        if own is not None:
-            write_plain(own, where / name)
-
-    all_or_none(write, world)
     states, names = united(adapter.states, world), names_of_all_parts(adapter.names, attachment)
     steps, switch = attachment.averaging.steps, attachment.config.switch
     proof = Manifest(mode, topology.ranks_by_replica, steps, states, numbers, names, switch)
-    proof = replace(proof, files=expect_file_checksums(file_checksums(part, world, strong=strong)))
-    sha256 = all_or_none(lambda: write_manifest(part, proof) if first else None, world)
-    all_or_none(lambda: put_in_place(final) if first else None, world)
-    if strong:
-        log_rank0(
-            f"deslo: saved {final}; the SHA-256 of its deslo.json is {sha256}: keep it elsewhere, and load(path, "
-            "model, sha256=...) refuses any other"
-        )
+    return Content(final, tree | means, means.keys(), own, proof, strong)
 
 
 @on_every_rank
@@ -158,8 +150,10 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     altered or foreign, for other parameters or states than the model has, and for an "per_replica" checkpoint of other
     replicas or shards. Raises ``OSError`` on every rank if any rank cannot read.
     """
-    attachments, folder = attachments_of(model, "load"), found(Path(path))
+    attachments = attachments_of(model, "load")
     attachment, *_ = attachments
+    finish_pending_save(attachment.topology, attachment.fixed_groups.world)
+    folder = found(Path(path))
     adapter, topology, world = adapter_of(model, attachments), attachment.topology, attachment.fixed_groups.world
     proof, where = all_or_none(lambda: read_manifest(folder, sha256), world, READ), f"load({str(folder)!r})"
     if world is not None:
@@ -173,7 +167,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
             f"{topology.replicas} of {topology.replica_size}",
             'start as many, or load one that was saved with mode "averaged"',
         )
-    source, name, group = _place(folder, proof.mode, attachment)
+    source, name, group = place(folder, proof.mode, attachment.fixed_groups)
     index, own = all_or_none(lambda: (read_index(source), _expect_own(source / name, proof.mode)), world, READ)
     all_or_none(lambda: adapter.prepare(proof.states), world)
     for each in attachments:
@@ -255,11 +249,3 @@ def _take_over(saved: Sequence[Mapping[str, float]], groups: Sequence[dict[str, 
                 group[key].fill_(value)
             else:
                 group[key] = value
-
-
-def _place(folder: Path, mode: str, attachment: Attachment) -> tuple[Path, str, dist.ProcessGroup | None]:
-    """Where a rank's part goes, the file of what else it keeps, and with whom it writes one state."""
-    if mode == "per_replica":
-        rank, replica = attachment.topology.rank, attachment.topology.replica
-        return folder / f"replica_{replica}", f"rank_{rank}.pt", attachment.fixed_groups.shard
-    return folder, FIRST, attachment.fixed_groups.world

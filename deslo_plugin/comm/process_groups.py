@@ -35,6 +35,7 @@ class Groups:
 
 
 _made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Topology, float, bool], Groups]]" = WeakKeyDictionary()
+_of_files: "WeakKeyDictionary[dist.ProcessGroup, dict[Topology, Groups]]" = WeakKeyDictionary()
 _broken: "WeakSet[dist.ProcessGroup]" = WeakSet()
 
 
@@ -57,6 +58,26 @@ def make_groups(
     if known is None or any(all_gather_by_rank(known.replica in _broken, within).values()):
         made[key] = _create_groups(topology, timeout_s, on_cpu, within)
     return made[key]
+
+
+def make_groups_of_files(groups: Groups) -> Groups:
+    """``world`` and ``shard`` of ``groups`` once more, over gloo: what a thread that writes files sends over them never
+    meets what training sends. Created once in a world. Collective over ``groups.world``; None where that is None."""
+    if groups.world is None:
+        return groups
+    made = _of_files.setdefault(groups.world, {})
+    if (topology := groups.topology) not in made:
+        local = _named_alike(groups.world)
+        if topology.world_size != dist.get_world_size():
+            _expect_names(local)
+        made[topology] = Groups(
+            topology=topology,
+            world=_own_of([sorted(topology.ranks)], topology, local, backend="gloo"),
+            shard=_own_of([list(row) for row in topology.ranks_by_replica], topology, local, backend="gloo"),
+            replica=None,
+            singleton=None,
+        )
+    return made[topology]
 
 
 def mark_broken(group: dist.ProcessGroup) -> None:
@@ -98,13 +119,7 @@ def _create_groups(topology: Topology, timeout_s: float, on_cpu: bool, within: d
         _expect_names(local)
 
     def own_of(lists: list[list[int]], **options: Any) -> dist.ProcessGroup:
-        """The group of that list which this rank is in. Each rank creates its own alone, which is quick in a large
-        world, or all ranks create all of them."""
-        if local or (len(lists) == topology.world_size and not _by_torchcomms()):  # nobody else knows a name of these
-            ranks = next(ranks for ranks in lists if topology.rank in ranks)
-            return dist.new_group(ranks, use_local_synchronization=True, **options)
-        groups = [dist.new_group(ranks, **options) for ranks in lists]
-        return next(group for group, ranks in zip(groups, lists) if topology.rank in ranks)
+        return _own_of(lists, topology, local, **options)
 
     return Groups(
         topology=topology,
@@ -113,6 +128,16 @@ def _create_groups(topology: Topology, timeout_s: float, on_cpu: bool, within: d
         replica=own_of(topology.ranks_by_shard, **_options_of_averages(timeout_s, on_cpu)),
         singleton=own_of([[rank] for rank in topology.ranks]),
     )
+
+
+def _own_of(lists: list[list[int]], topology: Topology, local: bool, **options: Any) -> dist.ProcessGroup:
+    """The group of that list which this rank is in. Each rank creates its own alone, which is quick in a large world,
+    or all ranks create all of them."""
+    if local or (len(lists) == topology.world_size and not _by_torchcomms()):  # nobody else knows a name of these
+        ranks = next(ranks for ranks in lists if topology.rank in ranks)
+        return dist.new_group(ranks, use_local_synchronization=True, **options)
+    groups = [dist.new_group(ranks, **options) for ranks in lists]
+    return next(group for group, ranks in zip(groups, lists) if topology.rank in ranks)
 
 
 def _options_of_averages(timeout_s: float, on_cpu: bool) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def test_the_python_of_the_readme_and_the_framework_pages_runs(tmp_path):
     attach, evaluate = blocks(ROOT / "README.md", "python")
     initialize, given = blocks(ROOT / "docs" / "deepspeed.md", "python")
     attach_alone, accelerate = blocks(ROOT / "docs" / "pytorch.md", "python")
-    save, preemption = blocks(ROOT / "docs" / "checkpoints.md", "python")[:2]
+    save, preemption, behind = blocks(ROOT / "docs" / "checkpoints.md", "python")[:3]
     before, after = accelerate.strip().splitlines()
     script = [
         README_SETUP,
@@ -156,6 +156,7 @@ def test_the_python_of_the_readme_and_the_framework_pages_runs(tmp_path):
         save,
         TRAINING,
         preemption,
+        behind,
         ACCELERATOR,
         before,
         "model, optimizer = accelerator.prepare(model, optimizer)",

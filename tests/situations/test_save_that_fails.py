@@ -66,7 +66,7 @@ def saves_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
         "full disk, synchronized": ("synchronized", {}, full_disk(1)),
         "full disk, per_replica": ("per_replica", {}, full_disk(3)),
         "full disk on the first rank": ("averaged", {}, full_disk(0)),
-        "quota at deslo.json": ("averaged", {}, failing(0, "deslo_plugin.checkpoint.save_load.write_manifest", quota)),
+        "quota at deslo.json": ("averaged", {}, failing(0, "deslo_plugin.checkpoint.content.write_manifest", quota)),
         "no permission to rename": (
             "averaged",
             {},

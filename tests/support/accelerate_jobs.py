@@ -32,7 +32,7 @@ def accelerator_for(kind: str, ds: dict | None = None, **options: Any) -> Any:
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds), **options)
     if kind == "ddp":
-        return Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION, **options)
+        return Accelerator(cpu=True, **{"gradient_accumulation_steps": ACCUMULATION} | options)
     # Accelerate offers FSDP on accelerators only: this is its code for them, on the CPU
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

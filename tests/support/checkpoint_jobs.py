@@ -258,8 +258,8 @@ def alone() -> tuple:
     return model, optimizer
 
 
-def save_on_and_on(path: Any, first: int, tell: Any) -> None:
-    """Saves, again and again, a state of one number that grows by one each time."""
+def save_on_and_on(path: Any, first: int, tell: Any, wait: bool = True) -> None:
+    """Saves, again and again, a state of one number that grows by one each time, and tells once one is there."""
     import deslo_plugin
 
     torch.set_num_threads(1)
@@ -269,7 +269,9 @@ def save_on_and_on(path: Any, first: int, tell: Any) -> None:
             for param in model.parameters():
                 param.fill_(number)
                 optimizer.state[param]["exp_avg"].fill_(number)
-        deslo_plugin.save(path, model)
+        pending = deslo_plugin.save(path, model, wait=wait)
+        if pending is not None and number == first:
+            pending.wait()
         tell.send(number)
 
 
