@@ -1,0 +1,216 @@
+"""The job of jobs.py in a Lightning Trainer, run on every rank of a ``Processes`` world, or alone."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.support import torch_jobs
+from tests.support.jobs import batch, loss_of, net, two_groups
+from tests.support.theory import ACCUMULATION, CLIP
+
+Weights = dict[str, Tensor]
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def module_of(blocks: dict, optimizer: str, sharded: bool = False) -> Any:
+    """A LightningModule around our net, with what ``configure_optimizers`` makes of ``blocks``."""
+    from lightning.pytorch import LightningModule
+
+    import deslo_plugin
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.seen = net(), []
+
+        def training_step(self, data: Any) -> Tensor:
+            return loss_of(self.net, data)
+
+        def validation_step(self, data: Any) -> None:
+            self.seen.append(weights_of(self.net))
+
+        def configure_optimizers(self) -> Any:
+            if optimizer == "DesLoc":
+                return deslo_plugin.DesLoc(two_groups(self.net), blocks)
+            groups = torch_jobs.stock_groups(self.net)
+            return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0)
+
+    class Sharded(Module):
+        def configure_model(self) -> None:
+            if not hasattr(self.net, "unshard"):
+                torch_jobs.fsdp(self.net)
+
+    return (Sharded if sharded else Module)()
+
+
+def trainer_of(kind: str, callbacks: list, steps: int, **options: Any) -> Any:
+    """A quiet Trainer of ``steps`` steps on CPUs; ``kind``: ddp, fsdp, deepspeed or single."""
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+    for name in ("lightning.pytorch", "lightning.fabric", "deslo_plugin"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    strategies = {
+        "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+        "fsdp": lambda: ModelParallelStrategy(
+            data_parallel_size=dist.get_world_size(), tensor_parallel_size=1, process_group_backend="gloo"
+        ),
+        "single": lambda: SingleDeviceStrategy(torch.device("cpu")),
+    }
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False} | options
+    quiet |= {"use_distributed_sampler": False}
+    if kind != "single":
+        quiet |= {"devices": dist.get_world_size(), "plugins": [TorchElasticEnvironment()]}
+    return Trainer(
+        accelerator="cpu",
+        strategy=strategies[kind](),
+        callbacks=callbacks,
+        max_steps=steps,
+        accumulate_grad_batches=ACCUMULATION,
+        gradient_clip_val=CLIP,
+        enable_checkpointing=any("Checkpoint" in type(callback).__name__ for callback in callbacks),
+        **quiet,
+    )
+
+
+def batches(steps: int) -> Any:
+    """This rank's own, in the order of the plain loop."""
+    own = [batch(rank(), step, micro) for step in range(steps) for micro in range(ACCUMULATION)]
+    return torch.utils.data.DataLoader(own, batch_size=None)
+
+
+def weights_of(model: nn.Module) -> Weights:
+    return {name: torch_jobs.whole(param) for name, param in model.named_parameters()}
+
+
+def states_of(module: Any, optimizer: Any) -> dict[str, Weights]:
+    names = [name for name, value in next(iter(optimizer.state.values())).items() if getattr(value, "ndim", 0)]
+    return torch_jobs.states_of(module.net, optimizer, names)
+
+
+def fit(kind: str, blocks: dict, optimizer: str, steps: int, **options: Any) -> dict:
+    """Trains in a Trainer: the states of this replica before they are made one, and what a logger was told."""
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.loggers import CSVLogger
+
+    from deslo_plugin.frameworks.lightning import DesLocCallback
+
+    found: dict[str, Any] = {}
+
+    class Look(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            found["states"] = states_of(pl_module, trainer.optimizers[0])
+
+    ours = DesLocCallback(None if optimizer == "DesLoc" else blocks)
+    module = module_of(blocks, optimizer, sharded=kind == "fsdp")
+    folder = options.pop("logs", None)
+    logger = CSVLogger(folder, flush_logs_every_n_steps=1) if folder else False
+    trainer = trainer_of(kind, [Look(), ours], steps, logger=logger)
+    trainer.fit(module, batches(steps), **options)
+    if folder:
+        found["rows"] = (Path(logger.log_dir) / "metrics.csv").read_text() if rank() == 0 else ""
+    found["end"], found["bytes"] = weights_of(module.net), dict(ours.attachments[0].stats.bytes)
+    return found
+
+
+def loop(kind: str, blocks: dict, optimizer: str, steps: int) -> dict[str, Weights]:
+    """The same without Lightning."""
+    if kind == "single":
+        import deslo_plugin
+
+        logging.getLogger("deslo_plugin").setLevel(logging.ERROR)
+        model = net()
+        made = deslo_plugin.DesLoc(two_groups(model), blocks)
+        deslo_plugin.attach(model, made)
+        for step in range(steps):
+            for micro in range(ACCUMULATION):
+                (loss_of(model, batch(0, step, micro)) / ACCUMULATION).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            made.step()
+            made.zero_grad()
+        names = made.config.desloc.moments
+    else:
+        stock = None if optimizer == "DesLoc" else lambda model: module_of_stock(model)
+        model, made, _ = torch_jobs.attached(kind, blocks, optimizer=stock)
+        torch_jobs.train(model, made, range(steps))
+        names = [name for name, value in next(iter(made.state.values())).items() if getattr(value, "ndim", 0)]
+    return torch_jobs.states_of(model, made, names)
+
+
+def module_of_stock(model: nn.Module) -> torch.optim.Optimizer:
+    inside = getattr(model, "module", model)
+    groups = torch_jobs.stock_groups(inside)
+    return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0)
+
+
+def both(kind: str, blocks: dict, optimizer: str, steps: int, folder: str | None = None) -> tuple[dict, dict]:
+    return fit(kind, blocks, optimizer, steps, logs=folder), loop(kind, blocks, optimizer, steps)
+
+
+def resumed(kind: str, blocks: dict, folder: str, save_at: int, steps: int) -> dict:
+    """What a run, whose ModelCheckpoint saves after ``save_at`` steps, has there and at its end, and one that resumes
+    from that file."""
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+    from deslo_plugin.frameworks.lightning import DesLocCallback
+
+    found: dict[str, Any] = {}
+
+    class Look(Callback):
+        def __init__(self, name: str, begin: int):
+            self.name, self.begin = name, begin
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, data: Any, index: int) -> None:
+            if trainer.global_step == self.begin and f"{self.name} begins" not in found:
+                found[f"{self.name} begins"] = states_of(pl_module, trainer.optimizers[0])
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            found[f"{self.name} ends"] = states_of(pl_module, trainer.optimizers[0])
+
+    for name in ("once", "again"):
+        module = module_of(blocks, "DesLoc", sharded=kind == "fsdp")
+        saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=save_at, save_top_k=-1)
+        look = Look(name, save_at)
+        callbacks = [look, DesLocCallback(), saver] if name == "once" else [look, DesLocCallback()]
+        trainer = trainer_of(kind, callbacks, steps)
+        path = None if name == "once" else f"{folder}/step={save_at}.ckpt"
+        trainer.fit(module, batches(steps), ckpt_path=path)
+        found[f"{name} steps"] = trainer.optimizers[0].deslo.steps
+    return found
+
+
+def validated(blocks: dict, steps: int) -> tuple[list[Weights], list[Weights]]:
+    """Weights that the validations before the last step saw, and this replica's own around them."""
+    from lightning.pytorch.callbacks import Callback
+
+    from deslo_plugin.frameworks.lightning import DesLocCallback
+
+    own: list[Weights] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            own.append(weights_of(pl_module.net))
+
+    module = module_of(blocks, "DesLoc")
+    trainer = trainer_of("ddp", [Look(), DesLocCallback()], steps, val_check_interval=ACCUMULATION, limit_val_batches=1)
+    trainer.fit(module, batches(steps), batches(1))
+    return module.seen, own[ACCUMULATION - 1 :: ACCUMULATION]
+
+
+def refused(kind: str, blocks: dict, **options: Any) -> str:
+    """What ``fit`` says, and after how many steps."""
+    try:
+        fit(kind, blocks, "DesLoc", 2, **options)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
