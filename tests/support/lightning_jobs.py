@@ -83,9 +83,9 @@ def trainer_of(kind: str, callbacks: list, steps: int, **options: Any) -> Any:
     )
 
 
-def batches(steps: int) -> Any:
-    """This rank's own, in the order of the plain loop."""
-    own = [batch(rank(), step, micro) for step in range(steps) for micro in range(ACCUMULATION)]
+def batches(steps: int, first: int = 0) -> Any:
+    """This rank's own, in the order of the plain loop; a resumed Trainer goes on from what a loader gives first."""
+    own = [batch(rank(), step, micro) for step in range(first, steps) for micro in range(ACCUMULATION)]
     return torch.utils.data.DataLoader(own, batch_size=None)
 
 
@@ -183,8 +183,8 @@ def resumed(kind: str, blocks: dict, folder: str, save_at: int, steps: int) -> d
         look = Look(name, save_at)
         callbacks = [look, DesLocCallback(), saver] if name == "once" else [look, DesLocCallback()]
         trainer = trainer_of(kind, callbacks, steps)
-        path = None if name == "once" else f"{folder}/step={save_at}.ckpt"
-        trainer.fit(module, batches(steps), ckpt_path=path)
+        first, path = (0, None) if name == "once" else (save_at, f"{folder}/step={save_at}.ckpt")
+        trainer.fit(module, batches(steps, first), ckpt_path=path)
         found[f"{name} steps"] = trainer.optimizers[0].deslo.steps
     return found
 
