@@ -11,6 +11,7 @@ import deslo_plugin
 from deslo_plugin.frameworks.lightning import DesLocCallback
 from deslo_plugin.frameworks.lightning_checks import refuse
 from tests.support import lightning_jobs as jobs
+from tests.support.engine_configs import ds_config
 from tests.support.oracle import blocks
 from tests.support.theory import RULES
 
@@ -50,6 +51,16 @@ def test_a_trainer_trains_as_the_plain_loop(four, tmp_path, kind, optimizer):
 def test_one_process_trains_as_the_plain_loop():
     fitted, looped = jobs.both("single", config(replica_size=1), "DesLoc", STEPS)
     assert largest_difference(fitted["states"], looped) <= 1e-6
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_trainer_trains_as_the_bare_engine_and_resumes_to_the_bit(four, tmp_path, stage):
+    ds = ds_config(S, stage, train_micro_batch_size_per_gpu=2, steps_per_print=10**9)
+    ds["deslo"] |= {"checkpoint_mode": "per_replica"}
+    del ds["gradient_accumulation_steps"], ds["gradient_clipping"]  # are Lightning's to fill in
+    for result in four().run(jobs.engines, ds, str(tmp_path), 4, STEPS):
+        assert largest_difference(result["once"], result["bare"]) <= 1e-6
+        assert largest_difference(result["once"], result["again"]) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.support import torch_jobs
-from tests.support.jobs import batch, loss_of, net, two_groups
+from tests.support.jobs import batch, engine_for, loss_of, net, replica_state, train, two_groups
 from tests.support.theory import ACCUMULATION, CLIP
 
 Weights = dict[str, Tensor]
@@ -51,7 +52,27 @@ def module_of(blocks: dict, optimizer: str, sharded: bool = False) -> Any:
     return (Sharded if sharded else Module)()
 
 
-def trainer_of(kind: str, callbacks: list, steps: int, **options: Any) -> Any:
+def deepspeed_on_cpu(ds: dict) -> Any:
+    """Lightning's strategy, which it offers on GPUs only: its code for them runs on the CPU too."""
+    import deepspeed
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+    class OnCPU(DeepSpeedStrategy):
+        root_device = torch.device("cpu", 0)
+
+        def setup_environment(self) -> None:
+            DDPStrategy.setup_environment(self)
+
+        def setup_distributed(self) -> None:
+            self.set_world_ranks()
+
+    return OnCPU(config=ds)
+
+
+def trainer_of(kind: str, callbacks: list, steps: int, ds: dict | None = None, **options: Any) -> Any:
     """A quiet Trainer of ``steps`` steps on CPUs; ``kind``: ddp, fsdp, deepspeed or single."""
     from lightning.fabric.plugins.environments import TorchElasticEnvironment
     from lightning.pytorch import Trainer
@@ -66,6 +87,7 @@ def trainer_of(kind: str, callbacks: list, steps: int, **options: Any) -> Any:
             data_parallel_size=dist.get_world_size(), tensor_parallel_size=1, process_group_backend="gloo"
         ),
         "single": lambda: SingleDeviceStrategy(torch.device("cpu")),
+        "deepspeed": lambda: deepspeed_on_cpu(ds or {}),
     }
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False} | options
     quiet |= {"use_distributed_sampler": False}
@@ -205,6 +227,38 @@ def validated(blocks: dict, steps: int) -> tuple[list[Weights], list[Weights]]:
     trainer = trainer_of("ddp", [Look(), DesLocCallback()], steps, val_check_interval=ACCUMULATION, limit_val_batches=1)
     trainer.fit(module, batches(steps), batches(1))
     return module.seen, own[ACCUMULATION - 1 :: ACCUMULATION]
+
+
+def engines(ds: dict, folder: str, save_at: int, steps: int) -> dict:
+    """The states of a replica at the end of a fit, of one that resumes from its checkpoint, and of a bare engine."""
+    from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+    from deslo_plugin.frameworks.lightning import DesLocCallback
+
+    found: dict[str, Any] = {}
+
+    class Look(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            found.update(last=replica_state(trainer.strategy.model))
+
+    for name, first, path in (("once", 0, None), ("again", save_at, f"{folder}/step={save_at}.ckpt")):
+        savers = [] if path else [ModelCheckpoint(folder, "{step}", every_n_train_steps=save_at, save_top_k=-1)]
+        trainer = trainer_of("deepspeed", [Look(), DesLocCallback(), *savers], steps, deepcopy(ds))
+        trainer.fit(module_of({}, ""), batches(steps, first), ckpt_path=path)
+        found[name] = without_net(found.pop("last"))
+        trainer.strategy.model.destroy()
+    own = {"gradient_clipping": CLIP, "gradient_accumulation_steps": ACCUMULATION}
+    model = net()
+    with engine_for(deepcopy(ds) | own, model, list(model.parameters())) as engine:
+        train(engine, range(steps))
+        return found | {"bare": replica_state(engine)}
+
+
+def without_net(states: dict[str, Weights]) -> dict[str, Weights]:
+    return {
+        state: {name.removeprefix("net."): value for name, value in of_state.items()}
+        for state, of_state in states.items()
+    }
 
 
 def refused(kind: str, blocks: dict, **options: Any) -> str:
