@@ -1,12 +1,13 @@
 """torchtitan 0.3 with replicas of its own FSDP ranks: a config module, as its users write them, and no train.py.
 
 torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint $HEAD:29500 -m torchtitan.train \
-    --module examples.torchtitan.llama3_replicas --config llama3_debugmodel --parallelism.data_parallel_replicate_degree 2
+    --module examples.torchtitan.llama3_replicas --config llama3_debugmodel \\
+    --parallelism.data_parallel_replicate_degree 2
 
 A replica is what `dp_shard` spans; replicas are `dp_replicate`. AdamW stays torchtitan's own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def attach(optimizers: Any, model_parts: Any, parallel_dims: Any) -> None:
 def llama3_debugmodel() -> ReplicaTrainer.Config:
     made = config_registry.llama3_debugmodel()
     made.model_spec.post_optimizer_build_fn = attach
-    config = ReplicaTrainer.Config(**{name: getattr(made, name) for name in made.__dataclass_fields__})
+    config = ReplicaTrainer.Config(**{each.name: getattr(made, each.name) for each in fields(made) if each.init})
     config.parallelism.spmd_backend = "partial_dtensor"  # one 2-D mesh, replicas x shards
     config.training.disable_cuda_graphs = True  # an average lands in the step
     config.checkpoint.enable = False  # it would mix replicas: train() saves
