@@ -42,7 +42,7 @@ class _Guard:
 
     @property
     def mode(self) -> str:
-        return self.attachments[0].config.deslo.state_dict
+        return _asked.get() or self.attachments[0].config.deslo.state_dict
 
     def say_once(self, message: str, level: int = logging.INFO) -> None:
         if message not in self.told:
@@ -54,6 +54,7 @@ _guards: MutableMapping[Any, _Guard] = WeakKeyDictionary()  # copies of a model,
 # what state dicts were given: an inner module's is not averaged again in the outer one's
 _given = WeakTensorKeyDictionary()
 _own: ContextVar[str] = ContextVar("one_replica", default="")  # whose own state is asked for: "", "weights", or "all"
+_asked: ContextVar[str] = ContextVar("asked", default="")  # in place of ``deslo.state_dict``, if anything is
 _copies_told: set[str] = set()
 
 
@@ -66,6 +67,17 @@ def local_state_dict(what: str = "all") -> Iterator[None]:
         yield
     finally:
         _own.reset(token)
+
+
+@contextmanager
+def state_dict_as(mode: str) -> Iterator[None]:
+    """Inside, ``state_dict()`` does what ``deslo.state_dict: mode`` would: for a framework's save, of which it is known
+    which ranks make it."""
+    token = _asked.set(mode)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
 
 
 def refuse_one_replica(
@@ -93,8 +105,6 @@ def refuse_one_replica(
             _guards.setdefault(each, _Guard([], gather, inner=each is not owner)).attachments.append(attachment)
     for owner in new:
         owner.register_state_dict_pre_hook(_before)
-        if mode == "refuse":
-            continue
         if isinstance(owner, torch.optim.Optimizer):
             owner.register_state_dict_post_hook(_give_states)
         else:

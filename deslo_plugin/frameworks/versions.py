@@ -10,6 +10,7 @@ SUPPORTED = {  # from, and below; the same as in pyproject.toml
     "deepspeed": ("0.16", "0.20"),
     "accelerate": ("1.10", None),
     "transformers": ("4.51", None),
+    "lightning": ("2.6", None),
 }
 
 

@@ -67,6 +67,8 @@ def install_checkpoint_methods(engine: DeepSpeedEngine) -> None:
         if not (folder / NAME).is_file() and options.get("load_module_only"):
             log_rank0(f"deslo: {folder} is DeepSpeed's own: every replica begins with its weights")
             return load_native(load_dir, tag, **options)
+        if engine.lr_scheduler is None:  # Lightning has taken it out, and asks for the rest
+            options.pop("load_lr_scheduler_states", None)
         partly = [name for name, value in options.items() if value not in (None, name in ALL)]
         if partly:
             raise ConfigError(
