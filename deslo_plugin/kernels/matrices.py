@@ -13,9 +13,9 @@ from deslo_plugin.algorithm.rules import Tensors
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.kernels.update import OPERATORS, reference
 
-Whole = Callable[[Tensors, Callable[[Tensor], Tensor]], Tensors]
-"""Takes this rank's parts of matrices and what to make of each whole one; gives this rank's parts of what it makes.
-Collective over the ranks that hold the parts."""
+Whole = Callable[[Tensors, Tensors, Callable[[Tensor], Tensor]], Tensors]
+"""Takes the parameters that this rank steps, its parts of directions, and what to make of each whole one; gives its
+parts of what that makes. Collective over the ranks that hold the parts."""
 
 _muon = reference("muon")
 
@@ -40,8 +40,13 @@ def bound(constants: Mapping[str, Any], params: Tensors, whole: Whole | None = N
         return constants
     others = dict(constants)
     orthogonal: Orthogonal = others.pop("orthogonal")
-    gather = whole or (lambda parts, make: [_made_whole(p, d, make) for p, d in zip(params, parts)])
-    return others | {"orthogonalise": lambda parts: gather(parts, orthogonal)}
+    gather = whole or as_they_lie
+    return others | {"orthogonalise": lambda parts: gather(params, parts, orthogonal)}
+
+
+def as_they_lie(params: Tensors, parts: Tensors, make: Callable[[Tensor], Tensor]) -> Tensors:
+    """A ``Whole`` for ``params`` that show where their parts are: DTensors, and whole matrices."""
+    return [_made_whole(param, part, make) for param, part in zip(params, parts)]
 
 
 def _made_whole(param: Tensor, part: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:

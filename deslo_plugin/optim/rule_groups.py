@@ -59,15 +59,17 @@ def is_matrix(param: Any) -> bool:
 
 
 def refuse_parts(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raises ``ConfigError`` where an optimizer of matrices steps something else in their place."""
+    """Raises ``ConfigError`` where an optimizer of matrices steps parts of them that cannot be made whole."""
     for group in groups:
         for param in group["params"] if RULES[group["rule"]].of_matrices else ():
-            if param.ndim != 2:
+            cut = {type(each).__name__ for each in getattr(param, "placements", ())} - {"Shard", "Replicate"}
+            if param.ndim != 2 or cut:
+                flat = f"a flat part of shape {list(param.shape)}, which mixes or cuts them"
                 raise ConfigError(
                     f"optimizer.params.rule {group['rule']}",
-                    "whole matrices, or DTensors of them",
-                    f"a flat part of shape {list(param.shape)} that mixes or cuts them",
-                    "take DDP, FSDP2 or ZeRO stage 0 without flat copies, or another rule",
+                    "whole matrices, or DTensors of them that each dimension of a mesh shards in order",
+                    f"one with {', '.join(cut)}, cut twice along one dimension" if cut else flat,
+                    "shard on one dimension of the mesh, take DDP, FSDP2 or ZeRO stage 0 to 2, or another rule",
                 )
 
 
