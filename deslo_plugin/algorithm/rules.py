@@ -122,10 +122,35 @@ def adopt_(
     torch._foreach_addcmul_(v, g, g, 1 - beta2)
 
 
+def muon_(
+    x: Tensors,
+    g: Tensors,
+    u: Sequence[Tensors],
+    *,
+    t: int,
+    lr: float,
+    weight_decay: float,
+    betas: Sequence[float],
+    weights: Sequence[float],
+    orthogonalise: Callable[[Tensors], Tensors],
+) -> None:
+    """Muon (K. Jordan, 2024; arXiv 2502.16982) with the momenta of MT-DAO: x <- x - lr orthogonalise(d).
+
+    Nesterov's momentum in exponential-average form is the mix with weight w = beta: (1 - beta) g + beta u, as in
+    ``torch.optim.Muon``. ``orthogonalise`` gets the directions of all x, which may be parts of matrices, and gives
+    what each moves along, times its own factor of the rate (``algorithm.orthogonal``).
+    """
+    _decay_weights_(x, lr, weight_decay)
+    for u_j, beta in zip(u, betas):
+        torch._foreach_lerp_(u_j, g, 1 - beta)
+    d, _ = _mix(g, u, weights)  # whose length does not matter
+    torch._foreach_add_(x, orthogonalise(d), alpha=-lr)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """One local rule, and all that anything else asks about it. A new rule is one of these and its twin in
-    ``csrc/rules.h``.
+    ``csrc/rules.h``; one of matrices is made of torch's products, which need no twin.
 
     Attributes:
         title: as people call it.
@@ -135,6 +160,8 @@ class Rule:
         bounds_momenta: whether each |u| <= C sqrt(v), as ``momentum_bound`` holds it: u and v average the same
             gradients.
         sets_v_first: whether the update t = 0 sets v and moves nothing else.
+        beta: of its first momentum by default.
+        of_matrices: whether it updates whole matrices, by directions made orthogonal; all else is for another rule.
     """
 
     title: str
@@ -143,6 +170,8 @@ class Rule:
     corrects_bias: bool = False
     bounds_momenta: bool = False
     sets_v_first: bool = False
+    beta: float = 0.9
+    of_matrices: bool = False
 
     @property
     def has_second_moment(self) -> bool:
@@ -159,6 +188,7 @@ RULES: Mapping[str, Rule] = {
     "sgdm": Rule(title="SGDM", update=sgdm_),
     "adam": Rule(title="Adam", update=adam_, eps=1e-8, corrects_bias=True, bounds_momenta=True),
     "adopt": Rule(title="ADOPT", update=adopt_, eps=1e-6, sets_v_first=True),
+    "muon": Rule(title="Muon", update=muon_, beta=0.95, of_matrices=True),
 }
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from deslo_plugin.algorithm.adaptive_periods import Schedule, adaptive, longest, shortest
-from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.config.file import read_file
-from deslo_plugin.config.periods import adaptive_asked, read_momenta, read_periods
+from deslo_plugin.config.optimizer import read_optimizer
+from deslo_plugin.config.periods import adaptive_asked
 from deslo_plugin.config.reader import Reader, did_you_mean, repr_with_type
 from deslo_plugin.config.schema import (
     AVERAGE_AT,
@@ -23,19 +23,16 @@ from deslo_plugin.config.schema import (
     INITIAL_PARAMS,
     REPLICA_WEIGHTS,
     STATE_DICTS,
-    STATE_DTYPES,
     TRANSPORTS,
     Config,
     DesloConfig,
     OptimizerConfig,
-    Outer,
 )
-from deslo_plugin.config.switch import placed, read_switch, refuse_switch
+from deslo_plugin.config.switch import placed, refuse_switch
 from deslo_plugin.config.telemetry import read_telemetry
 from deslo_plugin.config.wire import read_wire, settle_wire
 from deslo_plugin.errors import ConfigError
 
-RENAMED_PARAMS = {"outer": "outer_optimizer", "clip": "clip_value, a number"}
 RENAMED_DESLO = {
     "when": "average_at",
     "delay": "sync_delay",
@@ -81,49 +78,6 @@ def load_config(source: "Config | Mapping[str, Any] | str | Path") -> Config:
     if deslo.sync_every is not None:
         raise ConfigError("deslo.sync_every", "none beside DesLoc", "one", "move it to optimizer.params.sync_every")
     return whole(read_optimizer(params), deslo)
-
-
-def read_optimizer(params: Any) -> OptimizerConfig:
-    """``optimizer.params`` -> ``OptimizerConfig``."""
-    reader = Reader("optimizer.params", params, renamed=RENAMED_PARAMS)
-    name = reader.choice("rule", "adam", RULES)
-    rule = RULES[name]
-    for key in [key for key in ("eps", "second_moment") if key in reader and not rule.has_second_moment]:
-        reader.refuse(key, f"no such key for rule {name}", repr(params[key]), f"remove it: {name} has no second moment")
-    if "bias_correction" in reader and not rule.corrects_bias:
-        reader.refuse("bias_correction", f"no such key for rule {name}", repr(params["bias_correction"]), "remove it")
-
-    momenta = read_momenta(reader, adaptive=rule.has_second_moment)
-    switch = read_switch(reader, momenta)
-    # a half-life is that of the betas for which periods matter
-    periods, sources = read_periods(reader, replace(momenta, betas=switch.betas) if switch else momenta)
-    config = OptimizerConfig(
-        rule=name,
-        lr=reader.number("lr", 1e-3),
-        betas=momenta.betas,
-        weights=momenta.weights,
-        beta2=momenta.beta2,
-        eps=reader.number("eps", rule.eps) if rule.has_second_moment else None,
-        weight_decay=reader.number("weight_decay", 0.0),
-        bias_correction=reader.boolean("bias_correction", rule.corrects_bias),
-        clip_value=reader.number("clip_value", above=0.0) if "clip_value" in reader else None,
-        periods=periods,
-        period_sources=sources,
-        reset_momenta=reader.boolean("reset_momenta", False),
-        outer_optimizer=_outer(reader),
-        state_dtype=reader.choice("state_dtype", "float32", STATE_DTYPES),
-        switch=switch,
-    )
-    reader.finish()
-    averaged = [state for state in config.moments if periods[state]]
-    if config.reset_momenta and averaged:
-        reader.refuse(
-            "reset_momenta",
-            f"every momentum's sync_every to be null (here {', '.join(averaged)} is averaged)",
-            "true",
-            "set those periods to null, or drop reset_momenta: resetting at each average of params undoes theirs",
-        )
-    return config
 
 
 def read_deslo(block: Any) -> DesloConfig:
@@ -247,7 +201,10 @@ def whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
                 str(deslo.sync_delay),
                 "remove one: it cannot take in an average that is some updates old",
             )
-    check_periods(deslo, periods)
+    rules = {} if optimizer is None else optimizer.by_rule
+    for each in [one.periods for one in rules.values()] or [periods]:
+        check_periods(deslo, each)
+        periods = {**each, **periods}
     deslo = replace(deslo, wire=settle_wire(deslo.wire, longest(periods)))
     return Config(optimizer=optimizer and placed(optimizer, deslo), deslo=deslo)
 
@@ -275,13 +232,3 @@ def _stock_periods(reader: Reader) -> Periods | None:
             periods[state] = every.positive_int(state, also=(None,), hint=hint)
     every.finish()
     return periods
-
-
-def _outer(reader: Reader) -> Outer | None:
-    block = reader.pop("outer_optimizer")
-    if block is None:
-        return None
-    outer = Reader(f"{reader.where}.outer_optimizer", block)
-    config = Outer(lr=outer.number("lr", 0.7), momentum=outer.number("momentum", 0.9, below=1.0))
-    outer.finish()
-    return config

@@ -37,11 +37,12 @@ class Momenta:
         return first if self.beta2 is None else first | {SECOND_MOMENT: self.beta2}
 
 
-def read_momenta(reader: Reader, *, adaptive: bool) -> Momenta:
-    """The momenta of ``optimizer.params``, from ``betas`` (one of weight 1) or ``momenta`` and ``second_moment``."""
+def read_momenta(reader: Reader, *, adaptive: bool, beta: float = 0.9) -> Momenta:
+    """The momenta of ``optimizer.params``, from ``betas`` (one of weight 1, ``beta`` by default) or ``momenta`` and
+    ``second_moment``."""
     betas, entries, second = (reader.pop(key) for key in ("betas", "momenta", "second_moment"))
     if entries is None and second is None:
-        return _from_betas(reader, betas, adaptive)
+        return _from_betas(reader, betas, [beta, 0.95] if adaptive else [beta])
     if betas is not None:
         reader.refuse("betas", "either betas or momenta/second_moment", "both", "keep one form")
     if not isinstance(entries, list) or not entries:
@@ -73,8 +74,7 @@ def read_momenta(reader: Reader, *, adaptive: bool) -> Momenta:
     return Momenta(tuple(beta for beta, _ in first), tuple(weight for _, weight in first), beta2, sync_every)
 
 
-def _from_betas(reader: Reader, betas: Any, adaptive: bool) -> Momenta:
-    default = [0.9, 0.95] if adaptive else [0.9]
+def _from_betas(reader: Reader, betas: Any, default: list[float]) -> Momenta:
     betas = default if betas is None else betas
     if not isinstance(betas, list) or len(betas) != len(default):
         reader.refuse("betas", f"a list like {default}", repr_with_type(betas), "correct the list")

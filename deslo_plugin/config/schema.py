@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from deslo_plugin.algorithm.adaptive_periods import Schedule
 from deslo_plugin.algorithm.momentum_bound import Bound
+from deslo_plugin.algorithm.orthogonal import Orthogonal
 from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS, SECOND_MOMENT, first_momenta
@@ -41,6 +42,9 @@ class OptimizerConfig:
     ``state_dtype`` is the dtype of the momenta; float64 parameters have float64 momenta and take no other.
     ``periods`` and ``period_sources`` (why each period is what it is) run over the averaged states. ``switch`` is what
     changes at one step; ``lr_factor`` multiplies the rate that a param group has, 1 before the switch.
+
+    A rule of matrices has ``orthogonal``, how it makes directions orthogonal, and ``beside``, what is computed of all
+    other parameters.
     """
 
     rule: str
@@ -59,6 +63,13 @@ class OptimizerConfig:
     state_dtype: str
     switch: Switch | None = None
     lr_factor: float = 1.0
+    orthogonal: Orthogonal | None = None
+    beside: "OptimizerConfig | None" = None
+
+    @cached_property
+    def by_rule(self) -> "Mapping[str, OptimizerConfig]":
+        """Rule -> what is computed of the parameters that have it."""
+        return {self.rule: self, **({} if self.beside is None else self.beside.by_rule)}
 
     def at(self, steps: int) -> "OptimizerConfig":
         """What the update computes that ``steps`` completed steps come before."""
@@ -83,6 +94,11 @@ class OptimizerConfig:
         return tuple(state for state in self.periods if state != PARAMS)
 
     @property
+    def moments_of_all(self) -> tuple[str, ...]:
+        """Those of each rule."""
+        return tuple(dict.fromkeys(moment for each in self.by_rule.values() for moment in each.moments))
+
+    @property
     def beta_of(self) -> dict[str, float]:
         """State name -> beta of that momentum."""
         return dict(zip(self.momenta, self.betas)) | ({} if self.beta2 is None else {SECOND_MOMENT: self.beta2})
@@ -93,6 +109,7 @@ class OptimizerConfig:
         rule = RULES[self.rule]
         constants: dict[str, Any] = {"betas": self.betas, "weights": self.weights, "clip_value": self.clip_value}
         constants |= {"beta2": self.beta2, "eps": self.eps} if rule.has_second_moment else {}
+        constants |= {"orthogonal": self.orthogonal} if rule.of_matrices else {}
         return constants | ({"bias_correction": self.bias_correction} if rule.corrects_bias else {})
 
     def bounds(self, steps: int) -> list[Bound]:

@@ -114,7 +114,10 @@ def placed(optimizer: OptimizerConfig, deslo: DesloConfig) -> OptimizerConfig:
             str(switch.at),
             "raise it, or leave it out: it is the end of the warm-up then",
         )
-    return replace(optimizer, switch=replace(switch, at=switch.at or warm_up))
+    at, beside = switch.at or warm_up, optimizer.beside
+    if beside is not None and beside.switch is not None:
+        beside = replace(beside, switch=replace(beside.switch, at=at))
+    return replace(optimizer, switch=replace(switch, at=at), beside=beside)
 
 
 def refuse_after_the_end(config: Config, steps: int, of: str) -> None:

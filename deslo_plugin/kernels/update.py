@@ -217,6 +217,8 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _define() -> None:
     for name, rule in RULES.items():
+        if rule.of_matrices:
+            continue  # ``matrices.py``
         tensors = [schema for letter, schema in _TENSORS.items() if letter != "v" or rule.has_second_moment]
         numbers = [part for part in (_NUMBERS, _second_moment(rule), _OPTIONS) if part]
         availability.define(_library, f"{name}_({', '.join(tensors)}, *, {', '.join(numbers)}) -> ()", reference(name))

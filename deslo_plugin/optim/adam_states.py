@@ -20,19 +20,20 @@ def in_own_form(desloc: Any, state_dict: Mapping[str, Any]) -> tuple[dict[Tensor
 
     Raises ``ConfigError`` for what cannot be taken over."""
     saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-    params = chain.from_iterable(group["params"] for group in desloc.param_groups)
+    rules = {param: desloc.rule_of(group) for group in desloc.param_groups for param in group["params"]}
     states = {
         param: {name: torch.as_tensor(value) for name, value in state.items() if value is not None}
-        for index, param in zip(saved, params)
+        for index, param in zip(saved, rules)
         if (state := state_dict["state"].get(index))
     }
     clock = max((int(state.get(STEP, 0)) for state in states.values()), default=0)
-    optimizer = desloc.config.optimizer
-    for group in state_dict["param_groups"]:
-        refuse_other_switch("DesLoc.load_state_dict", saved_switch(group.get("switch")), optimizer.switch, clock)
-    wanted = [*optimizer.moments, *((OUTER_PARAMS, OUTER_MOMENTUM) if optimizer.outer_optimizer else ())]
-    awaited = _awaited(optimizer, clock)
+    for group, own in zip(state_dict["param_groups"], desloc.param_groups):
+        now = desloc.rule_of(own).switch
+        refuse_other_switch("DesLoc.load_state_dict", saved_switch(group.get("switch")), now, clock)
     for param, state in states.items():
+        optimizer = rules[param]
+        wanted = [*optimizer.moments, *((OUTER_PARAMS, OUTER_MOMENTUM) if optimizer.outer_optimizer else ())]
+        awaited = _awaited(optimizer, clock)
         if ORIGIN not in state and STEP in state:  # Adam's own count of updates
             state[ORIGIN], state[STEP] = clock - state[STEP].float(), torch.tensor(float(clock))
             _refuse_adams_momenta(optimizer, clock)

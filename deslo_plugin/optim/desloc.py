@@ -24,14 +24,15 @@ from deslo_plugin.config.schema import Config, OptimizerConfig
 from deslo_plugin.config.switch import switch_of_group
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.availability import settle
-from deslo_plugin.kernels.update import OPERATORS
+from deslo_plugin.kernels.matrices import UPDATES, Whole, bound
 from deslo_plugin.optim.adam_states import in_own_form
 from deslo_plugin.optim.fresh_state import fresh_state
 from deslo_plugin.optim.memory_layout import alike, refuse_sparse
+from deslo_plugin.optim.rule_groups import groups_by_rule, refuse_parts, rule_named
 from deslo_plugin.optim.step_checks import refuse_capture, refuse_unattached
 from deslo_plugin.optim.switching import Switching
 
-OWN = ("sync_every", "switch")  # of a param group: the config's, whatever is loaded
+OWN = ("sync_every", "switch", "rule")  # of a param group: the config's, whatever is loaded
 
 
 class DesLoc(torch.optim.Optimizer):
@@ -39,7 +40,8 @@ class DesLoc(torch.optim.Optimizer):
 
     Args:
         params: parameters or param groups, any shapes, float32, bfloat16, float16 or float64. A group may have its own
-            ``lr``, ``weight_decay`` and ``sync_every`` (state name -> period).
+            ``lr``, ``weight_decay`` and ``sync_every`` (state name -> period), and of a config with a rule of matrices
+            the ``rule`` of its parameters; without it matrices and others become groups of their own.
         config: both blocks as a ``Config``, a dict, or the path of a JSON or YAML file; or leave it out and give the
             keys of ``optimizer.params`` as keyword arguments: ``DesLoc(params, lr=1e-3, betas=(0.9, 0.95))``.
         transport: between replicas; None means one replica, the plain optimizer.
@@ -55,6 +57,9 @@ class DesLoc(torch.optim.Optimizer):
     Raises ``ConfigError`` for a config that cannot be meant; from ``step``, ``NonFiniteError`` if any replica brings
     NaN or inf to an average, and ``AverageError`` if an average times out.
     """
+
+    whole: Whole | None = None
+    """How parts of matrices that this rank steps become whole ones, where the tensors themselves do not show it."""
 
     _step_supports_amp_scaling = True  # GradScaler: call ``step`` always, so that every replica's clock ticks
 
@@ -87,20 +92,20 @@ class DesLoc(torch.optim.Optimizer):
         optimizer = self.config.desloc
         rate = lr if isinstance(lr, Tensor) else optimizer.lr
         super().__init__(params, {"lr": rate, "weight_decay": optimizer.weight_decay, **dict.fromkeys(OWN)})
-        self._set_rule()
         self._unattached = transport is None
         if armed:
             everything = chain.from_iterable(group["params"] for group in self.param_groups)
             self.attach(transport or SingleReplica(), everything)
 
-    def _set_rule(self) -> None:
-        optimizer = self.config.desloc
-        self._rule, self._operator = RULES[optimizer.rule], OPERATORS[optimizer.rule]
+    def rule_of(self, group: Mapping[str, Any]) -> OptimizerConfig:
+        """What is computed of the parameters of a param group."""
+        return self.config.desloc.by_rule[group["rule"]]
 
     def attach(
         self, transport: Transport, params: Any, on_average: Callable[[SyncEvent], object] | None = None
     ) -> None:
         """Creates the state of ``params`` where none was loaded, connects the transport and arms ``step``."""
+        refuse_parts([] if self.whole else self.param_groups)
         settle(param for group in self.param_groups for param in group["params"])
         # not those that are as they were made
         trained = {param: state for param, state in self.state.items() if state.get(STEP)}
@@ -118,7 +123,7 @@ class DesLoc(torch.optim.Optimizer):
             transport,
             self._clock,
             receive=self._receive,
-            bounds=lambda group, steps: self.config.desloc.bounds(steps),
+            bounds=lambda group, steps: self.rule_of(group).bounds(steps),
             on_average=on_average or self._on_average,
             wire_states=self.state,
         )
@@ -137,10 +142,15 @@ class DesLoc(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; the new parameters meet with the others, by the clock of all. Collective once it is attached."""
+        for of_rule in groups_by_rule(param_group, self.config.desloc, f"param group {len(self.param_groups)}"):
+            self._add_param_group(of_rule)
+
+    def _add_param_group(self, param_group: dict[str, Any]) -> None:
         clock = self.averaging.steps if getattr(self, "armed", False) and self.state else 0
         super().add_param_group(param_group)
-        group, optimizer = self.param_groups[-1], self.config.desloc
-        where, betas = f"param group {len(self.param_groups) - 1}", optimizer.after_switch.beta_of
+        group = self.param_groups[-1]
+        optimizer, where = self.rule_of(group), f"param group {len(self.param_groups) - 1}"
+        betas = optimizer.after_switch.beta_of
         group["sync_every"] = group_periods(group["sync_every"] or {}, optimizer.periods, betas, where)
         group["switch"] = switch_of_group(group["switch"], optimizer.switch, where)  # for checkpoints
         check_periods(self.config.deslo, group["sync_every"], f" of {where}")
@@ -165,7 +175,8 @@ class DesLoc(torch.optim.Optimizer):
     def _take_step(self, update: Callable[[Sequence[Cohort]], None]) -> None:
         cohorts = self.averaging.before_update()  # x, u, v <- E_m[x], E_m[u], E_m[v]   where t % K = 0
         if cohorts is not None:
-            self._switching.make(self.config.desloc.switch, cohorts)  # u <- 0 at the step of the switch
+            for name, rule in self.config.desloc.by_rule.items():  # u <- 0 at the step of the switch
+                self._switching.make(rule.switch, [each for each in cohorts if each.group["rule"] == name])
             update(cohorts)  # u, v, x <- OPT(g)
             self.averaging.after_update(cohorts)  # t <- t + 1; what is due at t starts to travel
 
@@ -186,7 +197,7 @@ class DesLoc(torch.optim.Optimizer):
             else:
                 mean_(states[state], mean)
         if PARAMS in means and optimizer.reset_momenta:
-            for moment in optimizer.moments:
+            for moment in self.rule_of(cohort.group).moments:
                 torch._foreach_zero_(part(cohort, moment))
             self._clock.set(cohort, cohort.steps, ORIGIN)
 
@@ -195,8 +206,8 @@ class DesLoc(torch.optim.Optimizer):
         scale, part = getattr(self, "grad_scale", None), self.averaging.part
         unscaled = {} if scale is None else {"grad_scale": scale.float().reciprocal()}
         for cohort in cohorts:
-            optimizer = self.config.desloc.at(cohort.steps)
-            options = optimizer.constants | unscaled
+            optimizer = self.rule_of(cohort.group).at(cohort.steps)
+            operator, options = UPDATES[optimizer.rule], optimizer.constants | unscaled
             self._tick([cohort._replace(params=[p for p in cohort.params if p.grad is None])])
             trained = [p for p in cohort.params if p.grad is not None]
             for t, params in self._clock.by_steps(trained, since=ORIGIN):
@@ -207,12 +218,13 @@ class DesLoc(torch.optim.Optimizer):
                     tensors["v"] = [state[SECOND_MOMENT] for state in states]
                 lr = _rate(cohort.group["lr"], params[0].device) * optimizer.lr_factor
                 decay = float(cohort.group["weight_decay"])
+                numbers = {"t": t, "lr": lr, "weight_decay": decay, **bound(options, params, self.whole)}
                 try:
-                    self._operator(**tensors, t=t, lr=lr, weight_decay=decay, **options)
+                    operator(**tensors, **numbers)
                 except ValueError:  # before anything was written: a layout that the operator does not take, or worse
                     refuse_sparse(params, lambda param: self.averaging.members.name(param, self.param_groups))
                     with alike(tensors) as copies:
-                        self._operator(**copies, t=t, lr=lr, weight_decay=decay, **options)
+                        operator(**copies, **numbers)
                 if self.averaging.flights.delayed:
                     self.averaging.flights.decay(params, self._remains(optimizer, t, lr, decay))
             if optimizer.outer_optimizer and cohort.steps < self.config.deslo.synchronous_steps:
@@ -222,7 +234,7 @@ class DesLoc(torch.optim.Optimizer):
     def _remains(self, optimizer: OptimizerConfig, t: int, lr: float | Tensor, weight_decay: float) -> dict[str, float]:
         """What update ``t`` leaves of a difference in each state; a rate on a device is read for the decay only."""
         shrinks_by = float(lr) * weight_decay if weight_decay else 0.0
-        return self._rule.remains(t, shrinks_by, optimizer.beta_of)
+        return RULES[optimizer.rule].remains(t, shrinks_by, optimizer.beta_of)
 
     def _tick(self, cohorts: Sequence[Cohort]) -> None:
         """No update: the rule's own count t stays where it is while the clock goes on."""
@@ -237,14 +249,14 @@ class DesLoc(torch.optim.Optimizer):
 
     def _create_state(self, param: Tensor, clock: int = 0) -> dict[str, Tensor]:
         """A state without updates, at step ``clock``."""
-        state = self.state[param]
-        state |= fresh_state(param, self.config, self.counters, clock)
+        state, rule = self.state[param], self.config.desloc.by_rule[rule_named(self.param_groups, param)]
+        state |= fresh_state(param, rule, self.config.deslo.wire, self.counters, clock)
         return state
 
     @property
     def counters(self) -> list[str]:
         """The 0-dim states of a parameter, which stay on the host."""
-        return counters_of(self.param_groups, self.config.desloc.moments)
+        return counters_of(self.param_groups, self.config.desloc.moments_of_all)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads states and drops averages in flight; the periods, and the dtypes of states, stay those of the config.
@@ -278,9 +290,8 @@ class DesLoc(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if not hasattr(self, "_rule"):  # a copy, not a load
+        if not hasattr(self, "armed"):  # a copy, not a load
             self._on_average, self.armed, self._unattached = None, False, True
-            self._set_rule()
             self.attach(SingleReplica(), list(chain.from_iterable(group["params"] for group in self.param_groups)))
 
 

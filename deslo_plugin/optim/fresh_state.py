@@ -6,22 +6,24 @@ import torch
 from torch import Tensor
 
 from deslo_plugin.algorithm.state_names import ORIGIN, OUTER_MOMENTUM, OUTER_PARAMS, STEP
-from deslo_plugin.config.schema import Config
+from deslo_plugin.config.schema import OptimizerConfig
+from deslo_plugin.config.wire import Wire
 from deslo_plugin.errors import ConfigError
 
 
-def fresh_state(param: Tensor, config: Config, counters: Iterable[str], clock: int) -> dict[str, Tensor]:
-    """Momenta of 0 in the shape of ``param``, in float32 (float64 for float64 parameters) or ``state_dtype``, and
-    ``counters`` at step ``clock``. Raises ``ConfigError`` for dtypes that do not go together."""
+def fresh_state(
+    param: Tensor, optimizer: OptimizerConfig, wire: Wire, counters: Iterable[str], clock: int
+) -> dict[str, Tensor]:
+    """The momenta of its rule, 0 in the shape of ``param``, in float32 (float64 for float64 parameters) or
+    ``state_dtype``, and ``counters`` at step ``clock``. Raises ``ConfigError`` for dtypes that do not go together."""
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-    if dtype == torch.float64 and config.deslo.wire.of_all != "float64":
+    if dtype == torch.float64 and wire.of_all != "float64":
         raise ConfigError(
             "deslo.wire_dtype",
             "'float64' for float64 parameters",
-            repr(config.deslo.wire.of_all),
+            repr(wire.of_all),
             "set it: float32 averages would round their states",
         )
-    optimizer = config.desloc
     if dtype == torch.float64 and optimizer.state_dtype == "bfloat16":
         raise ConfigError(
             "optimizer.params.state_dtype",

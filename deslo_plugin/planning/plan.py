@@ -159,9 +159,11 @@ class Plan:
             )
         for index, group in enumerate(self.groups):
             name = f" of param group {index}" if len(self.groups) > 1 else ""
+            rules = [] if opt is None else opt.by_rule.values()
+            rule = next((each for each in rules if each.periods.keys() == group.periods.keys()), opt)
             for state, period in group.periods.items():
-                source = "given" if opt is None else opt.period_sources[state]
-                if opt is not None and period != opt.periods[state]:
+                source = "given" if rule is None else rule.period_sources[state]
+                if rule is not None and period != rule.periods[state]:
                     source = "its own period"
                 every = (
                     f"every {period} steps" if isinstance(period, int) else str(period) if period else "never averaged"
@@ -224,7 +226,8 @@ def _direction(optimizer: OptimizerConfig | None) -> str:
         return "a stock optimizer, its states by deslo.sync_every"
     momenta = " + ".join(f"{w:g} u({b:g})" for w, b in zip(optimizer.weights, optimizer.betas))
     rest = 1 - sum(optimizer.weights)
-    return f"{optimizer.rule}, direction {momenta}" + (f" + {rest:.3g} g" if rest > 1e-9 else "")
+    direction = f"{optimizer.rule}, direction {momenta}" + (f" + {rest:.3g} g" if rest > 1e-9 else "")
+    return direction + (f"; beside matrices {_direction(optimizer.beside)}" if optimizer.beside else "")
 
 
 def make_plan(

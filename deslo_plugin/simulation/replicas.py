@@ -58,6 +58,13 @@ class Replicas:
         for key, only in (("on_nonfinite", "stop"), ("replica_weights", "uniform")):
             if (value := getattr(config.deslo, key)) != only:
                 raise ConfigError(f"deslo.{key}", f'"{only}" where replicas are simulated', f'"{value}"', "remove it")
+        if config.optimizer is not None and config.optimizer.beside is not None:
+            raise ConfigError(
+                "optimizer.params.rule",
+                "a rule of elements where replicas are simulated, whose parameters are one vector",
+                repr(config.optimizer.rule),
+                "take another rule, or train threads or processes",
+            )
         self._mean = RowMean(count)
         rows = start.detach().expand(count, -1).clone()
         self.optimizer = DesLoc(

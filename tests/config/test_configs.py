@@ -22,8 +22,12 @@ NAMED = {
     "des-loc-adam-qh",
     "des-loc-adopt",
     "des-loc-nesterov",
+    "muon",
+    "muloco",
+    "mt-dao-muon",
     *(f"mt-dao-{rule}-{kind}" for rule in ("sgdm", "adam", "adopt") for kind in ("qh", "n2")),
 }
+NEED_MATRICES = ("muon", "muloco", "mt-dao-muon")  # which ZeRO-3 cuts
 
 
 def test_every_named_case_has_its_file():
@@ -45,8 +49,11 @@ def test_a_shipped_config_explains_itself_plans_and_steps_alone(path):
     assert weights.abs().max() < 1
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path, stage",
+    [(path, stage) for path in CONFIGS for stage in (0, 2, 3) if stage < 3 or path.stem not in NEED_MATRICES],
+    ids=lambda each: getattr(each, "stem", each),
+)
 def test_a_shipped_config_trains_under_deepspeed(four, path, stage):
     ds = json.loads(path.read_text())
     ds["zero_optimization"]["stage"] = stage

@@ -116,7 +116,7 @@ def replica_state(engine: Any, moments: Sequence[str] | None = None) -> dict[str
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     optimizer, out = engine.deslo.optimizer, {"params": {}}
-    moments = optimizer.config.optimizer.moments if moments is None else moments
+    rules = [] if moments is not None else list(optimizer.config.optimizer.by_rule.values())
     masters = dict(engine.module.named_parameters())
     if not engine.zero_optimization() and engine.bfloat16_enabled():
         flat = [high for group in engine.optimizer.fp32_groups for high in group]
@@ -125,7 +125,7 @@ def replica_state(engine: Any, moments: Sequence[str] | None = None) -> dict[str
     for name, param in engine.module.named_parameters():
         whole = safe_get_full_fp32_param(param) if engine.zero_optimization() else masters[name]
         out["params"][name] = whole.detach().float().clone().cpu().view(-1)
-        for moment in moments:
+        for moment in moments if moments is not None else rules[-(param.ndim != 2)].moments:
             whole = (
                 safe_get_full_optimizer_state(param, moment)
                 if engine.zero_optimization()

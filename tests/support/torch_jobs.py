@@ -111,7 +111,9 @@ def states_of(model: nn.Module, optimizer: Any, names: list[str]) -> dict[str, d
     params = {name.removeprefix("module."): p for name, p in model.named_parameters()}
     out = {"params": {name: whole(p) for name, p in params.items()}}
     for state in names:
-        out[state] = {name: whole(optimizer.state[p][state]) for name, p in params.items()}
+        out[state] = {
+            name: whole(optimizer.state[p][state]) for name, p in params.items() if state in optimizer.state[p]
+        }
     return out
 
 

@@ -36,6 +36,7 @@ from deslo_plugin.frameworks.deepspeed.config import (
     settings_to_compare,
 )
 from deslo_plugin.frameworks.deepspeed.engine_step import EngineStep
+from deslo_plugin.frameworks.deepspeed.matrices import whole_matrices
 from deslo_plugin.frameworks.deepspeed.mpu import ReplicaMPU, groups_of, use_mpu
 from deslo_plugin.frameworks.deepspeed.state_tree import EngineState
 from deslo_plugin.frameworks.deepspeed.synchronisation import let_averages_travel
@@ -163,6 +164,8 @@ class DeepSpeed(Framework[Groups]):
         self.engine, self.unit, self.optimizer = engine, unit, engine.basic_optimizer
         ours = isinstance(self.optimizer, DesLoc)
         self.config = self.optimizer.config if ours else Config(optimizer=None, deslo=deslo)
+        if ours:
+            self.optimizer.whole = whole_matrices(engine, self.config.desloc.rule)
         zero.zero_padding(engine)
         self.param_groups = [{"params": params} for params in zero.partitions(engine)]
         self._named = {

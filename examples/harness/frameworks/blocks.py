@@ -36,11 +36,20 @@ def refuse_unread(config: Mapping[str, Any]) -> None:
         )
 
 
+def param_groups(model: nn.Module, config: Mapping[str, Any]) -> Any:
+    """The parameters, in one group; beside a rule of matrices the embedding in one of its own, with the other rule."""
+    params = config["optimizer"]["params"]
+    if params.get("rule") != "muon":
+        return model.parameters()
+    matrices = [param for name, param in model.named_parameters() if name != "embedding"]
+    return [{"params": matrices}, {"params": [model.embedding], "rule": params.get("beside", {}).get("rule", "adam")}]
+
+
 def optimizer_for(model: nn.Module, config: Mapping[str, Any]) -> Optimizer:
     """The optimizer of the "optimizer" block: DesLoc, or torch's AdamW. Raises ValueError for another."""
     block = config["optimizer"]
     if block["type"] == "DesLoc":
-        return DesLoc(model.parameters(), config)
+        return DesLoc(param_groups(model, config), config)
     if block["type"] == "AdamW":
         # torch_adam is how DeepSpeed is asked for this very optimizer, in place of its own
         return torch.optim.AdamW(model.parameters(), **{k: v for k, v in block["params"].items() if k != "torch_adam"})

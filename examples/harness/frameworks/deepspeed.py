@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .blocks import param_groups
 from .job import Batch, Job, own_device
 
 if own_device().type == "cpu":  # DeepSpeed reads the variable as it is imported
@@ -27,7 +28,7 @@ def start(model: nn.Module, config: Mapping[str, Any], replica_size: int) -> Job
     # killed meanwhile, a stale lock for which every later process waits in silence.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
-    engine, *_ = deepspeed.initialize(model=model, config=dict(config))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=param_groups(model, config), config=dict(config))
 
     def step(batches: Sequence[Batch]) -> Tensor:
         for tokens, targets in batches:
