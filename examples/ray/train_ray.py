@@ -30,12 +30,12 @@ def train(config: dict) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    deslo_plugin.averaged_state_dict(model)  # every worker; ray.train.report takes it as a checkpoint
-    print(f"loss {loss.item():.3f}, {attachment.stats.bytes.total():,} bytes")
+    weights = deslo_plugin.averaged_state_dict(model)  # every worker: what a ray.train.Checkpoint is made of
+    print(f"loss {loss.item():.3f}, {attachment.stats.bytes.total():,} bytes, {len(weights)} tensors")
     ray.train.report({"loss": loss.item(), "bytes": attachment.stats.bytes.total()})
 
 
 if __name__ == "__main__":
     workers = int(sys.argv[1]) if len(sys.argv) > 1 else 2
     scaling = ScalingConfig(num_workers=workers, use_gpu=torch.cuda.is_available())
-    print(TorchTrainer(train, train_loop_config=CONFIG, scaling_config=scaling, run_config=RunConfig()).fit().metrics)
+    TorchTrainer(train, train_loop_config=CONFIG, scaling_config=scaling, run_config=RunConfig()).fit()

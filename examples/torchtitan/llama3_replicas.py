@@ -1,7 +1,7 @@
-"""torchtitan 0.3 with replicas of its own FSDP ranks: a config module, as its users write them, and no train.py.
+r"""torchtitan 0.3 with replicas of its own FSDP ranks: a config module, as its users write them, and no train.py.
 
 torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint $HEAD:29500 -m torchtitan.train \
-    --module examples.torchtitan.llama3_replicas --config llama3_debugmodel \\
+    --module examples.torchtitan.llama3_replicas --config llama3_debugmodel \
     --parallelism.data_parallel_replicate_degree 2
 
 A replica is what `dp_shard` spans; replicas are `dp_replicate`. AdamW stays torchtitan's own.
