@@ -81,7 +81,8 @@ class OptimizerConfig:
         switch = self.switch
         if switch is None:
             return self
-        return replace(self, betas=switch.betas, weights=switch.weights, lr_factor=switch.lr_factor, switch=None)
+        numbers: dict[str, Any] = {"betas": switch.betas, "weights": switch.weights, "lr_factor": switch.lr_factor}
+        return replace(self, **numbers, switch=None, beside=self.beside and self.beside.after_switch)
 
     @property
     def momenta(self) -> tuple[str, ...]:

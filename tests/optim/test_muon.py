@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from deslo_plugin import ConfigError, DesLoc, load_config
+from deslo_plugin.comm.topology import contiguous
+from deslo_plugin.comm.transport import SingleReplica
+from deslo_plugin.planning.plan import make_plan
+from deslo_plugin.simulation.replicas import Replicas
 from tests.support.muon_oracle import Numbers, train
 from tests.support.oracle import Setting, states
 from tests.support.oracle import train as train_vector
@@ -124,6 +128,21 @@ def test_the_rule_beside_it_makes_its_own_switch_at_the_same_step():
     (_, before), (_, after) = (run_ours(each, 1)[0] for each in (blocks({}, n), config))
     assert (before["params"] - after["params"]).abs().max() > 0.1
     assert load_config(config).desloc.beside.switch.at == 9
+
+
+def test_what_sees_no_matrices_refuses_and_the_banner_names_both_rules():
+    n = Numbers({"x": 3, "u1": 2}, [0.95], [1.0])
+    config = load_config(blocks({"nesterov": False}, n))
+    with pytest.raises(ConfigError, match="rule: expected a rule of elements where replicas are simulated"):
+        Replicas(torch.zeros(5), config, 2)
+    flat = DesLoc([torch.nn.Parameter(torch.ones(2, 2))], config, armed=False)
+    flat.param_groups[0]["params"] = [torch.ones(4)]
+    with pytest.raises(ConfigError, match=r"rule muon: expected whole matrices.* got a flat part of shape \[4\]"):
+        flat.attach(SingleReplica(), flat.param_groups[0]["params"])
+    periods = [each.periods for each in config.desloc.by_rule.values()]
+    said = make_plan(config, [100, 10], periods, contiguous(4, 0, 2)).describe()
+    assert "muon, direction 1 u(0.95); beside matrices adam, direction 1 u(0.9)" in said
+    assert "exp_avg_sq of param group 1: every 7 steps (given)" in said
 
 
 def net():
