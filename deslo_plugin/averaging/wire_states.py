@@ -97,7 +97,7 @@ class WireStates:
 
     def meet(self, cohorts: Sequence[Cohort]) -> None:
         """All replicas are equal: what they have in common is what they hold."""
-        for cohort in cohorts:
+        for cohort in (cohort for cohort in cohorts if cohort.periods):
             for state in (state for state in self.wire.difference if cohort.periods.get(state, 1)):
                 common = local([self.store[param][common_key(state)] for param in cohort.params])
                 torch._foreach_copy_(common, self._states(state, cohort.params))

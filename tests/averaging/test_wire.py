@@ -199,3 +199,24 @@ def test_a_state_that_never_averages_has_no_format():
     assert load_config(config | {"deslo": {"wire_dtype": "int8"}}).deslo.wire.difference == ("params",)
     with pytest.raises(ConfigError, match="expected a state that averages .*got one that does not"):
         load_config(config | {"deslo": {"wire_dtype": {"exp_avg": "int8"}}})
+
+
+@pytest.mark.parametrize("trains_late", [False, True])
+def test_differences_begin_where_the_warm_up_ends(trains_late):
+    """Synchronous steps leave replicas equal: what they hold then need not be sent."""
+
+    def replica(average):
+        params, optimizer = optimizer_of(average, blocks(S, wire_dtype="int4", synchronous_steps=5))
+        params[1].requires_grad_(not trains_late)
+        for step in range(9):
+            params[1].requires_grad_(not trains_late or step > 3)
+            rank = 0 if step < 5 else average.rank  # gradients of a warm-up are alike
+            take_steps(optimizer, params, rank, [step])
+            if step == 4:
+                start = [p.detach().clone() for p in params[: 1 if trains_late else 2]]
+                common = [optimizer.state[p]["params_common"].clone() for p in params[: len(start)]]
+        return start, common, [p.detach() for p in params[:1]]
+
+    results = threads(2, replica)
+    for start, common, end in results:
+        assert all(map(torch.equal, start, common)) and all(map(torch.equal, end, results[0][2]))
