@@ -21,6 +21,7 @@ from deslo_plugin.algorithm.state_names import common_key, error_key
 from deslo_plugin.averaging.cohort import Cohort
 from deslo_plugin.averaging.members import Group
 from deslo_plugin.config.wire import Wire
+from deslo_plugin.errors import require
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.kernels.quantize import Format
 
@@ -52,6 +53,7 @@ class WireStates:
         means: Callable[[str, Tensors], Sequence[Tensor]],
     ):
         self.wire, self._states, self._means = wire, states, means
+        self._difference, self._feedback = require(wire.difference), require(wire.feedback)
         self._own: Store = {}
         self.store = self._own if store is None else store
         self._ready: set[int] = set()  # ids of parameters that have all of it
@@ -59,7 +61,7 @@ class WireStates:
     def prepare(self, cohorts: Sequence[Cohort], equal_until: int) -> None:
         """Gives parameters that average, and have none yet, what their averages will go by. Collective where replicas
         have taken steps of their own, which they were equal before."""
-        for cohort in cohorts if self.wire.difference or self.wire.feedback else ():
+        for cohort in cohorts if self._difference or self._feedback else ():
             new = [param for param in cohort.params if id(param) not in self._ready] if cohort.periods else []
             if new:
                 self._create(new, cohort.periods, cohort.steps <= equal_until)
@@ -67,13 +69,13 @@ class WireStates:
 
     def _create(self, params: Sequence[Tensor], periods: Mapping[str, int | None], equal: bool) -> None:
         # which states a stock optimizer has is known after its first step: before it they are zeros everywhere
-        for state in (state for state in self.wire.difference if periods.get(state, 1)):
+        for state in (state for state in self._difference if periods.get(state, 1)):
             absent = [param for param in params if common_key(state) not in self.store.setdefault(param, {})]
             values = self._states(state, absent)
             common = values if equal or not values else self._means(state, values)
             for param, value in zip(absent, common):
                 self.store[param][common_key(state)] = _like(param, value)
-        for state in (state for state in self.wire.feedback if periods.get(state, 1)):
+        for state in (state for state in self._feedback if periods.get(state, 1)):
             for param in params:
                 self.store.setdefault(param, {}).setdefault(error_key(state), _like(param))
 
@@ -98,7 +100,7 @@ class WireStates:
     def meet(self, cohorts: Sequence[Cohort]) -> None:
         """All replicas are equal: what they have in common is what they hold."""
         for cohort in (cohort for cohort in cohorts if cohort.periods):
-            for state in (state for state in self.wire.difference if cohort.periods.get(state, 1)):
+            for state in (state for state in self._difference if cohort.periods.get(state, 1)):
                 common = local([self.store[param][common_key(state)] for param in cohort.params])
                 torch._foreach_copy_(common, self._states(state, cohort.params))
 
@@ -112,8 +114,8 @@ class WireStates:
         format = self.wire.format_of(state)
         if format is None:
             return None
-        common = self._parts(cohort, common_key(state), seats) if state in self.wire.difference else []
-        errors = self._parts(cohort, error_key(state), seats) if state in self.wire.feedback else []
+        common = self._parts(cohort, common_key(state), seats) if state in self._difference else []
+        errors = self._parts(cohort, error_key(state), seats) if state in self._feedback else []
         return Packed(values, common, errors, format)
 
     def _parts(self, cohort: Cohort, name: str, seats: Sequence[int]) -> Tensors:

@@ -21,13 +21,13 @@ class Wire:
     """What states travel as.
 
     ``of_all`` is the dtype of every state that ``of`` does not name. Of a state in ``difference`` replicas send how far
-    they went from its last mean, and what was lost of one in ``feedback`` is sent with its next average; ``AUTO`` until
-    the states are known."""
+    they went from its last mean, and what was lost of one in ``feedback`` is sent with its next average; None is what
+    ``settle_wire`` chooses once the states are known."""
 
     of_all: str = "float32"
     of: Mapping[str, str] | None = None
-    difference: tuple[str, ...] | str = AUTO
-    feedback: tuple[str, ...] | str = AUTO
+    difference: tuple[str, ...] | None = ()
+    feedback: tuple[str, ...] | None = ()
 
     @property
     def plain(self) -> str:
@@ -62,10 +62,10 @@ def read_wire(reader: Reader) -> Wire:
     return Wire(of_all=of_all, of=of, difference=difference, feedback=feedback)
 
 
-def _states(reader: Reader, key: str) -> tuple[str, ...] | str:
+def _states(reader: Reader, key: str) -> tuple[str, ...] | None:
     value = reader.pop(key, AUTO)
     if value == AUTO:
-        return AUTO
+        return None
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         reader.refuse(key, f'"{AUTO}" or a list of states', repr_with_type(value), 'write it as ["params"]')
     return tuple(dict.fromkeys(value))
@@ -73,8 +73,6 @@ def _states(reader: Reader, key: str) -> tuple[str, ...] | str:
 
 def settle_wire(wire: Wire, periods: Periods) -> Wire:
     """``wire`` for states of these ``periods``. Raises ``ConfigError`` for what has no effect on any of them."""
-    if not wire.quantizes and wire.of is None and wire.difference == wire.feedback == AUTO:
-        return wire
     averaged = [state for state, period in periods.items() if period]
     quantized = [state for state in averaged if wire.format_of(state)]
     for state in wire.of or ():
@@ -87,8 +85,8 @@ def settle_wire(wire: Wire, periods: Periods) -> Wire:
             )
     chosen: dict[str, Any] = {}
     for key, pays in (("difference", _differs_little), ("feedback", _loses_much)):
-        asked: Any = getattr(wire, key)
-        if asked == AUTO:
+        asked = getattr(wire, key)
+        if asked is None:
             chosen[key] = tuple(state for state in quantized if pays(state, wire.name_of(state)))
             continue
         for state in asked:

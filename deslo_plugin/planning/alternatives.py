@@ -78,7 +78,7 @@ def in_few_bits(config: Config) -> Config:
     """The same job, its states as ``FEW_BITS``; itself where the config has chosen already what they travel as."""
     if config.deslo.wire != DesloConfig().wire:
         return config
-    wire = settle_wire(Wire(of_all=FEW_BITS), periods_of(config))
+    wire = settle_wire(Wire(of_all=FEW_BITS, difference=None, feedback=None), periods_of(config))
     return replace(config, deslo=replace(config.deslo, wire=wire))
 
 

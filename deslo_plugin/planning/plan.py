@@ -209,15 +209,16 @@ class Plan:
 
     def _in_few_bits(self) -> str:
         wire = self.config.deslo.wire
+        difference, feedback = require(wire.difference), require(wire.feedback)
         averaged = dict.fromkeys(state for group in self.groups for state, period in group.periods.items() if period)
         said = [
             f"{state} as {wire.name_of(state)}"
-            + ", as differences" * (state in wire.difference)
-            + ", what is lost with the next" * (state in wire.feedback)
+            + ", as differences" * (state in difference)
+            + ", what is lost with the next" * (state in feedback)
             for state in averaged
             if wire.format_of(state)
         ]
-        kept = 4 * (len(wire.difference) + len(wire.feedback)) * sum(group.numel for group in self.groups)
+        kept = 4 * (len(difference) + len(feedback)) * sum(group.numel for group in self.groups)
         return f"in few bits: {'; '.join(said)}; {kept:,} bytes on each rank are kept for it"
 
 

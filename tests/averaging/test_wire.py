@@ -220,3 +220,12 @@ def test_differences_begin_where_the_warm_up_ends(trains_late):
     results = threads(2, replica)
     for start, common, end in results:
         assert all(map(torch.equal, start, common)) and all(map(torch.equal, end, results[0][2]))
+
+
+def test_without_few_bits_nothing_is_kept_for_them():
+    def replica(average):
+        params, optimizer = optimizer_of(average, blocks(S))
+        take_steps(optimizer, params, average.rank, range(4))
+        return sorted(optimizer.state[params[0]])
+
+    assert threads(2, replica) == [["exp_avg", "exp_avg_sq", "origin", "step"]] * 2
