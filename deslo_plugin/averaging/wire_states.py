@@ -4,7 +4,7 @@
 
 ``c`` is what all replicas had in common at the state's last average, if it travels as a difference
 (``deslo.wire_difference``), and ``e`` what was lost of its last average, if that is made good
-(``deslo.wire_feedback``): float32 tensors of the parameter's shape, ``<state>_common`` and ``<state>_error``.
+(``deslo.wire_feedback``): float32 tensors of the state's shape, ``<state>_common`` and ``<state>_error``.
 
 ``c`` begins as the state is where replicas are equal, at the start or where the synchronous warm-up ends, and where
 nobody can say that they are, as after a load of replicas that differ, as their mean.
@@ -101,7 +101,7 @@ class WireStates:
         """All replicas are equal: what they have in common is what they hold."""
         for cohort in (cohort for cohort in cohorts if cohort.periods):
             for state in (state for state in self._difference if cohort.periods.get(state, 1)):
-                common = local([self.store[param][common_key(state)] for param in cohort.params])
+                common = self._fitting(cohort.params, state, common_key(state))
                 torch._foreach_copy_(common, self._states(state, cohort.params))
 
     def forget(self) -> None:
@@ -114,17 +114,29 @@ class WireStates:
         format = self.wire.format_of(state)
         if format is None:
             return None
-        common = self._parts(cohort, common_key(state), seats) if state in self._difference else []
-        errors = self._parts(cohort, error_key(state), seats) if state in self._feedback else []
+        common = self._parts(cohort, state, common_key(state), seats) if state in self._difference else []
+        errors = self._parts(cohort, state, error_key(state), seats) if state in self._feedback else []
         return Packed(values, common, errors, format)
 
-    def _parts(self, cohort: Cohort, name: str, seats: Sequence[int]) -> Tensors:
-        parts = cohort.parts(local([self.store[param][name] for param in cohort.params]))
+    def _parts(self, cohort: Cohort, state: str, name: str, seats: Sequence[int]) -> Tensors:
+        parts = cohort.parts(self._fitting(cohort.params, state, name))
         return [parts[seat] for seat in seats]
+
+    def _fitting(self, params: Tensors, state: str, name: str) -> Tensors:
+        """This rank's parts of ``name``. Where a state turned out to have another shape than its parameter, what was
+        made before its first step, zeros as it was, is made anew in that shape."""
+        kept = list(local([self.store[param][name] for param in params]))
+        for i, (param, value) in enumerate(zip(params, self._states(state, params))):
+            if kept[i].shape != value.shape:
+                self.store[param][name] = kept[i] = torch.zeros_like(value, dtype=torch.float32)
+        return kept
 
 
 def _like(param: Tensor, value: Tensor | None = None) -> Tensor:
-    """A float32 tensor like ``param``, sharded as it is: zeros, or a copy of ``value``, which is this rank's part."""
+    """A float32 tensor like ``param``, sharded as it is: zeros, or a copy of ``value``, which is this rank's part; like
+    ``value`` where that has a shape of its own."""
+    if value is not None and value.shape != local([param])[0].shape:
+        return value.detach().to(param.device, torch.float32, copy=True)
     made = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.contiguous_format)
     if value is not None:
         local([made])[0].copy_(value)

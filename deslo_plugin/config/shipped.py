@@ -6,9 +6,9 @@ from pathlib import Path
 from deslo_plugin.config.reader import did_you_mean
 from deslo_plugin.errors import ConfigError
 
-HERE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 # of an installed package, of a checkout, and of the user
-FOLDERS = (HERE / "configs", HERE.parent / "configs", Path("configs"))
+FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs", Path("configs"))
 
 
 def find_config(name: str | Path) -> Path:

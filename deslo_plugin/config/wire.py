@@ -11,9 +11,15 @@ from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.quantize import FORMATS, ROOTED, Format
 
 PLAIN = ("float32", "float64")
-NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-"""Second moments, which momenta are divided by the root of: torch's names of them."""
+NEVER_NEGATIVE = (
+    *("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"),
+    *("row_var", "col_var", "variance", "exp_avg_sq_row", "exp_avg_sq_col"),  # Adafactor's, torch's and transformers'
+    *("acc_delta", "exp_inf", "step_size"),  # Adadelta's, Adamax's, Rprop's
+)
+"""Second moments and other states that are never negative, and that updates take roots of or divide by, by name."""
 AUTO = "auto"
+CENTRED = ("square_avg", "grad_avg")
+"""The states of centred RMSprop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +87,16 @@ def settle_wire(wire: Wire, periods: Periods) -> Wire:
                 f"deslo.wire_dtype.{state}",
                 f"a state that averages ({', '.join(averaged)})",
                 "one that does not" if state in periods else "an unknown one",
-                did_you_mean(state, averaged) or "remove it",
+                did_you_mean(str(state), averaged) or "remove it",  # YAML's keys may be numbers
             )
+    centred = [state for state in quantized if state in CENTRED]
+    if centred and all(state in averaged for state in CENTRED):
+        _refuse(
+            f"deslo.wire_dtype of {centred[0]}",
+            f"float32 for {' and '.join(CENTRED)}, of which an update takes the root of {CENTRED[0]} - {CENTRED[1]}²",
+            repr(wire.name_of(centred[0])),
+            "give formats by name to other states: rounded, that may be negative, and its root NaN",
+        )
     chosen: dict[str, Any] = {}
     for key, pays in (("difference", _differs_little), ("feedback", _loses_much)):
         asked = getattr(wire, key)

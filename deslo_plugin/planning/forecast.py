@@ -67,8 +67,8 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank, beside parameters and gradients: ``states``, and copies in flight, at most, as averages need
-    them."""
+    """Bytes on one rank, beside parameters and gradients: ``states``, with what averages in few bits go by, and copies
+    in flight, at most, as averages need them."""
 
     states: int
     in_flight: int
@@ -157,7 +157,7 @@ def memory(plan: Plan, moved: Sequence[Transfer]) -> Memory:
     flying = (sum(each.bytes.values()) - plan.words_at(each.steps).total() for each in moved)
     at_once = plan.config.deslo.fragments > 1 or plan.config.deslo.wire.quantizes
     most = plan.flight_bytes if at_once else copies * max(flying, default=0)
-    return Memory(states * element * numel + outer, most)
+    return Memory(states * element * numel + outer + plan.kept_bytes, most)
 
 
 def _transfer(plan: Plan, steps: int) -> Transfer:

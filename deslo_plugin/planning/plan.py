@@ -62,6 +62,13 @@ class Plan:
         return self._peak([group.fragment_memory for group in self.groups], buffers)
 
     @property
+    def kept_bytes(self) -> int:
+        """Memory on this rank for what averages in few bits go by: last means and what was lost."""
+        wire = self.config.deslo.wire
+        copies = len(require(wire.difference)) + len(require(wire.feedback))
+        return 4 * copies * sum(group.numel for group in self.groups)
+
+    @property
     def host_bytes(self) -> int:
         """Host memory that averages through it take on this rank while most is under way."""
         return self.peak_bytes if self.route.host else 0
@@ -218,8 +225,7 @@ class Plan:
             for state in averaged
             if wire.format_of(state)
         ]
-        kept = 4 * (len(difference) + len(feedback)) * sum(group.numel for group in self.groups)
-        return f"in few bits: {'; '.join(said)}; {kept:,} bytes on each rank are kept for it"
+        return f"in few bits: {'; '.join(said)}; {self.kept_bytes:,} bytes on each rank are kept for it"
 
 
 def _direction(optimizer: OptimizerConfig | None) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from deslo_plugin import DesLoc, load_config
 from deslo_plugin.comm.topology import contiguous
+from deslo_plugin.config.shipped import find_config
 from deslo_plugin.planning.plan import make_plan
 from tests.support import jobs
 
@@ -32,6 +33,11 @@ NEED_MATRICES = ("muon", "muloco", "mt-dao-muon")  # which ZeRO-3 cuts
 
 def test_every_named_case_has_its_file():
     assert {path.stem for path in CONFIGS} == NAMED
+
+
+def test_a_config_is_found_by_its_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {find_config(name).resolve() for name in NAMED} == set(CONFIGS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -123,6 +123,8 @@ def test_memory_is_states_and_the_copies_of_all_that_travels_at_once():
         {"params": 4, "exp_avg": 6, "exp_avg_sq": None}, sync_delay=2, optimizer={"state_dtype": "bfloat16"}
     ).plan()
     assert vars(memory(late, transfers(late, 100))) == {"states": 4 * NUMEL, "in_flight": 2 * 8 * NUMEL}
+    few = job({"params": 4, "exp_avg": 8, "exp_avg_sq": 16}, wire_dtype="int4").plan()
+    assert memory(few, transfers(few, 100)).states == (8 + 3 * 4) * NUMEL  # last means, and what two states have lost
 
 
 @pytest.mark.parametrize("seconds, delay", [(0.9, 1), (2.5, 3), (4.5, None)])
