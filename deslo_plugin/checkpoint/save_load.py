@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 
 from deslo_plugin.algorithm.state_names import is_of_wire
 from deslo_plugin.attachment import Attachment, attachments_of, on_every_rank
@@ -176,8 +177,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     all_or_none(lambda: check_same_structure(states, proof.states, where), world)
     for each in attachments:
         each.averaging.abandon()
-    absent = [name for name in adapter.tree() if name not in index.state_dict_metadata]
-    adapter.forget([name for name in absent if proof.mode == "per_replica" or is_of_wire(name.split("/", 1)[0])])
+    all_or_none(lambda: adapter.forget(_absent(adapter, index, proof.mode)), world)
     content = all_or_none(adapter.tree, world)
     all_or_none(
         lambda: read_tree(content, source, index, group),
@@ -218,6 +218,12 @@ def _expect_own(file: Path, mode: str) -> dict[str, Any]:
     if not isinstance(own, dict) or not keys <= own.keys():
         raise ConfigError(str(file), f"a dict of {', '.join(sorted(keys))}", "another", "take another checkpoint")
     return own
+
+
+def _absent(adapter: StateAdapter, index: Metadata, mode: str) -> list[str]:
+    """States that the checkpoint lacks and training may go on without."""
+    absent = [name for name in adapter.tree() if name not in index.state_dict_metadata]
+    return [name for name in absent if mode == "per_replica" or is_of_wire(name.split("/", 1)[0])]
 
 
 def _go_on(own: Mapping[str, Any], proof: Manifest, attachments: Sequence[Attachment]) -> None:
