@@ -23,7 +23,7 @@ from deslo_plugin.algorithm.schedule import Periods
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.attachment import Attachment, attachment_of
 from deslo_plugin.config.load import load_config
-from deslo_plugin.config.schema import Config
+from deslo_plugin.config.schema import Config, OptimizerConfig
 from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks.attach import attach
 from deslo_plugin.optim.desloc import DesLoc
@@ -139,9 +139,13 @@ def _short(config: Config) -> Config:
     )
     if config.optimizer is None:
         return Config(optimizer=None, deslo=replace(deslo, sync_every=_every_step(config.schedule)))
-    periods = _every_step(config.schedule)
-    sources = dict.fromkeys(periods, "for the self-test")
-    return Config(optimizer=replace(config.optimizer, periods=periods, period_sources=sources), deslo=deslo)
+    beside = config.optimizer.beside and _short_rule(config.optimizer.beside)
+    return Config(optimizer=replace(_short_rule(config.optimizer), beside=beside), deslo=deslo)
+
+
+def _short_rule(rule: OptimizerConfig) -> OptimizerConfig:
+    periods = _every_step(rule.periods)
+    return replace(rule, periods=periods, period_sources=dict.fromkeys(periods, "for the self-test"))
 
 
 def _every_step(periods: Schedule) -> Periods:
@@ -162,9 +166,15 @@ def _shorten(ds: dict[str, Any]) -> None:
         deslo["sync_every"] = _every_step(config.schedule)
         return
     params = ds["optimizer"].setdefault("params", {})
+    _shorten_rule(params, config.optimizer)
+    if config.optimizer.beside:
+        _shorten_rule(params.setdefault("beside", {}), config.optimizer.beside)
+
+
+def _shorten_rule(params: dict[str, Any], rule: OptimizerConfig) -> None:
     for momentum in [*params.get("momenta", []), *([params["second_moment"]] if "second_moment" in params else [])]:
         momentum.pop("sync_every", None)
-    params["sync_every"] = _every_step(config.schedule)
+    params["sync_every"] = _every_step(rule.periods)
 
 
 def without_auto(value: Any) -> Any:

@@ -30,7 +30,7 @@ from deslo_plugin.config.schema import (
 )
 from deslo_plugin.config.switch import placed, refuse_switch
 from deslo_plugin.config.telemetry import read_telemetry
-from deslo_plugin.config.wire import read_wire, settle_wire
+from deslo_plugin.config.wire import Wire, read_wire, settle_wire
 from deslo_plugin.errors import ConfigError
 
 RENAMED_DESLO = {
@@ -212,12 +212,21 @@ def whole(optimizer: OptimizerConfig | None, deslo: DesloConfig) -> Config:
 def as_dict(config: Config) -> dict[str, Any]:
     """Flat ``{"optimizer.lr": ..., "deslo.average_at": ...}``: what ranks compare with each other."""
     return {
-        f"{block.name}.{field.name}": str(getattr(part, field.name))
+        f"{block.name}.{name}": str(value)
         for block in fields(config)
         for part in [getattr(config, block.name)]
         if part is not None
         for field in fields(part)
+        for name, value in _keys_of(field.name, getattr(part, field.name)).items()
     }
+
+
+def _keys_of(name: str, value: Any) -> Mapping[str, Any]:
+    """The keys of the user's that ``value`` was read from."""
+    if not isinstance(value, Wire):
+        return {name: value}
+    asked = {"wire_dtype": value.of_all if value.of is None else value.of}
+    return asked | {"wire_difference": value.difference, "wire_feedback": value.feedback}
 
 
 def _stock_periods(reader: Reader) -> Periods | None:

@@ -46,11 +46,11 @@ ARGUMENTS = {"write": ("add", None), "load_optimizer": (WHO,)}
 
 def alone(wrap, stock, what, at, number, folder):
     """(What the call alone raised, what training raised, this replica's states)."""
-    from deslo_plugin.comm import progress, transport
+    from deslo_plugin.comm import progress, replica_transport
 
     monkeypatch = pytest.MonkeyPatch()
     for module, name, seconds in (
-        (transport, "PEER_CHECK_INTERVAL_S", 0.2),
+        (replica_transport, "PEER_CHECK_INTERVAL_S", 0.2),
         (progress, "LOOK_EVERY", 0.2),
         (progress, "STORE_TIMEOUT_S", 2.0),
     ):
