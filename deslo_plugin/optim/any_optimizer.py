@@ -84,6 +84,11 @@ class AnyOptimizerAverager(StateAverager):
             self.learn_states(bool(self.optimizer.state))  # that were loaded: some may be due at once
         return super().before_update()
 
+    def after_update(self, cohorts: list[Cohort]) -> None:
+        """As ever; states that the first update has created are due as parameters are. Collective."""
+        now = [cohort._replace(periods=cohort.group["sync_every"]) if cohort.periods else cohort for cohort in cohorts]
+        super().after_update(now)
+
     def take_in(self) -> None:
         """Gives param groups that are new, by a load or ``add_param_group``, their periods and a clock: the one that
         was loaded, the count of their states' updates, or where the others stand."""

@@ -168,3 +168,9 @@ def test_a_state_that_has_no_mean_is_refused_unless_it_stays_local(four):
 def test_a_schedule_that_cannot_be_meant_is_refused(blocks, message):
     with pytest.raises(ConfigError, match=message):
         load_config(blocks)
+
+
+def test_states_that_the_first_step_creates_are_due_after_it_and_nothing_is_sent_twice(four):
+    every_step = {"deslo": {"sync_every": dict.fromkeys(("params", "exp_avg", "exp_avg_sq"), 1)}}
+    for result in four().run(jobs.run, "plain", every_step, 4, None, adamw):
+        assert result["bytes"] == result["planned"]
