@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from deslo_plugin import load_config
-from deslo_plugin.config.schema import DesloConfig
+from deslo_plugin.config.load import as_dict
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()
@@ -35,7 +35,9 @@ def test_the_make_targets_and_named_files_exist():
 
 
 def test_every_key_is_in_the_tables_and_defaults_are_as_written():
-    for name in DesloConfig.__dataclass_fields__:
+    keys = [key.removeprefix("deslo.") for key in as_dict(load_config({})) if key.startswith("deslo.")]
+    assert len(keys) > 15
+    for name in keys:
         assert f"`{name}`" in (ROOT / "docs" / "configuration.md").read_text(), name
     defaults = load_config({})
     assert defaults.optimizer.periods == {"params": 32, "exp_avg": 96, "exp_avg_sq": 192}
