@@ -9,21 +9,18 @@ mean their exponential mean over time (0.99) is looked at, which a slow momentum
 what benchmarks/results/recipe.json has, and prints the table of docs/results.md.
 """
 
-import json
 import math
-import multiprocessing
 import statistics
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.simulation.resumable import finish
 from benchmarks.simulation.small_gpt import GPTConfig, small_gpt
 from deslo_plugin.errors import NonFiniteError
 from deslo_plugin.simulation import simulate
@@ -149,15 +146,8 @@ def main() -> None:
     if given.quick:
         print(train("synchronous ADOPT", 5e-3, 0, 40))
         return
-    runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
     settings = {"steps": STEPS, "switch": SWITCH, "decay": DECAY, "replicas": REPLICAS, "shape": vars(SHAPE)}
-    with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool, Progress() as bar:
-        while left := list(wanted(runs)):
-            task = bar.add_task(f"{len(left)} runs of {STEPS} steps", total=len(left))
-            for future in as_completed([pool.submit(train, *run) for run in left]):
-                runs.append(future.result())
-                RESULTS.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n")
-                bar.advance(task)
+    runs = finish(RESULTS, settings, train, wanted, given.processes)
     Console(width=160).print(shown(runs))
 
 

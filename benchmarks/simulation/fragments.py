@@ -6,21 +6,18 @@ Four replicas at the same periods, bytes, rate and data; only when each part of 
 from what benchmarks/results/fragments.json has, and prints the table of docs/streaming.md.
 """
 
-import json
 import math
-import multiprocessing
 import statistics
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.simulation.resumable import finish
 from benchmarks.simulation.small_gpt import GPTConfig, small_gpt
 from deslo_plugin.simulation import simulate, warmup_cosine
 
@@ -32,7 +29,7 @@ SCHEDULES: dict[str, tuple[int, int, int]] = {"Local Adam": (32, 32, 32), "DES-L
 FRAGMENTS = (1, 4, 8, 32)
 
 
-def train(method: str, fragments: int, seed: int, steps: int) -> dict[str, Any]:
+def train(method: str, fragments: int, seed: int, steps: int = STEPS) -> dict[str, Any]:
     """One run: the held-out loss of the replicas' mean at the end, in nats, and the bytes of a replica."""
     torch.set_num_threads(1)
     every = dict(zip(("params", "exp_avg", "exp_avg_sq"), SCHEDULES[method]))
@@ -84,15 +81,8 @@ def main() -> None:
     if given.quick:
         print(train("DES-LOC", 4, 0, 8))
         return
-    runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
-    left = list(wanted(runs))
-    with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool, Progress() as bar:
-        task = bar.add_task(f"{len(left)} runs of {STEPS} steps", total=len(left))
-        for future in as_completed([pool.submit(train, *run, STEPS) for run in left]):
-            runs.append(future.result())
-            settings = {"steps": STEPS, "lr": LR, "replicas": REPLICAS, "shape": vars(SHAPE)}
-            RESULTS.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n")
-            bar.advance(task)
+    settings = {"steps": STEPS, "lr": LR, "replicas": REPLICAS, "shape": vars(SHAPE)}
+    runs = finish(RESULTS, settings, train, wanted, given.processes)
     Console(width=120).print(shown(runs))
 
 

@@ -7,21 +7,18 @@ often as can be; only what travels differs. Resumes from what benchmarks/results
 docs/wire.md.
 """
 
-import json
 import math
-import multiprocessing
 import statistics
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.simulation.resumable import finish
 from benchmarks.simulation.small_gpt import GPTConfig, small_gpt
 from deslo_plugin.errors import NonFiniteError
 from deslo_plugin.simulation import simulate, warmup_cosine
@@ -66,7 +63,7 @@ def wire(of: dict[str, str], *, difference: str = "", feedback: str = "") -> dic
     return {"wire_dtype": formats, "wire_difference": names(difference), "wire_feedback": names(feedback)}
 
 
-def train(case: str, seed: int, steps: int) -> dict[str, Any]:
+def train(case: str, seed: int, steps: int = STEPS) -> dict[str, Any]:
     """One run: the held-out loss of the replicas' mean at the end, in nats, and the bytes of a replica; infinite where
     it broke."""
     torch.set_num_threads(1)
@@ -118,15 +115,8 @@ def main() -> None:
     if given.quick:
         print(train("x int4, u and v int8, feedback of x", 0, 40))
         return
-    runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
-    left = list(wanted(runs))
-    with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool, Progress() as bar:
-        task = bar.add_task(f"{len(left)} runs of {STEPS} steps", total=len(left))
-        for future in as_completed([pool.submit(train, *run, STEPS) for run in left]):
-            runs.append(future.result())
-            settings = {"steps": STEPS, "lr": LR, "every": EVERY, "replicas": REPLICAS, "shape": vars(SHAPE)}
-            RESULTS.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1) + "\n")
-            bar.advance(task)
+    settings = {"steps": STEPS, "lr": LR, "every": EVERY, "replicas": REPLICAS, "shape": vars(SHAPE)}
+    runs = finish(RESULTS, settings, train, wanted, given.processes)
     Console(width=120).print(shown(runs))
 
 

@@ -65,8 +65,9 @@ class Flights:
             kept = self._resumed.take(keys, state, tensors, self._sync.wire_dtype)
             tensors = [each.launched for each in kept]
         weight = weigh and weigh(state)
-        packed = self._wire.pack(cohort, state, seats, tensors) if self._sync.transport.replicas > 1 else None
-        if packed:
+        format = self._deslo.wire.format_of(state)
+        if format and self._sync.transport.replicas > 1:
+            packed = self._wire.pack(cohort, state, seats, tensors, format)
             flight = self._sync.start_quantized(cohort.steps, state, keys, packed, weight)
         else:
             flight = self._sync.start(cohort.steps, state, keys, tensors, weight)

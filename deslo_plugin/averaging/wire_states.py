@@ -52,7 +52,7 @@ class WireStates:
         states: Callable[[str, Tensors], Tensors],
         means: Callable[[str, Tensors], Sequence[Tensor]],
     ):
-        self.wire, self._states, self._means = wire, states, means
+        self._states, self._means = states, means
         self._difference, self._feedback = require(wire.difference), require(wire.feedback)
         self._own: Store = {}
         self.store = self._own if store is None else store
@@ -108,12 +108,8 @@ class WireStates:
         """After a load: looks again at what there is."""
         self._ready.clear()
 
-    def pack(self, cohort: Cohort, state: str, seats: Sequence[int], values: Tensors) -> Packed | None:
-        """``values``, the parts of ``cohort`` in ``seats``, with what they travel by; None if they travel as they
-        are."""
-        format = self.wire.format_of(state)
-        if format is None:
-            return None
+    def pack(self, cohort: Cohort, state: str, seats: Sequence[int], values: Tensors, format: Format) -> Packed:
+        """``values``, the parts of ``cohort`` in ``seats``, with what they travel by."""
         common = self._parts(cohort, state, common_key(state), seats) if state in self._difference else []
         errors = self._parts(cohort, state, error_key(state), seats) if state in self._feedback else []
         return Packed(values, common, errors, format)

@@ -79,6 +79,8 @@ def save(
     attachments, final = attachments_of(model, "save"), Path(os.path.abspath(path))
     attachment, *_ = attachments
     mode, digest = mode or attachment.config.deslo.checkpoint_mode, digest or attachment.config.deslo.checkpoint_digest
+    if not isinstance(wait, bool):
+        raise ConfigError("save(wait=...)", "True or False", repr(wait), "choose one")
     for name, value, known in (("mode", mode, CHECKPOINT_MODES), ("digest", digest, DIGESTS)):
         if value not in known:
             do = f"write {RENAMED_VALUES[value]!r}, its name of today" if value in RENAMED_VALUES else "choose one"

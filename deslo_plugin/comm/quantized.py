@@ -13,10 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from deslo_plugin.comm.transport import Tensors
 from deslo_plugin.kernels.availability import settle
 from deslo_plugin.kernels.quantize import BLOCK, Format, blocks_of
-
-Tensors = Sequence[Tensor]
 
 
 class QuantizedBucket:

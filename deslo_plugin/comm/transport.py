@@ -1,8 +1,7 @@
-"""How an average travels: the only place where tensors go from one replica to another.
+"""How an average travels: ``Transport`` is the whole interface between the optimizer and its transport.
 
-``Transport`` is the whole interface between the optimizer and its transport. ``SingleReplica`` is a world of one
-replica, ``ReplicaTransport`` runs over ``torch.distributed``; ``frameworks.torchft`` has one whose replicas come and
-go."""
+``SingleReplica`` is a world of one replica. ``replica_transport`` runs over ``torch.distributed``; in
+``frameworks.live_transport`` replicas come and go."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deslo_plugin.comm.progress import Progress
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.quantize import Format
 
 Tensors = Sequence[Tensor]
@@ -108,7 +108,12 @@ class SendsWhole:
     def start_quantized(
         self, values: Tensors, bases: Tensors, errors: Tensors, format: Format, weight: float | None
     ) -> tuple[Quantized, Work]:
-        raise NotImplementedError("this transport carries values as they are")
+        raise ConfigError(
+            "deslo.wire_dtype",
+            f'"float32" with a {type(self).__name__}, which carries values as they are',
+            "states in few bits",
+            "remove it",
+        )
 
 
 class FixedMembership:
