@@ -51,6 +51,7 @@ def cases() -> dict[str, dict[str, Any]]:
     found["u int4, difference, feedback"] = wire({"u": "int4"}, difference="u", feedback="u")
     for name in NARROW:
         found[f"all {name}, feedback of x"] = wire(dict.fromkeys("xuv", name), difference="x", feedback="x")
+    found["all int8"] = wire(dict.fromkeys("xuv", "int8"), difference="x")
     found["all int4, feedback of x and u"] = wire(dict.fromkeys("xuv", "int4"), difference="x", feedback="xu")
     found["x int4, u and v int8, feedback of x"] = wire(
         {"x": "int4", "u": "int8", "v": "int8"}, difference="x", feedback="x"
