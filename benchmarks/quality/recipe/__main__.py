@@ -30,7 +30,7 @@ def main() -> None:
     # one part after the other, so that what matters most is whole first
     for part in given.parts:
         runs = finish(RESULTS, {}, train, lambda runs, part=part: wanted(runs, [part]), given.processes)
-    print("\n\n".join(tables(runs)))
+    print("\n\n".join(tables(runs).values()))
 
 
 if __name__ == "__main__":

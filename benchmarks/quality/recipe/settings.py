@@ -37,12 +37,7 @@ class Setting:
         if self.teacher:
             return _teacher(self, seed)
         return small_gpt(
-            self.shape,
-            sequences=self.sequences,
-            replicas=self.replicas,
-            seed=seed,
-            held_out=4,
-            shards=self.shards,
+            self.shape, sequences=self.sequences, replicas=self.replicas, seed=seed, held_out=4, shards=self.shards
         )
 
     def rate(self, step: int) -> float:
@@ -89,7 +84,7 @@ def _layers() -> nn.Sequential:
 def _teacher(setting: Setting, seed: int) -> Network:
     torch.manual_seed(12345)
     teacher = _layers()
-    for name, param in teacher.named_parameters():
+    for param in teacher.parameters():
         nn.init.normal_(param, std=2.0 / param.shape[-1] ** 0.5 if param.ndim == 2 else 0.5)
 
     @torch.no_grad()

@@ -110,7 +110,7 @@ def train(setting: str, method: str, lr: float, seed: int, ends: bool = False) -
     given = {"setting": setting, "method": method, "lr": lr, "seed": seed}
     try:
         world = course.world(plan, None if plan.at_once else course.start())
-        objective, decay, steps = course.objective(plan), course.setting.decay, course.setting.steps
+        objective, decay = course.objective(plan), course.setting.decay
         alignment, over_time = Alignment(decay), torch.zeros(())
         for moment in course.walk(world, objective, decay):
             mean = served(world)
