@@ -20,7 +20,7 @@ class Setting:
     network gives to random points, a tenth of them wrong.
     """
 
-    rates: tuple[float, ...] = (2.5e-3, 5e-3, 1e-2)
+    rates: tuple[float, ...] = (1.25e-3, 2.5e-3, 5e-3, 1e-2)
     shape: GPTConfig = field(default_factory=lambda: GPTConfig(dim=48, layers=2, heads=4, context=64))
     replicas: int = 4
     sequences: int = 4
@@ -49,15 +49,15 @@ class Setting:
 
 SETTINGS = {
     "68k": Setting(),
-    "2 replicas": Setting(replicas=2, sequences=8, rates=(5e-3,)),
-    "8 replicas": Setting(replicas=8, sequences=2, rates=(5e-3,)),
-    "one node": Setting(replicas=1, sequences=16, rates=(5e-3,)),
-    "batch / 4": Setting(sequences=1, rates=(2.5e-3, 5e-3)),
-    "batch x 4": Setting(sequences=16, rates=(5e-3, 1e-2)),
-    "own parts of the text": Setting(shards=True, rates=(5e-3,)),
-    "twice as long": Setting(switch=1000, decay=3200, steps=4000, rates=(2.5e-3, 5e-3), seeds=(0, 1)),
-    "13k": Setting(shape=GPTConfig(dim=24, layers=1, heads=2, context=64), rates=(5e-3, 1e-2, 2e-2)),
-    "357k": Setting(shape=GPTConfig(dim=96, layers=3, heads=4, context=64), rates=(2.5e-3, 5e-3)),
+    "2 replicas": Setting(replicas=2, sequences=8, rates=(2.5e-3, 5e-3)),
+    "8 replicas": Setting(replicas=8, sequences=2, rates=(2.5e-3, 5e-3)),
+    "one node": Setting(replicas=1, sequences=16),
+    "batch / 4": Setting(sequences=1, rates=(1.25e-3, 2.5e-3, 5e-3)),
+    "batch x 4": Setting(sequences=16, rates=(2.5e-3, 5e-3, 1e-2)),
+    "own parts of the text": Setting(shards=True, rates=(2.5e-3, 5e-3)),
+    "twice as long": Setting(switch=1000, decay=3200, steps=4000, rates=(1.25e-3, 2.5e-3, 5e-3)),
+    "13k": Setting(shape=GPTConfig(dim=24, layers=1, heads=2, context=64), rates=(2.5e-3, 5e-3, 1e-2)),
+    "357k": Setting(shape=GPTConfig(dim=96, layers=3, heads=4, context=64), rates=(1.25e-3, 2.5e-3, 5e-3)),
     "teacher": Setting(teacher=True, sequences=8, rates=(1e-3, 2.5e-3, 5e-3, 1e-2)),
 }
 
