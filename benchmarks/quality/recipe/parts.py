@@ -3,15 +3,16 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from benchmarks.quality.recipe.methods import ABLATED, BETAS, CORE, OUTER, RECIPE
+from benchmarks.quality.recipe.methods import ABLATED, BETAS, CORE, ENDS, OUTER, RECIPE
 from benchmarks.quality.recipe.settings import SETTINGS
-from benchmarks.quality.recipe.trial import MOMENTS
+from benchmarks.quality.recipe.trial import DECAYED, MOMENTS
 
 Runs = list[dict[str, Any]]
 Wanted = tuple[str, str, float, int, bool]
 FIRST = "68k"
 ONE_RATE = 2.5e-3  # of what is not tuned: best for synchronous and Local ADOPT after a decay, at the first setting
 
+LAST_END = f"{DECAYED}, {tuple(ENDS)[-1]}"
 TUNED = {
     FIRST: tuple(RECIPE),
     "2 replicas": CORE[1:],
@@ -39,7 +40,7 @@ SINGLE: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {
 
 def wanted(runs: Runs, parts: Iterable[str]) -> Iterator[Wanted]:
     """What ``parts`` lack: of what is tuned the grid first, and then what won there on the other seeds."""
-    done = {(run["setting"], run["method"], run["lr"], run["seed"], "decayed, " in "".join(run)) for run in runs}
+    done = {(run["setting"], run["method"], run["lr"], run["seed"], LAST_END in run) for run in runs}
     some = {run[:4] for run in done}
     for part in parts:
         if part in TUNED:
