@@ -15,7 +15,8 @@ BETA2, NORM_CLIP, PERIOD = 0.999, 1.0, 32
 class Method:
     """``every``: the periods of parameters, momentum and second moment, in steps. ``beta``, ``weight``, ``lr_factor``,
     ``reset``: the update after the switch. ``synchronous``: gradients are averaged to the end. ``at_once``: no
-    synchronous start, the update is from the first step what it is after the switch elsewhere."""
+    synchronous start, the update is from the first step what it is after the switch elsewhere. ``wire``: the dtype in
+    which averages travel."""
 
     every: tuple[int | None, ...] = (PERIOD, PERIOD, PERIOD)
     beta: float = FAST
@@ -25,6 +26,7 @@ class Method:
     outer: Mapping[str, float] | None = None
     synchronous: bool = False
     at_once: bool = False
+    wire: str | None = None
 
     @property
     def switches(self) -> bool:
@@ -51,7 +53,10 @@ class Method:
             params["switch"] |= {"lr_factor": self.lr_factor, "reset": ["exp_avg"] if self.reset else []}
         # one replica of all ranks is synchronous training, whose update switches in time
         local = self.synchronous or self.at_once or done > switch
-        return {"optimizer": {"params": params}, "deslo": {"synchronous_steps": 0 if local else switch}}
+        deslo: dict[str, Any] = {"synchronous_steps": 0 if local else switch}
+        if self.wire:
+            deslo["wire_dtype"] = self.wire
+        return {"optimizer": {"params": params}, "deslo": deslo}
 
 
 def slow(beta: float = SLOW, weight: float = WEIGHT, **options: Any) -> Method:
@@ -94,7 +99,18 @@ OUTER = {
     for name, base in (("DiLoCo", Method((PERIOD, None, None))), ("MT-DAO", slow()))
     for lr, momentum in ((1.0, 0.0), (0.5, 0.9), (0.7, 0.6), (0.9, 0.9), (1.0, 0.5))
 }
-METHODS = RECIPE | ABLATED | BETAS | OUTER
+BUDGET = {
+    "Local ADOPT, 8 for all, int8": Method((8, 8, 8), wire="int8"),
+    "Local ADOPT, 4 for all, int4": Method((4, 4, 4), wire="int4"),
+    "DES-LOC, 4 / 12 / 24, int8": Method((4, 12, 24), wire="int8"),
+    "DES-LOC, 2 / 6 / 12, int4": Method((2, 6, 12), wire="int4"),
+    "FAVG+OPT, 3, int8": Method((3, None, None), wire="int8"),
+    "FAVG+OPT, 2, int4": Method((2, None, None), wire="int4"),
+    "MT-DAO, 8 for all, int8": slow(every=(8, 8, 8), wire="int8"),
+    "MT-DAO, 4 / 12 / 24, int8": slow(every=(4, 12, 24), wire="int8"),
+}
+"""Ten times fewer bytes than float32 gradients at every step, spent on short periods."""
+METHODS = RECIPE | ABLATED | BETAS | OUTER | BUDGET
 
 SYNCHRONOUS_ENDS = {
     "synchronous, same update": lambda method: Method(

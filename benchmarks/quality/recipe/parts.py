@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from benchmarks.quality.recipe.methods import ABLATED, BETAS, CORE, ENDS, OUTER, RECIPE
+from benchmarks.quality.recipe.methods import ABLATED, BETAS, BUDGET, CORE, ENDS, OUTER, RECIPE
 from benchmarks.quality.recipe.settings import SETTINGS
 from benchmarks.quality.recipe.trial import DECAYED, MOMENTS
 
@@ -32,6 +32,7 @@ SINGLE: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {
     "outer step": [("one node", name, (0, 1, 2)) for name in OUTER if name.startswith("DiLoCo")]
     + [(FIRST, name, (0, 1, 2)) for name in OUTER]
     + [("8 replicas", name, (0, 1, 2)) for name in OUTER],
+    "budget": [(FIRST, name, (0, 1, 2)) for name in BUDGET],
     "ablations": [(FIRST, name, (0, 1, 2)) for name in ABLATED],
     "betas": [(FIRST, name, (0, 1)) for name in BETAS],
 }
