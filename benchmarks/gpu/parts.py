@@ -96,6 +96,7 @@ def parts_for(device: str) -> list[Part]:
             ["pytest", "hypothesis"],
         ),
         Part("bandwidth", script("bandwidth", *dry * TINY["bandwidth"], *figures), 150),
+        Part("recipe", script("recipe", *dry * ["--quick"], "--state", "build/recipe/gpu.pt", *figures), 480),
         overlap("plain"),
         overlap("zero2"),
         overlap("zero3"),

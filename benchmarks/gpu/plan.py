@@ -32,7 +32,15 @@ else:  # started by its path, where nothing is installed
 
 KEPT = 64 << 10  # bytes of each part's output
 LEAST_S = 5  # a part is not begun with less
-CODE = ("deslo_plugin", "csrc", "benchmarks/gpu", "tests", "examples")
+CODE = (
+    "deslo_plugin",
+    "csrc",
+    "benchmarks/gpu",
+    "benchmarks/quality/recipe",
+    "benchmarks/simulation",
+    "tests",
+    "examples",
+)
 
 
 def main(given: Sequence[str] | None = None, parts: list[Part] | None = None) -> int:

@@ -1,5 +1,5 @@
-"""Hours at 1B to 13B parameters on 10 and 100 Gbit/s, by the planner: what docs/results.md shows beside the papers'
-figures.
+"""Hours at 1B to 13B parameters on 10 and 100 Gbit/s, by the planner: what docs/results-without-switch.md shows
+beside the papers' figures.
 
     python -m benchmarks.quality.extrapolate
 

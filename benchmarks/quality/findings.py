@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, from finished runs."""
+"""The tables of docs/results-without-switch.md, from finished runs."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""The figures of docs/results.md."""
+"""The figures of docs/results-without-switch.md."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

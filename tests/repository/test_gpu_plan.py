@@ -35,7 +35,7 @@ def test_the_dry_run_passes_and_says_what_needs_a_gpu(tmp_path):
     parts = summary(tmp_path)
     assert {row["status"] for row in parts.values()} == {"passed", "skipped"}
     ran = {name for name, row in parts.items() if row["status"] == "passed"}
-    assert {"smoke", "kernels", "tests-kernels", "bandwidth", "overlap-plain", "frameworks"} <= ran
+    assert {"smoke", "kernels", "tests-kernels", "bandwidth", "recipe", "overlap-plain", "frameworks"} <= ran
     assert parts["sanitizer"]["reason"] == "needs a GPU"
     measured = [row["what"] for row in parts["bandwidth"]["figures"]["rows"]]
     assert "adam N=3, 0.125M, x float32, states float32" in measured

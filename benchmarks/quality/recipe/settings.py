@@ -31,13 +31,21 @@ class Setting:
     decay: int = 1600
     steps: int = 2000
     seeds: tuple[int, ...] = (0, 1, 2)
+    device: str = "cpu"
+    bfloat16: bool = False  # forward and backward; parameters, momenta and what travels stay float32
 
     def objective(self, seed: int) -> Network:
         """What its replicas minimise. However a batch is divided among replicas, it is the same batch."""
         if self.teacher:
             return _teacher(self, seed)
         return small_gpt(
-            self.shape, sequences=self.sequences, replicas=self.replicas, seed=seed, held_out=4, shards=self.shards
+            self.shape,
+            sequences=self.sequences,
+            replicas=self.replicas,
+            seed=seed,
+            held_out=4,
+            shards=self.shards,
+            device=self.device,
         )
 
     def rate(self, step: int) -> float:

@@ -71,7 +71,8 @@ class Course:
         while world.steps < until:
             step = int(world.steps)
             x = world.state(PARAMS).requires_grad_()
-            losses = objective.losses(x, world.ids, step)
+            with torch.autocast(self.setting.device, torch.bfloat16, enabled=self.setting.bfloat16):
+                losses = objective.losses(x, world.ids, step)
             (gradients,) = torch.autograd.grad(losses.sum(), x)
             world.step(gradients, rate=self.setting.rate(step), norm_clip=NORM_CLIP)
             yield SimulationStep(step + 1, losses.detach(), world)
@@ -86,16 +87,26 @@ class Course:
             described += f" {self.setting.replicas}"
         path = STARTS / f"{hashlib.sha256(described.encode()).hexdigest()[:16]}.pt"
         if path.exists():
-            saved = torch.load(path, weights_only=True)
-            with torch.no_grad():
-                world.optimizer.param_groups[0]["params"][0].copy_(saved["params"])
-            world.optimizer.load_state_dict(saved["optimizer"])
+            self.hold(world, torch.load(path, map_location=self.setting.device, weights_only=True))
             return world
         for _ in self.walk(world, self.together, self.setting.switch):
             pass
         STARTS.mkdir(parents=True, exist_ok=True)
-        torch.save({"params": world.state(PARAMS), "optimizer": world.optimizer.state_dict()}, path)
+        torch.save(self.held(world), path)
         return world
+
+    def held(self, world: Replicas) -> dict[str, Any]:
+        """All of ``world``, where no average is under way."""
+        return {"params": world.state(PARAMS), "optimizer": world.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def hold(self, world: Replicas, held: dict[str, Any]) -> None:
+        world.optimizer.param_groups[0]["params"][0].copy_(held["params"])
+        world.optimizer.load_state_dict(held["optimizer"])
+
+    def nats(self, objective: Objective, x: Tensor) -> float:
+        with torch.autocast(self.setting.device, torch.bfloat16, enabled=self.setting.bfloat16):
+            return float(objective.evaluate(x))
 
 
 def train(setting: str, method: str, lr: float, seed: int, ends: bool = False) -> dict[str, Any]:
@@ -117,7 +128,7 @@ def train(setting: str, method: str, lr: float, seed: int, ends: bool = False) -
             over_time = mean if moment.steps <= course.setting.switch + 1 else EMA * over_time + (1 - EMA) * mean
             if not plan.synchronous:
                 alignment.look(moment)
-        found[CONSTANT], found[OVER_TIME] = (float(objective.evaluate(x)) for x in (mean, over_time))
+        found[CONSTANT], found[OVER_TIME] = (course.nats(objective, x) for x in (mean, over_time))
         for end in ENDS if ends else ():
             found[f"decayed, {end}"] = ended(course, world, ENDS[end](plan))[0]
         found[DECAYED], found[f"{DECAYED}, mean over time"] = decayed(course, world, objective)
@@ -140,4 +151,4 @@ def decayed(course: Course, world: Replicas, objective: Objective) -> tuple[floa
     for moment in course.walk(world, objective, course.setting.steps):
         if moment.steps > course.setting.steps - (course.setting.steps - course.setting.decay) // 10:
             last.append(served(world))
-    return float(objective.evaluate(last[-1])), float(objective.evaluate(torch.stack(last).mean(0)))
+    return course.nats(objective, last[-1]), course.nats(objective, torch.stack(last).mean(0))
