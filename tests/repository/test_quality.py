@@ -1,5 +1,5 @@
-"""The study of docs/results-without-switch.md: every method trains, finished runs are not repeated, and the document shows what came
-out."""
+"""The study of docs/results-without-switch.md: every method trains, finished runs are not repeated, and the document
+shows what came out."""
 
 import json
 from dataclasses import replace
