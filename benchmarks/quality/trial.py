@@ -77,7 +77,9 @@ def served(world: Replicas) -> Tensor:
     mean, outer = world.state(PARAMS).mean(0, keepdim=True), world.config.optimizer.outer_optimizer
     if outer:
         anchor, momentum = (world.state(name)[:1].clone() for name in (OUTER_PARAMS, OUTER_MOMENTUM))
-        nesterov_([torch.empty_like(mean)], [mean], [anchor], [momentum], lr=outer.lr, beta=outer.momentum)
+        nesterov_(
+            [torch.empty_like(mean)], [mean], [anchor], [momentum], lr=outer.rate(len(world.ids)), beta=outer.momentum
+        )
         return anchor
     return mean
 

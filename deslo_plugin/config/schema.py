@@ -28,10 +28,21 @@ STATE_DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class Outer:
-    """Nesterov step on the averaged parameters: DiLoCo, DES-LOC-Nesterov."""
+    """Nesterov step on the averaged parameters: DiLoCo, DES-LOC-Nesterov. ``lr`` None: by the number of replicas."""
 
-    lr: float
+    lr: float | None
     momentum: float
+
+    def rate(self, replicas: int) -> float:
+        """``lr``, or what DiLoCo's scaling law found best with momentum 0.9 and 30 steps between averages (arXiv
+        2503.09799)."""
+        if self.lr is not None:
+            return self.lr
+        return 0.5 if replicas == 1 else 0.6 if replicas < 8 else 0.8
+
+    def describe(self, replicas: int) -> str:
+        why = "" if self.lr is not None else f", by the number of replicas, {replicas}"
+        return f"lr {self.rate(replicas):g}{why}; momentum {self.momentum:g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,13 @@ class TorchFT(Module[None]):
             got = getattr(self.config.deslo, key)
             if got not in allowed:
                 raise ConfigError(f"deslo.{key}", f"{allowed[-1]} with a torchft manager", str(got), "remove it")
+        if (optimizer := self.config.optimizer) and (outer := optimizer.outer_optimizer) and outer.lr is None:
+            raise ConfigError(
+                "optimizer.params.outer_optimizer.lr",
+                "a number with a torchft manager",
+                "none",
+                "write one: the default goes by the number of replicas, which comes and goes",
+            )
         if self.config.deslo.wire.quantizes:
             raise ConfigError(
                 "deslo.wire_dtype",

@@ -193,7 +193,8 @@ class DesLoc(torch.optim.Optimizer):
         for state, mean in means.items():
             if state == PARAMS and outer:
                 anchor, momentum = (part(cohort, each) for each in (OUTER_PARAMS, OUTER_MOMENTUM))
-                nesterov_(states[state], mean, anchor, momentum, lr=outer.lr, beta=outer.momentum)
+                lr = outer.rate(self.averaging.transport.replicas)
+                nesterov_(states[state], mean, anchor, momentum, lr=lr, beta=outer.momentum)
             else:
                 mean_(states[state], mean)
         if PARAMS in means and optimizer.reset_momenta:

@@ -149,7 +149,11 @@ class Plan:
         order += ", replicas weighted by samples" if deslo.replica_weights == "samples" else ""
         lines = [f"deslo: {t.replicas} replica(s) of {t.replica_size} rank(s); {_direction(opt)}; {order}"]
         if t.replicas == 1:
-            return lines[0] + "\n  one replica only: nothing to average, this is the plain optimizer"
+            alone = "this is the plain optimizer"
+            if opt is not None and opt.outer_optimizer:
+                every = f"every {opt.periods[PARAMS]} steps an outer Nesterov step on its parameters"
+                alone = f"{every}, {opt.outer_optimizer.describe(1)}"
+            return f"{lines[0]}\n  one replica only: nothing to average, {alone}"
         if opt is not None and RULES[opt.rule].bounds_momenta:
             lines += [
                 f"  beware: beta {beta:g} outlives beta2 {opt.beta2:g}, with which Adam can diverge; take beta2 above "
@@ -184,10 +188,7 @@ class Plan:
         if deslo.wire.quantizes:
             lines.append(f"  {self._in_few_bits()}")
         if opt is not None and opt.outer_optimizer:
-            lines.append(
-                f"  outer Nesterov step on averaged params: lr {opt.outer_optimizer.lr:g}, "
-                f"momentum {opt.outer_optimizer.momentum:g}"
-            )
+            lines.append(f"  outer Nesterov step on averaged params: {opt.outer_optimizer.describe(t.replicas)}")
         if opt is not None and opt.reset_momenta:
             lines.append("  momenta are reset after each average of params")
         if way := self.route.describe():

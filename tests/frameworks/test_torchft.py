@@ -205,6 +205,13 @@ def test_what_does_not_go_with_live_membership_is_refused(manager, deslo, messag
         deslo_plugin.attach(model, optimizer, manager=type("Manager", (Idle,), manager)())
 
 
+def test_an_outer_rate_by_the_number_of_replicas_is_refused_where_it_comes_and_goes():
+    model = net(0)
+    optimizer = deslo_plugin.DesLoc(model.parameters(), outer_optimizer={"momentum": 0.9})
+    with pytest.raises(deslo_plugin.ConfigError, match=r"outer_optimizer.lr: expected a number with a torchft manager"):
+        deslo_plugin.attach(model, optimizer, manager=Idle())
+
+
 def test_a_model_of_all_replicas_cannot_be_asked_for_at_will(tmp_path):
     model = net(0)
     deslo_plugin.attach(model, deslo_plugin.DesLoc(model.parameters()), manager=Idle())

@@ -104,13 +104,22 @@ def test_banner_says_every_period_and_where_it_comes_from():
         "params: every 4 steps (given), 4,000 bytes",
         "half-life of 0.9",
         "exp_avg_sq: never averaged",
-        "outer Nesterov",
+        "outer Nesterov step on averaged params: lr 0.6, by the number of replicas, 2; momentum 0.9",
         "times fewer than synchronous",
         "up to 8,000 bytes on each rank while averages fly",
         "not averaged: gradients, exp_avg_sq, buffers",
     ):
         assert words in text
-    assert "nothing to average" in plan(replica_size=4).describe()
+    alone = plan(replica_size=4).describe()
+    assert "nothing to average, this is the plain optimizer" in alone
+
+
+def test_banner_says_that_one_replica_with_an_outer_optimizer_is_not_the_plain_optimizer():
+    outer = {"sync_every": {"params": 4, "exp_avg": None, "exp_avg_sq": None}, "outer_optimizer": {"momentum": 0.8}}
+    assert (
+        "every 4 steps an outer Nesterov step on its parameters, lr 0.5, by the number of replicas, 1; momentum 0.8"
+        in (plan(outer, replica_size=4).describe())
+    )
 
 
 @pytest.mark.parametrize(("chunk_bytes", "divisor"), itertools.product([4, 40, 1 << 20], [1, 3]))

@@ -76,6 +76,18 @@ def test_every_rule_and_variant_is_the_oracle_in_float64(name, synchronous_steps
             assert error <= 1e-12 * expected.abs().max().clamp(min=1.0), f"{state} of replica {m}: {error:.3g}"
 
 
+@pytest.mark.parametrize(("replicas", "rate"), [(1, 0.5), (2, 0.6), (4, 0.6), (8, 0.8)])
+def test_an_outer_rate_that_is_not_given_goes_by_the_number_of_replicas(replicas, rate):
+    """Those of arXiv 2503.09799 at 30 steps between averages; in the oracle, the rate that is written out."""
+    s = Setting("adam", {"x": 4, "u1": None, "v": None}, [0.9], [1.0], outer=(rate, 0.9))
+    config = blocks(s, wire_dtype="float64")
+    del config["optimizer"]["params"]["outer_optimizer"]["lr"]
+    world = last(Bowls(), config, replicas=replicas, steps=STEPS).replicas
+    theory = train([s], [START], replicas, STEPS, lambda m, t, x: [noisy_quadratic(m, t, x[0])])
+    expected = torch.stack([states(s, groups[0])["params"] for groups in theory])
+    torch.testing.assert_close(world.state("params"), expected, rtol=0, atol=1e-12)
+
+
 def test_bytes_are_one_replicas():
     world = last(Bowls(), double(ADAM), replicas=3, steps=13, membership=Growth(at=9, count=2)).replicas
     each, word = 8 * SIZE, 8  # the word by which replicas ask each other whether an average may land

@@ -72,15 +72,14 @@ RECIPE = {
     "MT-DAO": slow(),
     "MT-DAO, rate x 2": slow(lr_factor=2.0),
 }
-CORE = ("synchronous ADOPT", "Local ADOPT", "MT-DAO")
+CORE = ("synchronous ADOPT", "Local ADOPT", "MT-DAO, rate x 2")
 ABLATED = {
-    "MT-DAO, momentum kept": slow(reset=False),
-    "MT-DAO, no synchronous start": slow(at_once=True),
+    "MT-DAO, rate x 2, momentum kept": slow(lr_factor=2.0, reset=False),
+    "MT-DAO, rate x 2, no synchronous start": slow(lr_factor=2.0, at_once=True),
     "Local ADOPT, no synchronous start": Method(at_once=True),
-    "MT-DAO, 32 / 96 / 192": slow(every=(PERIOD, 3 * PERIOD, 6 * PERIOD)),
-    "MT-DAO, period 8": slow(every=(8, 8, 8)),
-    "MT-DAO, period 128": slow(every=(128, 128, 128)),
-    "Local ADOPT, period 128": Method((128, 128, 128)),
+    "MT-DAO, rate x 2, 32 / 96 / 192": slow(lr_factor=2.0, every=(PERIOD, 3 * PERIOD, 6 * PERIOD)),
+    "MT-DAO, rate x 2, 128 for all": slow(lr_factor=2.0, every=(128, 128, 128)),
+    "Local ADOPT, 128 for all": Method((128, 128, 128)),
 }
 BETAS = {
     f"MT-DAO, beta {beta:g}, weight {weight:g}, rate x {factor:g}": slow(beta, weight, lr_factor=factor)
@@ -96,8 +95,8 @@ def outer(lr: float, momentum: float, base: Method = Method()) -> Method:
 
 OUTER = {
     f"{name}, outer {lr:g} / {momentum:g}": outer(lr, momentum, base)
-    for name, base in (("DiLoCo", Method((PERIOD, None, None))), ("MT-DAO", slow()))
-    for lr, momentum in ((1.0, 0.0), (0.5, 0.9), (0.7, 0.6), (0.9, 0.9), (1.0, 0.5))
+    for name, base in (("DiLoCo", Method((PERIOD, None, None))), ("MT-DAO, rate x 2", slow(lr_factor=2.0)))
+    for lr, momentum in ((1.0, 0.0), (0.5, 0.9), (0.7, 0.6), (0.9, 0.9))
 }
 BUDGET = {
     "Local ADOPT, 8 for all, int8": Method((8, 8, 8), wire="int8"),
@@ -106,8 +105,8 @@ BUDGET = {
     "DES-LOC, 2 / 6 / 12, int4": Method((2, 6, 12), wire="int4"),
     "FAVG+OPT, 3, int8": Method((3, None, None), wire="int8"),
     "FAVG+OPT, 2, int4": Method((2, None, None), wire="int4"),
-    "MT-DAO, 8 for all, int8": slow(every=(8, 8, 8), wire="int8"),
-    "MT-DAO, 4 / 12 / 24, int8": slow(every=(4, 12, 24), wire="int8"),
+    "MT-DAO, rate x 2, 8 for all, int8": slow(lr_factor=2.0, every=(8, 8, 8), wire="int8"),
+    "MT-DAO, rate x 2, 4 / 12 / 24, int8": slow(lr_factor=2.0, every=(4, 12, 24), wire="int8"),
 }
 """Ten times fewer bytes than float32 gradients at every step, spent on short periods."""
 METHODS = RECIPE | ABLATED | BETAS | OUTER | BUDGET

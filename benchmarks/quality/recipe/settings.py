@@ -60,12 +60,11 @@ SETTINGS = {
     "2 replicas": Setting(replicas=2, sequences=8, rates=(2.5e-3, 5e-3)),
     "8 replicas": Setting(replicas=8, sequences=2, rates=(2.5e-3, 5e-3)),
     "one node": Setting(replicas=1, sequences=16),
-    "batch / 4": Setting(sequences=1, rates=(1.25e-3, 2.5e-3, 5e-3)),
-    "batch x 4": Setting(sequences=16, rates=(2.5e-3, 5e-3, 1e-2)),
+    "batch x 4": Setting(sequences=16, rates=(2.5e-3, 5e-3)),
     "own parts of the text": Setting(shards=True, rates=(2.5e-3, 5e-3)),
-    "twice as long": Setting(switch=1000, decay=3200, steps=4000, rates=(1.25e-3, 2.5e-3, 5e-3)),
+    "twice as long": Setting(switch=1000, decay=3200, steps=4000, rates=(1.25e-3, 2.5e-3)),
     "13k": Setting(shape=GPTConfig(dim=24, layers=1, heads=2, context=64), rates=(2.5e-3, 5e-3, 1e-2)),
-    "357k": Setting(shape=GPTConfig(dim=96, layers=3, heads=4, context=64), rates=(1.25e-3, 2.5e-3, 5e-3)),
+    "357k": Setting(shape=GPTConfig(dim=96, layers=3, heads=4, context=64), rates=(1.25e-3, 2.5e-3)),
     "teacher": Setting(teacher=True, sequences=8, rates=(1e-3, 2.5e-3, 5e-3, 1e-2)),
 }
 
