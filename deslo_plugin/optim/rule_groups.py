@@ -16,6 +16,7 @@ def groups_by_rule(param_group: Mapping[str, Any], optimizer: OptimizerConfig, w
     dimensions, unless the group names a rule itself.
 
     Raises ``ConfigError`` for a rule that the config does not have, and for one of matrices that is to have others."""
+    refuse_numbers_of_its_own(param_group, optimizer, where)
     rules, named = optimizer.by_rule, param_group.get("rule")
     if named is not None and named not in rules:
         raise ConfigError(
@@ -44,6 +45,35 @@ def groups_by_rule(param_group: Mapping[str, Any], optimizer: OptimizerConfig, w
         if named == rule or (named is None and own):
             rates = {"lr": config.lr, "weight_decay": config.weight_decay} if config is not optimizer else {}
             yield {**rates, **param_group, "params": own, "rule": rule}
+
+
+OF_ALL = (
+    *("betas", "eps", "momenta", "second_moment", "bias_correction", "clip_value", "state_dtype", "reset_momenta"),
+    *("outer_optimizer", "nesterov", "ns_steps", "momentum", "dampening", "amsgrad", "maximize"),
+)
+"""Numbers of an update that a param group of this or of torch's optimizers may name, and that are one for all here."""
+
+
+def refuse_numbers_of_its_own(param_group: Mapping[str, Any], optimizer: OptimizerConfig, where: str) -> None:
+    """Raises ``ConfigError`` for numbers that differ from the config's: without a word the config's would count."""
+    for key in OF_ALL:
+        given = param_group.get(key)
+        given = tuple(given) if isinstance(given, list) else given
+        if given and all(given != _number(key, rule) for rule in optimizer.by_rule.values()):
+            raise ConfigError(
+                f"{where}.{key}",
+                "none: the update's numbers are one for all parameters, and stand in the config",
+                repr_with_type(given),
+                "remove it, or give these parameters an optimizer of their own; a group has lr, weight_decay, "
+                "sync_every and rule",
+            )
+
+
+def _number(key: str, rule: OptimizerConfig) -> Any:
+    """What the config says of ``key``, in the form of a param group of torch."""
+    if key == "betas":
+        return (*rule.betas, *(() if rule.beta2 is None else (rule.beta2,)))
+    return rule.betas[0] if key == "momentum" else getattr(rule, key, None)
 
 
 def rule_named(groups: Iterable[Mapping[str, Any]], param: Tensor) -> str:

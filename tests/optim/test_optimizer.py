@@ -83,6 +83,18 @@ def test_a_misspelt_state_of_a_group_is_refused():
         DesLoc([{"params": params_of((3,)), "sync_every": {"exp_averag": 3}}], lr=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("key", "own", "same"),
+    [("betas", (0.8, 0.9), [0.9, 0.95]), ("eps", 1e-3, 1e-8), ("amsgrad", True, False), ("momentum", 0.5, 0.9)],
+)
+def test_numbers_of_a_group_that_would_not_count_are_refused(key, own, same):
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    make = lambda value: DesLoc([{"params": params[:1], key: value}, {"params": params[1:]}], lr=1e-3)
+    with pytest.raises(ConfigError, match=rf"param group 0.{key}: expected none: .* are one for all parameters.*, got"):
+        make(own)
+    assert len(make(same).param_groups) == 2
+
+
 def test_parameters_without_gradient_age_and_average():
     def replica(average):
         trained, idle = params_of((3,), (2,))

@@ -84,7 +84,7 @@ ABLATED = {
 BETAS = {
     f"MT-DAO, beta {beta:g}, weight {weight:g}, rate x {factor:g}": slow(beta, weight, lr_factor=factor)
     for beta in (0.95, 0.99, 0.999)
-    for weight in (0.8, 0.95, 0.98)
+    for weight in (0.8, 0.95)
     for factor in (1.0, 2.0)
 }
 

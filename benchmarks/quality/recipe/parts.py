@@ -28,9 +28,9 @@ TUNED = {
 
 SINGLE: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {
     "ends": [(FIRST, name, (0, 1, 2)) for name in CORE[1:]],
-    "outer step": [("one node", name, (0, 1, 2)) for name in OUTER if name.startswith("DiLoCo")]
-    + [(FIRST, name, (0, 1, 2)) for name in OUTER if name.startswith("DiLoCo") or "0.7" in name]
-    + [("8 replicas", name, (0, 1, 2)) for name in OUTER if name.startswith("DiLoCo")],
+    "outer step": [("one node", name, (0, 1)) for name in OUTER if name.startswith("DiLoCo")]
+    + [(FIRST, name, (0, 1)) for name in OUTER if name.startswith("DiLoCo") or "0.7" in name]
+    + [("8 replicas", name, (0, 1)) for name in OUTER if name.startswith("DiLoCo")],
     "budget": [(FIRST, name, (0, 1, 2)) for name in BUDGET],
     "ablations": [(FIRST, name, (0, 1, 2)) for name in ABLATED],
     "betas": [(FIRST, name, (0,)) for name in BETAS],
