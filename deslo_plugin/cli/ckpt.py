@@ -88,7 +88,7 @@ def _states(folder: Path, proof: Manifest, problems: dict[str, str]) -> tuple[di
             state["elements"] += stored.size.numel()
             state["bytes"] += stored.size.numel() * dtype.itemsize
             state["dtypes"] = sorted({*state["dtypes"], str(dtype).removeprefix("torch.")})
-    return dict(found), len(indices)
+    return {name: found[name] for name in sorted(found, key=lambda name: (name != PARAMS, name))}, len(indices)
 
 
 def _shown(content: dict[str, Any]) -> list[Any]:

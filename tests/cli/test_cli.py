@@ -108,6 +108,7 @@ def test_inspect_says_what_a_checkpoint_holds(checkpoint, of):
     assert found["whole"] and found["path"] == str(checkpoint)
     assert (found["mode"], found["steps"], found["replicas"], found["replica_size"]) == ("averaged", 3, 1, 1)
     assert found["parameters"] == 4 * 3 + 3 + 3 + 3 and found["param_groups"] == [{"lr": 0.01}]
+    assert list(found["states"]) == ["params", *sorted(set(found["states"]) - {"params"})]
     assert found["states"]["params"] == {"tensors": 4, "elements": 21, "bytes": 84, "dtypes": ["float32"]}
     assert found["states"]["exp_avg_sq"] == {"tensors": 4, "elements": 21, "bytes": 42, "dtypes": ["bfloat16"]}
     assert "whole: 4 files" in run("ckpt", "inspect", str(checkpoint)).stdout
