@@ -67,6 +67,7 @@ NESTEROV = {"lr": 0.6, "momentum": 0.9}
 RECIPE = {
     "synchronous ADOPT": Method(synchronous=True),
     "synchronous QH": slow(synchronous=True),
+    "synchronous QH, rate x 2": slow(lr_factor=2.0, synchronous=True),
     "Local ADOPT": Method(),
     "DES-LOC, 32 / 96 / 192": Method((PERIOD, 3 * PERIOD, 6 * PERIOD)),
     "MT-DAO": slow(),
@@ -107,6 +108,8 @@ BUDGET = {
     "FAVG+OPT, 2, int4": Method((2, None, None), wire="int4"),
     "MT-DAO, rate x 2, 8 for all, int8": slow(lr_factor=2.0, every=(8, 8, 8), wire="int8"),
     "MT-DAO, rate x 2, 4 / 12 / 24, int8": slow(lr_factor=2.0, every=(4, 12, 24), wire="int8"),
+    "MT-DAO, rate x 2, 4 for all, int4": slow(lr_factor=2.0, every=(4, 4, 4), wire="int4"),
+    "MT-DAO, rate x 2, 32 for all, int8": slow(lr_factor=2.0, wire="int8"),
 }
 """Ten times fewer bytes than float32 gradients at every step, spent on short periods."""
 METHODS = RECIPE | ABLATED | BETAS | OUTER | BUDGET
