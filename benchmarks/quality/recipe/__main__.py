@@ -14,11 +14,13 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from benchmarks.quality.recipe.parts import SINGLE, TUNED, wanted
+from benchmarks.quality.recipe.plots import draw
 from benchmarks.quality.recipe.tables import tables
 from benchmarks.quality.recipe.trial import train
 from benchmarks.simulation.resumable import finish
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "recipe.json"
+FIGURES = RESULTS.parents[2] / "docs" / "figures"
 PARTS = [*TUNED, *SINGLE]
 
 
@@ -30,6 +32,8 @@ def main() -> None:
     # one part after the other, so that what matters most is whole first
     for part in given.parts:
         runs = finish(RESULTS, {}, train, lambda runs, part=part: wanted(runs, [part]), given.processes)
+    if given.parts == PARTS:
+        draw(runs, FIGURES)
     print("\n\n".join(tables(runs).values()))
 
 

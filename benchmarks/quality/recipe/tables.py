@@ -5,12 +5,13 @@ import statistics
 from collections.abc import Iterable
 
 from benchmarks.quality.findings import markdown
-from benchmarks.quality.recipe.methods import ABLATED, BETAS, CORE, ENDS, OUTER, RECIPE
+from benchmarks.quality.recipe.methods import ABLATED, BETAS, BUDGET, CORE, ENDS, OUTER, RECIPE
 from benchmarks.quality.recipe.parts import FIRST, ONE_RATE, TUNED, Runs, best
 from benchmarks.quality.recipe.settings import SETTINGS
 from benchmarks.quality.recipe.trial import CONSTANT, DECAYED, MOMENTS
 
 REFERENCE = "synchronous ADOPT"
+SENT = "vectors sent after the switch"
 Ends = dict[int, float]
 """Seed -> nats."""
 
@@ -18,6 +19,7 @@ Ends = dict[int, float]
 def tables(runs: Runs) -> dict[str, str]:
     """Title -> table, in the order of the document; those whose runs are finished."""
     named = {"recipe": recipe(runs), "gaps": gaps(runs), "ends": ends(runs), "betas": betas(runs)}
+    named["budget"] = single(runs, FIRST, [*CORE[1:], *BUDGET], "")
     named["ablations"] = single(runs, FIRST, [*CORE, *ABLATED], "")
     for setting in ("one node", FIRST, "8 replicas"):
         named[f"outer step, {setting}"] = single(runs, setting, [*CORE[1:], *OUTER], f"{SETTINGS[setting].replicas} x")
@@ -46,7 +48,7 @@ def reference(runs: Runs, setting: str, moment: str) -> Ends:
 def recipe(runs: Runs) -> str:
     """Every method at the first setting, at its best rate for each moment."""
     columns = ["", *(f"{moment}: nats (rate)" for moment in MOMENTS), *(f"{moment}, %" for moment in MOMENTS)]
-    columns += ["vectors sent after the switch", "cosine of progress", "of momentum"]
+    columns += [SENT, "cosine of progress", "of momentum"]
     rows = []
     for method in RECIPE:
         if not (rates := best(runs, FIRST, method)):
@@ -118,8 +120,10 @@ def single(runs: Runs, setting: str, methods: Iterable[str], of: str) -> str:
         found = [at(runs, setting, method, ONE_RATE, moment) for moment in ENDED]
         if all(found):
             less = [against(each, reference(runs, setting, moment)) for each, moment in zip(found, ENDED)]
-            rows.append([f"{of} {method}".strip(), *(mean(each, 4) for each in found), *less])
-    return markdown(["", *(f"{moment}: nats" for moment in ENDED), *(f"{moment}, %" for moment in ENDED)], rows)
+            sent = mean(at(runs, setting, method, ONE_RATE, "sent"), 0)
+            rows.append([f"{of} {method}".strip(), *(mean(each, 4) for each in found), *less, sent])
+    columns = [*(f"{moment}: nats" for moment in ENDED), *(f"{moment}, %" for moment in ENDED), SENT]
+    return markdown(["", *columns], rows)
 
 
 def mean(found: Ends, digits: int) -> str:
