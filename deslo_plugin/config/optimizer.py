@@ -14,6 +14,7 @@ from deslo_plugin.config.switch import read_switch
 from deslo_plugin.errors import ConfigError
 
 RENAMED_PARAMS = {"outer": "outer_optimizer", "clip": "clip_value, a number"}
+OF_MATRICES = ("nesterov", "ns_steps", "ns_dtype", "adjust_lr_fn", "beside")
 FOR_ALL = ("clip_value", "reset_momenta", "outer_optimizer", "state_dtype")  # whatever a parameter's rule is
 
 
@@ -54,6 +55,10 @@ def _read_rule(reader: Reader, rules: Iterable[str]) -> OptimizerConfig:
         reader.refuse(
             "bias_correction", f"no such key for rule {name}", repr(reader.peek("bias_correction")), "remove it"
         )
+    for key in [key for key in OF_MATRICES if key in reader and not rule.of_matrices]:
+        matrices = " or ".join(each for each, one in RULES.items() if one.of_matrices)
+        do = f'take "rule": "{matrices}", whose key it is, or remove it'
+        reader.refuse(key, f"no such key for rule {name}", repr_with_type(reader.peek(key)), do)
 
     weighed = reader.peek("momenta")
     momenta = read_momenta(reader, adaptive=rule.has_second_moment, beta=rule.beta)

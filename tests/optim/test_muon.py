@@ -199,7 +199,8 @@ def test_states_of_both_rules_go_on_to_the_bit():
         ({"adjust_lr_fn": "rms"}, "adjust_lr_fn: expected one of original, match_rms_adamw"),
         ({"ns_steps": 0}, "ns_steps: expected a whole number >= 1"),
         ({"reset_momenta": True, "sync_every": {"exp_avg": None}}, "here exp_avg, exp_avg_sq of beside is averaged"),
-        ({"rule": "adam", "ns_steps": 5}, "ns_steps: expected a known key"),
+        ({"rule": "adam", "ns_steps": 5}, 'ns_steps: expected no such key for rule adam.*take "rule": "muon"'),
+        ({"beside": {"nesterov": True}}, "beside.nesterov: expected no such key for rule adam"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(params, message):
