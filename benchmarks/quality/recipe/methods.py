@@ -32,13 +32,13 @@ class Method:
     def switches(self) -> bool:
         return (self.beta, self.weight, self.lr_factor) != (FAST, 1.0, 1.0)
 
-    def config(self, lr: float, switch: int, done: int = 0) -> dict[str, Any]:
+    def config(self, lr: float, switch: int, done: int = 0, rule: str = "adopt") -> dict[str, Any]:
         """As ``DesLoc`` takes it, for a run of which ``done`` steps are done: from ``switch`` on there is none to
         make."""
         x, u, v = self.every
         after = self.at_once or done > switch
         params: dict[str, Any] = {
-            "rule": "adopt",
+            "rule": rule,
             "lr": lr * self.lr_factor if after else lr,
             "momenta": [
                 {"beta": self.beta if after else FAST, "weight": self.weight if after else 1.0, "sync_every": u}

@@ -15,6 +15,7 @@ ONE_RATE = 2.5e-3  # of what is not tuned: best for synchronous and Local ADOPT 
 LAST_END = f"{DECAYED}, {tuple(ENDS)[-1]}"
 TUNED = {
     FIRST: tuple(RECIPE),
+    "Adam": CORE,
     "2 replicas": CORE[1:],
     "8 replicas": CORE[1:],
     "own parts of the text": CORE,

@@ -31,6 +31,7 @@ class Setting:
     decay: int = 1600
     steps: int = 2000
     seeds: tuple[int, ...] = (0, 1, 2)
+    rule: str = "adopt"
     device: str = "cpu"
     bfloat16: bool = False  # forward and backward; parameters, momenta and what travels stay float32
 
@@ -57,6 +58,7 @@ class Setting:
 
 SETTINGS = {
     "68k": Setting(),
+    "Adam": Setting(rule="adam", rates=(2.5e-3, 5e-3, 1e-2)),
     "2 replicas": Setting(replicas=2, sequences=8, rates=(2.5e-3, 5e-3)),
     "8 replicas": Setting(replicas=8, sequences=2, rates=(2.5e-3, 5e-3)),
     "one node": Setting(replicas=1, sequences=16),

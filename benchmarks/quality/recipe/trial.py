@@ -49,7 +49,7 @@ class Course:
         update stays the same; else it begins anew."""
         setting = self.setting
         done = like.steps if like else 0
-        config = method.config(self.lr, setting.switch, done)
+        config = method.config(self.lr, setting.switch, done, setting.rule)
         count = 1 if method.synchronous else setting.replicas
         world = Replicas(like.state(PARAMS).mean(0) if like else self.apart.start, config, count)
         if like is None:
@@ -83,6 +83,8 @@ class Course:
         world = self.world(method)
         described = f"{self.setting.shape} {self.setting.replicas * self.setting.sequences} {self.setting.shards}"
         described += f" {self.setting.teacher} {self.setting.warm_up} {self.setting.switch} {self.lr} {self.seed}"
+        if self.setting.rule != "adopt":
+            described += f" {self.setting.rule}"
         if self.setting.shards or self.setting.teacher:
             described += f" {self.setting.replicas}"
         path = STARTS / f"{hashlib.sha256(described.encode()).hexdigest()[:16]}.pt"
