@@ -66,11 +66,7 @@ TOLD = {"sent": 0, "cosine of progress": 2, "cosine of momentum": 2}
 
 def gaps(runs: Runs) -> str:
     """What local methods lack of synchronous ADOPT in each setting, all tuned alike."""
-    columns = [
-        "setting",
-        "synchronous ADOPT, nats",
-        *(f"{method}, {moment}" for method in CORE[1:] for moment in ENDED),
-    ]
+    columns = ["setting", "synchronous, nats", *(f"{method}, {moment}, %" for method in CORE[1:] for moment in ENDED)]
     rows = []
     for setting in TUNED:
         if not all(best(runs, setting, method) for method in CORE[1:]):
