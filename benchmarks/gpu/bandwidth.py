@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deslo_plugin import DesLoc
 from deslo_plugin.kernels import update as ops
+from deslo_plugin.kernels.quantize import BLOCK, FORMATS
 
 TYPES = [  # of parameters and gradients, of states
     (torch.float32, torch.float32),
@@ -95,6 +96,7 @@ def main() -> None:
     for n in sizes:
         updates(clock, n)
     averages(clock, sorted(sizes)[-2:][0])
+    few_bits(clock, sorted(sizes)[-2:][0])
     many_tensors(clock, given.tensors)
     if given.out:
         about = {"device": name, "torch": torch.__version__, "kernels": ops.native(), "copy GB/s": clock.ceiling}
@@ -140,6 +142,34 @@ def averages(clock: Clock, n: int) -> None:
     clock.row(f"fingerprint, {label(n)} float32, unaligned by one", clock.ms(fingerprint(local[1:])), 4 * (n - 1))
     land = lambda: torch.ops.deslo.land_([x], [local], [mean], 0.9)
     clock.row(f"land_, {label(n)} float32", clock.ms(land), 16 * n)
+
+
+def few_bits(clock: Clock, n: int, replicas: int = 4) -> None:
+    """What it costs beside its travel that an average is sent in few bits."""
+    blocks = n // BLOCK // replicas * replicas
+    part, n = blocks // replicas, blocks * BLOCK
+    values, bases, errors, means = (clock.rand(n) for _ in range(4))
+    own, shares = clock.rand(part * BLOCK).view(part, BLOCK), torch.full((replicas,), 1 / replicas)
+    for name in ("int8", "float8", "int4"):
+        number, size = FORMATS[name].number, FORMATS[name].record_bytes
+        records, mean = (torch.empty(count, size, dtype=torch.uint8, device=clock.device) for count in (blocks, part))
+        received, ops = records.view(replicas, part, size), torch.ops.deslo
+        calls = {  # and the bytes that each moves
+            "quantize": ([values], [bases], [errors], records, own, 0, number),
+            "mean_quantized": (received, own, shares, 1, mean, number),
+            "dequantize": (records, [bases], [means], number),
+            "carry_": ([values], [bases], [errors], [means], received[None], own[None], 1, number),
+        }
+        whole, share, sent = 4 * n, 4 * n // replicas, size * blocks
+        moved = {
+            "quantize": 3 * whole + sent + share,
+            "mean_quantized": sent * (replicas - 1) // replicas + 2 * share + size * part,
+            "dequantize": sent + 2 * whole,
+            "carry_": 6 * whole + sent,
+        }
+        for operator, arguments in calls.items():
+            ms = clock.ms(lambda operator=operator, arguments=arguments: getattr(ops, operator)(*arguments))
+            clock.row(f"{operator}, {label(n)}, {name}", ms, moved[operator])
 
 
 def many_tensors(clock: Clock, count: int) -> None:
