@@ -149,7 +149,7 @@ def few_bits(clock: Clock, n: int, replicas: int = 4) -> None:
     blocks = n // BLOCK // replicas * replicas
     part, n = blocks // replicas, blocks * BLOCK
     values, bases, errors, means = (clock.rand(n) for _ in range(4))
-    own, shares = clock.rand(part * BLOCK).view(part, BLOCK), torch.full((replicas,), 1 / replicas)
+    own, shares = clock.rand(part * BLOCK).view(part, BLOCK), torch.full((replicas,), 1 / replicas, device=clock.device)
     for name in ("int8", "float8", "int4"):
         number, size = FORMATS[name].number, FORMATS[name].record_bytes
         records, mean = (torch.empty(count, size, dtype=torch.uint8, device=clock.device) for count in (blocks, part))
