@@ -10,7 +10,7 @@ from benchmarks.quality.recipe.trial import DECAYED, MOMENTS
 Runs = list[dict[str, Any]]
 Wanted = tuple[str, str, float, int, bool]
 FIRST = "68k"
-ONE_RATE = 2.5e-3  # of what is not tuned: best for synchronous and Local ADOPT after a decay, at the first setting
+BUDGET_OF_ADAM = [name for name in BUDGET if name.startswith(("DES-LOC, 4", "MT-DAO"))]
 
 LAST_END = f"{DECAYED}, {tuple(ENDS)[-1]}"
 TUNED = {
@@ -33,6 +33,7 @@ SINGLE: dict[str, list[tuple[str, str, tuple[int, ...]]]] = {
     + [(FIRST, name, (0, 1)) for name in OUTER if name.startswith("DiLoCo") or "0.7" in name]
     + [("8 replicas", name, (0, 1)) for name in OUTER if name.startswith("DiLoCo")],
     "budget": [(FIRST, name, (0, 1, 2)) for name in BUDGET],
+    "budget, Adam": [("Adam", name, (0, 1, 2)) for name in BUDGET_OF_ADAM],
     "ablations": [(FIRST, name, (0, 1, 2)) for name in ABLATED],
     "betas": [(FIRST, name, (0,)) for name in BETAS],
 }
@@ -48,8 +49,13 @@ def wanted(runs: Runs, parts: Iterable[str]) -> Iterator[Wanted]:
             yield from (each for each in tuned(runs, part) if each[:4] not in some)
         else:
             ends = part == "ends"
-            cases = ((*each[:2], ONE_RATE, seed, ends) for each in SINGLE[part] for seed in each[2])
+            cases = ((*each[:2], one_rate(each[0]), seed, ends) for each in SINGLE[part] for seed in each[2])
             yield from (case for case in cases if (case not in done if ends else case[:4] not in some))
+
+
+def one_rate(setting: str) -> float:
+    """Of what is not tuned: best after a decay for synchronous training and for local methods, on the first seed."""
+    return 5e-3 if setting == "Adam" else 2.5e-3
 
 
 def tuned(runs: Runs, part: str) -> Iterator[Wanted]:

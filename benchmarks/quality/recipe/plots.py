@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from benchmarks.quality.recipe.methods import BUDGET, METHODS, RECIPE
-from benchmarks.quality.recipe.parts import FIRST, ONE_RATE, Runs, best
+from benchmarks.quality.recipe.parts import FIRST, Runs, best, one_rate
 from benchmarks.quality.recipe.settings import SETTINGS
 from benchmarks.quality.recipe.tables import ENDED, at, reference
 
@@ -28,7 +28,7 @@ def draw(runs: Runs, folder: Path) -> None:
     for axes, moment in zip(panels, ENDED):
         base = reference(runs, FIRST, moment)
         for name in (*RECIPE, *BUDGET):
-            lr = best(runs, FIRST, name).get(moment, ONE_RATE) if name in RECIPE else ONE_RATE
+            lr = best(runs, FIRST, name).get(moment, one_rate(FIRST)) if name in RECIPE else one_rate(FIRST)
             percent = [math.expm1(nats - base[seed]) * 100 for seed, nats in at(runs, FIRST, name, lr, moment).items()]
             if not percent:
                 continue

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from benchmarks.quality.findings import markdown
 from benchmarks.quality.recipe.methods import ABLATED, BETAS, BUDGET, CORE, ENDS, OUTER, RECIPE
-from benchmarks.quality.recipe.parts import FIRST, ONE_RATE, TUNED, Runs, best
+from benchmarks.quality.recipe.parts import BUDGET_OF_ADAM, FIRST, TUNED, Runs, best, one_rate
 from benchmarks.quality.recipe.settings import SETTINGS
 from benchmarks.quality.recipe.trial import CONSTANT, DECAYED, MOMENTS
 
@@ -20,6 +20,7 @@ def tables(runs: Runs) -> dict[str, str]:
     """Title -> table, in the order of the document; those whose runs are finished."""
     named = {"recipe": recipe(runs), "gaps": gaps(runs), "ends": ends(runs), "betas": betas(runs)}
     named["budget"] = single(runs, FIRST, [*CORE[1:], *BUDGET], "")
+    named["budget, Adam"] = single(runs, "Adam", [*CORE, *BUDGET_OF_ADAM], "")
     named["ablations"] = single(runs, FIRST, [*CORE, *ABLATED], "")
     for setting in ("one node", FIRST, "8 replicas"):
         named[f"outer step, {setting}"] = single(runs, setting, [*CORE[1:], *OUTER], f"{SETTINGS[setting].replicas} x")
@@ -89,7 +90,7 @@ def ends(runs: Runs) -> str:
     names = {"as before": DECAYED} | {"as before, mean over its last tenth": f"{DECAYED}, mean over time"}
     rows = []
     for name, moment in (names | {end: f"decayed, {end}" for end in ENDS}).items():
-        found = [at(runs, FIRST, method, ONE_RATE, moment) for method in CORE[1:]]
+        found = [at(runs, FIRST, method, one_rate(FIRST), moment) for method in CORE[1:]]
         if all(found):
             rows.append([name, *(mean(each, 4) for each in found), *(against(each, base) for each in found)])
     return markdown(columns, rows)
@@ -101,9 +102,9 @@ def betas(runs: Runs) -> str:
     for name, method in BETAS.items():
         cells = []
         for moment in MOMENTS:
-            cells.append(against(at(runs, FIRST, name, ONE_RATE, moment), reference(runs, FIRST, moment)))
+            cells.append(against(at(runs, FIRST, name, one_rate(FIRST), moment), reference(runs, FIRST, moment)))
         if all(cells):
-            known = [mean(at(runs, FIRST, name, ONE_RATE, key), 2) for key in tuple(TOLD)[1:]]
+            known = [mean(at(runs, FIRST, name, one_rate(FIRST), key), 2) for key in tuple(TOLD)[1:]]
             rows.append([f"{method.beta:g}", f"{method.weight:g}", f"{method.lr_factor:g}", *cells, *known])
     columns = ["beta", "weight", "rate x", *(f"{moment}, %" for moment in MOMENTS)]
     return markdown([*columns, "cosine of progress", "of momentum"], rows)
@@ -113,10 +114,10 @@ def single(runs: Runs, setting: str, methods: Iterable[str], of: str) -> str:
     """Methods at one rate, against synchronous training at its best."""
     rows = []
     for method in methods:
-        found = [at(runs, setting, method, ONE_RATE, moment) for moment in ENDED]
+        found = [at(runs, setting, method, one_rate(setting), moment) for moment in ENDED]
         if all(found):
             less = [against(each, reference(runs, setting, moment)) for each, moment in zip(found, ENDED)]
-            sent = mean(at(runs, setting, method, ONE_RATE, "sent"), 0)
+            sent = mean(at(runs, setting, method, one_rate(setting), "sent"), 0)
             rows.append([f"{of} {method}".strip(), *(mean(each, 4) for each in found), *less, sent])
     columns = [*(f"{moment}: nats" for moment in ENDED), *(f"{moment}, %" for moment in ENDED), SENT]
     return markdown(["", *columns], rows)
