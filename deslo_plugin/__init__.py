@@ -11,6 +11,7 @@ from deslo_plugin.frameworks.versions import expect
 expect("torch")  # before what an older one lacks is asked for
 
 from deslo_plugin.checkpoint.averaged_weights import averaged_weights
+from deslo_plugin.checkpoint.deepspeed_layout import export_deepspeed
 from deslo_plugin.checkpoint.export import averaged_state_dict
 from deslo_plugin.checkpoint.load_averaged import load_averaged_state_dict
 from deslo_plugin.checkpoint.manifest import latest_checkpoint
@@ -44,6 +45,7 @@ __all__ = [
     "averaged_state_dict",
     "averaged_weights",
     "clip_grad_norm_",
+    "export_deepspeed",
     "latest_checkpoint",
     "load",
     "load_averaged_state_dict",

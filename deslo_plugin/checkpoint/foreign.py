@@ -13,7 +13,8 @@ KNOWN = (
     (
         ("latest_universal", "zero/*/fp32.pt"),
         "a universal checkpoint of DeepSpeed",
-        "take the one that it was made of, with engine.load_checkpoint(load_dir, tag, load_module_only=True)",
+        "give load the folder of its tag, which has zero/ in it, or engine.load_checkpoint(load_dir, tag): every "
+        "replica begins with it",
     ),
     (
         (".metadata",),

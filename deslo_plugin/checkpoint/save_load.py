@@ -35,6 +35,7 @@ from deslo_plugin.checkpoint.state_tree import KEPT, StateAdapter, adapter_of
 from deslo_plugin.checkpoint.sync_replicas import means_of, scheduled_states, sync_replicas
 from deslo_plugin.checkpoint.tensor_chunks import TensorChunks
 from deslo_plugin.checkpoint.tree_agreement import Tree, check_same_structure, united, unlike
+from deslo_plugin.checkpoint.universal import is_universal, load_universal
 from deslo_plugin.checkpoint.whole_model import names_of_all_parts, refuse_other_numbers
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
@@ -157,6 +158,8 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     attachment, *_ = attachments
     finish_pending_save(attachment.topology, attachment.fixed_groups.world)
     folder = found(Path(path))
+    if all_or_none(lambda: is_universal(folder), attachment.fixed_groups.world, READ):
+        return load_universal(folder, model, attachments)
     adapter, topology, world = adapter_of(model, attachments), attachment.topology, attachment.fixed_groups.world
     proof, where = all_or_none(lambda: read_manifest(folder, sha256), world, READ), f"load({str(folder)!r})"
     if world is not None:

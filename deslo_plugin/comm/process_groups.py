@@ -1,6 +1,7 @@
 """The process groups of a topology, and plain data over one of them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -36,6 +37,9 @@ class Groups:
 
 _made: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Topology, float, bool], Groups]]" = WeakKeyDictionary()
 _of_files: "WeakKeyDictionary[dist.ProcessGroup, dict[Topology, Groups]]" = WeakKeyDictionary()
+_inner: "WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], ...], dist.ProcessGroup]]" = (
+    WeakKeyDictionary()
+)
 _broken: "WeakSet[dist.ProcessGroup]" = WeakSet()
 
 
@@ -78,6 +82,14 @@ def make_groups_of_files(groups: Groups) -> Groups:
             singleton=None,
         )
     return made[topology]
+
+
+def make_inner_group(lists: Sequence[Sequence[int]], groups: Groups) -> dist.ProcessGroup:
+    """The group of that one of ``lists`` which this rank is in, created once in a world. Collective over all ranks."""
+    made, key = _inner.setdefault(require(groups.world), {}), tuple(map(tuple, lists))
+    if key not in made:
+        made[key] = _own_of([list(ranks) for ranks in lists], groups.topology, _named_alike(groups.world))
+    return made[key]
 
 
 def mark_broken(group: dist.ProcessGroup) -> None:

@@ -33,10 +33,10 @@ def in_own_form(desloc: Any, state_dict: Mapping[str, Any]) -> tuple[dict[Tensor
     for param, state in states.items():
         optimizer = rules[param]
         wanted = [*optimizer.moments, *((OUTER_PARAMS, OUTER_MOMENTUM) if optimizer.outer_optimizer else ())]
-        awaited = _awaited(optimizer, clock)
+        awaited = awaited_momenta(optimizer, clock)
         if ORIGIN not in state and STEP in state:  # Adam's own count of updates
             state[ORIGIN], state[STEP] = clock - state[STEP].float(), torch.tensor(float(clock))
-            _refuse_adams_momenta(optimizer, clock)
+            refuse_adams_momenta("DesLoc.load_state_dict", optimizer, clock)
         for counter in desloc.counters:
             if counter not in (STEP, ORIGIN):
                 state.setdefault(counter, torch.zeros(()))
@@ -64,7 +64,7 @@ def _is_beside(name: str) -> bool:
     return name in (STEP, ORIGIN) or name.endswith(period_key("")) or is_of_wire(name)
 
 
-def _awaited(optimizer: OptimizerConfig, clock: int) -> list[str]:
+def awaited_momenta(optimizer: OptimizerConfig, clock: int) -> list[str]:
     """Momenta that count for nothing before the switch, which lies ahead and resets them: Adam need not have them."""
     if optimizer.switch is None or clock > optimizer.switch.at:
         return []
@@ -72,14 +72,14 @@ def _awaited(optimizer: OptimizerConfig, clock: int) -> list[str]:
     return [name for name, weight in weighed if not weight and name in optimizer.switch.reset]
 
 
-def _refuse_adams_momenta(optimizer: OptimizerConfig, clock: int) -> None:
+def refuse_adams_momenta(where: str, optimizer: OptimizerConfig, clock: int) -> None:
     """Raises ``ConfigError`` for a rule whose momenta are of gradients that were divided already, unless the next step
     resets them."""
     switch, rule = optimizer.switch, RULES[optimizer.rule]
     resets = switch.reset if switch is not None and switch.at == clock else ()
     if rule.has_second_moment and not rule.bounds_momenta and set(optimizer.momenta) - set(resets):
         raise ConfigError(
-            "DesLoc.load_state_dict",
+            where,
             f"states of {rule.title}, whose momenta are of gradients that its second moment has divided, or of Adam "
             f"with a switch that resets all first momenta at its step, {clock}",
             "Adam's",

@@ -38,11 +38,21 @@ def changed(path: str, value) -> dict:
         ("optimizer.type", "Desloc", "did you mean 'DesLoc'?"),
         ("optimizer.type", "AdamW", 'expected "optimizer": {"type": "DesLoc", ...} beside it'),
         ("desloc", {"replica_size": 2}, "did you mean 'deslo'?"),
-        ("zero_optimization.zero_hpz_partition_size", 2, "its secondary shards span replicas"),
+        (
+            "zero_optimization.zero_hpz_partition_size",
+            4,
+            "expected a divisor of deslo.replica_size 2: ranks that keep a",
+        ),
         ("zero_optimization.zero_quantized_gradients", True, "its all-to-all spans replicas"),
         ("zero_optimization.offload_optimizer", {"device": "nvme"}, "NVMe swapping is not supported yet"),
-        ("tensor_parallel", {"autotp_size": 2}, "tensor parallelism is not supported yet"),
-        ("tensor_parallel", {"tp": {"tp_size": 2}}, "tensor parallelism is not supported yet"),
+        (
+            "tensor_parallel",
+            {"autotp_size": 4},
+            "autotp_size: expected a divisor of deslo.replica_size 2: ranks that share",
+        ),
+        ("tensor_parallel", {"tp": {"tp_size": 2}}, "set autotp_size: DeepSpeed cuts nothing by tp_size"),
+        ("sequence_parallel_size", 4, "sequence_parallel_size: expected a divisor of deslo.replica_size 2: ranks that"),
+        ("sequence_parallel_size", 2, "expected 1, as without groups, got 2; give "),
         ("deslo.on_nonfinite", "skipp", "did you mean 'skip'?"),
     ],
 )
@@ -131,7 +141,29 @@ def test_an_optimizer_given_twice_is_refused(four):
 
 def test_a_foreign_mpu_is_refused(four):
     for error in four().run(engine_error_jobs.foreign_mpu, GOOD):
-        assert "model parallelism is not supported yet" in error
+        assert "initialize(mpu=...): expected one with sequence parallelism alone" in error and "got Unit" in error
+
+
+@pytest.mark.parametrize("how", ["mesh", "mpu"])
+def test_groups_of_sequences_that_span_replicas_are_refused(four, how):
+    for error in four().run(engine_error_jobs.sequences_across_replicas, GOOD, how):
+        assert "groups of consecutive ranks inside a replica of 2 ranks, got ranks [0, 1, 2, 3]; let seq" in error, (
+            error
+        )
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("with sequences", "tensor_parallel.autotp_size: expected it alone inside a replica, got 2 beside mesh_param="),
+        ("built in parts", "parameter 0.weight: expected a model that is built whole, which AutoTP cuts"),
+        ("three in one", "parameter 0.weight: expected a matrix cut into one block of rows or columns for each rank"),
+        ("Muon", "optimizer.params.rule muon: expected whole matrices on each rank, got matrices that tensor_parallel"),
+    ],
+)
+def test_matrices_that_cannot_be_cut_are_refused(four, mistake, message):
+    for error in four().run(engine_error_jobs.cut_wrongly, GOOD, mistake):
+        assert message in error, error
 
 
 def test_nan_in_one_replica_stops_every_rank_before_it_spreads(four):

@@ -93,23 +93,29 @@ def test_ranks_without_the_block_are_named_by_those_that_have_it_and_nobody_hang
         world.close()
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (2, 2), (4, 1)])
-def test_a_mesh_of_deepspeeds_own_is_refused(four, shape):
-    for error in four().run(with_mesh, shape):
+def test_a_mesh_of_deepspeeds_own_is_refused_where_it_spans_replicas(four):
+    for error in four().run(with_mesh, (1, 4)):
         assert error.startswith(
-            f"ConfigError: deepspeed.initialize(mesh_param=...): expected none with DesLoc, got {shape}; remove it"
+            "ConfigError: deepspeed.initialize(mesh_param=...): expected groups of consecutive ranks inside a replica "
+            "of 2 ranks, got ranks [0, 1, 2, 3]; let sequences be shared by ranks of one replica"
         )
+    assert four().run(with_mesh, (4, 1)) == ["no error"] * 4  # which shares nothing
 
 
 def with_mesh(shape: tuple[int, int]) -> str:
-    return engine_error_jobs.raises(GOOD, mesh_param=shape)
+    from deepspeed.utils import groups
+
+    try:
+        return engine_error_jobs.raises(GOOD, mesh_param=shape)
+    finally:
+        groups.mesh_device = None  # which DeepSpeed leaves
 
 
 def test_mics_of_older_releases_is_refused():
     with pytest.raises(
         ValueError, match="mics_shard_size: expected it unset with DesLoc, got 2; remove it: replica_size with ZeRO-3"
     ):
-        refuse_unsupported({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, net(), None, None, read_deslo({}))
+        refuse_unsupported({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, net(), read_deslo({}))
 
 
 def pipeline() -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from tests.support.engine_parallel_jobs import forget_sequences
 from tests.support.jobs import HIDDEN, engine_for, net, train
 
 
@@ -87,3 +88,38 @@ def groups_that_differ(ds: dict) -> str:
     model = net()
     every = {"params": 4 if dist.get_rank() == 1 else 5}
     return raises(ds, model=model, groups=[{"params": list(model.parameters()), "sync_every": every}])
+
+
+def sequences_across_replicas(ds: dict, how: str) -> str:
+    """All four ranks share a sequence."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+    if how == "mesh":
+        return raises(ds, mesh_param=(1, 4))
+    forget_sequences()
+    parallel_state_sp.initialize_sequence_parallel(4)
+    return raises(ds, mpu=parallel_state_sp)
+
+
+def cut_wrongly(ds: dict, mistake: str) -> str:
+    import deepspeed
+
+    import deslo_plugin  # noqa: F401  (its hooks)
+
+    first = {"patterns": ["0.weight"], "partition_type": "column"}
+    if mistake == "three in one":
+        first["shape"] = (2, -1)
+    ds = ds | {"tensor_parallel": {"autotp_size": 2, "partition_config": {"layer_specs": [first]}}}
+    ds["tensor_parallel"]["partition_config"]["use_default_specs"] = False
+    model, options = net(), {"mesh_param": (2, 2)} if mistake == "with sequences" else {}
+    if mistake == "built in parts":
+        ds["zero_optimization"] = {"stage": 3}
+        with deepspeed.zero.Init(config_dict_or_path={"train_micro_batch_size_per_gpu": 2} | ds):
+            model = net()
+    if mistake == "Muon":
+        every = ds["optimizer"]["params"]["sync_every"]
+        ds["optimizer"] = {"type": "DesLoc", "params": {"rule": "muon", "lr": 1e-2, "sync_every": every}}
+    try:
+        return raises(ds, model=model, groups=list(model.parameters()), **options)
+    finally:
+        deepspeed.utils.groups._TENSOR_MODEL_PARALLEL_GROUP = None  # other tests have other degrees

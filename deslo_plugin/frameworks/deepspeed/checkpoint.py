@@ -24,7 +24,7 @@ from deslo_plugin.errors import ConfigError
 from deslo_plugin.frameworks.deepspeed.export import whole_of
 from deslo_plugin.log import log_rank0
 
-LATEST = "latest"
+LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 
 
 def install_checkpoint_methods(engine: DeepSpeedEngine) -> None:
@@ -54,7 +54,7 @@ def install_checkpoint_methods(engine: DeepSpeedEngine) -> None:
 
     @functools.wraps(load_native)
     def load_checkpoint(load_dir: str, tag: Any = None, **options: Any) -> tuple[str | None, Any]:
-        latest = Path(load_dir) / LATEST
+        latest = Path(load_dir) / (LATEST_UNIVERSAL if engine.load_universal_checkpoint() else LATEST)
         if tag is None:
             tag = all_or_none(
                 lambda: latest.read_text().strip() if latest.is_file() else None, dist.group.WORLD, "see and read"

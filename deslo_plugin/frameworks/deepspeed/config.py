@@ -4,10 +4,13 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch.distributed as dist
+
 from deslo_plugin.config.load import load_config, read_deslo, whole
 from deslo_plugin.config.reader import repr_with_type
 from deslo_plugin.config.schema import DesloConfig
 from deslo_plugin.errors import ConfigError
+from deslo_plugin.frameworks.deepspeed.degrees import at
 from deslo_plugin.optim.desloc import DesLoc
 
 Build = Callable[[Any], DesLoc]
@@ -24,6 +27,9 @@ COMPARED = (  # what of a DeepSpeed JSON changes training and must be equal on a
     "train_micro_batch_size_per_gpu",
     "communication_data_type",
     "data_types",
+    "sequence_parallel_size",
+    "data_parallel_size",
+    "tensor_parallel",
 )
 
 
@@ -109,8 +115,14 @@ def refuse_misspelt(ds: Mapping[str, Any]) -> None:
             )
 
 
+NOT_INSIDE = {  # a class of DeepSpeed's -> why it does not fit into a replica, and what does
+    "PipelineModule": "expert and pipeline parallelism are not supported yet: DeepSpeed lays a PipelineModule's grid "
+    "over all ranks and takes no mpu for it; cut stages with torch.distributed.pipelining and attach(stage, mesh=...)",
+    "MoE": "expert and pipeline parallelism are not supported yet: DeepSpeed averages the gradients of an expert over "
+    "the ranks of all replicas that hold it, and gives the experts of all ranks one name; attach(model, mesh=...) "
+    "takes experts in FSDP2",
+}
 REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("zero_optimization.zero_hpz_partition_size", lambda v: v > 1, "remove it: its secondary shards span replicas"),
     ("zero_optimization.zero_quantized_gradients", bool, "remove it: its all-to-all spans replicas"),
     ("zero_optimization.zero_quantized_weights", bool, "remove it: not supported yet"),
     ("zero_optimization.zenflow", bool, "remove it: not supported yet"),
@@ -133,16 +145,11 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: v > 0,
         "remove it: replica_size with ZeRO-3 shards inside a replica",
     ),
-    ("tensor_parallel.tp.tp_size", lambda v: v > 1, "set it to 1: tensor parallelism is not supported yet"),
-    ("tensor_parallel.autotp_size", lambda v: v > 1, "set it to 1: tensor parallelism is not supported yet"),
-    ("sequence_parallel_size", lambda v: v > 1, "remove it: sequence parallelism is not supported yet"),
-    ("data_parallel_size", lambda v: v > 1, 'remove it: "deslo": {"replica_size": S} makes the groups'),
     ("expert_parallel.enabled", bool, "remove it: expert groups are not supported yet"),
     ("hybrid_engine.enabled", bool, "remove it: not supported yet"),
     ("elasticity.enabled", bool, "remove it: not supported yet"),
     ("data_efficiency.enabled", bool, "remove it: its sampler would give every replica the same data"),
     ("curriculum_learning.enabled", bool, "remove it: its sampler would give every replica the same data"),
-    ("checkpoint.load_universal", bool, "remove it: universal checkpoints keep no more than one first momentum"),
     ("managed_gradient_accumulation", lambda v: not v, "remove it: not supported yet"),
     ("sparse_gradients", bool, "remove it: the update needs dense gradients"),
     ("amp.enabled", bool, "use bf16 or fp16: apex is not supported"),
@@ -152,52 +159,31 @@ REFUSED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 
 
-def refuse_unsupported(ds: Mapping[str, Any], model: Any, mpu: Any, mesh: Any, deslo: DesloConfig) -> None:
+def refuse_unsupported(ds: Mapping[str, Any], model: Any, deslo: DesloConfig) -> None:
     """Raises ``ConfigError`` for what would fail or go wrong later, saying what to do instead."""
-    for kind in {cls.__name__ for module in model.modules() for cls in type(module).__mro__} & {
-        "MoE",
-        "PipelineModule",
-    }:
-        raise ConfigError(
-            "deepspeed.initialize(model=...)",
-            "a dense model",
-            f"a {kind}",
-            "expert and pipeline parallelism are not supported yet: train it without DesLoc",
-        )
-    if mesh is not None:
-        raise ConfigError(
-            "deepspeed.initialize(mesh_param=...)",
-            "none with DesLoc",
-            str(tuple(mesh.mesh.shape)),
-            'remove it: sequence parallelism is not supported yet, and "deslo": {"replica_size": S} makes the groups',
-        )
-    if mpu is not None:
-        raise ConfigError(
-            "deepspeed.initialize(mpu=...)",
-            "none with DesLoc",
-            type(mpu).__name__,
-            "remove it: model parallelism is not supported yet",
-        )
+    kinds = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    for kind in (kind for kind in NOT_INSIDE if kind in kinds):
+        raise ConfigError("deepspeed.initialize(model=...)", "a dense model", f"a {kind}", NOT_INSIDE[kind])
     for path, refused, do in REFUSED:
-        value = _at(ds, path)
+        value = at(ds, path)
         if value is not None and value != "auto" and refused(value):
             raise ConfigError(path, "it unset with DesLoc", repr(value), do)
-    stage = _at(ds, "zero_optimization.stage") or 0
-    if stage == 0 and _at(ds, "fp16.enabled"):
+    stage = at(ds, "zero_optimization.stage") or 0
+    if stage == 0 and at(ds, "fp16.enabled"):
         raise ConfigError(
             "fp16.enabled",
             "ZeRO stage 1, 2 or 3 with fp16",
             "stage 0",
             "use a ZeRO stage or bf16: DeepSpeed 0.19 divides stage-0 gradients by a loss scale that it never applied",
         )
-    if _at(ds, "torch_autocast.enabled"):
+    if at(ds, "torch_autocast.enabled"):
         raise ConfigError(
             "torch_autocast.enabled",
             "it unset with DesLoc",
             "True",
             "use bf16 or fp16: a step that the autocast scaler skips on one replica cannot be seen",
         )
-    if deslo.synchronous_steps and _at(ds, "zero_optimization.offload_optimizer.device") not in (None, "none"):
+    if deslo.synchronous_steps and at(ds, "zero_optimization.offload_optimizer.device") not in (None, "none"):
         raise ConfigError(
             "deslo.synchronous_steps",
             "0 with offload_optimizer",
@@ -211,8 +197,8 @@ def refuse_unsupported(ds: Mapping[str, Any], model: Any, mpu: Any, mesh: Any, d
             '"skip"',
             "remove it, or use a ZeRO stage, where DeepSpeed looks at the gradients, or DesLoc",
         )
-    if deslo.on_nonfinite == "skip" and stage in (1, 2) and _at(ds, "bf16.enabled"):
-        if _at(ds, "bf16.check_grad_overflow") is False:
+    if deslo.on_nonfinite == "skip" and stage in (1, 2) and at(ds, "bf16.enabled"):
+        if at(ds, "bf16.check_grad_overflow") is False:
             raise ConfigError(
                 "bf16.check_grad_overflow",
                 'true with "deslo": {"on_nonfinite": "skip"}',
@@ -229,16 +215,10 @@ def settings_to_compare(ds: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             for key in value:
                 walk(f"{path}.{key}", value[key])
-        else:
+        elif not isinstance(value, dist.ProcessGroup):  # tp_model_init puts one there
             flat[path] = value
 
     for section in COMPARED:
         if section in ds:
             walk(section, ds[section])
     return flat
-
-
-def _at(ds: Any, path: str) -> Any:
-    for key in path.split("."):
-        ds = ds.get(key) if isinstance(ds, Mapping) else None
-    return ds

@@ -38,8 +38,10 @@ from deslo_plugin.frameworks.deepspeed.config import (
 from deslo_plugin.frameworks.deepspeed.engine_step import EngineStep
 from deslo_plugin.frameworks.deepspeed.matrices import whole_matrices
 from deslo_plugin.frameworks.deepspeed.mpu import ReplicaMPU, groups_of, use_mpu
+from deslo_plugin.frameworks.deepspeed.parallelism import AUTOTP_STATES, leave_sequence, unit_of
 from deslo_plugin.frameworks.deepspeed.state_tree import EngineState
 from deslo_plugin.frameworks.deepspeed.synchronisation import let_averages_travel
+from deslo_plugin.frameworks.deepspeed.tensor_parts import refuse_unknown_cuts
 from deslo_plugin.frameworks.parameter_kinds import refuse_nonfinite
 from deslo_plugin.frameworks.requested import refuse_together
 from deslo_plugin.frameworks.telemetry_sinks import add_scalars
@@ -66,6 +68,8 @@ def install() -> None:
     """Teaches DeepSpeed the "DesLoc" optimizer and the "deslo" block. Runs once, after DeepSpeed's import."""
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(DesLoc)
     DeepSpeedEngine.__init__ = _engine_init(DeepSpeedEngine.__init__)
+    if hasattr(DeepSpeedEngine, AUTOTP_STATES):  # else it knows no AutoTP in training
+        setattr(DeepSpeedEngine, AUTOTP_STATES, _tensor_parallel_states(getattr(DeepSpeedEngine, AUTOTP_STATES)))
     partition_parameters.Init.__init__ = _zero_init(partition_parameters.Init.__init__)
 
 
@@ -94,18 +98,32 @@ def _engine_init(original: Callable[..., None]) -> Callable[..., None]:
         kinds = {name: type(given.get(name)).__name__ for name in ("model", "optimizer", "mpu", "mesh_device")}
         check_same_on_all_ranks("deepspeed.initialize's", kinds, do="give every rank the same")
         deslo, optimizer = job_of(ds, given["optimizer"])
-        refuse_unsupported(ds, given["model"], given["mpu"], given.get("mesh_device"), deslo)
-        groups = groups_of(deslo, ds)
-        _equal_replicas(given["model"], deslo, groups)
-        unit = ReplicaMPU(groups)
-        given |= {"optimizer": optimizer, "mpu": unit}
+        refuse_unsupported(ds, given["model"], deslo)
+        groups, mpu, mesh = groups_of(deslo, ds), given["mpu"], given.get("mesh_device")
+        unit = unit_of(ds, mpu, mesh, groups)
+        _equal_replicas(given["model"], deslo, groups, unit)
+        given |= {"optimizer": optimizer, "mpu": unit} | ({} if mesh is None else {"mesh_device": None})
         if deslo.sync_every is None:
             given["config_class"].zero_force_ds_cpu_optimizer = False  # DesLoc is the CPU optimizer of this offload
         with use_mpu(unit):
             original(*call.args, **call.kwargs)
+        leave_sequence(mpu, mesh)
         _attach(self, deslo, unit)
 
     return init
+
+
+def _tensor_parallel_states(original: Callable[[DeepSpeedEngine, Any], None]) -> Callable[..., None]:
+    """AutoTP puts DeepSpeed's own groups, which run across replicas, in the place of an engine's mpu."""
+
+    @functools.wraps(original)
+    def configure(self: DeepSpeedEngine, model: Any) -> None:
+        unit = self.mpu
+        original(self, model)
+        if isinstance(unit, ReplicaMPU):
+            self.mpu = unit
+
+    return configure
 
 
 def _zero_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -132,7 +150,7 @@ def _zero_init(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
-def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
+def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups, unit: ReplicaMPU) -> None:
     """Same names, shapes and values of all parameters on every rank, or an error; before anything could hang."""
     agree_on_model(model, lambda p: getattr(p, "ds_shape", p.shape))
     params = dict(model.named_parameters())
@@ -144,6 +162,13 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups) -> None:
                 f"zero.Init over the {groups.topology.replica_size} ranks of a replica",
                 f"{dist.get_world_size(p.ds_process_group)} ranks",
                 "pass config_dict_or_path=<this DeepSpeed config> to deepspeed.zero.Init",
+            )
+        if name in sharded and unit.tensor is not None:
+            raise ConfigError(
+                f"parameter {name}",
+                "a model that is built whole, which AutoTP cuts",
+                "one of zero.Init, over all ranks of a replica",
+                "build it without deepspeed.zero.Init",
             )
     whole = {name: p.data for name, p in params.items() if name not in sharded} | saved_buffers(model)
     # by way of the accelerator: the model may still be on the CPU, where NCCL does not reach
@@ -161,6 +186,7 @@ class DeepSpeed(Framework[Groups]):
 
     def __init__(self, engine: DeepSpeedEngine, deslo: DesloConfig, unit: ReplicaMPU):
         _expect_whole_gradients(engine)
+        refuse_unknown_cuts(engine)
         self.engine, self.unit, self.optimizer = engine, unit, engine.basic_optimizer
         ours = isinstance(self.optimizer, DesLoc)
         self.config = self.optimizer.config if ours else Config(optimizer=None, deslo=deslo)
@@ -173,7 +199,7 @@ class DeepSpeed(Framework[Groups]):
             for g, group in enumerate(self.param_groups)
             for i, param in enumerate(group["params"])
         }
-        self.alike = () if engine.zero_optimization() else self._named
+        self.alike = () if engine.zero_optimization() or unit.tensor is not None else self._named
 
     @property
     def named(self) -> Mapping[str, Tensor]:
@@ -190,7 +216,7 @@ class DeepSpeed(Framework[Groups]):
 
     def transport(self, groups: Groups) -> tuple[Transport, Route]:
         route = choose_route(self.config.deslo, groups, self.named.values())
-        copies = None if self.engine.zero_optimization() else groups.shard
+        copies = None if self.engine.zero_optimization() else self.unit.data
         return make_transport(route, groups, self.config.deslo, copies), route
 
     def keep_gradients_inside(self, averaging: StateAverager, groups: Groups) -> None:

@@ -9,20 +9,25 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from deslo_plugin.checkpoint.export import Parts, parts_of
+from deslo_plugin.frameworks.deepspeed.mpu import ReplicaMPU
+from deslo_plugin.frameworks.deepspeed.tensor_parts import part_of
 from deslo_plugin.frameworks.deepspeed.zero import low_precision_pairs
 
 
 def whole_of(engine: DeepSpeedEngine) -> Callable[[Tensor], Tensor]:
     """From a parameter to its whole master, float32 or wider, on the engine's device, which is collective over the
     replica; other tensors stay as they are."""
+    unit = engine.mpu
+    tensor = unit.tensor if isinstance(unit, ReplicaMPU) else None
     stage_0 = {} if engine.zero_optimization() else {id(param): master for param, master in low_precision_pairs(engine)}
 
-    def whole(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            return tensor
-        full = safe_get_full_fp32_param(tensor) if engine.zero_optimization() else None
-        full = stage_0.get(id(tensor), tensor) if full is None else full
-        return full.detach().to(engine.device, torch.promote_types(full.dtype, torch.float32))
+    def whole(param: Tensor) -> Tensor:
+        if not isinstance(param, nn.Parameter):
+            return param
+        full = safe_get_full_fp32_param(param) if engine.zero_optimization() else None
+        full = stage_0.get(id(param), param) if full is None else full
+        full = full.detach().to(engine.device, torch.promote_types(full.dtype, torch.float32))
+        return full if tensor is None else part_of(param, tensor.rank()).whole(full, tensor)
 
     return whole
 

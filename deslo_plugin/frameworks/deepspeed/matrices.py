@@ -22,6 +22,8 @@ def whole_matrices(engine: DeepSpeedEngine, rule: str) -> Whole | None:
     def refuse(expected: str, got: str, do: str) -> NoReturn:
         raise ConfigError(f"optimizer.params.rule {rule}", expected, got, do)
 
+    if RULES[rule].of_matrices and engine.mpu.get_model_parallel_world_size() > 1:
+        refuse("whole matrices on each rank", "matrices that tensor_parallel.autotp_size cuts", "set it to 1")
     if not RULES[rule].of_matrices or not engine.zero_optimization():
         return None
     if engine.zero_optimization_partition_weights():

@@ -16,6 +16,7 @@ from deslo_plugin.checks.module_wrappers import bare
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.process_groups import all_gather_by_rank
 from deslo_plugin.errors import ConfigError
+from deslo_plugin.frameworks.deepspeed.tensor_parts import Part, part_of, shape_here
 from deslo_plugin.frameworks.deepspeed.zero import copy_masters_to_model, local_shard, low_precision_pairs, shard_start
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
 
@@ -31,8 +32,8 @@ class Range(NamedTuple):
     start: int
     numel: int
 
-    def of(self, flat: Tensor, shape: Any) -> TensorChunks:
-        return of_range(flat.view(-1).narrow(0, self.at, self.numel), self.start, shape)
+    def of(self, flat: Tensor, param: Any, part: Part) -> TensorChunks:
+        return part.of(of_range(flat.view(-1).narrow(0, self.at, self.numel), self.start, shape_here(param)))
 
 
 class EngineState:
@@ -41,7 +42,8 @@ class EngineState:
     def __init__(self, engine: DeepSpeedEngine, _: object):
         self.engine, self.optimizer = engine, engine.basic_optimizer
         self.params = {plain_name(name): param for name, param in bare(engine.module).named_parameters()}
-        self.shapes = {name: getattr(param, "ds_shape", param.shape) for name, param in self.params.items()}
+        self.parts = {name: part_of(param, engine.mpu.get_model_parallel_rank()) for name, param in self.params.items()}
+        self.shapes = {name: part.shape for name, part in self.parts.items()}
         self.ranges = dict(self._ranges())
 
     @property
@@ -76,19 +78,22 @@ class EngineState:
     def tree(self) -> Tree:
         tree: Tree = {f"buffers/{name}": buffer for name, buffer in saved_buffers(self.engine.module).items()}
         for name, param in self.params.items():
-            range, shape = self.ranges.get(name), self.shapes[name]
+            range, part = self.ranges.get(name), self.parts[name]
             if range is not None:
                 for state, value in {PARAMS: range.flat.detach(), **self.optimizer.state.get(range.flat, {})}.items():
                     if _has_parts(value):
-                        value = range.of(value, shape)
+                        value = range.of(value, param, part)
                     elif range.flat.ndim:
                         value = deepcopy(value)  # clocks of a partition are shared
                     tree[f"{state}/{name}"] = value
             elif hasattr(param, "ds_tensor") and not param.requires_grad:
-                tree[f"{PARAMS}/{name}"] = of_range(local_shard(param), shard_start(param), shape)
+                tree[f"{PARAMS}/{name}"] = part.of(of_range(local_shard(param), shard_start(param), shape_here(param)))
             # ZeRO partitions nothing of a parameter without elements
-            elif not param.requires_grad or not shape.numel():
-                tree[f"{PARAMS}/{name}"] = param.detach()
+            elif not param.requires_grad or not part.shape.numel():
+                own = param.detach()
+                tree[f"{PARAMS}/{name}"] = (
+                    own if own.shape == part.shape else part.of(of_range(own.view(-1), 0, own.shape))
+                )
         return tree
 
     def put(self, tree: Tree) -> None:

@@ -49,6 +49,8 @@ def copy_masters_to_model(engine: DeepSpeedEngine) -> None:
     if engine.zero_optimization_partition_weights():
         for sub_group in range(len(engine.optimizer.fp32_partitioned_groups_flat)):
             engine.optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        for param in engine.module.parameters():
+            param.ds_secondary_tensor = None  # of hpZ, made again of the first at the next forward
         _gather_again(engine)
     elif hasattr(engine.optimizer, "update_lp_params"):  # ZeRO-1 and -2
         engine.optimizer.update_lp_params()
