@@ -22,7 +22,7 @@ from deslo_plugin.comm.process_groups import Groups
 from deslo_plugin.comm.topology import Topology, contiguous
 from deslo_plugin.comm.transport import LiveTransport
 from deslo_plugin.config.schema import Config
-from deslo_plugin.errors import ConfigError, require
+from deslo_plugin.errors import ConfigError
 from deslo_plugin.kernels.availability import kernels_on, settle
 from deslo_plugin.log import announce, log_rank0
 from deslo_plugin.optim.any_optimizer import AnyOptimizerAverager
@@ -37,14 +37,15 @@ from deslo_plugin.telemetry.recorder import Recorder
 class Attachment:
     """The averages of one optimizer: what moves, between whom, and what it has cost.
 
-    ``groups`` is None where replicas come and go. ``state_adapter(model, attachments)`` gives the framework's
-    ``checkpoint.state_tree.StateAdapter``. ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is
-    what buffers send. ``engine_steps``: a framework's engine takes the steps, not the optimizer alone;
-    ``fixed_numels`` are the ``numels`` where its param groups do not show them. ``route`` is the way of averages.
-    ``holders``: parameter -> how many ranks of a replica hold it, where they hold different ones; else nothing."""
+    ``groups`` are all replicas, or where these come and go (``live``) the ranks of this one.
+    ``state_adapter(model, attachments)`` gives the framework's ``checkpoint.state_tree.StateAdapter``.
+    ``gradient_bytes`` are per param group, on this rank; ``buffer_bytes`` is what buffers send. ``engine_steps``: a
+    framework's engine takes the steps, not the optimizer alone; ``fixed_numels`` are the ``numels`` where its param
+    groups do not show them. ``route`` is the way of averages. ``holders``: parameter -> how many ranks of a replica
+    hold it, where they hold different ones; else nothing."""
 
     averaging: StateAverager
-    groups: Groups | None
+    groups: Groups
     config: Config
     state_adapter: Callable[[Any, Sequence["Attachment"]], Any]
     fixed_numels: Sequence[int] | None = None
@@ -54,11 +55,12 @@ class Attachment:
     watch: Watch | None = None
     route: Route | None = None
     holders: Mapping[str, int] = field(default_factory=dict)
+    live: bool = False
 
     @property
     def peers(self) -> ProcessGroup | None:
         """Over which a whole tensor has its mean: all ranks, or those that hold the same part of a model."""
-        return self.fixed_groups.replica if self.holders else self.fixed_groups.world
+        return self.groups.replica if self.holders else self.groups.world
 
     @property
     def numels(self) -> Sequence[int]:
@@ -72,15 +74,11 @@ class Attachment:
     @property
     def topology(self) -> Topology:
         """Where replicas come and go, that of the last quorum."""
-        if self.groups is not None:
-            return self.groups.topology
+        own = self.groups.topology
+        if not self.live:
+            return own
         live = cast(LiveTransport, self.averaging.transport)
-        return contiguous(live.replicas, live.rank, 1)
-
-    @property
-    def fixed_groups(self) -> Groups:
-        """``groups``, for calls that are refused where replicas come and go."""
-        return require(self.groups)
+        return contiguous(live.replicas * own.replica_size, live.rank * own.replica_size + own.shard, own.replica_size)
 
     @property
     def steps(self) -> int:
@@ -228,6 +226,8 @@ class Attachment:
         return [*self.gradient_bytes, *(0 for _ in self.averaging.groups[len(self.gradient_bytes) :])]
 
 
+OF_ONE_REPLICA = ("save", "load", "averaged_state_dict")  # calls that a replica which comes and goes makes by itself
+
 _by_model: MutableMapping[torch.nn.Module, list[Attachment]] = WeakKeyDictionary()
 """By the model inside all wrappers, one for each optimizer that steps it: beside it, so that it can still be copied."""
 
@@ -267,7 +267,7 @@ def model_of(attachment: Attachment) -> torch.nn.Module:
 
 def attachments_of(model: Any, what: str) -> list[Attachment]:
     """``attached_to``, for a call ``what`` of all ranks. Raises ``ConfigError`` if nothing is attached, and for
-    replicas that come and go, of which no rank can ask the others at will."""
+    most calls where replicas come and go, of which none can ask the others at will."""
     found = attached_to(model)
     if not found:
         raise ConfigError(
@@ -276,12 +276,12 @@ def attachments_of(model: Any, what: str) -> list[Attachment]:
             type(model).__name__,
             "call deslo_plugin.attach(model, optimizer) first",
         )
-    if any(attachment.groups is None for attachment in found):
+    if what not in OF_ONE_REPLICA and any(attachment.live for attachment in found):
         raise ConfigError(
             what,
             "replicas that are there from start to end",
             "those of a torchft manager",
-            "keep the state dicts of model and optimizer yourself, of any replica; latecomers need no file",
+            "use one of " + ", ".join(OF_ONE_REPLICA) + ", which ask no other replica; latecomers need no file",
         )
     return found
 

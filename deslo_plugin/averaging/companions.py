@@ -41,5 +41,5 @@ class Companions:
             seats = [(flight, seat) for seat in range(len(buffers))]
             if means := self._sync.land(self._steps, {BUFFERS: seats}, {BUFFERS: buffers}):
                 mean_(buffers, means[BUFFERS])
-            if kept:
-                kept.take(self._steps, buffers, buffers)
+                if kept:
+                    kept.take(self._steps, buffers, buffers)

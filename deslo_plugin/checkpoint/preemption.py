@@ -105,7 +105,7 @@ class Preemption:
         """An older save that failed in the background is said, and does not stop the last one."""
         attachment = self._attachments[0]
         try:
-            finish_pending_save(attachment.topology, attachment.fixed_groups.world)
+            finish_pending_save(attachment.topology, attachment.groups.world)
         except (ConfigError, OSError) as error:
             log_rank0(f"deslo: a save before this one had failed: {error}", logging.WARNING)
 

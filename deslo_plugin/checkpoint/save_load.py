@@ -14,7 +14,7 @@ that they are whole. It appears under its name only when it is complete, and all
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from deslo_plugin.checkpoint.whole_model import names_of_all_parts, refuse_other
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.consistency import check_same_on_all_ranks
 from deslo_plugin.comm.process_groups import make_groups_of_files
+from deslo_plugin.comm.transport import LiveTransport
 from deslo_plugin.config.load import RENAMED_VALUES
 from deslo_plugin.config.schema import CHECKPOINT_MODES, DIGESTS
 from deslo_plugin.config.switch import refuse_other_switch
@@ -73,6 +74,8 @@ def save(
             process and ``destroy_process_group`` wait for it; what fails at writing is raised on every rank by
             ``PendingSave.wait()`` or, if no rank has called that, in place of the next ``save`` or ``load``.
 
+    With a torchft manager it saves the replica that calls it, as it is, by the ranks of that replica alone.
+
     Collective over all ranks. On every rank, with the checkpoint that was there untouched: raises ``ConfigError`` for
     an unknown mode, a model that nothing is attached to, an ``extra`` that is no data, and a folder of other files;
     ``OSError`` if any rank cannot write.
@@ -86,7 +89,15 @@ def save(
         if value not in known:
             do = f"write {RENAMED_VALUES[value]!r}, its name of today" if value in RENAMED_VALUES else "choose one"
             raise ConfigError(f"save({name}=...)", f"one of {', '.join(known)}", repr(value), do)
-    topology, groups = attachment.topology, attachment.fixed_groups
+    groups = attachment.groups
+    topology = groups.topology
+    if attachment.live and mode == "synchronized":
+        raise ConfigError(
+            "save(mode=...)",
+            '"averaged" or "per_replica" with a torchft manager, both of this replica',
+            '"synchronized"',
+            "choose one: no replica can ask the others at will",
+        )
     if (world := groups.world) is not None:
         asked = {"mode": mode, "digest": digest, "wait": wait}
         check_same_on_all_ranks("save", asked, do="pass the same on every rank", group=world)
@@ -123,15 +134,15 @@ def _gather(
 ) -> Content:
     """Begins the folder, and says what goes into it: all of a save that asks the model, or other replicas' states."""
     attachment, *_ = attachments
-    topology, world, part = attachment.topology, attachment.fixed_groups.world, part_of(final)
+    topology, world, part = attachment.groups.topology, attachment.groups.world, part_of(final)
     all_or_none(lambda: begin(final) if topology.rank == min(topology.ranks) else None, world)
     all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
     if mode == "synchronized":
         sync_replicas(model)
     tree, means = all_or_none(lambda: _expect_plain(adapter.tree()), world), Tree()
     if mode != "per_replica":
-        tree |= unlike(tree, scheduled_states(attachments), attachment.fixed_groups.replica)
-    if mode == "averaged":
+        tree |= unlike(tree, scheduled_states(attachments), attachment.groups.replica)
+    if mode == "averaged" and not attachment.live:  # of one replica that comes and goes its own state
         means = means_of(tree, attachments)
     numbers = [{key: float(group[key]) for key in KEPT if key in group} for group in adapter.groups]
     refuse_other_numbers(numbers, attachment)
@@ -156,11 +167,18 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
     """
     attachments = attachments_of(model, "load")
     attachment, *_ = attachments
-    finish_pending_save(attachment.topology, attachment.fixed_groups.world)
+    if attachment.live and cast(LiveTransport, attachment.averaging.transport).joined:
+        raise ConfigError(
+            "load(path, model)",
+            "a replica that has taken no step yet, with a torchft manager",
+            "one that trains among the others",
+            "load on every replica before its first optimizer.step(), or start all of them anew",
+        )
+    finish_pending_save(attachment.groups.topology, attachment.groups.world)
     folder = found(Path(path))
-    if all_or_none(lambda: is_universal(folder), attachment.fixed_groups.world, READ):
+    if all_or_none(lambda: is_universal(folder), attachment.groups.world, READ):
         return load_universal(folder, model, attachments)
-    adapter, topology, world = adapter_of(model, attachments), attachment.topology, attachment.fixed_groups.world
+    adapter, topology, world = adapter_of(model, attachments), attachment.groups.topology, attachment.groups.world
     proof, where = all_or_none(lambda: read_manifest(folder, sha256), world, READ), f"load({str(folder)!r})"
     if world is not None:
         check_same_on_all_ranks(where, {"deslo.json": proof.digest}, do="give every rank the same folder", group=world)
@@ -173,7 +191,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
             f"{topology.replicas} of {topology.replica_size}",
             'start as many, or load one that was saved with mode "averaged"',
         )
-    source, name, group = place(folder, proof.mode, attachment.fixed_groups)
+    source, name, group = place(folder, proof.mode, attachment.groups)
     index, own = all_or_none(lambda: (read_index(source), _expect_own(source / name, proof.mode)), world, READ)
     all_or_none(lambda: adapter.prepare(proof.states), world)
     for each in attachments:

@@ -6,7 +6,7 @@ Between averages every replica has its own parameters and momenta. Whatever save
 """
 
 import logging
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -200,8 +200,22 @@ def _give_weights(owner: nn.Module, state: dict[str, Any], prefix: str, _: Any) 
 def _mean(value: Tensor, guard: _Guard) -> Tensor:
     attachment = guard.attachments[0]
     if hasattr(value, "to_local"):
-        return mean_shard(value, attachment.fixed_groups)
+        return mean_shard(value, attachment.groups)
     return mean_of((guard.gather or whole)(value), attachment.peers, value.dtype)
+
+
+def last_average(model: nn.Module, attachments: list[Attachment], named: Mapping[str, Any]) -> dict[str, Any]:
+    """``named``, with the last average of each tensor of the model that has one, sharded as it is. Sends nothing.
+    Raises ``ConfigError`` where nobody keeps it, or another state was loaded since."""
+    if any(attachment.averaging.kept is None for attachment in attachments):
+        raise ConfigError(
+            "averaged_state_dict(model)",
+            '"deslo": {"state_dict": "last_average"} with a torchft manager, by which each rank keeps the last average',
+            '"refuse"',
+            "set it; no replica can ask the others for an average at will",
+        )
+    live = {name: value for name, value in named.items() if averages(name, value)}
+    return {**named, **_last(model, _Guard(attachments, None), live)}
 
 
 def _last(owner: nn.Module, guard: _Guard, live: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,11 +26,11 @@ def sync_replicas(model: Any) -> None:
     """
     attachments = attachments_of(model, "sync_replicas")
     adapter = adapter_of(model, attachments)
-    tree = all_or_none(adapter.tree, attachments[0].fixed_groups.world)
+    tree = all_or_none(adapter.tree, attachments[0].groups.world)
     scheduled = scheduled_states(attachments)
-    more = unlike(tree, scheduled, attachments[0].fixed_groups.replica)
+    more = unlike(tree, scheduled, attachments[0].groups.replica)
     if more:
-        adapter.prepare(united(adapter.states, attachments[0].fixed_groups.world))
+        adapter.prepare(united(adapter.states, attachments[0].groups.world))
         tree = adapter.tree() | {name: value for name, value in more.items() if name.split("/", 1)[0] not in scheduled}
     means = means_of(tree, attachments)
     for name, mean in means.items():

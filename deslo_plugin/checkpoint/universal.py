@@ -79,7 +79,7 @@ def load_universal(folder: Path, model: Any, attachments: Sequence[Attachment]) 
     """Starts every replica from ``folder``: weights and Adam's two moments, after as many steps. Rates and periods are
     those of the config, and a scheduler of the engine's goes on. Collective over all ranks, like ``load``."""
     attachment, adapter = attachments[0], adapter_of(model, attachments)
-    where, world = f"load({str(folder)!r})", attachment.fixed_groups.world
+    where, world = f"load({str(folder)!r})", attachment.groups.world
     saved = all_or_none(lambda: read_universal(folder), world, READ)
     if world is not None:
         content = {"steps": saved.steps, "parameters": saved.names}

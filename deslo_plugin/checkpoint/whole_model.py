@@ -40,7 +40,7 @@ def names_of_all_parts(names: Mapping[str, str], attachment: Attachment) -> Mapp
     """``names`` of the whole model, rank after rank. Collective over all ranks where they hold different parts."""
     if not attachment.holders:
         return names
-    everyone = all_gather_by_rank(dict(names), attachment.fixed_groups.world)
+    everyone = all_gather_by_rank(dict(names), attachment.groups.world)
     return {name: place for each in everyone.values() for name, place in each.items()}
 
 
@@ -52,5 +52,5 @@ def refuse_other_numbers(numbers: Sequence[Mapping[str, float]], attachment: Att
             "save: param group",
             {f"{index}.{key}": value for index, each in enumerate(numbers) for key, value in each.items()},
             do="give the param groups of every part of the model the same rate, and set others after the load",
-            group=attachment.fixed_groups.world,
+            group=attachment.groups.world,
         )

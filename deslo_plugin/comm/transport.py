@@ -91,7 +91,10 @@ class Quantized(Protocol):
 
 
 class LiveTransport(Transport, Protocol):
-    """One whose replicas come and go: how many take part in the present quorum, and which of them this one is."""
+    """One whose replicas come and go: how many take part in the present quorum, and which of them this one is.
+    ``joined``: whether this one has been among them."""
+
+    joined: bool
 
     @property
     def rank(self) -> int: ...

@@ -51,17 +51,21 @@ def attach(
             different parts of the model then, under names of their own: stages of a pipeline, experts.
         replicate: the name of that dimension; "replicate" or "dp_replicate" by default.
         process_group: without ``mesh``, the ranks that average, each a replica of one rank; by default the world.
-        manager: a ``torchft.Manager``, for replicas that may die and come back: every process that has one is a
-        replica,
-            and nothing else joins them. See ``frameworks.torchft``.
+        manager: this rank's ``torchft.Manager``, for replicas that may die and come back: the world of this process is
+            one replica then, and nothing else joins it with others. See ``frameworks.torchft``.
         on_average: called with a ``SyncEvent`` after every average.
 
     Replicas that start unequal start from replica 0, which is said (``deslo.initial_params``). Raises ``ConfigError``
     for a setting that cannot work, and for what shards or communicates by itself, on every rank and before anything is
     changed."""
     where = mesh, replicate, process_group
+    framework: Framework
     if manager is not None:
-        framework: Framework[Any] = TorchFT(model, *checked(model, optimizer, config), manager, where)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            inner, config, _ = agreed(model, optimizer, config, mesh, process_group, _wrapper_of)
+        else:
+            inner, config = checked(model, optimizer, config)
+        framework = TorchFT(model, inner, config, manager, where)
     elif not dist.is_initialized():
         framework = Alone(model, *checked(model, optimizer, config))
     else:

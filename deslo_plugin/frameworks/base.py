@@ -4,7 +4,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,10 +28,8 @@ from deslo_plugin.optim.desloc import DesLoc
 from deslo_plugin.planning.route import Route
 from deslo_plugin.planning.wire_cost import BYTES
 
-G = TypeVar("G", bound=Groups | None)  # None where replicas come and go
 
-
-class Framework(Protocol[G]):
+class Framework(Protocol):
     """One optimizer, and the model that it steps, where a framework keeps them. ``build_attachment`` asks from top to
     bottom; the rest holds once ``groups`` was called."""
 
@@ -39,6 +37,7 @@ class Framework(Protocol[G]):
     config: Config
     state_adapter: Callable[[Any, Sequence[Attachment]], StateAdapter]
     engine_steps: bool = False  # whether an engine takes the steps, and not ``optimizer.step()`` alone
+    live: bool = False  # whether replicas come and go
     first: bool = True  # whether nothing else is attached to the model
     alike: Collection[str] = ()  # those of ``named`` that the ranks of a replica must hold alike
     holders: Mapping[str, int] = MappingProxyType({})  # as an ``Attachment`` has them
@@ -54,18 +53,19 @@ class Framework(Protocol[G]):
         """Of ``param_groups``, where the optimizer's own do not show them."""
         return None
 
-    def groups(self) -> G:
-        """The process groups of replicas, which are equal from now on; None where replicas come and go. Collective over
-        all ranks. Raises ``ConfigError`` on every rank for what cannot be kept inside a replica."""
+    def groups(self) -> Groups:
+        """The process groups of replicas, which are equal from now on; where replicas come and go those of this one
+        alone. Collective over all ranks. Raises ``ConfigError`` on every rank for what cannot be kept inside a
+        replica."""
 
-    def transport(self, groups: G) -> tuple[Transport, Route | None]:
+    def transport(self, groups: Groups) -> tuple[Transport, Route | None]:
         """What carries averages, and which way. Collective."""
 
-    def average_buffers(self, averaging: StateAverager, groups: G) -> None:
+    def average_buffers(self, averaging: StateAverager, groups: Groups) -> None:
         """Lets ``buffers`` follow the averages of parameters."""
         return None
 
-    def keep_gradients_inside(self, averaging: StateAverager, groups: G) -> None:
+    def keep_gradients_inside(self, averaging: StateAverager, groups: Groups) -> None:
         """From now on gradients stay inside a replica, but for the synchronous warm-up."""
 
     def gradient_bytes(self, divisor: int) -> list[int] | None:
@@ -76,20 +76,19 @@ class Framework(Protocol[G]):
         """Registers ``attachment``, and whatever steps or saves by it."""
 
 
-def build_attachment(framework: Framework[G], on_average: Callable[[SyncEvent], object] | None = None) -> Attachment:
+def build_attachment(framework: Framework, on_average: Callable[[SyncEvent], object] | None = None) -> Attachment:
     """Connects the optimizer of ``framework`` to its replicas: the one way in which an attachment comes into being.
     Collective over all ranks."""
-    config, of_framework = framework.config, framework.groups()
-    groups: Groups | None = of_framework
-    world = groups.world if groups else None
-    transport, route = framework.transport(of_framework)
+    config, groups = framework.config, framework.groups()
+    world = groups.world
+    transport, route = framework.transport(groups)
     own = [param for group in framework.param_groups for param in local(group["params"])]
     refuse_empty_fragments(config.deslo.fragments, own, world)
     averaging = _averaging_of(framework, transport, world, on_average)
-    if world is not None and groups is not None:
+    if world is not None:
         agree_on_optimizer(averaging, config, world, groups.topology.ranks_by_shard if framework.holders else None)
-    framework.average_buffers(averaging, of_framework)
-    framework.keep_gradients_inside(averaging, of_framework)
+    framework.average_buffers(averaging, groups)
+    framework.keep_gradients_inside(averaging, groups)
     attachment = Attachment(
         averaging,
         groups,
@@ -99,22 +98,23 @@ def build_attachment(framework: Framework[G], on_average: Callable[[SyncEvent], 
         gradient_bytes=framework.gradient_bytes(transport.divisor),
         buffer_bytes=sum(buffer.numel() for buffer in framework.buffers) * BYTES[config.deslo.wire.plain],
         engine_steps=framework.engine_steps,
-        watch=_watch_of(framework, averaging, groups) if groups else None,
+        watch=None if framework.live else _watch_of(framework, averaging, groups),
         route=route,
         holders=framework.holders,
+        live=framework.live,
     )
     framework.install(attachment)
-    if world is not None:
-        rehearse(attachment, own)
-    if groups is not None:  # else the plan is known once a quorum has met
+    if not framework.live:  # else the plan is known once a quorum has met
+        if world is not None:
+            rehearse(attachment, own)
         attachment.announce()
-    if groups is not None and world is not None:
-        say_placement(groups.topology, world)
+        if world is not None:
+            say_placement(groups.topology, world)
     start_telemetry(attachment)
     return attachment
 
 
-def _averaging_of(framework: Framework[Any], transport: Transport, world: Any, on_average: Any) -> StateAverager:
+def _averaging_of(framework: Framework, transport: Transport, world: Any, on_average: Any) -> StateAverager:
     optimizer, groups = framework.optimizer, framework.param_groups
     if isinstance(optimizer, DesLoc):
         optimizer.attach(transport, [param for group in groups for param in group["params"]], on_average)
@@ -132,7 +132,7 @@ def _averaging_of(framework: Framework[Any], transport: Transport, world: Any, o
     return averaging
 
 
-def _watch_of(framework: Framework[Any], averaging: StateAverager, groups: Groups) -> Watch:
+def _watch_of(framework: Framework, averaging: StateAverager, groups: Groups) -> Watch:
     return Watch(
         averaging,
         groups,

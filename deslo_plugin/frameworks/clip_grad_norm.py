@@ -84,7 +84,7 @@ def _cuts(param: Tensor) -> int:
 
 def _over_replica(own: Tensor, order: float, attachment: Attachment) -> Tensor:
     """The norm by the parts of all ranks of a replica, which are added in the order of ranks: the same bits on each."""
-    group = attachment.groups.shard if attachment.groups else None  # where replicas come and go each has one rank
+    group = attachment.groups.shard
     if group is not None and group.size() > 1:
         sent = reachable(own, group)
         parts = [torch.empty_like(sent) for _ in range(group.size())]

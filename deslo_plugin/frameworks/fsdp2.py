@@ -103,7 +103,7 @@ class FSDP2(Plain):
 
     def keep_gradients_inside(self, averaging: StateAverager, groups: Groups) -> None:
         super().keep_gradients_inside(averaging, groups)
-        _reshard_at_steps(self.model, averaging)
+        reshard_at_steps(self.model, averaging)
         if not self.first or groups.topology.replica_size == 1:
             return
         if left_out := self._left_out():
@@ -127,7 +127,7 @@ class FSDP2(Plain):
         return [group for group in found if group is not None]
 
 
-def _reshard_at_steps(model: nn.Module, averaging: StateAverager) -> None:
+def reshard_at_steps(model: nn.Module, averaging: StateAverager) -> None:
     """What a step or an average writes is what the next forward gathers, whatever was left whole since the backward."""
     of = ref(model)
 

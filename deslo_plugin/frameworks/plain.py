@@ -26,7 +26,7 @@ from deslo_plugin.comm.topology import Topology, contiguous
 from deslo_plugin.comm.transport import SingleReplica, Transport
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError, require
-from deslo_plugin.frameworks.base import Framework, G
+from deslo_plugin.frameworks.base import Framework
 from deslo_plugin.frameworks.gradient_warmup import GradientAveraging
 from deslo_plugin.frameworks.gradients_inside import MeanInside, place_as_parameters
 from deslo_plugin.frameworks.parameter_kinds import refuse_kinds, refuse_nonfinite
@@ -40,7 +40,7 @@ from deslo_plugin.planning.wire_cost import BYTES
 REPLICATE = ("replicate", "dp_replicate")  # names under which the dimension across replicas is looked for
 
 
-class Module(Framework[G]):
+class Module(Framework):
     """A model and its optimizer, whether or not its replicas come and go."""
 
     state_adapter = TorchState
@@ -75,7 +75,7 @@ class Module(Framework[G]):
         return named | {name: param for name, param in others if id(param) not in known}
 
 
-class Plain(Module[Groups]):
+class Plain(Module):
     """What every wrapper of torch has in common; one that reduces gradients by itself says where, and stops it."""
 
     def groups(self) -> Groups:

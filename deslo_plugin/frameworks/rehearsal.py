@@ -23,8 +23,8 @@ def rehearse(attachment: Attachment, averaged: Sequence[Tensor]) -> None:
         return
     device = averaged[0].device
     by_host = isinstance(attachment.averaging.transport, HostTransport)
-    open_groups(attachment.fixed_groups, device, averages=not by_host)
-    groups, deslo = attachment.fixed_groups, attachment.config.deslo
+    open_groups(attachment.groups, device, averages=not by_host)
+    groups, deslo = attachment.groups, attachment.config.deslo
     if deslo.wire.quantizes and groups.topology.replicas > 1:
         open_exchange(require(groups.replica), require(groups.world), deslo.timeout_s, device)
     if device.type == "cuda":

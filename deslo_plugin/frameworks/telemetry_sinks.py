@@ -22,7 +22,7 @@ def start_telemetry(attachment: Attachment) -> None:
     telemetry, averaging = attachment.config.deslo.telemetry, attachment.averaging
     if telemetry is None:
         return
-    folder, world = Path(telemetry.path).expanduser(), attachment.fixed_groups.world
+    folder, world = Path(telemetry.path).expanduser(), attachment.groups.world
     problem = _begin(attachment, folder)
     for rank, told in (all_gather_by_rank(problem, world) if world else {0: problem}).items():
         if told:

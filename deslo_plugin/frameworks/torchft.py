@@ -7,42 +7,49 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from deslo_plugin.attachment import Attachment, register
+from deslo_plugin.averaging.last_average import LastAverage
 from deslo_plugin.averaging.state_averager import StateAverager
-from deslo_plugin.checkpoint.resharding import is_sharded
+from deslo_plugin.checkpoint.resharding import is_sharded, reshard
 from deslo_plugin.checks.module_wrappers import reducers
+from deslo_plugin.comm.process_groups import Groups
 from deslo_plugin.config.schema import Config
 from deslo_plugin.errors import ConfigError
-from deslo_plugin.frameworks.live_transport import LiveTransport, Replica
+from deslo_plugin.frameworks.ddp import refuse_join
+from deslo_plugin.frameworks.fsdp2 import reshard_at_steps
+from deslo_plugin.frameworks.live_inside import Inside
+from deslo_plugin.frameworks.live_ranks import copies_inside, groups_inside, refuse_outside, refuse_unlike
+from deslo_plugin.frameworks.live_source import read_as_data
+from deslo_plugin.frameworks.live_state import Replica
+from deslo_plugin.frameworks.live_transport import LiveTransport, MeanOfAll
 from deslo_plugin.frameworks.parameter_kinds import refuse_kinds
 from deslo_plugin.frameworks.plain import Module
+from deslo_plugin.frameworks.requested import refuse_together
 from deslo_plugin.kernels.local_tensors import local
 from deslo_plugin.log import announce
 
 MANAGER: dict[str, tuple[object, str]] = {  # what a manager must be given, and why
     "use_async_quorum": (False, "a replica takes over another's state between two steps"),
     "init_sync": (False, "replicas start equal, which is checked"),
-    "group_world_size": (1, "a replica is one rank here"),
 }
 DESLO: dict[str, tuple[object, ...]] = {
     "synchronous_steps": (0,),
     "sync_delay": (1,),
-    "fragments": (1,),  # replicas would never be equal at one step
     "replica_weights": ("uniform",),
     "initial_params": ("auto", "check"),
-    "replica_size": ("auto", 1),
-    "state_dict": ("refuse",),
+    "state_dict": ("last_average", "refuse"),  # what averaged_state_dict gives
     "transport": ("device",),  # the manager's process group carries averages
     "telemetry": (None,),  # files are named by replica
 }
 
 
-class TorchFT(Module[None]):
-    """A bare model that is one replica, of which others come and go: the transport is torchft's, and so is the way in
-    which replicas become equal."""
+class TorchFT(Module):
+    """A model on the ranks of one replica, bare on one, in FSDP2 or DDP on several, of which other replicas come and
+    go: the transport is torchft's, and so is the way in which replicas become equal."""
+
+    live = True
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, manager: Any, others: Sequence[Any]
@@ -58,16 +65,25 @@ class TorchFT(Module[None]):
             )
         self.manager = manager
 
-    def groups(self) -> None:
-        """None. Raises ``ConfigError`` for what does not go with replicas that come and go."""
+    def groups(self) -> Groups:
+        """Those of the ranks of this replica. Collective over them. Raises ``ConfigError`` on each of them for what
+        does not go with replicas that come and go."""
+        groups = groups_inside(self.manager)
+        if groups.world is None:
+            self._refuse(groups)
+        else:
+            refuse_together(lambda: self._refuse(groups), groups.world)
+        reshard(self.model)
+        refuse_unlike(self.model, groups)
+        return groups
+
+    def _refuse(self, groups: Groups) -> None:
         refuse_kinds(self.around, self.optimizer)
         for name, (wanted, why) in MANAGER.items():
             got = getattr(self.manager, f"_{name}", "none, as in another torchft")
             if got != wanted:
-                raise ConfigError(
-                    f"torchft.Manager({name.removeprefix('group_')}=...)", str(wanted), str(got), f"give it: {why}"
-                )
-        for key, allowed in DESLO.items():
+                raise ConfigError(f"torchft.Manager({name}=...)", str(wanted), str(got), f"give it: {why}")
+        for key, allowed in (DESLO | {"replica_size": ("auto", groups.topology.replica_size)}).items():
             got = getattr(self.config.deslo, key)
             if got not in allowed:
                 raise ConfigError(f"deslo.{key}", f"{allowed[-1]} with a torchft manager", str(got), "remove it")
@@ -85,32 +101,37 @@ class TorchFT(Module[None]):
                 "states in few bits",
                 "remove it: a manager adds up what it is given, and codes with scales of their own have no sum",
             )
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        if several or reducers(self.around) or is_sharded(self.model):
-            raise ConfigError(
-                "attach(manager=...)",
-                "a bare model in a process of its own, which is one replica",
-                "a wrapped model or a world of several ranks",
-                "start each replica alone, without a wrapper",
-            )
+        self.unread = read_as_data(getattr(self.manager, "_checkpoint_transport", None))
+        refuse_outside(self.around, self.model, groups.topology.replica_size)
 
-    def transport(self, groups: None) -> tuple[LiveTransport, None]:
+    def transport(self, groups: Groups) -> tuple[LiveTransport, None]:
         device = local([next(self.around.parameters())])[0].device
-        self.live = LiveTransport(self.manager, timeout_s=self.config.deslo.timeout_s, device=device)
-        return self.live, None
+        self.inside = Inside(groups, copies_inside(self.around, self.model))
+        self.live_transport = LiveTransport(
+            self.manager, self.inside, self.unread, timeout_s=self.config.deslo.timeout_s, device=device
+        )
+        return self.live_transport, None
 
-    def average_buffers(self, averaging: StateAverager, groups: None) -> None:
+    def average_buffers(self, averaging: StateAverager, groups: Groups) -> None:
         if self.buffers:
-            averaging.add_buffers(self.buffers, averaging.transport)
+            averaging.add_buffers(self.buffers, MeanOfAll(self.live_transport))
 
-    def keep_gradients_inside(self, averaging: StateAverager, groups: None) -> None:
-        """No gradient leaves a process of its own."""
+    def keep_gradients_inside(self, averaging: StateAverager, groups: Groups) -> None:
+        """They never leave the world of this process, which is one replica."""
+        for each in reducers(self.around):
+            refuse_join(each)
+        if is_sharded(self.model):
+            reshard_at_steps(self.model, averaging)
 
     def gradient_bytes(self, divisor: int) -> None:
         return None
 
     def install(self, attachment: Attachment) -> None:
-        averaging = attachment.averaging
-        replica = Replica(self.around, averaging, self.config)
-        self.live.represent(replica, greet=lambda: announce(attachment.plan.describe()))
+        averaging, optimizer = attachment.averaging, self.config.optimizer
+        averaging.members.names = {param: name for name, param in self.named.items()}
+        if self.config.deslo.state_dict == "last_average":
+            averaging.kept = LastAverage(bool(optimizer and optimizer.outer_optimizer))
+            averaging.keep()
+        replica = Replica(self.model, averaging, self.config, self.inside.size)
+        self.live_transport.represent(replica, greet=lambda: announce(attachment.plan.describe()))
         register(attachment, self.optimizer, self.model)

@@ -1,18 +1,24 @@
 """Live membership through torchft: real processes, a real lighthouse; replicas die, hang, and come back."""
 
 import os
+import pickle
 import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+from torchft.checkpointing import HTTPTransport
 
 import deslo_plugin
-from tests.support.torchft_jobs import Replicas, net
+from deslo_plugin.frameworks.live_source import read_as_data
+from tests.support.torchft_jobs import net
+from tests.support.torchft_world import Replicas
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = {"params": 4, "exp_avg": 8, "exp_avg_sq": 8}
@@ -174,7 +180,7 @@ def test_the_example_trains(job, tmp_path):
 class Idle:
     """What ``attach`` looks at in a manager before it trains."""
 
-    _use_async_quorum, _init_sync, _group_world_size = False, False, 1
+    _use_async_quorum, _init_sync, _group_world_size, _group_rank = False, False, 1, 0
 
     def register_state_dict_fn(self, key, load, save):
         pass
@@ -185,9 +191,9 @@ class Idle:
     [
         ({"_use_async_quorum": True}, {}, "torchft.Manager(use_async_quorum=...): expected False, got True"),
         ({"_init_sync": True}, {}, "torchft.Manager(init_sync=...): expected False, got True"),
-        ({"_group_world_size": 2}, {}, "torchft.Manager(world_size=...): expected 1, got 2"),
+        ({"_group_rank": 1}, {}, "torchft.Manager(rank=...): expected 0, as in torch.distributed"),
+        ({"_group_world_size": 2}, {}, "torchft.Manager(world_size=...): expected 1, as in torch.distributed"),
         ({}, {"sync_delay": 2}, "deslo.sync_delay: expected 1 with a torchft manager, got 2"),
-        ({}, {"fragments": 2}, "deslo.fragments: expected 1 with a torchft manager, got 2"),
         ({}, {"synchronous_steps": 5}, "deslo.synchronous_steps: expected 0 with a torchft manager, got 5"),
         (
             {},
@@ -212,11 +218,50 @@ def test_an_outer_rate_by_the_number_of_replicas_is_refused_where_it_comes_and_g
         deslo_plugin.attach(model, optimizer, manager=Idle())
 
 
-def test_a_model_of_all_replicas_cannot_be_asked_for_at_will(tmp_path):
+def test_calls_that_ask_other_replicas_are_refused_and_those_of_one_replica_work(tmp_path):
     model = net(0)
     deslo_plugin.attach(model, deslo_plugin.DesLoc(model.parameters()), manager=Idle())
-    for ask in (deslo_plugin.averaged_state_dict, lambda model: deslo_plugin.save(tmp_path / "saved", model)):
+    for ask in (deslo_plugin.sync_replicas, lambda model: deslo_plugin.averaged_weights(model).__enter__()):
         with pytest.raises(
             deslo_plugin.ConfigError, match="replicas that are there from start to end, got those of a torchft"
         ):
             ask(model)
+    with pytest.raises(deslo_plugin.ConfigError, match=re.escape('save(mode=...): expected "averaged" or')):
+        deslo_plugin.save(tmp_path / "saved", model, mode="synchronized")
+    with pytest.raises(deslo_plugin.ConfigError, match=re.escape('expected "deslo": {"state_dict": "last_average"}')):
+        deslo_plugin.averaged_state_dict(model)
+    deslo_plugin.save(tmp_path / "saved", model, extra={"batch": 7})
+    other = net(1)
+    deslo_plugin.attach(other, deslo_plugin.DesLoc(other.parameters()), manager=Idle())
+    assert deslo_plugin.load(tmp_path / "saved", other)["batch"] == 7
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+
+
+class Marked:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_nothing_that_another_replica_serves_is_run(tmp_path):
+    wait = timedelta(seconds=60)
+    served, asks = HTTPTransport(wait, num_chunks=0), HTTPTransport(wait, num_chunks=0)
+    unread = read_as_data(asks)
+    state = {"deslo": {"weight": torch.arange(5.0), "steps": 3}, "schedule": {"last_epoch": 3, "_last_lr": [0.1]}}
+    served.send_checkpoint([1], 5, state, wait)
+    found = asks.recv_checkpoint(0, served.metadata(), 5, wait)
+    assert torch.equal(found["deslo"].pop("weight"), state["deslo"].pop("weight")) and found == state and not unread
+    served.disallow_checkpoint()
+    served.send_checkpoint([1], 6, {"data": Marked(tmp_path / "ran")}, wait)
+    with pytest.raises(pickle.UnpicklingError):
+        asks.recv_checkpoint(0, served.metadata(), 6, wait)
+    assert not (tmp_path / "ran").exists()
+    assert "state registered with the torchft manager: expected tensors, numbers and text" in str(unread[0])
+    assert "posix.mkdir" in str(unread[0])
+    with pytest.raises(deslo_plugin.ConfigError, match="num_chunks"):
+        read_as_data(HTTPTransport(wait, num_chunks=2))

@@ -179,7 +179,7 @@ def _equal_replicas(model: Any, deslo: DesloConfig, groups: Groups, unit: Replic
     refuse_together(lambda: refuse_nonfinite(trained), groups.world)
 
 
-class DeepSpeed(Framework[Groups]):
+class DeepSpeed(Framework):
     """The seam to an engine that was built on the groups of ``unit``."""
 
     state_adapter, engine_steps = EngineState, True
