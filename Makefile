@@ -7,6 +7,7 @@ FOLDER ?= build/matrix
 GPU_ARGS ?=
 GPU_PACK ?= build/gpu-pack
 GPU_MODULE ?=
+PYTESTS ?= 2
 CPP    := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' -o -name '*.c')
 PIP    := $(VENV)/bin/pip --disable-pip-version-check -q install -c constraints.txt
 
@@ -15,12 +16,13 @@ PIP    := $(VENV)/bin/pip --disable-pip-version-check -q install -c constraints.
 train: $(VENV)/ready
 	$(VENV)/bin/python examples/train.py --config $(CONFIG) $(ARGS)
 
+# two processes at once, since a test of four ranks waits more than it computes; a file's tests stay in one, with its world
 test: check
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(PYTESTS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # and what takes long, or repeats an assertion in another combination: before a release
 test-all: check
-	$(VENV)/bin/python -m pytest -m "" $(ARGS)
+	$(VENV)/bin/python -m pytest -m "" -n $(PYTESTS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/ready
 	$(VENV)/bin/ruff format --check --quiet

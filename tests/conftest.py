@@ -39,18 +39,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def four(tmp_path_factory):
+def worlds():
+    """The world of four ranks that tests share, if it has been started."""
+    started: list[Processes] = []
+    yield started
+    for each in started:
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def four(worlds, tmp_path_factory):
     """Four real gloo ranks, started once; started again if a test broke them."""
-    worlds: list[Processes] = []
 
     def world() -> Processes:
         if not worlds or not worlds[-1].alive:
             worlds.append(Processes(4, Path(tmp_path_factory.mktemp("world"))))
         return worlds[-1]
 
-    yield world
-    for each in worlds:
-        each.close()
+    return world
+
+
+@pytest.fixture(autouse=True)
+def room(worlds):
+    """A test begins in another world than one that holds many groups; to start one takes a quarter of a second."""
+    if worlds and worlds[-1].alive and worlds[-1].crowded:
+        worlds[-1].close()
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -13,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from deslo_plugin.comm.common_last_step import LastStep
+from tests.support.launching import Launch, launched
 
 RANKS, PERIOD = 4, 5
 
@@ -77,51 +76,27 @@ os._exit(0)
 """
 
 
-def launch(folder, steps):
+def script_in(folder):
     (folder / "script.py").write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "3",
-        folder / "script.py",
-        folder,
-        str(steps),
-    ]
-    return subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def finish(job, timeout=900):
-    try:
-        _, said = job.communicate(timeout=timeout)
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
-    return said
+    return folder / "script.py"
 
 
 def test_one_rank_that_gets_sigterm_ends_the_job_and_a_new_one_goes_on_from_there(tmp_path):
-    job = launch(tmp_path, 10**6)
+    job = Launch([script_in(tmp_path), tmp_path, 10**6], 3, tmp_path)
     until = time.monotonic() + 600
-    while not (tmp_path / "started").exists() and time.monotonic() < until and job.poll() is None:
+    while (
+        not (tmp_path / "started").exists() and time.monotonic() < until and all(each.is_alive() for each in job.ranks)
+    ):
         time.sleep(0.1)
-    os.kill(int((tmp_path / "started").read_text()), signal.SIGTERM)  # one rank, not its launcher
-    said = finish(job)
-    assert job.returncode == 0, said
+    os.kill(int((tmp_path / "started").read_text()), signal.SIGTERM)  # one rank of three
+    assert job.wait() == [0, 0, 0], job.said("err")
     steps = json.loads((tmp_path / "last" / "deslo.json").read_text())["proof"]["steps"]
-    assert f"saved {tmp_path / 'last'} after step {steps}" in said
+    assert f"saved {tmp_path / 'last'} after step {steps}" in job.said("err")
 
-    again = launch(tmp_path, steps + 20)
-    said = finish(again)
-    assert again.returncode == 0, said
+    launched([script_in(tmp_path), tmp_path, steps + 20], 3, tmp_path)
     resumed = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(3)]
     (straight := tmp_path / "straight").mkdir()
-    alone = launch(straight, steps + 20)
-    assert finish(alone) is not None and alone.returncode == 0
+    launched([script_in(straight), straight, steps + 20], 3, straight)
     for rank, (first, last, total) in enumerate(resumed):
         assert (first, last) == (steps, steps + 20)
         assert total == json.loads((straight / f"rank{rank}.json").read_text())[2]  # to the last bit

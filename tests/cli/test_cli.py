@@ -1,9 +1,7 @@
 """``deslo``: what its commands print, in which status they end, and one real launch of those that need one."""
 
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ import torch
 import deslo_plugin
 from deslo_plugin import cli
 from tests.support.command_line import DES_LOC, ROOT, answer, run
+from tests.support.launching import Launch
 
 
 def test_probe_wants_a_launcher(monkeypatch):
@@ -48,18 +47,14 @@ def test_doctor_ends_in_1_with_what_a_script_would_have_been_told(tmp_path, monk
     assert not found["ok"] and [each["name"] for each in wrong] == [check] and words in wrong[0]["found"]
 
 
-def torchrun(size: int, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
-    command += ["-m", "deslo_plugin.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT, env=environment)
+def launch(size: int, folder: Path, *arguments: str) -> Launch:
+    return Launch(["-m", "deslo_plugin.cli", *arguments], size, folder, cwd=ROOT, DS_ACCELERATOR="cpu")
 
 
-def test_a_launched_doctor_counts_what_it_planned_with_deepspeed():
-    launched = torchrun(4, "doctor", "--config", DES_LOC, "--json")
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    checks = {each["name"]: each for each in json.loads(launched.stdout)["checks"]}
+def test_a_launched_doctor_counts_what_it_planned_with_deepspeed(tmp_path):
+    doctor = launch(4, tmp_path, "doctor", "--config", DES_LOC, "--json")
+    assert doctor.wait() == [0] * 4, doctor.said("err")[-3000:]
+    checks = {each["name"]: each for each in json.loads(doctor.said("out"))["checks"]}
     assert checks["replicas"]["found"].startswith("2 replica(s) of 2 rank(s) on 1 node(s), gloo")
     assert "2 with DeepSpeed" in checks["steps"]["found"]
     assert checks["bytes"] == {
@@ -71,21 +66,21 @@ def test_a_launched_doctor_counts_what_it_planned_with_deepspeed():
     assert "Gbit/s" in checks["link"]["found"]
 
 
-def test_a_launched_doctor_ends_in_1_if_the_config_does_not_fit_the_world():
-    launched = torchrun(3, "doctor", "--config", DES_LOC)
-    assert launched.returncode == 1
-    assert "a divisor of the world size 3" in " ".join(launched.stdout.replace("│", "").split())
+def test_a_launched_doctor_ends_in_1_if_the_config_does_not_fit_the_world(tmp_path):
+    doctor = launch(3, tmp_path, "doctor", "--config", DES_LOC)
+    assert doctor.wait() == [1] * 3
+    assert "a divisor of the world size 3" in " ".join(doctor.said("out").replace("│", "").split())
 
 
 def test_a_link_that_was_probed_is_one_to_plan_with(tmp_path):
-    launched = torchrun(2, "probe", "--replica-size", "1", "--mb", "4", "--rounds", "5", "--json")
-    assert launched.returncode == 0, launched.stderr[-3000:]
-    measured = json.loads(launched.stdout)
+    probe = launch(2, tmp_path, "probe", "--replica-size", "1", "--mb", "4", "--rounds", "5", "--json")
+    assert probe.wait() == [0, 0], probe.said("err")[-3000:]
+    measured = json.loads(probe.said("out"))
     low, high = measured["quartiles"]["gbit_per_s"]
     assert 0 < low <= measured["gbit_per_s"] <= high and measured["latency_ms"] > 0
     assert measured["replicas"] == 2 and "loopback" in measured["warnings"][0]
     path = tmp_path / "link.json"
-    path.write_text(launched.stdout)
+    path.write_text(probe.said("out"))
     plan = answer("plan", "--config", DES_LOC, "--params", "1B", "--link", str(path), "--step-ms", "100")
     assert plan["link"] == {"gbit_per_s": measured["gbit_per_s"], "latency_ms": pytest.approx(measured["latency_ms"])}
 

@@ -8,7 +8,7 @@ from tests.support.engine_configs import SHARDS, assert_same_states, ds_config
 from tests.support.oracle import Setting
 from tests.support.theory import RULES, assert_oracle, oracle_states
 
-STEPS = 42
+STEPS = 26
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tests.support.trainer_example import BIN, ROOT, TORCHRUN, run_example
+from tests.support.trainer_example import BIN, ROOT, TORCHRUN, run_example, run_on_forked_ranks
 
 LAUNCHES = {
     "DDP, accelerate launch": [
@@ -45,17 +45,16 @@ def test_the_trainer_learns_and_sends_what_was_planned(losses, name):
 def test_what_the_trainer_saves_is_one_model_for_plain_transformers_and_resumes(tmp_path, name):
     from transformers import LlamaForCausalLM
 
-    launch, more = LAUNCHES.get(f"{name}, torchrun", TORCHRUN), ["--deepspeed"] if name == "DeepSpeed" else []
-    run_example(launch, [*more, "--save", str(tmp_path)])
+    options = [*(["--deepspeed"] if name == "DeepSpeed" else []), "--save", str(tmp_path)]
+    run_on_forked_ranks(tmp_path, options)
     tokens = (torch.arange(32)[None] + torch.arange(64)[:, None]) % 64
     for saved in ("checkpoint-20", "checkpoint-40"):
         model = LlamaForCausalLM.from_pretrained(tmp_path / saved)
         loss = model(input_ids=tokens, labels=tokens).loss.item()
         assert loss < (4.0 if saved == "checkpoint-20" else 3.0)
     shutil.rmtree(tmp_path / "checkpoint-40")
-    assert (
-        run_example(launch, [*more, "--save", str(tmp_path), "--resume", str(tmp_path / "checkpoint-20")])["loss"] < 3
-    )
+    resumed = run_on_forked_ranks(tmp_path, [*options, "--resume", str(tmp_path / "checkpoint-20")])
+    assert resumed["loss"] < 3
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

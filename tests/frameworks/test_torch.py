@@ -9,7 +9,7 @@ from tests.support.oracle import Setting, blocks
 from tests.support.theory import ACCUMULATION, RULES, assert_oracle, oracle_states
 from tests.support.worlds import Processes
 
-STEPS = 42
+STEPS = 26
 WORLDS = {  # wrap -> replicas, replica_size as written
     "plain": (4, "auto"),
     "ddp": (2, 2),

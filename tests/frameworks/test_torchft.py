@@ -152,13 +152,16 @@ def test_nan_in_one_replica_stops_all_of_them(job):
         assert job.clock(name) == 12
 
 
+SMALL = ["--batch", "2", "--context", "32"]
+
+
 def test_the_example_trains(job, tmp_path):
     job = job()  # the lighthouse alone
-    example = [sys.executable, str(ROOT / "examples" / "live.py"), "--sync-every", "32"]
+    example = [sys.executable, str(ROOT / "examples" / "live.py"), "--sync-every", "16"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHFT_LIGHTHOUSE": job.address}
     replicas = [
         subprocess.Popen(
-            [*example, "--replica", name, "--steps", "40", "--host", "localhost"],
+            [*example, "--replica", name, "--steps", "20", "--host", "localhost", *SMALL],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -6,9 +6,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.support import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -45,7 +48,7 @@ def python(words):
     if words[0] == "-m" and words[1].startswith("benchmarks."):  # some take no options, and would run
         words = [words[1].replace(".", "/") + ".py", *words[2:]]
     if words[0] == "-m":
-        subprocess.run([sys.executable, *words[:2], "--help"], check=True, capture_output=True, timeout=900, cwd=ROOT)
+        ask_module(words[1])
         return
     script = ROOT / words[0]
     assert script.is_file()
@@ -63,12 +66,21 @@ def torchrun(words):
 
 
 def deslo(words):
-    command = [BIN / "deslo", *words[: 2 if words[0] == "ckpt" else 1], "--help"]
-    said = subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=900, env={"COLUMNS": "200"}
-    ).stdout
+    said = help_of(*words[: 2 if words[0] == "ckpt" else 1])
     for option in (word.split("=")[0] for word in words if word.startswith("--")):
         assert option in said, option
+
+
+@cache
+def ask_module(name: str) -> None:
+    subprocess.run([sys.executable, "-m", name, "--help"], check=True, capture_output=True, timeout=900, cwd=ROOT)
+
+
+@cache
+def help_of(*words: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        return command_line.run(*words, "--help").stdout
 
 
 def installed(words):

@@ -1,15 +1,13 @@
 """The first script that a stranger copies, for each framework: it runs, learns, and averages."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.launching import launched
+
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "first"
-PLENTY_S = 900  # against hangs
 # an operator for inference only, which DeepSpeed would compile first, and whose lock outlives a killed process
 WITHOUT_COMPILING = 'import deepspeed\n\ndeepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False\n'
 
@@ -19,20 +17,7 @@ def test_a_first_script_runs(tmp_path, script):
     text = (FOLDER / script).read_text()
     assert len(text.splitlines()) <= 40
     (tmp_path / script).write_text(WITHOUT_COMPILING * ("deepspeed" in script) + text)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        tmp_path / script,
-    ]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, tmp_path], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PLENTY_S
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    loss, sent = re.search(r"loss (\d\.\d+), ([\d,]+) bytes", done.stdout).groups()
+    said, _ = launched([tmp_path / script, tmp_path], 2, tmp_path, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="true")
+    loss, sent = re.search(r"loss (\d\.\d+), ([\d,]+) bytes", said).groups()
     begin = 4.2 if "trainer" in script else 2.0  # of guessing
     assert float(loss) < begin / 2 and int(sent.replace(",", "")) > 0

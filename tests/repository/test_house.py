@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def level(module: str) -> int:
     return next(level for level, folders in enumerate(FLOORS) if folder in folders)
 
 
+@cache
 def imports() -> dict[str, set[str]]:
     """Module -> the modules of the package that it imports, at its top or later."""
     names, found = {name_of(path) for path in FILES}, {}
@@ -75,7 +77,7 @@ def test_files_are_short_and_import_lower_floors(path):
 
 
 def test_no_circle_of_imports():
-    graph, left = imports(), set()
+    graph, left = dict(imports()), set()
     while graph:
         free = [name for name, targets in graph.items() if targets <= left | {name}]
         assert free, f"a circle among {sorted(graph)}"

@@ -4,6 +4,7 @@
 joined by gloo (rendezvous through a file, no ports) and runs module-level functions on all of them.
 """
 
+import gc
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ from deslo_plugin.comm.quantized import QuantizedBucket
 from deslo_plugin.comm.transport import FixedMembership
 from tests.support import device
 
+MANY_THREADS = 60
 PLENTY_S = 900  # against hangs, on a machine that is ten times as busy
 STARTED = torch.multiprocessing.get_context("forkserver" if device.ON_CPU else "spawn")
 """How tests start processes: forked off one that has imported all, which a process that uses a GPU must not be."""
@@ -151,6 +153,12 @@ class Processes:
     def alive(self) -> bool:
         return all(process.is_alive() for process in self._processes)
 
+    @property
+    def crowded(self) -> bool:
+        """Whether a rank holds more groups than tests should leave behind: gloo keeps three threads for each, of which
+        one wakes a hundred times a second, so that a hundred groups keep a core busy."""
+        return any(len(os.listdir(f"/proc/{each.pid}/task")) > MANY_THREADS for each in self._processes)
+
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = PLENTY_S) -> list[Any]:
         """``function(*args)`` on every rank; results in rank order. Raises ``RankError`` with every traceback."""
         results, errors = self._answers(function, args, timeout)
@@ -188,11 +196,15 @@ class Processes:
 
 
 def _serve(rank: int, size: int, rendezvous: str, pipe: Connection) -> None:
+    gc.freeze()  # what is imported stays: DeepSpeed's engines collect all the rest several times each
+    # else a loader's workers would come from a server of this rank's own, which imports all once more
+    torch.multiprocessing.set_start_method("fork" if device.ON_CPU else "spawn", force=True)
     torch.set_num_threads(1)
     device.install()
     local = rank if device.ON_CPU else 0  # frameworks take it for the index of a GPU, and all share one
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"DS_ACCELERATOR": device.ACCELERATOR, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ["LOCAL_SIZE"] = "1"  # DeepSpeed's name for the count of CPUs, which it asks of numactl at every step
     torch.distributed.init_process_group(
         "gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=PLENTY_S)
     )
