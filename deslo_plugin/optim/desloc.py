@@ -188,8 +188,7 @@ class DesLoc(torch.optim.Optimizer):
 
     def _receive(self, cohort: Cohort, states: States, means: States) -> None:
         """Replaces every state that has landed by its mean; parameters through the outer optimizer."""
-        optimizer, part = self.config.desloc, self.averaging.part
-        outer = optimizer.outer_optimizer
+        optimizer, part, outer = self.config.desloc, self.averaging.part, self.config.desloc.outer_optimizer
         for state, mean in means.items():
             if state == PARAMS and outer:
                 anchor, momentum = (part(cohort, each) for each in (OUTER_PARAMS, OUTER_MOMENTUM))

@@ -46,7 +46,8 @@ def make(words):
 
 def python(words):
     if words[0] == "-m" and words[1].startswith("benchmarks."):  # some take no options, and would run
-        words = [words[1].replace(".", "/") + ".py", *words[2:]]
+        place = words[1].replace(".", "/")
+        words = [f"{place}/__main__.py" if (ROOT / place).is_dir() else f"{place}.py", *words[2:]]
     if words[0] == "-m":
         ask_module(words[1])
         return

@@ -24,7 +24,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> Attachment:
     deslo_plugin.sync_replica(model)  # attr-defined
     attachment.record_samples("8")  # arg-type
     attachment.recorder.jornal  # attr-defined
-    attachment.groups.world  # union-attr
+    attachment.averaging.transport.progress.change("load", "", 1.0)  # union-attr
     if attachment.steps:
         said = attachment.summary()
     print(said)  # possibly-undefined
