@@ -23,7 +23,6 @@ TUNED = {
     "13k": CORE,
     "batch x 4": CORE,
     "twice as long": CORE,
-    "357k": CORE,
 }
 """Setting -> methods that are tuned there over its rates, on the first seed, and then run on all."""
 

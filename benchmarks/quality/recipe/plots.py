@@ -40,7 +40,10 @@ def draw(runs: Runs, folder: Path) -> None:
             axes.annotate(name, (x, middle), xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour)
         axes.axhline(0, color="#000000", linewidth=0.8)
         axes.set(
-            xscale="log", title=moment, xlabel="float32 vectors of the model that a replica sends after the switch"
+            xscale="log",
+            xlim=(25, 5000),
+            title=moment,
+            xlabel="float32 vectors of the model that a replica sends after the switch",
         )
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())

@@ -66,7 +66,6 @@ SETTINGS = {
     "own parts of the text": Setting(shards=True, rates=(2.5e-3, 5e-3)),
     "twice as long": Setting(switch=1000, decay=3200, steps=4000, rates=(1.25e-3, 2.5e-3)),
     "13k": Setting(shape=GPTConfig(dim=24, layers=1, heads=2, context=64), rates=(2.5e-3, 5e-3, 1e-2)),
-    "357k": Setting(shape=GPTConfig(dim=96, layers=3, heads=4, context=64), rates=(1.25e-3, 2.5e-3)),
     "teacher": Setting(teacher=True, sequences=8, rates=(1e-3, 2.5e-3, 5e-3, 1e-2)),
 }
 
