@@ -44,6 +44,14 @@ def export_deepspeed(path: str | Path, out: str | Path, tag: str | None = None) 
     target = Path(out) / (tag or f"global_step{proof.steps}")
     if target.exists():
         raise ConfigError(f"export_deepspeed({str(out)!r})", "a new folder", f"{target}", "give another folder or tag")
+    for name in proof.states:  # a folder of its own for each, and a name out of a file must not lead elsewhere
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ConfigError(
+                f"export_deepspeed({str(path)!r})",
+                "parameter names that are names of folders, as DeepSpeed's layout has them",
+                repr(name),
+                "rename the parameter, and do not trust this checkpoint if it is not yours",
+            )
 
     def tensor(state: str, name: str) -> Tensor:
         key = f"{state}/{name}"

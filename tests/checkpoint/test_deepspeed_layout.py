@@ -98,3 +98,13 @@ def test_an_export_neither_replaces_nor_leaves_out_in_silence(tmp_path):
     (saved / "index.json").write_text("{}")
     with pytest.raises(ConfigError, match="index.json"):
         deslo_plugin.export_deepspeed(saved, tmp_path / "other")
+
+
+def test_a_name_in_a_checkpoint_leads_to_no_other_folder(tmp_path):
+    model = torch.nn.Module()
+    model.register_parameter("up/elsewhere", torch.nn.Parameter(torch.ones(2)))
+    deslo_plugin.attach(model, deslo_plugin.DesLoc(model.parameters(), lr=1e-3))
+    deslo_plugin.save(tmp_path / "saved", model, mode="averaged")
+    with pytest.raises(ConfigError, match="names of folders, as DeepSpeed's layout has them, got 'up/elsewhere'"):
+        deslo_plugin.export_deepspeed(tmp_path / "saved", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
