@@ -78,6 +78,11 @@ def topology_of_groups(groups: Iterable[Sequence[int]], rank: int) -> Topology:
     return Topology(tuple(rows), rank)
 
 
+def divisors(number: int) -> str:
+    """Those of ``number``, as a message lists them."""
+    return ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)
+
+
 def make_topology(deslo: DesloConfig, *, world_size: int, rank: int, local_world_size: int) -> Topology:
     """Resolves ``replica_size: "auto"`` to one replica per node. Raises ``ConfigError`` if it does not fit the
     world."""
@@ -91,12 +96,11 @@ def make_topology(deslo: DesloConfig, *, world_size: int, rank: int, local_world
         )
     size = min(local_world_size, world_size) if asked == "auto" else asked
     if world_size % size:
-        divisors = ", ".join(str(s) for s in range(1, world_size + 1) if world_size % s == 0)
         raise ConfigError(
             where,
             f"a divisor of the world size {world_size}",
             str(size),
-            f"use one of {divisors}, or start another number of processes",
+            f"use one of {divisors(world_size)}, or start another number of processes",
         )
     return contiguous(world_size, rank, size)
 

@@ -2,7 +2,7 @@
 what came out."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ from benchmarks.simulation.small_gpt import GPTConfig
 from deslo_plugin.simulation import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
-RUNS = json.loads((ROOT / "benchmarks" / "results" / "recipe.json").read_text())["runs"]
+FOUND = json.loads((ROOT / "benchmarks" / "results" / "recipe.json").read_text())
+RUNS = FOUND["runs"]
 TEXT = (ROOT / "docs" / "results.md").read_text()
 TINY = replace(
     Setting(), shape=GPTConfig(dim=16, layers=1, heads=2, context=16), warm_up=4, switch=16, decay=112, steps=128
@@ -56,8 +57,10 @@ def test_what_wins_on_the_first_seed_is_wanted_on_the_others():
     assert ("68k", "MT-DAO", 5e-3, 2, False) in list(wanted(grid, ["68k"]))
 
 
-def test_the_document_is_of_the_whole_study():
+def test_the_document_is_of_the_whole_study_in_its_present_settings():
     assert not list(wanted(RUNS, [*TUNED, *SINGLE]))
+    present = {name: asdict(setting) for name, setting in SETTINGS.items() if name != "tiny"}
+    assert json.loads(json.dumps(present)) == FOUND["settings"]
 
 
 @pytest.mark.parametrize("title", tables(RUNS))

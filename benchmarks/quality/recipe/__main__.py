@@ -11,10 +11,12 @@ benchmarks/results/recipe.json has, and prints the tables of docs/results.md.
 
 import os
 from argparse import ArgumentParser
+from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.quality.recipe.parts import SINGLE, TUNED, wanted
 from benchmarks.quality.recipe.plots import draw
+from benchmarks.quality.recipe.settings import SETTINGS
 from benchmarks.quality.recipe.tables import tables
 from benchmarks.quality.recipe.trial import train
 from benchmarks.simulation.resumable import finish
@@ -30,8 +32,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, of a thread each")
     given = parser.parse_args()
     # one part after the other, so that what matters most is whole first
+    settings = {name: asdict(setting) for name, setting in SETTINGS.items()}
     for part in given.parts:
-        runs = finish(RESULTS, {}, train, lambda runs, part=part: wanted(runs, [part]), given.processes)
+        runs = finish(RESULTS, settings, train, lambda runs, part=part: wanted(runs, [part]), given.processes)
     if given.parts == PARTS:
         draw(runs, FIGURES)
     print("\n\n".join(tables(runs).values()))

@@ -6,6 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from deslo_plugin.comm.process_groups import Groups, all_gather_by_rank
+from deslo_plugin.comm.topology import divisors
 from deslo_plugin.errors import ConfigError
 
 DEGREES = {  # of the JSON -> what its groups of ranks do
@@ -27,12 +28,11 @@ def refuse_indivisible(ds: Mapping[str, Any], replica_size: int) -> None:
     for path, purpose in DEGREES.items():
         degree = at(ds, path)
         if isinstance(degree, int) and degree > 1 and replica_size % degree:
-            divisors = ", ".join(str(each) for each in range(1, replica_size + 1) if replica_size % each == 0)
             raise ConfigError(
                 path,
                 f"a divisor of deslo.replica_size {replica_size}: ranks that {purpose} are of one replica",
                 str(degree),
-                f"use one of {divisors}, or another replica_size",
+                f"use one of {divisors(replica_size)}, or another replica_size",
             )
 
 
