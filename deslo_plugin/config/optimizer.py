@@ -136,7 +136,7 @@ def _outer(reader: Reader) -> Outer | None:
     if block is None:
         return None
     outer = Reader(f"{reader.where}.outer_optimizer", block)
-    lr = outer.number("lr") if "lr" in outer else None
-    config = Outer(lr=lr, momentum=outer.number("momentum", 0.9, below=1.0))
+    given, lr = "lr" in outer, outer.number("lr", 0.0)
+    config = Outer(lr=lr if given else None, momentum=outer.number("momentum", 0.9, below=1.0))
     outer.finish()
     return config

@@ -107,6 +107,7 @@ def test_dict_json_and_yaml_mean_the_same(tmp_path):
             {"outer_optimizer": {"lr": 1.0, "nesterov": True}},
             "outer_optimizer.nesterov: expected a known key (lr, momentum)",
         ),
+        ({"outer_optimizer": {"rate": 1.0}}, "outer_optimizer.rate: expected a known key (lr, momentum)"),
         (
             {"reset_momenta": True},
             "expected every momentum's sync_every to be null (here exp_avg, exp_avg_sq is averaged)",
