@@ -28,6 +28,13 @@ import deslo_plugin
 STEPS = 12
 EVERY = {"params": 2, "exp_avg": 4, "exp_avg_sq": 6}
 NEAR = 1e-3
+MUON = {
+    "rule": "muon",
+    "lr": 1e-3,
+    "betas": [0.95],
+    "sync_every": {"params": 2, "exp_avg": 4},
+    "beside": {"rule": "adam", "betas": [0.9, 0.95], "sync_every": {"exp_avg": 4, "exp_avg_sq": 6}},
+}
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("DesLoc", {"replica_size": 1}),
     ("DesLoc", {"replica_size": 2}),
@@ -36,6 +43,12 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("DesLoc", {"replica_size": 2, "replica_weights": "samples"}),
     ("DesLoc", {"replica_size": 1, "average_at": "after_step"}),
     ("DesLoc", {"replica_size": 2, "on_nonfinite": "skip"}),
+    ("DesLoc", {"replica_size": 1, "wire_dtype": "int8"}),
+    ("DesLoc", {"replica_size": 2, "wire_dtype": "int4"}),
+    ("DesLoc", {"replica_size": 2, "transport": "host"}),
+    ("DesLoc", {"replica_size": 1, "transport": "host", "wire_dtype": "float8"}),
+    ("DesLoc", {"replica_size": 1, "fragments": "auto"}),
+    ("Muon", {"replica_size": 1}),
     ("AdamW", {"replica_size": 1}),
     ("AdamW", {"replica_size": 2, "overlap_comm": False}),
 ]
@@ -101,8 +114,9 @@ def attached(kind: str, name: str, deslo: dict[str, Any], device: str) -> tuple[
     model = net(device)
     if kind == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
-    if name == "DesLoc":
-        config = {"optimizer": {"params": {"lr": 1e-2, "sync_every": EVERY}}, "deslo": deslo}
+    if name != "AdamW":
+        params = MUON if name == "Muon" else {"lr": 1e-2, "sync_every": EVERY}
+        config = {"optimizer": {"params": params}, "deslo": deslo}
         optimizer = deslo_plugin.DesLoc(model.parameters(), config)
         return model, optimizer, deslo_plugin.attach(model, optimizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -10,12 +10,13 @@ waited. An average overlaps if it adds max(0, link - step); the meter is true if
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +41,39 @@ class Link:
     """Delays every average of this process by ``ms``."""
 
     def __init__(self, device: str, kernel: bool):
-        self.ms, self.device, self._start = 0.0, device, ReplicaTransport.start
+        self.ms, self.device = 0.0, device
+        self._start, self._start_quantized = ReplicaTransport.start, ReplicaTransport.start_quantized
         if device == "cuda":
             self._stream, self._occupy = torch.cuda.Stream(), waiting_kernel() if kernel else copies()
         link = self
         ReplicaTransport.start = lambda transport, chunk: link.start(transport, chunk)
+        ReplicaTransport.start_quantized = lambda transport, *given: link.start_quantized(transport, *given)
 
     def start(self, transport: Any, chunk: torch.Tensor) -> Any:
         if not self.ms or chunk.nbytes <= WORDS:
             return self._start(transport, chunk)
         if not chunk.is_cuda:
             return _Late(self._start(transport, chunk), time.perf_counter() + self.ms / 1e3)
+        with self._behind():
+            return self._start(transport, chunk)
+
+    def start_quantized(self, transport: Any, *given: Any) -> Any:
+        """In few bits the link is before the codes are made."""
+        if not self.ms:
+            return self._start_quantized(transport, *given)
+        if self.device != "cuda":
+            bucket, work = self._start_quantized(transport, *given)
+            return bucket, _Late(work, time.perf_counter() + self.ms / 1e3)
+        with self._behind():
+            return self._start_quantized(transport, *given)
+
+    @contextlib.contextmanager
+    def _behind(self) -> Iterator[None]:
+        """What is queued inside waits on the GPU until the link is through."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._occupy(self.ms)
-            return self._start(transport, chunk)
+            yield
 
 
 class _Late:

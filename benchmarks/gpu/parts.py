@@ -1,5 +1,6 @@
 """What a GPU is asked, in order of worth: the parts of plan.py with their commands and time limits."""
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -79,6 +80,15 @@ def parts_for(device: str) -> list[Part]:
         command = [*torchrun(1), "examples/train.py", *options, "--steps", "200"]
         return Part(f"train-{framework}", command, 90, [*needs, "psutil", "rich"], ELSEWHERE)
 
+    def overlap_in_few_bits(name: str) -> Part:
+        whole = overlap("plain")
+        options = ["--deslo", json.dumps({"wire_dtype": name})]
+        return replace(whole, name=f"overlap-{name}", command=[*whole.command, *options])
+
+    sizes = (
+        ["--dim", "64", "--layers", "1", "--laps", "2"] if dry else ["--dim", "1024", "--layers", "16", "--laps", "4"]
+    )
+    stands = [python, "-m", "benchmarks.checkpoint.stands", *where, *sizes]
     parts = [
         Part("smoke", script("smoke"), 90),
         Part("kernels", script("kernels", "--quick" if dry else "--big"), 300),
@@ -98,6 +108,7 @@ def parts_for(device: str) -> list[Part]:
         Part("bandwidth", script("bandwidth", *dry * TINY["bandwidth"], *figures), 150),
         Part("recipe", script("recipe", *dry * ["--quick"], "--state", "build/recipe/gpu.pt", *figures), 480),
         overlap("plain"),
+        overlap_in_few_bits("int8"),
         overlap("zero2"),
         overlap("zero3"),
         overlap("ddp"),
@@ -106,6 +117,7 @@ def parts_for(device: str) -> list[Part]:
         overlap("plain", "kernel"),
         Part("host", script("host", *dry * TINY["host"], *figures), 120),
         Part("late", script("late"), 60, gpu=ITSELF),
+        Part("save", stands, 120, ["rich"]),
         Part("frameworks", [*torchrun(2 if dry else 4), *script("frameworks", *dry * ["--quick"])[1:]], 180),
         Part("doctor", [*torchrun(1), *DOCTOR], 90, ["typer", "rich"], COMPILES),
         *(train(framework) for framework in ("ddp", "fsdp", "accelerate", "deepspeed")),

@@ -35,6 +35,7 @@ LEAST_S = 5  # a part is not begun with less
 CODE = (
     "deslo_plugin",
     "csrc",
+    "benchmarks/checkpoint",
     "benchmarks/gpu",
     "benchmarks/quality/recipe",
     "benchmarks/simulation",
