@@ -85,9 +85,7 @@ def parts_for(device: str) -> list[Part]:
         options = ["--deslo", json.dumps({"wire_dtype": name})]
         return replace(whole, name=f"overlap-{name}", command=[*whole.command, *options])
 
-    sizes = (
-        ["--dim", "64", "--layers", "1", "--laps", "2"] if dry else ["--dim", "1024", "--layers", "16", "--laps", "4"]
-    )
+    sizes = ["--dim", "64", "--layers", "1", "--laps", "2"] if dry else ["--dim", "512", "--layers", "6", "--laps", "3"]
     stands = [python, "-m", "benchmarks.checkpoint.stands", *where, *sizes]
     parts = [
         Part("smoke", script("smoke"), 90),

@@ -3,13 +3,14 @@
     python -m benchmarks.gpu.recipe [--device cuda] [--limit 420] [--out FILE] [--state FILE]
 
 Four replicas are four rows of one matrix on one GPU: 4 layers of width 256 on bytes, 64 windows of 2,048 in a step,
-ADOPT, periods of 32, forward and backward in bfloat16. Synchronous ADOPT until the switch; from there all methods take
-turns of 128 steps, so that they have seen the same tokens whenever it ends. The rate is constant until what is left of
-the time suits a decay over a fifth of the steps. ``--state`` keeps all replicas after each round, and goes on with
-them.
+ADOPT, periods of 32, forward and backward in bfloat16, on the Python sources of the standard library and of torch.
+Synchronous ADOPT until the switch; from there all methods take turns of 128 steps, so that they have seen the same
+tokens whenever it ends. The rate is constant until what is left of the time suits a decay over a fifth of the steps.
+``--state`` keeps all replicas after each round, and goes on with them.
 """
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -23,11 +24,38 @@ from benchmarks.quality.recipe.methods import METHODS, PERIOD, Method
 from benchmarks.quality.recipe.settings import Setting
 from benchmarks.quality.recipe.trial import EMA, Course
 from benchmarks.quality.trial import served
-from benchmarks.simulation.small_gpt import GPTConfig
+from benchmarks.simulation.small_gpt import GPTConfig, Text, small_gpt
+from deslo_plugin.simulation import Network
+from examples.harness.corpus import joined, library_files, split
 
 NAMES = ("synchronous ADOPT", "MT-DAO", "Local ADOPT", "DES-LOC, 32 / 96 / 192")
+HELD_OUT = 0.02  # of the text
 LR, TURN, DECAY_SHARE = 2**-9, 4 * PERIOD, 0.25  # of the steps before the decay
-SETTING = Setting(
+
+
+class Large(Setting):
+    """Of the standard library's text alone one lease would read each byte twenty times, and learn it by heart."""
+
+    def objective(self, seed: int) -> Network:
+        return small_gpt(
+            self.shape,
+            sequences=self.sequences,
+            replicas=self.replicas,
+            seed=seed,
+            held_out=4,
+            device=self.device,
+            text=of_torch_too(),
+        )
+
+
+@functools.cache
+def of_torch_too() -> Text:
+    """The Python sources of the standard library and of torch, 58 MB."""
+    sources = sorted(Path(torch.__file__).parent.rglob("*.py"))
+    return split(torch.frombuffer(bytearray(joined([*library_files(), *sources])), dtype=torch.uint8), HELD_OUT)
+
+
+SETTING = Large(
     shape=GPTConfig(dim=256, layers=4, heads=4, context=2048),
     sequences=16,
     warm_up=512,

@@ -21,6 +21,8 @@ warnings.filterwarnings(
 
 Batches = Callable[[Sequence[int], int], tuple[Tensor, Tensor]]
 """(replicas, step) -> tokens and targets, (len(replicas), sequences, context) each."""
+Text = tuple[Tensor, Tensor]
+"""What is trained on and what is held out, (bytes,) uint8 each."""
 
 
 def small_gpt(
@@ -32,10 +34,13 @@ def small_gpt(
     held_out: int = 1,
     shards: bool = False,
     device: str = "cpu",
+    text: Text | None = None,
 ) -> Network:
     """A GPT initialised from ``seed``, on windows drawn for (seed, step, replica), judged by ``held_out`` batches."""
-    batches = drawn(shape, sequences=sequences, replicas=replicas, seed=seed, shards=shards, device=device)
-    return Network(initial(shape, seed).to(device), batches, kept(shape, held_out, device))
+    text = text or of_library()
+    batches = drawn(shape, sequences=sequences, replicas=replicas, seed=seed, shards=shards, device=device, text=text)
+    model, judged = initial(shape, seed).to(device), kept(shape, held_out, device, text)
+    return Network(model, batches, judged, vectorised=device == "cpu")  # one replica's batch fills a GPU
 
 
 def initial(shape: GPTConfig, seed: int) -> GPT:
@@ -44,14 +49,21 @@ def initial(shape: GPTConfig, seed: int) -> GPT:
 
 
 def drawn(
-    shape: GPTConfig, *, sequences: int, replicas: int, seed: int, shards: bool = False, device: str = "cpu"
+    shape: GPTConfig,
+    *,
+    sequences: int,
+    replicas: int,
+    seed: int,
+    shards: bool = False,
+    device: str = "cpu",
+    text: Text | None = None,
 ) -> Batches:
-    """Windows of the standard library's text, drawn for (seed, step, replica).
+    """Windows of ``text``, by default the standard library's, drawn for (seed, step, replica).
 
     ``sequences`` windows for each replica and step; ``replicas`` is how many ever take part, and with ``shards`` each
     draws from a part of the text of its own.
     """
-    train, _ = _text()
+    train, _ = text or of_library()
     span = torch.arange(shape.context + 1)
     part = len(train) // replicas if shards else len(train)
     firsts = torch.arange(replicas)[:, None] * part if shards else 0
@@ -65,14 +77,16 @@ def drawn(
     return batches
 
 
-def kept(shape: GPTConfig, held_out: int, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
-    """``held_out`` batches of 64 windows of text that is never trained on, the same for every seed."""
-    windows = Windows(_text()[1], shape.context, seed=0)
-    batch = [windows[index] for index in range(HELD_OUT * held_out)]
+def kept(shape: GPTConfig, held_out: int, device: str = "cpu", text: Text | None = None) -> list[tuple[Tensor, Tensor]]:
+    """``held_out`` batches of 64 windows of text that is never trained on, the same for every seed; fewer where the
+    text has not as many windows."""
+    windows = Windows((text or of_library())[1], shape.context, seed=0)
+    batch = [windows[index] for index in range(min(HELD_OUT * held_out, len(windows.order)))]
     tokens, targets = (torch.stack(each).to(device).split(HELD_OUT) for each in zip(*batch))
     return list(zip(tokens, targets))
 
 
 @functools.cache
-def _text() -> tuple[Tensor, Tensor]:
+def of_library() -> Text:
+    """The standard library's sources."""
     return split(load_bytes(), 0.05)

@@ -41,7 +41,8 @@ def test_bowls_that_lie_apart_have_their_common_minimum_at_zero():
     assert slopes.abs().min() > 1e-3 and slopes.sum(0).abs().max() < 1e-12
 
 
-def test_a_network_gives_each_replica_the_gradient_of_its_own_batch():
+@pytest.mark.parametrize("vectorised", [True, False])
+def test_a_network_gives_each_replica_the_gradient_of_its_own_batch(vectorised):
     torch.manual_seed(0)
 
     class Regression(nn.Module):
@@ -54,7 +55,8 @@ def test_a_network_gives_each_replica_the_gradient_of_its_own_batch():
 
     model, generator = Regression(), torch.Generator().manual_seed(1)
     data = torch.randn(3, 5, 3, generator=generator), torch.randn(3, 5, 1, generator=generator)
-    objective = Network(model, lambda replicas, step: [each[replicas] for each in data], [[each[0] for each in data]])
+    batches, held_out = lambda replicas, step: [each[replicas] for each in data], [[each[0] for each in data]]
+    objective = Network(model, batches, held_out, vectorised=vectorised)
     x = objective.start.expand(2, -1).clone().requires_grad_()
     losses = objective.losses(x, [2, 0], 0)
     (slopes,) = torch.autograd.grad(losses.sum(), x)
