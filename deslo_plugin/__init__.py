@@ -13,8 +13,8 @@ expect("torch")  # before what an older one lacks is asked for
 from deslo_plugin.checkpoint.averaged_weights import averaged_weights
 from deslo_plugin.checkpoint.deepspeed_layout import export_deepspeed
 from deslo_plugin.checkpoint.export import averaged_state_dict
+from deslo_plugin.checkpoint.folder import latest_checkpoint
 from deslo_plugin.checkpoint.load_averaged import load_averaged_state_dict
-from deslo_plugin.checkpoint.manifest import latest_checkpoint
 from deslo_plugin.checkpoint.pending_save import PendingSave
 from deslo_plugin.checkpoint.preemption import Preemption
 from deslo_plugin.checkpoint.save_load import load, save

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deslo_plugin.checkpoint.folder import part_of, put_in_place
+from deslo_plugin.checkpoint.folder import Destination
 from deslo_plugin.checkpoint.host_copy import host_copy
 from deslo_plugin.checkpoint.index import write_tree
 from deslo_plugin.checkpoint.manifest import Manifest, expect_file_checksums, file_checksums, write_manifest
@@ -22,10 +22,10 @@ FIRST = "first_rank.pt"
 
 @dataclass(frozen=True)
 class Content:
-    """For the folder ``final``: this rank's ``tree``, of which all but ``means`` are live tensors; what it keeps
+    """For ``to``: this rank's ``tree``, of which all but ``means`` are live tensors; what it keeps
     beside, or None; and the manifest, which lacks the files. ``strong``: whether each of these gets a SHA-256."""
 
-    final: Path
+    to: Destination
     tree: Tree
     means: Set[str]
     own: Mapping[str, Any] | None
@@ -40,7 +40,7 @@ class Content:
     def write(self, groups: Groups, when: Callable[[], object] | None = None) -> None:
         """Writes the folder that was begun, and puts it in its place. Collective over ``groups``. ``when``: waits for
         the tensors of a copy to have come to the host. Raises ``OSError`` on every rank if any rank cannot write."""
-        world, part = groups.world, part_of(self.final)
+        world, part = groups.world, self.to.part
         first = groups.topology.rank == min(groups.topology.ranks)
         where, name, group = place(part, self.proof.mode, groups)
         if when is not None:
@@ -55,10 +55,10 @@ class Content:
         files = expect_file_checksums(file_checksums(part, world, strong=self.strong))
         proof = replace(self.proof, files=files)
         sha256 = all_or_none(lambda: write_manifest(part, proof) if first else None, world)
-        all_or_none(lambda: put_in_place(self.final) if first else None, world)
+        all_or_none(lambda: self.to.put_in_place() if first else None, world)
         if self.strong:
             log_rank0(
-                f"deslo: saved {self.final}; the SHA-256 of its deslo.json is {sha256}: keep it elsewhere, and "
+                f"deslo: saved {self.to.final}; the SHA-256 of its deslo.json is {sha256}: keep it elsewhere, and "
                 "load(path, model, sha256=...) refuses any other"
             )
 

@@ -1,6 +1,5 @@
 """One model of ours in DeepSpeed's own layout, for tools that know that alone."""
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from deslo_plugin.algorithm.state_names import BUFFERS, ORIGIN, PARAMS, STEP
 from deslo_plugin.checkpoint.folder import found, write_whole
 from deslo_plugin.checkpoint.index import read_index, read_tree, tensors_of
 from deslo_plugin.checkpoint.load_averaged import READ, load_averaged_state_dict
+from deslo_plugin.checkpoint.location import location, make_folder
 from deslo_plugin.checkpoint.manifest import read_manifest
 from deslo_plugin.checkpoint.universal import ADAM, PARTS, WEIGHTS
 from deslo_plugin.comm.all_or_none import all_or_none
@@ -37,11 +37,12 @@ def export_deepspeed(path: str | Path, out: str | Path, tag: str | None = None) 
     Returns ``out/tag``. Raises ``ConfigError`` for a folder that is torn, altered or foreign, for the replicas of an
     "per_replica" checkpoint, and where ``out/tag`` is there already.
     """
-    folder = found(Path(path))
+    folder = found(path)
     weights = load_averaged_state_dict(folder)
     proof, index = read_manifest(folder), read_index(folder)
     stored = tensors_of(index)
-    target = Path(out) / (tag or f"global_step{proof.steps}")
+    out = location(out)
+    target = out / (tag or f"global_step{proof.steps}")
     if target.exists():
         raise ConfigError(f"export_deepspeed({str(out)!r})", "a new folder", f"{target}", "give another folder or tag")
     for name in proof.states:  # a folder of its own for each, and a name out of a file must not lead elsewhere
@@ -78,7 +79,7 @@ def export_deepspeed(path: str | Path, out: str | Path, tag: str | None = None) 
     _write(target / "zero_pp_rank_0_mp_rank_00_model_states.pt", engine | {"module": {}})  # where ZeRO-3 looks
     _write(target / "zero_pp_rank_0_mp_rank_00_optim_states.pt", _flat([params[name] for name in trained]))
     for latest in ("latest", "latest_universal"):
-        write_whole(Path(out) / latest, lambda file: file.write(target.name.encode()))
+        write_whole(out / latest, lambda file: file.write(target.name.encode()))
     left = sorted({state for name in trained for state in proof.states[name]} - {PARAMS, STEP, ORIGIN, *ADAM})
     if left:
         log_rank0(f"deslo: {target} is without {', '.join(left)}, which DeepSpeed does not know")
@@ -122,6 +123,6 @@ def _flat(trained: list[Tensor]) -> dict[str, Any]:
 
 
 def _write(file: Path, value: Any) -> None:
-    os.makedirs(file.parent, exist_ok=True)
+    make_folder(file.parent)
     write: Callable[[Any], object] = lambda content: torch.save(value, content)
     write_whole(file, write)

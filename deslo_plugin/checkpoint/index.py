@@ -5,7 +5,6 @@ DCP writes the tensors, and its pickled ``.metadata`` for tools that know it, wh
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from deslo_plugin.checkpoint.location import Store, flush, in_object_store
 from deslo_plugin.checkpoint.tensor_chunks import LoadTensorChunks, SaveTensorChunks
 from deslo_plugin.comm.all_or_none import Elsewhere, to_os_error
 from deslo_plugin.errors import ConfigError
@@ -46,7 +46,7 @@ def write_tree(
 ) -> None:
     """Writes one tree of all ranks of ``group``, and its index. Collective over them. Raises ``Elsewhere`` for an
     error. ``on_host``: no tensor of it is on a GPU, and no stream is asked for."""
-    writer = _Writer(folder, per_thread_copy_ahead=0) if on_host else _Writer(folder)
+    writer = _Writer(folder, on_host)
     with _named(group):
         dcp.save(
             dict(tree), storage_writer=writer, process_group=group, planner=SaveTensorChunks(flatten_state_dict=False)
@@ -103,6 +103,13 @@ class _named:
 
 
 class _Writer(dcp.FileSystemWriter):
+    def __init__(self, folder: Path, on_host: bool):
+        remote, ahead = in_object_store(folder), 0 if on_host else 10_000_000  # bytes, DCP's own
+        super().__init__("" if remote else folder, sync_files=not remote, per_thread_copy_ahead=ahead)
+        if remote:
+            self.fs, self.path = Store(), folder
+        self.folder = folder
+
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
             return super().write_data(plan, planner)
@@ -112,17 +119,19 @@ class _Writer(dcp.FileSystemWriter):
     def finish(self, metadata: Metadata, results: Any) -> None:
         try:
             super().finish(metadata, results)
-            with (Path(self.path) / INDEX).open("w") as file:
-                json.dump(_written(metadata, results), file)
-                file.flush()
-                os.fsync(file.fileno())
+            with (self.folder / INDEX).open("wb") as file:
+                file.write(json.dumps(_written(metadata, results)).encode())
+                flush(file)
         except Exception as error:
-            raise to_os_error(error, Path(self.path) / INDEX) from error
+            raise to_os_error(error, self.folder / INDEX) from error
 
 
 class _Reader(dcp.FileSystemReader):
     def __init__(self, folder: Path, index: Metadata):
-        super().__init__(folder)
+        remote = in_object_store(folder)
+        super().__init__("" if remote else folder)
+        if remote:
+            self.fs, self.path = Store(), folder
         self._index = index
 
     def read_metadata(self) -> Metadata:

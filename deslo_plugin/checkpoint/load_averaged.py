@@ -24,7 +24,7 @@ def load_averaged_state_dict(path: str | Path, *, sha256: str | None = None) -> 
     Nothing in the files runs; ``sha256`` as for ``load``. Raises ``ConfigError`` for a folder that is torn, altered or
     foreign, and for the replicas of an "per_replica" checkpoint.
     """
-    folder = found(Path(path))
+    folder = found(path)
     proof = read_manifest(folder, sha256)
     if proof.mode == "per_replica":
         raise ConfigError(

@@ -6,7 +6,6 @@ elsewhere."""
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from deslo_plugin.algorithm.state_names import PARAMS
 from deslo_plugin.algorithm.switch import Switch, saved
 from deslo_plugin.checkpoint.foreign import what_is_there
+from deslo_plugin.checkpoint.location import files_under, flush
 from deslo_plugin.checkpoint.tree_agreement import States
 from deslo_plugin.comm.all_or_none import all_or_none
 from deslo_plugin.comm.process_groups import all_gather_by_rank
@@ -55,28 +55,13 @@ class Manifest:
         return bool(self.files) and all(len(measures) == 3 for measures in self.files.values())
 
 
-def latest_checkpoint(folder: str | Path) -> Path | None:
-    """The complete checkpoint with the most steps among the subfolders of ``folder``, or None: what a restart loads.
-
-    Looks at what is there now: call it on one rank and tell the others, or before training has begun to save.
-    """
-    return max(
-        complete(folder), key=lambda each: (read_manifest(each).steps, (each / NAME).stat().st_mtime_ns), default=None
-    )
-
-
-def complete(folder: str | Path) -> list[Path]:
-    """The checkpoints among the subfolders of ``folder``."""
-    return [file.parent for file in Path(folder).glob(f"*/{NAME}") if not file.parent.name.endswith((PART, OLD))]
-
-
 def file_checksums(folder: Path, world: dist.ProcessGroup | None, *, strong: bool = False) -> dict[str, Any]:
     """File of ``folder`` -> [bytes, CRC-32], with SHA-256 if ``strong``, or the error of reading it; each rank a share
     of them.
 
     Collective. Raises ``OSError`` on every rank where one cannot list them.
     """
-    names = all_or_none(lambda: files_in(folder), world, "see and read")
+    names = all_or_none(lambda: _listed(folder), world, "see and read")
     rank, size = (dist.get_rank(world), dist.get_world_size(world)) if world is not None else (0, 1)
     if world is not None:  # what another has just written may not show everywhere yet
         names = sorted({name for each in all_gather_by_rank(names, world).values() for name in each})
@@ -95,15 +80,6 @@ def expect_file_checksums(files: Mapping[str, Any]) -> Files:
     return files
 
 
-def files_in(folder: Path) -> list[str]:
-    """All but ``deslo.json``, links to folders among them."""
-    found = []
-    for root, folders, files in os.walk(folder, onerror=_raise):
-        links = [name for name in folders if (Path(root) / name).is_symlink()]
-        found += [(Path(root) / name).relative_to(folder).as_posix() for name in (*files, *links)]
-    return sorted(name for name in found if name != NAME)
-
-
 def write_manifest(folder: Path, proof: Manifest) -> str:
     """Writes ``deslo.json``, a checkpoint's last file, and returns its SHA-256."""
     own = {name: getattr(proof, name) for name in ("mode", "rows", "steps", "states", "groups", "names")}
@@ -112,8 +88,7 @@ def write_manifest(folder: Path, proof: Manifest) -> str:
     text = json.dumps(content | {"crc32": _checksum(content)}, indent=1).encode()
     with (folder / NAME).open("wb") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        flush(file)
     return hashlib.sha256(text).hexdigest()
 
 
@@ -212,6 +187,10 @@ def _parsed(content: Any, where: str, digest: str) -> Manifest:
     return proof
 
 
+def _listed(folder: Path) -> list[str]:
+    return [name for name in files_under(folder) if name != NAME]
+
+
 def _checksum(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
@@ -230,7 +209,3 @@ def _measure(file: Path, strong: bool) -> list[Any] | str:
     except OSError as error:
         return str(error)
     return [size, crc, *([sha.hexdigest()] if strong else [])]
-
-
-def _raise(error: OSError) -> None:
-    raise error

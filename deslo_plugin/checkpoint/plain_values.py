@@ -1,6 +1,5 @@
 """Values that a file can hold without holding code: what is read back is data, whoever wrote the file."""
 
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from deslo_plugin.checkpoint.location import flush
 from deslo_plugin.errors import ConfigError
 
 ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
@@ -71,15 +71,15 @@ def write_plain(value: Any, file: Path) -> None:
     """Writes what ``plain`` gave, to the disk."""
     with file.open("wb") as content:
         torch.save(value, content)
-        content.flush()
-        os.fsync(content.fileno())
+        flush(content)
 
 
 def read_plain(file: Path) -> Any:
     """What ``write_plain`` wrote, tensors on the CPU. Raises ``ConfigError`` for whatever else a file holds, and runs
     nothing."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with file.open("rb") as content:
+            return torch.load(content, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:

@@ -11,7 +11,6 @@ that they are whole. It appears under its name only when it is complete, and all
               period, on the same replicas and shards.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,10 +22,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from deslo_plugin.algorithm.state_names import is_of_wire
 from deslo_plugin.attachment import Attachment, attachments_of, on_every_rank
 from deslo_plugin.checkpoint.content import Content, place
-from deslo_plugin.checkpoint.folder import begin, cleared_away_on_error, found, part_of
+from deslo_plugin.checkpoint.folder import Destination, begin, found
 from deslo_plugin.checkpoint.host_copy import when_copied
 from deslo_plugin.checkpoint.index import read_index, read_tree
 from deslo_plugin.checkpoint.load_averaged import READ
+from deslo_plugin.checkpoint.location import absolute
 from deslo_plugin.checkpoint.manifest import Manifest, read_manifest, verify
 from deslo_plugin.checkpoint.pending_save import PendingSave, finish_pending_save, save_in_background
 from deslo_plugin.checkpoint.plain_values import expect_mapping, plain, read_plain
@@ -62,7 +62,8 @@ def save(
     """Saves a model that ``attach`` was called with, or a DeepSpeed engine, with its optimizer's states and clocks.
 
     Args:
-        path: the folder; a checkpoint that is there already is replaced once the new one is whole.
+        path: the folder, or a URL such as ``s3://bucket/run/1200``; a checkpoint that is there already is replaced
+            once the new one is whole.
         mode: "averaged", "synchronized" or "per_replica"; by default ``deslo.checkpoint_mode`` of the config.
         extra: whatever else training needs to go on, such as ``{"scheduler": scheduler.state_dict(), "batch": 1200}``:
             dicts, lists and tuples of text, bytes, numbers, None and tensors. That of this rank with "per_replica",
@@ -80,7 +81,7 @@ def save(
     an unknown mode, a model that nothing is attached to, an ``extra`` that is no data, and a folder of other files;
     ``OSError`` if any rank cannot write.
     """
-    attachments, final = attachments_of(model, "save"), Path(os.path.abspath(path))
+    attachments, final = attachments_of(model, "save"), absolute(path)
     attachment, *_ = attachments
     mode, digest = mode or attachment.config.deslo.checkpoint_mode, digest or attachment.config.deslo.checkpoint_digest
     if not isinstance(wait, bool):
@@ -108,8 +109,9 @@ def save(
         attachment.watch.check_inside()
     keeps = first or mode == "per_replica"
     own = all_or_none(lambda: _own(adapter, attachments, mode, extra) if keeps else None, world)
-    with cleared_away_on_error(final, first):
-        content = _gather(final, model, adapter, attachments, mode, own, digest == "sha256")
+    to = begin(final, first, world)
+    with to.cleared_away_on_error(first):
+        content = _gather(to, model, adapter, attachments, mode, own, digest == "sha256")
         if wait:
             content.write(groups)
             return None
@@ -117,14 +119,14 @@ def save(
         when, of_files = when_copied(), make_groups_of_files(groups)
 
     def write() -> None:
-        with cleared_away_on_error(final, first):
+        with to.cleared_away_on_error(first):
             copied.write(of_files, when)
 
     return save_in_background(topology, final, write)
 
 
 def _gather(
-    final: Path,
+    to: Destination,
     model: Any,
     adapter: StateAdapter,
     attachments: Sequence[Attachment],
@@ -132,11 +134,9 @@ def _gather(
     own: Mapping[str, Any] | None,
     strong: bool,
 ) -> Content:
-    """Begins the folder, and says what goes into it: all of a save that asks the model, or other replicas' states."""
+    """What goes into the folder: all of a save that asks the model, or other replicas' states."""
     attachment, *_ = attachments
-    topology, world, part = attachment.groups.topology, attachment.groups.world, part_of(final)
-    all_or_none(lambda: begin(final) if topology.rank == min(topology.ranks) else None, world)
-    all_or_none(lambda: part.stat(), world)  # a folder that not all ranks see would hold a part of the state
+    topology, world = attachment.groups.topology, attachment.groups.world
     if mode == "synchronized":
         sync_replicas(model)
     tree, means = all_or_none(lambda: _expect_plain(adapter.tree()), world), Tree()
@@ -149,7 +149,7 @@ def _gather(
     states, names = united(adapter.states, world), names_of_all_parts(adapter.names, attachment)
     steps, switch = attachment.averaging.steps, attachment.config.switch
     proof = Manifest(mode, topology.ranks_by_replica, steps, states, numbers, names, switch)
-    return Content(final, tree | means, means.keys(), own, proof, strong)
+    return Content(to, tree | means, means.keys(), own, proof, strong)
 
 
 @on_every_rank
@@ -175,7 +175,7 @@ def load(path: str | Path, model: Any, *, sha256: str | None = None) -> dict[str
             "load on every replica before its first optimizer.step(), or start all of them anew",
         )
     finish_pending_save(attachment.groups.topology, attachment.groups.world)
-    folder = found(Path(path))
+    folder = all_or_none(lambda: found(path), attachment.groups.world, READ)
     if all_or_none(lambda: is_universal(folder), attachment.groups.world, READ):
         return load_universal(folder, model, attachments)
     adapter, topology, world = adapter_of(model, attachments), attachment.groups.topology, attachment.groups.world

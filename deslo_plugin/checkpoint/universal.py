@@ -13,6 +13,7 @@ from deslo_plugin.algorithm.rules import RULES
 from deslo_plugin.algorithm.state_names import BUFFERS, ORIGIN, PARAMS, SECOND_MOMENT, STEP, is_of_wire
 from deslo_plugin.attachment import Attachment
 from deslo_plugin.checkpoint.load_averaged import READ
+from deslo_plugin.checkpoint.location import in_object_store
 from deslo_plugin.checkpoint.state_tree import adapter_of
 from deslo_plugin.checkpoint.tensor_chunks import TensorChunks, of_dtensor
 from deslo_plugin.checkpoint.tree_agreement import States, Tree
@@ -58,6 +59,13 @@ def is_universal(folder: Path) -> bool:
 
 def read_universal(folder: Path) -> Universal:
     """Nothing in the files runs. Raises ``ConfigError`` for what would have to, and for what is missing."""
+    if in_object_store(folder):
+        raise ConfigError(
+            f"load({str(folder)!r})",
+            "a universal checkpoint on a disk, whose files are mapped",
+            "one in an object store",
+            "copy it to a disk that every rank sees",
+        )
     names = sorted(file.parent.name for file in folder.glob(f"{PARTS}/*/{WEIGHTS}.pt"))
     files = sorted(folder.glob("*model_states.pt"))
     if not files:

@@ -8,18 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from deslo_plugin.algorithm.state_names import PARAMS
+from deslo_plugin.checkpoint.folder import complete, found, latest_checkpoint
 from deslo_plugin.checkpoint.foreign import what_is_there
 from deslo_plugin.checkpoint.index import INDEX, read_index, tensors_of
-from deslo_plugin.checkpoint.manifest import (
-    NAME,
-    OLD,
-    PART,
-    Manifest,
-    complete,
-    corrupted_files,
-    latest_checkpoint,
-    read_manifest,
-)
+from deslo_plugin.checkpoint.location import in_object_store, location
+from deslo_plugin.checkpoint.manifest import NAME, OLD, PART, Manifest, corrupted_files, read_manifest
 from deslo_plugin.cli.output import FAILED, Json, bytes_of, command, show, show_json, table
 from deslo_plugin.errors import ConfigError
 
@@ -27,7 +20,7 @@ from deslo_plugin.errors import ConfigError
 @command
 def inspect(
     path: Annotated[
-        Path, typer.Argument(help="A checkpoint of deslo_plugin.save, or a folder of them: then the latest.")
+        str, typer.Argument(help="A checkpoint of deslo_plugin.save, or a folder of them: then the latest. Or a URL.")
     ],
     as_json: Json = False,
 ) -> None:
@@ -36,15 +29,20 @@ def inspect(
 
     Status 1 if it is torn. Nothing in a checkpoint runs: what is inspected is data.
     """
-    folder = path if (path / NAME).exists() else latest_checkpoint(path) if path.is_dir() else None
+    given = location(path)
+    own = given if in_object_store(given) or given.exists() else None
+    whole = own is not None and (found(own) / NAME).exists()
+    folder = own if whole else latest_checkpoint(given) if given.is_dir() else None
     if folder is None:
-        kind, do = what_is_there(path)
+        kind, do = what_is_there(given)
         raise ConfigError(
-            f"deslo ckpt inspect {path}", f"a folder with {NAME}, or folders of such in it", kind + _hint(path), do
+            f"deslo ckpt inspect {path}", f"a folder with {NAME}, or folders of such in it", kind + _hint(given), do
         )
-    proof = read_manifest(folder)
-    content = _content(folder, proof, corrupted_files(folder, proof, None)) | {
-        "of": len(complete(path)) if folder != path else 1
+    inside = found(folder)
+    proof = read_manifest(inside)
+    content = _content(inside, proof, corrupted_files(inside, proof, None)) | {
+        "path": str(folder),
+        "of": 1 if whole else len(complete(given)),
     }
     if as_json:
         show_json(content)

@@ -27,6 +27,8 @@ def read_telemetry(reader: Reader) -> Telemetry | None:
     path = inner.pop("path")
     if not isinstance(path, str) or not path:
         inner.refuse("path", "the folder of this run", repr_with_type(path), 'name one, such as "runs/first"')
+    if "://" in path:
+        inner.refuse("path", "a folder on a disk, where files grow", repr(path), "name one, and copy it where you like")
     telemetry = Telemetry(
         path=path,
         pseudo_gradient=inner.boolean("pseudo_gradient", False),

@@ -75,7 +75,7 @@ def saves_that_fail(kind: str, config: dict, folder: str) -> dict[str, Any]:
         "unreadable": (
             "averaged",
             {},
-            failing(2, "deslo_plugin.checkpoint.manifest.files_in", OSError(errno.EIO, "Input/output error")),
+            failing(2, "deslo_plugin.checkpoint.manifest.files_under", OSError(errno.EIO, "Input/output error")),
         ),
         "state on one rank": ("per_replica", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),
         "state on one rank, sync": ("synchronized", {}, failing(2, tree_of(kind), RuntimeError("no such state"))),

@@ -209,6 +209,10 @@ def test_two_attachments_do_not_write_one_file(tmp_path):
     "block, expected",
     [
         ({}, "deslo.telemetry.path: expected the folder of this run, got None"),
+        (
+            {"path": "s3://b/run"},
+            "deslo.telemetry.path: expected a folder on a disk, where files grow, got 's3://b/run'",
+        ),
         ({"path": 3}, "deslo.telemetry.path: expected the folder of this run, got 3 (int)"),
         ({"path": "a", "pth": 1}, "deslo.telemetry.pth: expected a known key"),
         ({"path": "a", "tensorboard": "yes"}, "deslo.telemetry.tensorboard: expected true or false"),

@@ -4,7 +4,6 @@ checkpoint."""
 import functools
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from deslo_plugin.checkpoint.export import averaged_state_dict
-from deslo_plugin.checkpoint.folder import write_whole
+from deslo_plugin.checkpoint.folder import found, write_whole
+from deslo_plugin.checkpoint.location import location, make_folder
 from deslo_plugin.checkpoint.manifest import NAME
 from deslo_plugin.checkpoint.model_names import saved_state
 from deslo_plugin.checkpoint.save_load import load, save
@@ -41,20 +41,21 @@ def install_checkpoint_methods(engine: DeepSpeedEngine) -> None:
     ) -> bool:
         """As DeepSpeed's; frozen parameters are always saved, and ``client_state`` is plain values."""
         tag = str(tag if tag is not None else f"global_step{engine.global_steps}")
-        save(Path(save_dir) / tag, engine, extra=client_state)
+        folder = location(save_dir)
+        save(folder / tag, engine, extra=client_state)
 
         def finish() -> None:
             if dist.get_rank() == 0:
-                write_whole(Path(save_dir) / RECOVERY, lambda file: file.write(SCRIPT.encode()))
+                write_whole(folder / RECOVERY, lambda file: file.write(SCRIPT.encode()))
                 if save_latest:
-                    write_whole(Path(save_dir) / LATEST, lambda file: file.write(tag.encode()))
+                    write_whole(folder / LATEST, lambda file: file.write(tag.encode()))
 
         all_or_none(finish, dist.group.WORLD)
         return True
 
     @functools.wraps(load_native)
     def load_checkpoint(load_dir: str, tag: Any = None, **options: Any) -> tuple[str | None, Any]:
-        latest = Path(load_dir) / (LATEST_UNIVERSAL if engine.load_universal_checkpoint() else LATEST)
+        latest = location(load_dir) / (LATEST_UNIVERSAL if engine.load_universal_checkpoint() else LATEST)
         if tag is None:
             tag = all_or_none(
                 lambda: latest.read_text().strip() if latest.is_file() else None, dist.group.WORLD, "see and read"
@@ -63,8 +64,8 @@ def install_checkpoint_methods(engine: DeepSpeedEngine) -> None:
         if tag is None:
             log_rank0(f"deslo: {latest} is not there, nothing was loaded", logging.WARNING)
             return None, None
-        folder = Path(load_dir) / str(tag)
-        if not (folder / NAME).is_file() and options.get("load_module_only"):
+        folder = location(load_dir) / str(tag)
+        if not (found(folder) / NAME).is_file() and options.get("load_module_only"):
             log_rank0(f"deslo: {folder} is DeepSpeed's own: every replica begins with its weights")
             return load_native(load_dir, tag, **options)
         if engine.lr_scheduler is None:  # Lightning has taken it out, and asks for the rest
@@ -86,8 +87,8 @@ def install_checkpoint_methods(engine: DeepSpeedEngine) -> None:
 
         def write() -> None:
             if dist.get_rank() == 0:
-                Path(save_dir).mkdir(parents=True, exist_ok=True)
-                write_whole(Path(save_dir) / save_filename, lambda file: torch.save(state, file))
+                make_folder(location(save_dir))
+                write_whole(location(save_dir) / save_filename, lambda file: torch.save(state, file))
 
         all_or_none(write, dist.group.WORLD)
         return True
