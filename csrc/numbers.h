@@ -80,11 +80,11 @@ struct Float16 {
 };
 
 template <typename S>
-constexpr Dtype kDtype = Dtype::kFloat32;
+inline constexpr Dtype kDtype = Dtype::kFloat32;
 template <>
-constexpr Dtype kDtype<double> = Dtype::kFloat64;
+inline constexpr Dtype kDtype<double> = Dtype::kFloat64;
 template <>
-constexpr Dtype kDtype<BFloat16> = Dtype::kBFloat16;
+inline constexpr Dtype kDtype<BFloat16> = Dtype::kBFloat16;
 
 // The type of the arithmetic on states of type S.
 template <typename S>

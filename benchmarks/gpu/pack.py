@@ -8,7 +8,6 @@ names one, and wheels of DeepSpeed and of what else the parts of plan.py import.
 
 import argparse
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -59,7 +58,7 @@ def pip(*arguments: str | Path, **env: str) -> None:
 
 def download(folder: Path, python: str) -> None:
     """The wheels, in the versions of constraints.txt, or of this environment."""
-    pins = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    pins = read_pins(python)
     built = ["--no-deps", "--no-build-isolation", "-q", "-w", folder, f"{BUILT}=={pins[BUILT]}"]
     # nothing is compiled: with an optimizer of ours DeepSpeed uses none of its operators
     pip("wheel", *built, DS_BUILD_OPS="0", DS_ACCELERATOR="cpu")
@@ -71,6 +70,18 @@ def download(folder: Path, python: str) -> None:
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     where = ["--python-version", python, "--implementation", "cp", *platforms, "-d", folder]
     pip("download", "-q", "--no-deps", "--only-binary=:all:", *where, *wanted)
+
+
+def read_pins(python: str) -> dict[str, str]:
+    """Package -> the version that constraints.txt has for this Python."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    there = {"python_version": python}
+    return {
+        each.name: next(iter(each.specifier)).version
+        for each in pinned
+        if each.marker is None or each.marker.evaluate(there)
+    }
 
 
 def core_of(pydantic: str) -> str:

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("torchft", reason="pip install 'deslo-plugin[ft]'")
+
 from torchft.checkpointing import HTTPTransport
 
 import deslo_plugin

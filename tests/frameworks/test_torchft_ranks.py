@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest.importorskip("torchft", reason="pip install 'deslo-plugin[ft]'")
+
 from deslo_plugin.frameworks.live_source import OneSource
 from tests.support import live_rank_jobs as jobs
 from tests.support.torchft_world import Replicas

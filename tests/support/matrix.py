@@ -5,7 +5,8 @@ float64 oracle.
 
 An environment is made with pip as it is configured on this machine (where CPU builds of torch come from is for you to
 say, as in PIP_EXTRA_INDEX_URL; the CUDA builds do, and take 8 GB each), and removed after its row. The script calls
-itself inside each of them. A row that pip cannot install ends the run and leaves the table as it was.
+itself inside each of them. A row that pip cannot install ends the run and leaves the table as it was. Interpreters are
+the one that runs this script and those of PATH, as ``python3.12``.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,13 +42,24 @@ TORCH, DEEPSPEED = (
     ("2.15.0", "2.14.1", "2.13.0", "2.12.1", "2.11.0", "2.10.0", "2.9.1"),
     ("0.19.0", "0.18.3", "0.18.0", "0.17.6", "0.16.0"),
 )
-REFERENCE = {"torch": "2.13.0", "deepspeed": "0.19.8", "accelerate": "1.15.0", "transformers": "5.23.0"}
+REFERENCE = {
+    "python": "3.11",
+    "torch": "2.13.0",
+    "deepspeed": "0.19.8",
+    "accelerate": "1.15.0",
+    "transformers": "5.23.0",
+}
+PYTHON = ("3.14", "3.13", "3.12")
 ROWS = {
+    **{f"Python {version}": {"python": version} for version in PYTHON},
+    "Python 3.10": {"python": "3.10", "transformers": "5.20.2"},  # the last one for it
     **{f"torch {version}": {"torch": version} for version in TORCH},
     **{f"DeepSpeed {version}": {"deepspeed": version} for version in DEEPSPEED},
     "Accelerate 1.10.1": {"accelerate": "1.10.1"},
     **{f"transformers {version}": {"transformers": version} for version in ("4.57.6", "4.51.3")},
 }
+# A row of a Python runs these, one of each kind
+SHORT = ("kernels", "plain", "ddp", "fsdp", "zero-2", "fsdp resumed", "accelerate fsdp", "trainer")
 STEPS, SAVED_AT = 12, 7
 
 
@@ -61,9 +72,8 @@ def main() -> None:
         "--inside", action="store_true", help="run the cases of the row in this environment and print JSON"
     )
     given = parser.parse_args()
-    cases = given.case or list(CASES)
     if given.inside:
-        print(json.dumps(inside(given.row[0], cases)))
+        print(json.dumps(inside(given.row[0], given.case)))
         return
     given.folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(
@@ -72,13 +82,14 @@ def main() -> None:
     )
     wheel = max(given.folder.glob("*.whl"), key=lambda path: path.stat().st_mtime)
     for row in given.row or ROWS:
-        write(row, run(row, given.folder / "environment", wheel, cases))
+        cases = given.case or (SHORT if "python" in ROWS[row] else CASES)
+        write(row, run(row, given.folder / "environment", wheel, list(cases)))
 
 
 def run(row: str, folder: Path, wheel: Path, cases: list[str]) -> dict[str, str]:
     """Case -> its figure, or the reason why there is none."""
     pins = REFERENCE | ROWS[row]
-    venv.create(folder, with_pip=True, clear=True)
+    subprocess.run([find_python(pins.pop("python")), "-m", "venv", "--clear", folder], check=True)
     python, pip = folder / "bin" / "python", [folder / "bin" / "pip", "-qq", "install"]
     others = [f"{name}=={version}" for name, version in pins.items() if name != "torch"]
     try:
@@ -103,11 +114,27 @@ def run(row: str, folder: Path, wheel: Path, cases: list[str]) -> dict[str, str]
         shutil.rmtree(folder)
 
 
+def find_python(wanted: str) -> str:
+    """The interpreter of that version, as "3.12": the one that runs this, or one of PATH."""
+    if wanted == python_version():
+        return sys.executable
+    for folder in os.get_exec_path():
+        found = shutil.which(f"python{wanted}", path=folder)
+        # a version manager has a launcher for each version there, and those that are not chosen only say so
+        if found and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
+            return found
+    raise SystemExit(f"PATH: expected python{wanted}, got none that runs; install it, or put its folder on PATH")
+
+
+def python_version() -> str:
+    return "{}.{}".format(*sys.version_info)
+
+
 def inside(row: str, cases: list[str]) -> dict[str, str]:
     """Four ranks, as the tests have them; the largest distance of any state from what it should be after ``STEPS``
     steps."""
     for name, pin in (REFERENCE | ROWS[row]).items():
-        installed = version(name).partition("+")[0]
+        installed = python_version() if name == "python" else version(name).partition("+")[0]
         assert installed == pin, f"{name}: expected {pin}, got {installed}; another package of this row wants that one"
     import deslo_plugin
     from deslo_plugin.kernels.update import native
