@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import IO, Any, cast
 
 import torch.distributed as dist
@@ -40,8 +41,8 @@ class Destination:
         """Gives what was begun its name; cut off anywhere, one of both is left whole, and found by ``load``."""
         if in_object_store(self.final):
             write_whole(self.final / CURRENT, lambda file: file.write(self.part.name.encode()))
-            for other in _saves(self.final) - {self.part.name}:
-                with suppress(OSError):  # the next save tries again
+            with suppress(Exception):  # of any kind that a store's package has; the next save tries again
+                for other in _saves(self.final) - {self.part.name}:
                     _remove(self.final / other)
             return
         old = self.final.with_name(self.final.name + OLD)
@@ -120,17 +121,21 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 def complete(folder: str | Path) -> list[Path]:
     """The checkpoints among the subfolders of ``folder``."""
-    files = [file for name in (NAME, CURRENT) for file in location(folder).glob(f"*/{name}")]
+    of = location(folder)
+    files = [file for name in (NAME, CURRENT) for file in of.glob(f"*/{name}")]
     folders = {str(file.parent): file.parent for file in files if not file.parent.name.endswith((PART, OLD))}
+    if in_object_store(of):  # of a checkpoint, the saves in it are none
+        folders = {name: each for name, each in folders.items() if not SAVE.fullmatch(each.name)}
     return [folders[name] for name in sorted(folders)]
 
 
 def write_whole(file: Path, write: Callable[[IO[bytes]], object]) -> None:
     """What ``write`` writes takes the place of ``file`` once it is on the disk; if that fails, what was there stays."""
-    if in_object_store(file):  # as every file there
-        content = cast(IO[bytes], file.open("wb"))
-        with content:
-            write(content)
+    if in_object_store(file):  # which takes what was written so far, if a file that is open there meets an error
+        with NamedTemporaryFile() as local:
+            write(cast(IO[bytes], local))
+            local.flush()
+            cast(Any, file).fs.put_file(local.name, cast(Any, file).path)
         return
     part = file.with_name(file.name + PART)
     try:
@@ -146,11 +151,13 @@ def write_whole(file: Path, write: Callable[[IO[bytes]], object]) -> None:
 def _current(path: Path) -> str | None:
     """The save that counts, where one says so; also of what was copied from a store to a disk."""
     try:
-        name = (path / CURRENT).read_text().strip()
+        name = (path / CURRENT).read_bytes().decode(errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
     if not SAVE.fullmatch(name):
-        raise ConfigError(str(path / CURRENT), "the name of a save beside it", repr(name), "take another checkpoint")
+        raise ConfigError(
+            str(path / CURRENT), "the name of a save beside it", repr(name[:40]), "take another checkpoint"
+        )
     return name
 
 

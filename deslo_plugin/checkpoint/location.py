@@ -6,42 +6,56 @@ import re
 from pathlib import Path
 from typing import IO, Any, cast
 
+from fsspec import available_protocols
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from deslo_plugin.errors import ConfigError
 
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:/")
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*):(/|:)")
 
 
-def location(path: str | Path) -> Path:
+def location(path: str | os.PathLike[str]) -> Path:
     """``path`` as ``pathlib`` has it, and a URL such as ``s3://bucket/run/1200`` as ``universal_pathlib`` has it, whose
-    paths know what is asked of a ``Path`` here.
+    paths know what is asked of a ``Path`` here. What other processes have written to the store by now is seen.
 
     Raises ``ConfigError`` for a URL where that package or the store's own, such as s3fs, is not installed, for a store
-    that fsspec does not know, and for a URL that went through ``pathlib.Path``, which drops a slash of it.
+    that fsspec does not know or that does not open, for names that a store would take for patterns or for several
+    stores, and for a URL that went through ``pathlib.Path``, which drops a slash of it.
     """
-    if in_object_store(path) or not URL.match(str(path)):
-        return Path(path) if isinstance(path, str) else path
-    where = f"path {str(path)!r}"
-    if "://" not in str(path):
+    if not in_object_store(path):
+        scheme, text = URL.match(os.fspath(path)), os.fspath(path)
+        if scheme is None or ("://" not in text and scheme[1].lower() not in available_protocols()):
+            return Path(path)
+        path = scheme[1].lower() + text[scheme.end(1) :]
+    where, text = f"path {str(path)!r}", str(path)
+    if "://" not in text:
         raise ConfigError(where, "a URL with two slashes, as text", "one without", "do not wrap it in pathlib.Path")
+    if strange := next((each for each in ("::", "*", "?", "[") if each in text), None):
+        raise ConfigError(
+            where,
+            "the URL of one folder in one store",
+            f"{strange!r}, which fsspec does not take as it is",
+            "rename it",
+        )
     try:
         from upath import UPath
 
         found = UPath(path)
-        found.fs  # noqa: B018  imports what knows the store
-    except (ImportError, ValueError) as error:
+        found / "a name in it"  # which not every URL can have
+        found.fs.invalidate_cache()
+    except Exception as error:  # a store's own package raises what it likes
         raise ConfigError(
             where,
             "a store that fsspec and universal_pathlib reach",
             str(error),
-            "pip install 'deslo-plugin[remote]' and the store's own package, such as s3fs, gcsfs or adlfs",
+            "pip install 'deslo-plugin[remote]' and the store's own package, such as s3fs, gcsfs or adlfs, or mend the "
+            "URL or the store's settings",
         ) from error
     on_disk = found.protocol in ("", "file", "local")
     return Path(found.path) if on_disk else cast(Path, found)
 
 
-def absolute(path: str | Path) -> Path:
+def absolute(path: str | os.PathLike[str]) -> Path:
     """Where ``path`` lies whatever the working folder will be."""
     found = location(path)
     return found if in_object_store(found) else Path(os.path.abspath(found))
@@ -49,7 +63,7 @@ def absolute(path: str | Path) -> Path:
 
 def in_object_store(path: Any) -> bool:
     """There a file is whole or absent, and nothing is renamed."""
-    return not isinstance(path, (str, Path))
+    return hasattr(path, "fs") and not isinstance(path, os.PathLike)
 
 
 def make_folder(path: Path) -> None:

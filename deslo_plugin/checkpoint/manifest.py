@@ -198,14 +198,14 @@ def _checksum(content: Mapping[str, Any]) -> int:
 def _measure(file: Path, strong: bool) -> list[Any] | str:
     """[bytes, CRC-32, SHA-256 if ``strong``], or why it cannot be read, or must not."""
     crc, size, sha = 0, 0, hashlib.sha256()
-    if file.is_symlink() or not file.is_file():
-        return "a link, or no file at all" if file.is_symlink() or file.exists() else "missing"
     try:
+        if file.is_symlink() or not file.is_file():
+            return "a link, or no file at all" if file.is_symlink() or file.exists() else "missing"
         with file.open("rb") as content:
             while chunk := content.read(CHUNK):
                 crc, size = zlib.crc32(chunk, crc), size + len(chunk)
                 if strong:
                     sha.update(chunk)
-    except OSError as error:
-        return str(error)
+    except Exception as error:  # other ranks wait for an answer, and a store's package raises what it likes
+        return str(error) if isinstance(error, OSError) else repr(error)
     return [size, crc, *([sha.hexdigest()] if strong else [])]

@@ -1,11 +1,12 @@
 """A save whose files are written in the background, and what must wait for it: the next save or load, and the end."""
 
+import concurrent.futures.thread  # noqa: F401  registers the end of its pools, before ours
 import functools
 import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -69,6 +70,7 @@ _pending: dict[tuple[int, ...], PendingSave] = {}
 def save_in_background(topology: Topology, path: Path, write: Callable[[], object]) -> PendingSave:
     """Begins ``write()``, which all ranks of ``topology`` do together, in a thread."""
     _wait_before_groups_are_destroyed()
+    _wait_before_the_process_ends()
     ranks = tuple(sorted(topology.ranks))
     _pending[ranks] = PendingSave(path, write, speaks=topology.rank == ranks[0])
     return _pending[ranks]
@@ -104,3 +106,15 @@ def _wait_before_groups_are_destroyed() -> None:
             pending.wait()
 
     dist.destroy_process_group = distributed_c10d.destroy_process_group = destroy_process_group
+
+
+@functools.cache
+def _wait_before_the_process_ends() -> None:
+    """The interpreter waits for the thread, but takes new work for no pool of threads any more by then, and a store's
+    package looks up names of hosts in one. What is registered here comes before those pools end."""
+    cast(Any, threading)._register_atexit(_join)
+
+
+def _join() -> None:
+    for pending in _pending.values():
+        pending._thread.join()

@@ -81,7 +81,7 @@ def save(
     an unknown mode, a model that nothing is attached to, an ``extra`` that is no data, and a folder of other files;
     ``OSError`` if any rank cannot write.
     """
-    attachments, final = attachments_of(model, "save"), absolute(path)
+    attachments = attachments_of(model, "save")
     attachment, *_ = attachments
     mode, digest = mode or attachment.config.deslo.checkpoint_mode, digest or attachment.config.deslo.checkpoint_digest
     if not isinstance(wait, bool):
@@ -102,6 +102,7 @@ def save(
     if (world := groups.world) is not None:
         asked = {"mode": mode, "digest": digest, "wait": wait}
         check_same_on_all_ranks("save", asked, do="pass the same on every rank", group=world)
+    final = all_or_none(lambda: absolute(path), world)
     finish_pending_save(topology, world)
     first = topology.rank == min(topology.ranks)
     adapter = adapter_of(model, attachments)

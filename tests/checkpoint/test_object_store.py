@@ -2,15 +2,19 @@
 
 import errno
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from upath import UPath
 
 import deslo_plugin
-from deslo_plugin.checkpoint.folder import CURRENT
+from deslo_plugin.checkpoint.folder import CURRENT, write_whole
+from deslo_plugin.checkpoint.location import location
 from deslo_plugin.errors import ConfigError
 from tests.support import bucket
 from tests.support import checkpoint_jobs as jobs
@@ -85,8 +89,12 @@ def test_the_checkpoint_before_stays_until_the_new_one_is_whole(four, tmp_path):
 
 def test_what_lies_in_a_store_is_found_inspected_and_copied(four, tmp_path):
     four().run(jobs_saved, config_for("plain"), url_of(tmp_path))
+    shutil.move(tmp_path / "4", tmp_path.parent / "4 of another job")
+    assert deslo_plugin.latest_checkpoint(url_of(tmp_path)).name == "2"
+    shutil.move(tmp_path.parent / "4 of another job", tmp_path / "4")
     latest = deslo_plugin.latest_checkpoint(url_of(tmp_path))
-    assert latest.name == "4"
+    assert latest.name == "4", "what others write is seen"
+    assert deslo_plugin.latest_checkpoint(latest) is None, "no checkpoints are in a checkpoint"
     shown = run("ckpt", "inspect", url_of(tmp_path)).output
     assert "after 4 steps" in shown and "whole: " in shown
     shutil.copytree(tmp_path / "4", tmp_path / "disk" / "4")  # as aws s3 cp --recursive does
@@ -98,9 +106,10 @@ def test_what_lies_in_a_store_is_found_inspected_and_copied(four, tmp_path):
     assert "first_rank.pt: other bytes" in torn
     with pytest.raises(ConfigError, match="first_rank.pt: other bytes than were saved"):
         deslo_plugin.load_averaged_state_dict(latest)
-    (tmp_path / "4" / CURRENT).write_text("../../elsewhere")
-    with pytest.raises(ConfigError, match="the name of a save beside it"):
-        deslo_plugin.load_averaged_state_dict(latest)
+    for other in (b"../../elsewhere", b"", b"\xff\xfe"):
+        (tmp_path / "4" / CURRENT).write_bytes(other)
+        with pytest.raises(ConfigError, match="the name of a save beside it"):
+            deslo_plugin.load_averaged_state_dict(latest)
 
 
 def jobs_saved(config: dict[str, Any], url: str) -> None:
@@ -117,12 +126,74 @@ def jobs_saved(config: dict[str, Any], url: str) -> None:
     [
         (Path("s3://bucket/run/12"), "do not wrap it in pathlib.Path"),
         ("s5://bucket/run/12", r"Unsupported filesystem: 's5'; pip install 'deslo-plugin\[remote\]'"),
+        ("S5://bucket/run/12", "Unsupported filesystem: 's5'"),
         ("bucket://tmp/deslo/nothing/there", "check the path: nothing is there"),
+        ("bucket://tmp/deslo/run[1]", r"got '\[', which fsspec does not take as it is; rename it"),
+        ("simplecache::bucket://tmp/deslo", "got '::'"),
     ],
 )
 def test_a_url_that_leads_nowhere_is_an_error_with_what_to_do(path, said):
     with pytest.raises(ConfigError, match=said):
         deslo_plugin.load_averaged_state_dict(path)
+
+
+def test_a_path_on_a_disk_stays_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("job:/1", "a:b", "runs/s3://1", f"{tmp_path}/c://d", Path("job:/1"), Path("a")):
+        assert location(path) == Path(path)
+    for path in (f"file://{tmp_path}/a", f"FILE://{tmp_path}/a", UPath(f"file://{tmp_path}/a"), Named(tmp_path / "a")):
+        found = location(path)
+        assert found == tmp_path / "a" and isinstance(found, Path)
+    with pytest.raises(TypeError, match="NoneType"):
+        location(None)
+
+
+class Named:
+    """As py.path.local, and whatever else names a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def test_a_file_of_which_half_was_written_replaces_none(tmp_path):
+    def half(file: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = location(url_of(tmp_path)) / "latest"
+    write_whole(file, lambda content: content.write(b"whole"))
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(file, half)
+    assert (tmp_path / "latest").read_bytes() == b"whole"
+
+
+def told(config: dict[str, Any], url: str) -> dict[str, Any]:
+    """Errors that rank 2 alone meets, of kinds that only a store's package knows."""
+    bucket.known()
+    job = jobs.Job("plain", config)
+    job.train(range(2))
+    said, lost = {}, RuntimeError("connection lost")
+    act = lambda: deslo_plugin.save(url, job.model, mode="per_replica")
+    with mock.patch.dict(sys.modules, {"upath": None} if dist.get_rank() == 2 else {}):
+        said["not installed"] = said_of(act)
+    with failing(2, "tests.support.bucket.Bucket.isfile", lost):
+        said["read back"] = said_of(act)
+    with failing(0, "deslo_plugin.checkpoint.folder._saves", lost):  # the new one is in its place by then
+        said["clear away"] = said_of(act)
+    job.close()
+    return said
+
+
+def test_an_error_of_any_kind_on_one_rank_is_one_on_every_rank(four, tmp_path):
+    for said in four().run(told, config_for("plain"), url_of(tmp_path / "c"), timeout=100):
+        kind, _, text = said["not installed"]
+        assert kind == "ConfigError" and "on rank(s) [2]; pip install 'deslo-plugin[remote]'" in text
+        kind, _, text = said["read back"]
+        assert kind == "OSError" and "RuntimeError('connection lost')" in text
+        assert said["clear away"][0] == "no error"
 
 
 def engine_resumed(config: dict[str, Any], url: str) -> tuple[str, int]:

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -187,8 +188,24 @@ def ends(rank: int, folder: Path, how: str) -> None:
             assert (folder / "c" / "deslo.json").exists()
 
 
-@pytest.mark.parametrize("how", ["process", "groups"])
-def test_the_end_of_a_process_and_of_its_groups_waits_for_the_files(tmp_path, how):
+def ends_before_a_pool_is_asked(rank: int, folder: Path, how: str) -> None:
+    """As ``ends``, for a store whose package asks a pool of threads, as asyncio does for the address of a host."""
+    write = content.write_tree
+
+    def later(*args: Any, **options: Any) -> None:
+        time.sleep(1)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(write, *args, **options).result()
+
+    content.write_tree = later
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = jobs.net(7)
+    deslo_plugin.attach(model, deslo_plugin.DesLoc(model.parameters(), {"deslo": {"replica_size": 1}}))
+    deslo_plugin.save(folder / "c", model, wait=False)
+
+
+@pytest.mark.parametrize("ends, how", [(ends, "process"), (ends, "groups"), (ends_before_a_pool_is_asked, "process")])
+def test_the_end_of_a_process_and_of_its_groups_waits_for_the_files(tmp_path, ends, how):
     ranks = [STARTED.Process(target=ends, args=(rank, tmp_path, how)) for rank in range(2)]
     for rank in ranks:
         rank.start()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deslo_plugin.checkpoint.export import averaged_state_dict
 from deslo_plugin.checkpoint.folder import found, write_whole
+from deslo_plugin.checkpoint.load_averaged import READ
 from deslo_plugin.checkpoint.location import location, make_folder
 from deslo_plugin.checkpoint.manifest import NAME
 from deslo_plugin.checkpoint.model_names import saved_state
@@ -41,7 +42,7 @@ def install_checkpoint_methods(engine: DeepSpeedEngine) -> None:
     ) -> bool:
         """As DeepSpeed's; frozen parameters are always saved, and ``client_state`` is plain values."""
         tag = str(tag if tag is not None else f"global_step{engine.global_steps}")
-        folder = location(save_dir)
+        folder = all_or_none(lambda: location(save_dir), dist.group.WORLD)
         save(folder / tag, engine, extra=client_state)
 
         def finish() -> None:
@@ -55,17 +56,17 @@ def install_checkpoint_methods(engine: DeepSpeedEngine) -> None:
 
     @functools.wraps(load_native)
     def load_checkpoint(load_dir: str, tag: Any = None, **options: Any) -> tuple[str | None, Any]:
-        latest = location(load_dir) / (LATEST_UNIVERSAL if engine.load_universal_checkpoint() else LATEST)
+        inside = all_or_none(lambda: location(load_dir), dist.group.WORLD, READ)
+        latest = inside / (LATEST_UNIVERSAL if engine.load_universal_checkpoint() else LATEST)
         if tag is None:
-            tag = all_or_none(
-                lambda: latest.read_text().strip() if latest.is_file() else None, dist.group.WORLD, "see and read"
-            )
+            tag = all_or_none(lambda: latest.read_text().strip() if latest.is_file() else None, dist.group.WORLD, READ)
         check_same_on_all_ranks("load_checkpoint", {"tag": tag}, do="give every rank the same folder and tag")
         if tag is None:
             log_rank0(f"deslo: {latest} is not there, nothing was loaded", logging.WARNING)
             return None, None
-        folder = location(load_dir) / str(tag)
-        if not (found(folder) / NAME).is_file() and options.get("load_module_only"):
+        folder = inside / str(tag)
+        own = all_or_none(lambda: (found(folder) / NAME).is_file(), dist.group.WORLD, READ)
+        if not own and options.get("load_module_only"):
             log_rank0(f"deslo: {folder} is DeepSpeed's own: every replica begins with its weights")
             return load_native(load_dir, tag, **options)
         if engine.lr_scheduler is None:  # Lightning has taken it out, and asks for the rest
