@@ -41,7 +41,9 @@ def test_ranks_at_different_steps_stop_after_the_same_one(seed):
     for thread in threads:
         thread.join(timeout=300)
     assert not any(thread.is_alive() for thread in threads)
-    assert len(set(ended)) == 1 and when <= ended[0] <= when + 2 * PERIOD
+    # who has not heard of it in this period has announced a step by the end of the next; the first rank closes the list
+    # at its first step after that, when others may have ended that period, too
+    assert len(set(ended)) == 1 and when <= ended[0] <= when + 3 * PERIOD
 
 
 SCRIPT = """

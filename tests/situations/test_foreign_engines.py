@@ -119,8 +119,10 @@ def test_mics_of_older_releases_is_refused():
 
 
 def pipeline() -> str:
+    import deepspeed
     from deepspeed.pipe import PipelineModule
 
+    deepspeed.init_distributed("gloo")
     model = PipelineModule([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)], num_stages=2, loss_fn=torch.nn.MSELoss())
     return engine_error_jobs.raises(GOOD, model=model, groups=list(model.parameters()))
 
