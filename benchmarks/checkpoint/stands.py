@@ -1,6 +1,6 @@
 """How long training stands for a save that waits, and for one that writes behind training, by turns in one run.
 
-    python -m benchmarks.checkpoint.stands [--device cuda --dim 1024 --layers 12]
+    python -m benchmarks.checkpoint.stands [--device cuda --dim 512 --layers 6]
 
 Two gloo processes of one thread each train the GPT of examples/, every rank a replica. A lap is a save and the steps
 after it, which the background has to itself but for training; the next lap begins when the files are there. ``stands``
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=384, help="width of the model (default: 384)")
     parser.add_argument("--layers", type=int, default=8, help="its layers (default: 8)")
     given = parser.parse_args()
-    shape = GPTConfig(dim=given.dim, layers=given.layers, heads=given.dim // 64, context=CONTEXT)
+    shape = GPTConfig(dim=given.dim, layers=given.layers, heads=max(1, given.dim // 64), context=CONTEXT)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         torch.multiprocessing.spawn(measure, args=(folder, given.laps, shape, given.device), nprocs=2)
 

@@ -104,6 +104,7 @@ def parts_for(device: str) -> list[Part]:
             ["pytest", "hypothesis"],
         ),
         Part("bandwidth", script("bandwidth", *dry * TINY["bandwidth"], *figures), 150),
+        Part("simulated", script("simulated", *dry * ["--quick"]), 60),
         Part("recipe", script("recipe", *dry * ["--quick"], "--state", "build/recipe/gpu.pt", *figures), 480),
         overlap("plain"),
         overlap_in_few_bits("int8"),

@@ -24,8 +24,7 @@ from benchmarks.quality.recipe.methods import METHODS, PERIOD, Method
 from benchmarks.quality.recipe.settings import Setting
 from benchmarks.quality.recipe.trial import EMA, Course
 from benchmarks.quality.trial import served
-from benchmarks.simulation.small_gpt import GPTConfig, Text, small_gpt
-from deslo_plugin.simulation import Network
+from benchmarks.simulation.small_gpt import GPTConfig, Text
 from examples.harness.corpus import joined, library_files, split
 
 NAMES = ("synchronous ADOPT", "MT-DAO", "Local ADOPT", "DES-LOC, 32 / 96 / 192")
@@ -36,16 +35,8 @@ LR, TURN, DECAY_SHARE = 2**-9, 4 * PERIOD, 0.25  # of the steps before the decay
 class Large(Setting):
     """Of the standard library's text alone one lease would read each byte twenty times, and learn it by heart."""
 
-    def objective(self, seed: int) -> Network:
-        return small_gpt(
-            self.shape,
-            sequences=self.sequences,
-            replicas=self.replicas,
-            seed=seed,
-            held_out=4,
-            device=self.device,
-            text=of_torch_too(),
-        )
+    def text(self) -> Text:
+        return of_torch_too()
 
 
 @functools.cache

@@ -127,8 +127,8 @@ def jobs_saved(config: dict[str, Any], url: str) -> None:
         (Path("s3://bucket/run/12"), "do not wrap it in pathlib.Path"),
         ("s5://bucket/run/12", r"Unsupported filesystem: 's5'; pip install 'deslo-plugin\[remote\]'"),
         ("S5://bucket/run/12", "Unsupported filesystem: 's5'"),
-        ("bucket://tmp/deslo/nothing/there", "check the path: nothing is there"),
-        ("bucket://tmp/deslo/run[1]", r"got '\[', which fsspec does not take as it is; rename it"),
+        ("bucket://runs/nothing/there", "check the path: nothing is there"),
+        ("bucket://runs/run[1]", r"got '\[', which fsspec does not take as it is; rename it"),
         ("simplecache::bucket://tmp/deslo", "got '::'"),
     ],
 )

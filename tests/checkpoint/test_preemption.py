@@ -1,5 +1,6 @@
 """SIGTERM: every rank stops after the same step, saves and leaves with status 0; nothing is lost."""
 
+import itertools
 import json
 import os
 import random
@@ -14,6 +15,24 @@ from deslo_plugin.comm.common_last_step import LastStep
 from tests.support.launching import Launch, launched
 
 RANKS, PERIOD = 4, 5
+
+
+def test_the_last_step_is_three_periods_away_at_most_however_ranks_run_apart():
+    """Whoever comes first in ``order`` goes on until it must wait: no clock takes part."""
+    furthest, orders = 0, itertools.permutations(range(RANKS))
+    for order, asks, when in itertools.product(orders, range(RANKS), range(1, 2 * PERIOD + 1)):
+        store, ended, stopped = dist.HashStore(), [0] * RANKS, [False] * RANKS
+        last = [LastStep(store, rank, range(RANKS), 20) for rank in range(RANKS)]
+        while not all(stopped):
+            free = [rank for rank in order if not stopped[rank] and ended[rank] // PERIOD <= min(ended) // PERIOD]
+            rank = free[0]
+            ended[rank] += 1
+            if rank == asks and ended[rank] == when:
+                last[rank].request_stop()
+            stopped[rank] = last[rank].stop_requested() and last[rank].is_last_step(ended[rank])
+        assert len(set(ended)) == 1 and when <= ended[0] <= when + 3 * PERIOD
+        furthest = max(furthest, ended[0] - when)
+    assert furthest == 3 * PERIOD, "some order needs all of it"
 
 
 @pytest.mark.parametrize("seed", range(12))

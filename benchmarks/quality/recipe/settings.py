@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.simulation.small_gpt import GPTConfig, small_gpt
+from benchmarks.simulation.small_gpt import GPTConfig, Text, of_library, small_gpt
 from deslo_plugin.simulation import Network
 
 CLASSES, INPUTS, WIDTH = 10, 32, 64
@@ -47,7 +47,12 @@ class Setting:
             held_out=4,
             shards=self.shards,
             device=self.device,
+            text=self.text(),
         )
+
+    def text(self) -> Text:
+        """What is trained on, and what is held out."""
+        return of_library()
 
     def rate(self, step: int) -> float:
         """Of step 0, 1, ...: linear, constant, and 1 - sqrt to 0, as in MT-DAO's public code."""

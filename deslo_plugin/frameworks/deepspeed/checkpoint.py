@@ -88,8 +88,9 @@ def install_checkpoint_methods(engine: DeepSpeedEngine) -> None:
 
         def write() -> None:
             if dist.get_rank() == 0:
-                make_folder(location(save_dir))
-                write_whole(location(save_dir) / save_filename, lambda file: torch.save(state, file))
+                folder = location(save_dir)
+                make_folder(folder)
+                write_whole(folder / save_filename, lambda file: torch.save(state, file))
 
         all_or_none(write, dist.group.WORLD)
         return True
